@@ -1,0 +1,185 @@
+"""Load a vision-language checkpoint; export a calibrated model in compressed-tensors form.
+
+The exported directory loads with ``AutoModelForImageTextToText.from_pretrained`` and nothing else, and holds the
+processor files of the model it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+    apply_quantization_config,
+)
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from tlq.architectures import Architecture, architecture_of
+from tlq.quantizer import QuantizedWeight, Scheme
+
+_TARGETS = "Linear"
+_NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
+_NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
+
+
+def read_config(checkpoint: str | Path, revision: str | None = None) -> Any:
+    """The config of a checkpoint directory or hub id.
+
+    Raises:
+        FileNotFoundError: neither a directory with a config.json nor a hub id that can be reached.
+        ValueError: a model family that is not supported.
+    """
+    path = Path(checkpoint)
+    if path.exists() and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path}: no config.json; model.path must be a Hugging Face checkpoint directory")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, revision=revision)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {checkpoint!s}: not a directory here and not a hub model that can be reached; "
+            "check model.path in params.yaml"
+        ) from error
+    architecture_of(config)
+    return config
+
+
+def load_model(
+    checkpoint: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A checkpoint as its user loads it, in evaluation mode on ``device``.
+
+    Quantized checkpoints are decompressed once here: left to itself compressed-tensors does it on the first forward
+    pass, which ``generate`` does not survive for every model family.
+
+    Raises: as ``read_config``.
+    """
+    config = read_config(checkpoint, revision)
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, config=config, dtype=dtype, device_map=str(device), revision=revision
+    )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.quantization_config.dequantize:
+        quantizer.compressor.decompress_model(model)
+    return model.eval()
+
+
+def storage_dtype(config: Any) -> torch.dtype:
+    """The dtype in which a checkpoint keeps its weights."""
+    dtype = config.dtype or config.get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def export_checkpoint(
+    source: str | Path,
+    calibrated: nn.Module,
+    weights: dict[str, QuantizedWeight],
+    scheme: Scheme,
+    out: Path,
+    revision: str | None = None,
+) -> None:
+    """Write a checkpoint with the quantized ``weights`` and everything else of ``calibrated`` to ``out``.
+
+    Args:
+        source: the full-precision checkpoint that ``calibrated`` was loaded from.
+        calibrated: the model after ``tlq.calibrate.calibrate``; its norms and biases hold the folded scales.
+        weights: quantized weights by module path.
+    """
+    config = read_config(source, revision)
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, config=config, dtype=storage_dtype(config), revision=revision
+    )
+    _copy_unquantized(calibrated, model, set(weights))
+    apply_quantization_config(model, quantization_config(scheme, architecture_of(config)))
+    for path, weight in weights.items():
+        _set_quantized(model.get_submodule(path), weight, scheme)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(out)
+    compressor.update_config(str(out))
+    _correct_config(out / "config.json", scheme, architecture_of(config))
+    copy_processor_files(source, out, revision)
+
+
+def quantization_config(scheme: Scheme, architecture: Architecture) -> QuantizationConfig:
+    """The scheme in compressed-tensors' terms."""
+    strategy = QuantizationStrategy.CHANNEL if scheme.group_size is None else QuantizationStrategy.GROUP
+    weights = QuantizationArgs(
+        num_bits=scheme.weight_bits,
+        type=QuantizationType.INT,
+        symmetric=scheme.symmetric,
+        strategy=strategy,
+        group_size=scheme.group_size,
+    )
+    activations = None
+    if scheme.activation_bits is not None:
+        activations = QuantizationArgs(
+            num_bits=scheme.activation_bits,
+            type=QuantizationType.INT,
+            symmetric=True,
+            strategy=QuantizationStrategy.TOKEN,
+            dynamic=True,
+        )
+    group = QuantizationScheme(targets=[_TARGETS], weights=weights, input_activations=activations)
+    return QuantizationConfig(
+        config_groups={"group_0": group},
+        ignore=list(architecture.ignore),
+        quantization_status=QuantizationStatus.FROZEN,
+    )
+
+
+@torch.no_grad()
+def _copy_unquantized(calibrated: nn.Module, model: nn.Module, quantized: set[str]) -> None:
+    """Norms, biases and everything else that calibration may have changed."""
+    changed = dict(calibrated.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") not in quantized:
+            parameter.copy_(changed[name])
+
+
+@torch.no_grad()
+def _set_quantized(linear: nn.Module, weight: QuantizedWeight, scheme: Scheme) -> None:
+    """Give a linear its scales, and a weight that packs to exactly ``weight.codes``."""
+    linear.weight.data = weight.dequantize().to(torch.float32)  # type: ignore[union-attr]
+    linear.weight_scale.data = weight.scale.clone()  # type: ignore[union-attr]
+    if not scheme.symmetric:
+        linear.weight_zero_point.data = weight.zero_point.clone()  # type: ignore[union-attr]
+
+
+def _correct_config(path: Path, scheme: Scheme, architecture: Architecture) -> None:
+    """Two things that compressed-tensors 0.20 writes in a way that does not load.
+
+    Its ignore list holds on-disk names where loading matches module names; and asymmetric weights load only with
+    ``dequantize`` (which would drop activation quantization, so nothing else gets it).
+    """
+    config = json.loads(path.read_text())
+    config["quantization_config"]["ignore"] = list(architecture.ignore)
+    if not scheme.symmetric:
+        config["quantization_config"]["dequantize"] = True
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def copy_processor_files(source: str | Path, out: Path, revision: str | None = None) -> None:
+    """Copy tokenizer, image processor, chat template and generation settings unchanged."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"*{suffix}" for suffix in _NOT_PROCESSOR]
+        folder = Path(snapshot_download(str(source), revision=revision, ignore_patterns=patterns))
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix not in _NOT_PROCESSOR and file.name not in _NOT_COPIED:
+            shutil.copyfile(file, out / file.name)

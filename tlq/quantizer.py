@@ -1,0 +1,164 @@
+"""Number formats: quantization parameters, quantize, dequantize.
+
+One pair, ``quantize`` and ``dequantize``, serves every recipe, the export and the tests. Integer codes are signed, in
+``[-2**(bits - 1), 2**(bits - 1) - 1]``, zero-points live on the same grid, and scales are rounded to the dtype that
+the checkpoint stores, so that what is searched over is what is saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A number format for the linears of the decoder.
+
+    Attributes:
+        weight_bits: bits of a weight code.
+        group_size: input channels that share one scale; None gives one scale per output channel.
+        symmetric: zero-point fixed at 0.
+        activation_bits: bits of dynamic per-token symmetric activations; None keeps them in full precision.
+    """
+
+    name: str
+    weight_bits: int
+    group_size: int | None
+    symmetric: bool
+    activation_bits: int | None = None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return code_range(self.weight_bits)
+
+    def check_width(self, in_features: int, where: str) -> None:
+        """Raises ValueError if the groups do not tile a weight of ``in_features`` columns."""
+        if self.group_size is not None and in_features % self.group_size:
+            divisors = [size for size in (32, 64, 128, 256) if in_features % size == 0]
+            raise ValueError(
+                f"{where}: scheme {self.name} has groups of {self.group_size}, which do not divide its "
+                f"{in_features} input channels; set group_size to one of {divisors or 'its divisors'}"
+            )
+
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("w2a16", weight_bits=2, group_size=64, symmetric=False),
+        Scheme("w3a16", weight_bits=3, group_size=128, symmetric=False),
+        Scheme("w4a16", weight_bits=4, group_size=128, symmetric=False),
+        Scheme("w4a8", weight_bits=4, group_size=None, symmetric=True, activation_bits=8),
+        Scheme("w8a8", weight_bits=8, group_size=None, symmetric=True, activation_bits=8),
+    )
+}
+
+
+def get_scheme(name: str, group_size: int | None = None) -> Scheme:
+    """The scheme called ``name``, with another ``group_size`` if one is given.
+
+    Raises:
+        ValueError: no such scheme, or a group size for a scheme that scales whole output channels.
+    """
+    if name not in SCHEMES:
+        raise ValueError(f"unknown scheme {name!r}; choose one of {', '.join(SCHEMES)}")
+    scheme = SCHEMES[name]
+    if group_size is None or group_size == scheme.group_size:
+        return scheme
+    if scheme.group_size is None:
+        raise ValueError(f"scheme {name} has one scale per output channel; remove group_size: {group_size}")
+    return replace(scheme, group_size=group_size)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes [out, in] int8 with scale and zero-point [out, groups]; ``dequantize`` gives the weight back."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight these codes stand for, rounded to ``dtype``, as float32 [out, in].
+
+        Engines that multiply in bfloat16 dequantize to bfloat16; integer kernels use the exact product.
+        """
+        return dequantize(self.codes, self.scale, self.zero_point).to(dtype).float()
+
+    def rescale_rows(self, factor: Tensor) -> QuantizedWeight:
+        """The same codes with every output row multiplied by ``factor`` [out] (through the scales)."""
+        scale = self.scale.float() * factor.float()[:, None]
+        return replace(self, scale=scale.to(self.scale.dtype))
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def weight_qparams(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round-to-nearest range of every group.
+
+    Args:
+        weight: [out, in].
+    Returns:
+        scale [out, groups] in ``scale_dtype`` and zero_point [out, groups] int8.
+    """
+    low, high = scheme.code_range
+    groups = weight.float().unflatten(1, (-1, scheme.group_size or weight.shape[1]))
+    if scheme.symmetric:
+        scale = groups.abs().amax(2) / ((high - low) / 2)
+        scale = _nonzero(scale).to(scale_dtype)
+        return scale, torch.zeros_like(scale, dtype=torch.int8)
+    smallest = groups.amin(2).clamp(max=0)
+    largest = groups.amax(2).clamp(min=0)
+    scale = _nonzero((largest - smallest) / (high - low)).to(scale_dtype)
+    zero_point = torch.round(low - smallest / scale.float()).clamp(low, high).to(torch.int8)
+    return scale, zero_point
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Nearest codes: weight [out, in], scale and zero_point [out, groups] -> int8 [out, in]."""
+    low, high = code_range(bits)
+    groups = weight.float().unflatten(1, (scale.shape[1], -1))
+    codes = torch.round(groups / scale.float()[:, :, None]) + zero_point.float()[:, :, None]
+    return codes.clamp(low, high).to(torch.int8).flatten(1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The float32 weight that the codes stand for: (code - zero_point) * scale."""
+    groups = codes.float().unflatten(1, (scale.shape[1], -1))
+    return ((groups - zero_point.float()[:, :, None]) * scale.float()[:, :, None]).flatten(1)
+
+
+def round_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Round-to-nearest: range of each group, then nearest codes."""
+    scale, zero_point = weight_qparams(weight, scheme, scale_dtype)
+    return QuantizedWeight(quantize(weight, scale, zero_point, scheme.weight_bits), scale, zero_point)
+
+
+def fake_quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+    """``round_nearest`` followed by ``dequantize``, without the detour through int8."""
+    low, high = scheme.code_range
+    scale, zero_point = weight_qparams(weight, scheme, scale_dtype)
+    groups = weight.float().unflatten(1, (scale.shape[1], -1))
+    step, offset = scale.float()[:, :, None], zero_point.float()[:, :, None]
+    codes = groups.div(step).round_().add_(offset).clamp_(low, high)
+    return codes.sub_(offset).mul_(step).flatten(1)
+
+
+def fake_quantize_activations(hidden_states: Tensor, bits: int) -> Tensor:
+    """Dynamic symmetric quantization with one scale per token (the last dimension), as serving engines do it.
+
+    The scale is max|x| / ((2**bits - 1) / 2), the formula of compressed-tensors, so that a loaded checkpoint computes
+    the same numbers.
+    """
+    low, high = code_range(bits)
+    scale = _nonzero(hidden_states.abs().amax(-1, keepdim=True) / ((high - low) / 2))
+    return torch.clamp(torch.round(hidden_states / scale), low, high) * scale
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """A group of zeros gets scale 1: its codes are its zero-point, whatever the scale."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

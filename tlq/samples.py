@@ -1,0 +1,158 @@
+"""Calibration samples: chat turns with images, encoded into padded micro-batches.
+
+A sample's messages hold plain text in which ``<image>`` marks where an image goes (the convention of LLaVA data); the
+last turn is the answer, whose tokens make the loss that importance is the gradient of.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+IMAGE_MARK = "<image>"
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation: encoded image files, chat turns (the last one the answer), and where it came from."""
+
+    id: str
+    images: list[bytes]
+    messages: list[Message]
+    source: str = ""
+
+
+@dataclass
+class Batch:
+    """A micro-batch of encoded samples, padded on the right.
+
+    Attributes:
+        samples: index of each row in the list of samples.
+        inputs: what the model's forward takes.
+        valid, is_image, is_answer: bool [batch, time]; padding, image tokens, tokens the loss is taken on.
+    """
+
+    samples: list[int]
+    inputs: dict[str, Tensor]
+    valid: Tensor
+    is_image: Tensor
+    is_answer: Tensor = field(repr=False)
+
+    @property
+    def input_ids(self) -> Tensor:
+        return self.inputs["input_ids"]
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An RGB image from the bytes of a PNG or JPEG file.
+
+    Raises:
+        ValueError: the bytes are not a readable image.
+    """
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"unreadable image: {error}") from error
+
+
+def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages in the form that chat templates take, ``<image>`` marks turned into image parts."""
+    turns = []
+    for message in messages:
+        parts: list[dict[str, str]] = []
+        for index, text in enumerate(message["content"].split(IMAGE_MARK)):
+            if index:
+                parts.append({"type": "image"})
+            if text:
+                parts.append({"type": "text", "text": text})
+        turns.append({"role": message["role"], "content": parts})
+    return turns
+
+
+def encode_batches(
+    samples: Sequence[Sample], processor: Any, image_token_id: int, batch_size: int, max_length: int
+) -> list[Batch]:
+    """All samples as micro-batches, longest first so that rows of one batch need little padding.
+
+    Raises:
+        ValueError: a sample is longer than ``max_length`` tokens (image tokens are never cut), has no answer, or an
+            unreadable image.
+    """
+    rows = [_encode(sample, processor) for sample in samples]
+    for sample, row in zip(samples, rows, strict=True):
+        length = row["input_ids"].shape[1]
+        if length > max_length:
+            raise ValueError(
+                f"sample {sample.id}: {length} tokens, more than the {max_length} allowed; "
+                "drop it in `prepare` (prepare.max_tokens) or lower the processor's max_pixels"
+            )
+    order = sorted(range(len(rows)), key=lambda index: (-rows[index]["input_ids"].shape[1], index))
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [_collate(chunk, rows, processor.tokenizer.pad_token_id or 0, image_token_id) for chunk in chunks]
+
+
+def _encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
+    """One sample through the processor; ``answer_length`` counts the trailing tokens that are the answer."""
+    turns = chat(sample.messages)
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError(f"sample {sample.id}: the last turn must be the assistant's answer")
+    prompt = processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    conversation = processor.apply_chat_template(turns, tokenize=False)
+    answer = conversation[len(prompt) :].rstrip("\n")
+    if not conversation.startswith(prompt) or not answer:
+        raise ValueError(f"sample {sample.id}: its chat template does not end with the answer, or it is empty")
+    images = [decode_image(data) for data in sample.images] or None
+    encoded = processor(text=[prompt + answer], images=images, return_tensors="pt")
+    answer_ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if encoded["input_ids"][0, -len(answer_ids) :].tolist() != answer_ids:
+        raise ValueError(f"sample {sample.id}: its answer does not begin at a token boundary")
+    return {**encoded, "answer_length": torch.tensor(len(answer_ids))}
+
+
+def _collate(chunk: list[int], rows: list[dict[str, Tensor]], pad_id: int, image_token_id: int) -> Batch:
+    width = max(rows[index]["input_ids"].shape[1] for index in chunk)
+    per_token = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    inputs: dict[str, Tensor] = {}
+    for name in rows[chunk[0]]:
+        if name == "answer_length":
+            continue
+        values = [rows[index][name] for index in chunk if name in rows[index]]
+        if name in per_token:
+            values = [_pad_right(value, width, per_token[name]) for value in values]
+        inputs[name] = torch.cat(values)
+    valid = inputs["attention_mask"].bool()
+    lengths = valid.sum(1)
+    answers = torch.stack([rows[index]["answer_length"] for index in chunk])
+    position = torch.arange(width)[None]
+    is_answer = valid & (position >= (lengths - answers)[:, None])
+    return Batch(chunk, inputs, valid, inputs["input_ids"] == image_token_id, is_answer)
+
+
+def _pad_right(values: Tensor, width: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
+
+
+def image_token_id(config: Any) -> int:
+    """The id that stands for one image token in ``input_ids``."""
+    for name in ("image_token_id", "image_token_index"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    raise ValueError(f"model type {config.model_type!r} names no image token in its config")
+
+
+def token_rows(batches: Sequence[Batch]) -> Iterator[tuple[int, int, Batch]]:
+    """(sample, row in its batch, batch) over all samples."""
+    for batch in batches:
+        for row, sample in enumerate(batch.samples):
+            yield sample, row, batch
