@@ -27,13 +27,11 @@ class ModelParams:
     """The model to quantize.
 
     Attributes:
-        path: checkpoint directory or hub id.
-        revision: hub revision; None for a directory.
+        path: checkpoint directory (DVC tracks its content).
         dtype: dtype of computation.
     """
 
     path: str
-    revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @property
@@ -55,7 +53,8 @@ def parse(name: str, values: Any, cls: type[T], path: str | Path = PARAMS) -> T:
     if values is None:
         raise ParamsError(f"{path}: section `{name}` is missing; add it (the README lists every section)")
     try:
-        return _wrapper(cls)(value=values).value  # type: ignore[attr-defined, no-any-return]
+        wrapper: Any = _wrapper(cls)  # type: ignore[arg-type]
+        return wrapper(value=values).value
     except ValidationError as error:
         raise ParamsError(f"{path}: {_explain(name, error)}") from error
 
@@ -72,7 +71,7 @@ def recipe(name: str, path: str | Path = PARAMS) -> Recipe:
         raise ParamsError(f"{path}: {error}") from error
     overrides = (_read(Path(path)).get("recipes") or {}).get(name) or {}
     adapter = _wrapper(Recipe)
-    fields = adapter(value=row).model_dump()["value"]  # type: ignore[attr-defined]
+    fields = adapter(value=row).model_dump()["value"]
     return parse(f"recipes.{name}", _merge(fields, overrides), Recipe, path)
 
 
@@ -85,7 +84,7 @@ def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _wrapper(cls: type[T]) -> Any:
+def _wrapper(cls: Any) -> Any:
     """A model around a dataclass: stdlib dataclasses inherit its refusal of unknown keys, nested ones too."""
     return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=False), value=(cls, ...))
 

@@ -30,9 +30,7 @@ class LinearGroup:
     parent: str | None = None
 
 
-QKV = LinearGroup(
-    "qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn"
-)
+QKV = LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn")
 O = LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj")  # noqa: E741
 GATE_UP = LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp")
 DOWN = LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj")
@@ -86,6 +84,18 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"{', '.join(ARCHITECTURES)}, or add a row to tlq/architectures.py"
         )
     return row
+
+
+def get_linear(layer: nn.Module, path: str) -> nn.Linear:
+    """The linear at ``path`` of a decoder layer.
+
+    Raises:
+        ValueError: there is none, or it is not a plain linear (already quantized, or fused).
+    """
+    module = layer.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{path} is a {type(module).__name__}, not a Linear; give a full-precision checkpoint")
+    return module
 
 
 def linear_paths(architecture: Architecture, layer: int) -> list[str]:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tlq.architectures import Architecture, LinearGroup
+from tlq.architectures import Architecture, LinearGroup, get_linear
 from tlq.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.equalization import Candidate, Fold, candidates
-from tlq.objective import Statistics, Tokens
+from tlq.objective import Norm, Statistics, Tokens
 from tlq.quantizer import (
     QuantizedWeight,
     Scheme,
@@ -126,10 +126,10 @@ def check_model(model: nn.Module, architecture: Architecture, scheme: Scheme) ->
     for index, layer in enumerate(architecture.decoder_layers(model)):
         for group in architecture.groups:
             for path in group.linears:
-                weight = layer.get_submodule(path).weight
+                weight = get_linear(layer, path).weight
                 name = f"{architecture.layers}.{index}.{path}"
-                scheme.check_width(weight.shape[1], name)  # type: ignore[union-attr, index, arg-type]
-                if not torch.isfinite(weight).all():  # type: ignore[arg-type]
+                scheme.check_width(weight.shape[1], name)
+                if not torch.isfinite(weight).all():
                     raise FloatingPointError(f"{name}: weight is not finite; the checkpoint is damaged")
 
 
@@ -192,13 +192,9 @@ class LayerLoop:
                 gathered[group.name].append(self._rows(seen[group.name], index, group, number))
             for parent in parents:
                 parents[parent].append(seen[parent])
-        return _FullPrecision(
-            {name: torch.cat(parts) for name, parts in gathered.items()}, parents, outputs
-        )
+        return _FullPrecision({name: torch.cat(parts) for name, parts in gathered.items()}, parents, outputs)
 
-    def _exposed_inputs(
-        self, index: int, layer: nn.Module, group: LinearGroup
-    ) -> tuple[Tensor, list[Arguments]]:
+    def _exposed_inputs(self, index: int, layer: nn.Module, group: LinearGroup) -> tuple[Tensor, list[Arguments]]:
         """Inputs of ``group`` behind everything quantized so far, and what its parent module is called with."""
         stop = layer.get_submodule(group.linears[0])
         modules = {group.name: stop}
@@ -230,8 +226,8 @@ class LayerLoop:
         self, index: int, layer: nn.Module, group: LinearGroup, reference: _FullPrecision | None
     ) -> GroupReport:
         started = time.perf_counter()
-        linears = [layer.get_submodule(path) for path in group.linears]
-        weight = torch.cat([linear.weight.float() for linear in linears])  # type: ignore[union-attr, operator]
+        linears = [get_linear(layer, path) for path in group.linears]
+        weight = torch.cat([linear.weight.float() for linear in linears])
         fold = Fold.into(layer.get_submodule(group.fold), weight.shape[1], self.head_dim, self.storage)
         if not self.calls:
             chosen = Candidate(torch.ones(weight.shape[1], device=weight.device), 0.0)
@@ -273,7 +269,7 @@ class LayerLoop:
         if group.parent and self.recipe.equalization.error == "parent":
             parent_error = _ParentError(
                 layer.get_submodule(group.parent),
-                [layer.get_submodule(path) for path in group.linears],
+                [get_linear(layer, path) for path in group.linears],
                 x_parents,
                 u_parents,
                 [weight.to(u.device) for weight in self.weights[index, group.name]],
@@ -282,9 +278,7 @@ class LayerLoop:
             )
         return GroupInputs(x, u, w), parent_error
 
-    def _solve(
-        self, weight: Tensor, inputs: GroupInputs, fold: Fold, parent_error: _ParentError | None
-    ) -> _Solution:
+    def _solve(self, weight: Tensor, inputs: GroupInputs, fold: Fold, parent_error: _ParentError | None) -> _Solution:
         error = _LinearsError(weight, inputs, self.scheme)
         chosen = self._search(weight, inputs, fold, error, parent_error)
         scaled_weight = weight * chosen.s
@@ -314,9 +308,7 @@ class LayerLoop:
         """The candidate scales with the smallest error under nearest rounding; the first of equals."""
         method = self.recipe.equalization
         magnitude = (
-            inputs.u.abs().amax(0)
-            if method.magnitude == "max"
-            else (inputs.w @ inputs.u.abs()) / inputs.w.sum()
+            inputs.u.abs().amax(0) if method.magnitude == "max" else (inputs.w @ inputs.u.abs()) / inputs.w.sum()
         )
         tried = list(candidates(method, magnitude, weight, self.scheme.group_size, fold))
         if len(tried) == 1 or method.method == "fixed":
@@ -330,30 +322,28 @@ class LayerLoop:
 
         return min(tried, key=cost)
 
-    def _install(
-        self, index: int, layer: nn.Module, group: LinearGroup, fold: Fold, solution: _Solution
-    ) -> None:
+    def _install(self, index: int, layer: nn.Module, group: LinearGroup, fold: Fold, solution: _Solution) -> None:
         """Put the rounded weights and the folded scales into the model."""
         prefix = f"{self.architecture.layers}.{index}"
-        rows = [layer.get_submodule(path).weight.shape[0] for path in group.linears]  # type: ignore[union-attr, index]
+        rows = [get_linear(layer, path).out_features for path in group.linears]
         for path, part in zip(group.linears, _split(solution.rounded, rows), strict=True):
             self.quantized[f"{prefix}.{path}"] = part
-            linear = layer.get_submodule(path)
-            linear.weight.copy_(part.dequantize(self.weight_dtype))  # type: ignore[union-attr, operator]
+            linear = get_linear(layer, path)
+            linear.weight.copy_(part.dequantize(self.weight_dtype))
             if self.scheme.activation_bits is not None:
                 linear.register_forward_pre_hook(_quantize_input(self.scheme.activation_bits))
         per_row = fold.per_row(solution.chosen.s)
         if bool((per_row == 1).all()):
             return
-        module = fold.module
         if fold.is_norm:
-            module.weight.copy_((module.weight / per_row).to(self.storage))  # type: ignore[union-attr, operator]
+            fold.weight.copy_((fold.weight / per_row).to(self.storage))
             return
         path = f"{prefix}.{group.fold}"
         self.quantized[path] = self.quantized[path].rescale_rows(1 / per_row)
-        module.weight.copy_(self.quantized[path].dequantize(self.weight_dtype))  # type: ignore[union-attr, operator]
-        if module.bias is not None:
-            module.bias.copy_((module.bias / per_row).to(self.storage))  # type: ignore[union-attr, operator]
+        before = get_linear(layer, group.fold)
+        before.weight.copy_(self.quantized[path].dequantize(self.weight_dtype))
+        if before.bias is not None:
+            before.bias.copy_((before.bias / per_row).to(self.storage))
 
     def _check_finite(self, index: int, hidden_states: list[Tensor]) -> None:
         for batch, hidden in zip(self.batches, hidden_states, strict=True):
@@ -389,12 +379,12 @@ class _LinearsError:
         self._statistics: Statistics | None = None
         self._tokens: Tokens | None = None
 
-    def __call__(self, quantized: Tensor, s: Tensor, norm: str = "l2") -> float:
+    def __call__(self, quantized: Tensor, s: Tensor, norm: Norm = "l2") -> float:
         """Error of ``quantized`` = V diag(s)."""
         plain = self.scheme.activation_bits is None and norm == "l2"
         if plain and len(self.inputs.w) > self.weight.shape[1]:
             return self.statistics.error(self.weight, quantized / s)
-        return self.tokens.error(quantized, s, self.scheme.activation_bits, norm)  # type: ignore[arg-type]
+        return self.tokens.error(quantized, s, self.scheme.activation_bits, norm)
 
     @property
     def statistics(self) -> Statistics:
@@ -422,11 +412,11 @@ class _ParentError:
     """Error of the output of the module around a group (attention, MLP), as AWQ and MBQ measure it."""
 
     parent: nn.Module
-    linears: list[nn.Module]
+    linears: list[nn.Linear]
     x_arguments: list[Arguments]
     u_arguments: list[Arguments]
     weights: list[Tensor]
-    norm: str
+    norm: Norm
     activation_bits: int | None
     _reference: list[Tensor] | None = None
 
@@ -435,9 +425,7 @@ class _ParentError:
             self._reference = [_first(self.parent(*args, **named)) for args, named in self.x_arguments]
         total = torch.zeros((), dtype=torch.float64)
         with _trial(self.linears, quantized, s, self.activation_bits):
-            for (args, named), wanted, weight in zip(
-                self.u_arguments, self._reference, self.weights, strict=True
-            ):
+            for (args, named), wanted, weight in zip(self.u_arguments, self._reference, self.weights, strict=True):
                 difference = (_first(self.parent(*args, **named)) - wanted).float()
                 per_token = difference.abs().sum(-1) if self.norm == "l1" else difference.square().sum(-1)
                 total += (per_token * weight).sum(dtype=torch.float64).cpu()
@@ -445,18 +433,18 @@ class _ParentError:
 
 
 @contextmanager
-def _trial(linears: list[nn.Module], quantized: Tensor, s: Tensor, bits: int | None) -> Iterator[None]:
+def _trial(linears: list[nn.Linear], quantized: Tensor, s: Tensor, bits: int | None) -> Iterator[None]:
     """Let ``linears`` compute with V diag(s) on inputs divided by s, for a while."""
 
     def scale_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inputs = args[0] / s
         return (inputs if bits is None else fake_quantize_activations(inputs, bits), *args[1:])
 
-    rows = [linear.weight.shape[0] for linear in linears]  # type: ignore[union-attr, index]
-    originals = [linear.weight.data for linear in linears]  # type: ignore[union-attr]
+    rows = [linear.out_features for linear in linears]
+    originals = [linear.weight.data for linear in linears]
     with ExitStack() as stack:
         for linear, original, part in zip(linears, originals, quantized.split(rows), strict=True):
-            linear.weight.data = part.to(original.dtype)  # type: ignore[union-attr]
+            linear.weight.data = part.to(original.dtype)
             stack.callback(setattr, linear.weight, "data", original)
             stack.callback(linear.register_forward_pre_hook(scale_input).remove)
         yield
@@ -470,9 +458,7 @@ def _quantize_input(bits: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tupl
 
 
 def _split(stacked: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
-    parts = zip(
-        stacked.codes.split(rows), stacked.scale.split(rows), stacked.zero_point.split(rows), strict=True
-    )
+    parts = zip(stacked.codes.split(rows), stacked.scale.split(rows), stacked.zero_point.split(rows), strict=True)
     return [QuantizedWeight(*part) for part in parts]
 
 

@@ -33,7 +33,7 @@ _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpa
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
 
 
-def read_config(checkpoint: str | Path, revision: str | None = None) -> Any:
+def read_config(checkpoint: str | Path) -> Any:
     """The config of a checkpoint directory or hub id.
 
     Raises:
@@ -44,7 +44,7 @@ def read_config(checkpoint: str | Path, revision: str | None = None) -> Any:
     if path.exists() and not (path / "config.json").exists():
         raise FileNotFoundError(f"{path}: no config.json; model.path must be a Hugging Face checkpoint directory")
     try:
-        config = AutoConfig.from_pretrained(checkpoint, revision=revision)
+        config = AutoConfig.from_pretrained(checkpoint)
     except OSError as error:
         raise FileNotFoundError(
             f"model {checkpoint!s}: not a directory here and not a hub model that can be reached; "
@@ -58,7 +58,6 @@ def load_model(
     checkpoint: str | Path,
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
 ) -> PreTrainedModel:
     """A checkpoint as its user loads it, in evaluation mode on ``device``.
 
@@ -67,10 +66,8 @@ def load_model(
 
     Raises: as ``read_config``.
     """
-    config = read_config(checkpoint, revision)
-    model = AutoModelForImageTextToText.from_pretrained(
-        checkpoint, config=config, dtype=dtype, device_map=str(device), revision=revision
-    )
+    config = read_config(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype=dtype, device_map=str(device))
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.quantization_config.dequantize:
         quantizer.compressor.decompress_model(model)
@@ -89,7 +86,6 @@ def export_checkpoint(
     weights: dict[str, QuantizedWeight],
     scheme: Scheme,
     out: Path,
-    revision: str | None = None,
 ) -> None:
     """Write a checkpoint with the quantized ``weights`` and everything else of ``calibrated`` to ``out``.
 
@@ -98,10 +94,8 @@ def export_checkpoint(
         calibrated: the model after ``tlq.calibrate.calibrate``; its norms and biases hold the folded scales.
         weights: quantized weights by module path.
     """
-    config = read_config(source, revision)
-    model = AutoModelForImageTextToText.from_pretrained(
-        source, config=config, dtype=storage_dtype(config), revision=revision
-    )
+    config = read_config(source)
+    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=storage_dtype(config))
     _copy_unquantized(calibrated, model, set(weights))
     apply_quantization_config(model, quantization_config(scheme, architecture_of(config)))
     for path, weight in weights.items():
@@ -111,7 +105,7 @@ def export_checkpoint(
     model.save_pretrained(out)
     compressor.update_config(str(out))
     _correct_config(out / "config.json", scheme, architecture_of(config))
-    copy_processor_files(source, out, revision)
+    copy_processor_files(source, out)
 
 
 def quantization_config(scheme: Scheme, architecture: Architecture) -> QuantizationConfig:
@@ -153,10 +147,10 @@ def _copy_unquantized(calibrated: nn.Module, model: nn.Module, quantized: set[st
 @torch.no_grad()
 def _set_quantized(linear: nn.Module, weight: QuantizedWeight, scheme: Scheme) -> None:
     """Give a linear its scales, and a weight that packs to exactly ``weight.codes``."""
-    linear.weight.data = weight.dequantize().to(torch.float32)  # type: ignore[union-attr]
-    linear.weight_scale.data = weight.scale.clone()  # type: ignore[union-attr]
+    linear.weight.data = weight.dequantize().to(torch.float32)
+    linear.weight_scale.data = weight.scale.clone()
     if not scheme.symmetric:
-        linear.weight_zero_point.data = weight.zero_point.clone()  # type: ignore[union-attr]
+        linear.weight_zero_point.data = weight.zero_point.clone()
 
 
 def _correct_config(path: Path, scheme: Scheme, architecture: Architecture) -> None:
@@ -172,14 +166,14 @@ def _correct_config(path: Path, scheme: Scheme, architecture: Architecture) -> N
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def copy_processor_files(source: str | Path, out: Path, revision: str | None = None) -> None:
+def copy_processor_files(source: str | Path, out: Path) -> None:
     """Copy tokenizer, image processor, chat template and generation settings unchanged."""
     folder = Path(source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         patterns = [f"*{suffix}" for suffix in _NOT_PROCESSOR]
-        folder = Path(snapshot_download(str(source), revision=revision, ignore_patterns=patterns))
+        folder = Path(snapshot_download(str(source), ignore_patterns=patterns))
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix not in _NOT_PROCESSOR and file.name not in _NOT_COPIED:
             shutil.copyfile(file, out / file.name)

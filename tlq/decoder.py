@@ -60,7 +60,7 @@ def _layers_noting_arguments(layers: nn.ModuleList) -> Iterator[list[tuple[Tenso
         return hidden_states
 
     for layer in layers:
-        layer.forward = note  # type: ignore[method-assign]
+        layer.forward = note
     try:
         yield noted
     finally:
@@ -116,8 +116,7 @@ def observe(
         return hook
 
     handles = [
-        module.register_forward_pre_hook(note(name), with_kwargs=True, prepend=True)
-        for name, module in modules.items()
+        module.register_forward_pre_hook(note(name), with_kwargs=True, prepend=True) for name, module in modules.items()
     ]
     try:
         return seen, run_layer(layer, hidden_states, kwargs)

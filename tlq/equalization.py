@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,18 @@ class Fold:
     @classmethod
     def into(cls, module: nn.Module, in_features: int, head_dim: int, storage: torch.dtype) -> Fold:
         """Raises ValueError if the module's output cannot be the input of ``in_features`` channels."""
-        rows = module.weight.shape[0]  # type: ignore[union-attr, index]
+        rows = cast(Tensor, module.weight).shape[0]
         if in_features % rows:
             raise ValueError(f"cannot fold the scales of {in_features} channels into a module of {rows} outputs")
         return cls(module, in_features // rows, head_dim, storage)
 
     @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.module.weight)
+
+    @property
     def is_norm(self) -> bool:
-        return self.module.weight.dim() == 1  # type: ignore[union-attr, operator]
+        return self.weight.dim() == 1
 
     def reduce(self, per_channel: Tensor, how: str = "mean") -> Tensor:
         """[in] -> [rows of the module]: channels that share a row are averaged (or their maximum taken)."""
@@ -71,7 +76,7 @@ class Fold:
         """The scales nearest to ``per_row`` for which the folded gain is exact in the storage dtype."""
         if not self.is_norm:
             return per_row
-        gain = self.module.weight.float()  # type: ignore[union-attr, operator]
+        gain = self.weight.float()
         folded = (gain / per_row).to(self.storage).float()
         return torch.where((gain == 0) | (folded == 0), torch.ones_like(gain), gain / folded)
 

@@ -51,9 +51,7 @@ class Weighting:
             raise ValueError(f"importance modality_mix is {self.modality_mix}, must be in [0, 1]")
 
 
-def score_tokens(
-    model: nn.Module, architecture: Architecture, batches: Sequence[Batch], samples: int
-) -> Importance:
+def score_tokens(model: nn.Module, architecture: Architecture, batches: Sequence[Batch], samples: int) -> Importance:
     """Raw importance of every token of every sample, by layer and linear group.
 
     Raises:
@@ -137,9 +135,7 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
     """
     targets = batch.input_ids[:, 1:].to(logits.device)
     mask = batch.is_answer[:, 1:].to(logits.device)
-    per_token = nn.functional.cross_entropy(
-        logits[:, :-1][mask].float(), targets[mask], reduction="none"
-    )
+    per_token = nn.functional.cross_entropy(logits[:, :-1][mask].float(), targets[mask], reduction="none")
     losses = torch.zeros(mask.shape, device=logits.device).masked_scatter(mask, per_token)
     per_sample = losses.sum(1) / mask.sum(1)
     if not torch.isfinite(per_sample).all():

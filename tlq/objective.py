@@ -21,6 +21,8 @@ from torch import Tensor
 
 from tlq.quantizer import fake_quantize_activations
 
+Norm = Literal["l1", "l2"]
+
 
 @dataclass
 class Statistics:
@@ -43,9 +45,7 @@ class Statistics:
         return cls((difference * w[:, None]).T @ difference, difference.T @ weighted_u, hessian)
 
     def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(
-            self.shift + other.shift, self.cross + other.cross, self.hessian + other.hessian
-        )
+        return Statistics(self.shift + other.shift, self.cross + other.cross, self.hessian + other.hessian)
 
     def scaled(self, s: Tensor) -> Statistics:
         """Statistics of inputs divided by s [in]."""
@@ -100,7 +100,7 @@ class Tokens:
         quantized: Tensor,
         s: Tensor | None = None,
         activation_bits: int | None = None,
-        norm: Literal["l1", "l2"] = "l2",
+        norm: Norm = "l2",
     ) -> float:
         """sum_t w_t |y_t - V u_t| in the given norm.
 

@@ -16,7 +16,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 
-def load_processor(checkpoint: str | Path, revision: str | None = None, **image_kwargs: Any) -> Any:
+def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
     """The processor of ``checkpoint`` (a directory or a hub id).
 
     ``image_kwargs`` go to the image processor (``min_pixels`` and ``max_pixels``, for instance).
@@ -25,13 +25,13 @@ def load_processor(checkpoint: str | Path, revision: str | None = None, **image_
         ValueError: the checkpoint's model type has no processor class in transformers.
     """
     if is_torchvision_available():
-        return AutoProcessor.from_pretrained(checkpoint, revision=revision, **image_kwargs)
-    return image_only_class(checkpoint, revision).from_pretrained(checkpoint, revision=revision, **image_kwargs)
+        return AutoProcessor.from_pretrained(checkpoint, **image_kwargs)
+    return image_only_class(checkpoint).from_pretrained(checkpoint, **image_kwargs)
 
 
-def image_only_class(checkpoint: str | Path, revision: str | None = None) -> Any:
+def image_only_class(checkpoint: str | Path) -> Any:
     """A subclass of the checkpoint's processor class that has no video processor."""
-    model_type = AutoConfig.from_pretrained(checkpoint, revision=revision).model_type
+    model_type = AutoConfig.from_pretrained(checkpoint).model_type
     name = PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
         raise ValueError(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tlq.importance import Source
+from tlq.objective import Norm
 from tlq.quantizer import Scheme
 
 InputPath = Literal["full_precision", "exposed"]
@@ -44,7 +45,7 @@ class Equalization:
     points: int = 20
     duo: bool = False
     error: Literal["linears", "parent"] = "linears"
-    norm: Literal["l1", "l2"] = "l2"
+    norm: Norm = "l2"
     magnitude: Literal["mean", "max"] = "mean"
     folds: Literal["norms", "matching", "all"] = "all"
 

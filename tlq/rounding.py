@@ -16,9 +16,7 @@ from tlq.quantizer import QuantizedWeight, Scheme, dequantize, quantize, weight_
 _BLOCK = 128
 
 
-def round_compensated(
-    target: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype
-) -> QuantizedWeight:
+def round_compensated(target: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
     """Codes V that make tr((V - target) hessian (V - target)') small.
 
     Args:
@@ -43,9 +41,7 @@ def round_compensated(
     return QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
 
 
-def _round_block(
-    block: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
+def _round_block(block: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Round ``block`` [out, columns] from left to right; returns its codes and the scaled errors, same shape."""
     block = block.clone()
     codes = torch.empty(block.shape, dtype=torch.int8, device=block.device)

@@ -106,9 +106,7 @@ def _systematic_draw(
     return np.bincount(np.searchsorted(edges, pointers, side="right"), minlength=len(probability))
 
 
-def split_by_sample(
-    chosen: NDArray[np.int64], lengths: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_by_sample(chosen: NDArray[np.int64], lengths: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pool indices as (sample, position) pairs, for samples of the given lengths in pool order."""
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     sample = np.searchsorted(starts, chosen, side="right") - 1

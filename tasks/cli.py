@@ -1,0 +1,57 @@
+"""What every stage's command line shares: logging, one-line errors, the device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+
+logger = logging.getLogger("tlq")
+
+#: Mistakes of input or surroundings; anything else is a defect and keeps its traceback.
+EXPECTED = (ValueError, OSError, FloatingPointError)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage: log to stderr, turn an expected error into one line and exit status 1.
+
+    ``TLQ_LOG=debug`` shows more, tracebacks of expected errors included. SIGTERM ends a stage the way Ctrl-C does, so
+    that temporary files are removed.
+    """
+    level = os.environ.get("TLQ_LOG", "info").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    quiet_libraries()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        main()
+    except EXPECTED as error:
+        logger.debug("traceback", exc_info=True)
+        logger.error("%s", " ".join(str(error).split()))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        logger.error("interrupted; run the same command again to continue")
+        sys.exit(130)
+
+
+def quiet_libraries() -> None:
+    """Keep stage logs readable: no progress bars and load reports from libraries below warnings."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("httpx", "fsspec", "datasets", "compressed_tensors"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def device() -> torch.device:
+    """Where to compute: ``TLQ_DEVICE``, else the first GPU, else the CPU. It never changes what is computed."""
+    name = os.environ.get("TLQ_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

@@ -1,0 +1,161 @@
+"""Files that stages leave for each other: formats, and writing without halves.
+
+Everything is written to a temporary name beside its place and renamed, so that a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tlq.importance import Importance
+from tlq.samples import Sample
+
+PREPARED = Path("data/prepared")
+IMPORTANCE = Path("data/importance")
+CALIBSET = Path("data/calibset")
+MODELS = Path("models")
+EVALUATION = Path("evaluation")
+
+_SAMPLES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.binary())),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("source", pa.string()),
+    ]
+)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes ``path`` when the block ends well and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """An empty temporary directory; it replaces ``path`` when the block ends well and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_samples(samples: Sequence[Sample], path: Path) -> None:
+    table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=_SAMPLES)
+    with new_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
+    """The first ``limit`` calibration samples.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, a column is missing, or fewer samples than asked for.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; run `dvc repro prepare` first")
+    table = pq.read_table(path)
+    missing = [name for name in _SAMPLES.names if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{path}: needs the columns {', '.join(_SAMPLES.names)} but has no {', '.join(missing)}; "
+            "make it with `dvc repro prepare`"
+        )
+    if limit is not None and limit > table.num_rows:
+        raise ValueError(f"{path}: {limit} samples asked for, {table.num_rows} there; raise prepare.samples")
+    return [Sample(**row) for row in table.slice(0, limit).to_pylist()]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids and image marks of every sample that importance was scored on."""
+
+    token_ids: list[NDArray[np.int32]]
+    is_image: list[NDArray[np.bool_]]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.token_ids]
+
+
+def write_importance(scores: Importance, sequences: Sequences, folder: Path) -> None:
+    """``scores.parquet`` (layer, group, sample, values) and ``sequences.parquet`` (sample, token_ids, is_image)."""
+    rows: list[dict[str, Any]] = [
+        {"layer": layer, "group": group, "sample": sample, "values": values}
+        for (layer, group), per_sample in scores.items()
+        for sample, values in enumerate(per_sample)
+    ]
+    schema = pa.schema(
+        [
+            ("layer", pa.int32()),
+            ("group", pa.string()),
+            ("sample", pa.int32()),
+            ("values", pa.list_(pa.float32())),
+        ]
+    )
+    token_rows = {"token_ids": sequences.token_ids, "is_image": sequences.is_image}
+    with new_directory(folder) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary / "scores.parquet", compression="zstd")
+        pq.write_table(pa.table(token_rows), temporary / "sequences.parquet", compression="zstd")
+
+
+def read_sequences(folder: Path) -> Sequences:
+    table = _read_table(folder / "sequences.parquet", "importance")
+    return Sequences(
+        [np.asarray(ids, np.int32) for ids in table["token_ids"].to_pylist()],
+        [np.asarray(marks, np.bool_) for marks in table["is_image"].to_pylist()],
+    )
+
+
+def read_importance(folder: Path) -> Importance:
+    table = _read_table(folder / "scores.parquet", "importance")
+    scores: Importance = {}
+    columns = (table[name].to_pylist() for name in ("layer", "group", "values"))
+    for layer, group, values in zip(*columns, strict=True):
+        scores.setdefault((layer, group), []).append(np.asarray(values, np.float32))
+    return scores
+
+
+def read_tokens(path: Path) -> pd.DataFrame:
+    """The token-level calibration set: layer, group, sample, position, token_id, is_image, weight."""
+    return _read_table(path, "calibset").to_pandas()
+
+
+def _read_table(path: Path, stage: str) -> pa.Table:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; run `dvc repro {stage}` first")
+    return pq.read_table(path)
+
+
+def write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    with new_file(path) as temporary:
+        frame.to_parquet(temporary, index=False, compression="zstd")
+
+
+def write_text(text: str, path: Path) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(text)
