@@ -23,6 +23,8 @@ from tlq.quantizer import fake_quantize_activations
 
 Norm = Literal["l1", "l2"]
 
+_LEAST_DAMPING = 1e-6
+
 
 @dataclass
 class Statistics:
@@ -81,7 +83,7 @@ class Statistics:
             if int(info) == 0:
                 correction = torch.cholesky_solve((weight @ self.cross).T, factor).T
                 return weight + correction, hessian, damping
-            damping *= 10
+            damping = max(10 * damping, _LEAST_DAMPING)
         raise FloatingPointError(
             "the inputs' second moments cannot be factorised even with strong damping: they are not finite"
         )
