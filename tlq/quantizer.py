@@ -108,12 +108,11 @@ def weight_qparams(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> 
     low, high = scheme.code_range
     groups = weight.float().unflatten(1, (-1, scheme.group_size or weight.shape[1]))
     if scheme.symmetric:
-        scale = groups.abs().amax(2) / ((high - low) / 2)
-        scale = _nonzero(scale).to(scale_dtype)
+        scale = _nonzero((groups.abs().amax(2) / ((high - low) / 2)).to(scale_dtype))
         return scale, torch.zeros_like(scale, dtype=torch.int8)
     smallest = groups.amin(2).clamp(max=0)
     largest = groups.amax(2).clamp(min=0)
-    scale = _nonzero((largest - smallest) / (high - low)).to(scale_dtype)
+    scale = _nonzero(((largest - smallest) / (high - low)).to(scale_dtype))
     zero_point = torch.round(low - smallest / scale.float()).clamp(low, high).to(torch.int8)
     return scale, zero_point
 
@@ -160,5 +159,5 @@ def fake_quantize_activations(hidden_states: Tensor, bits: int) -> Tensor:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """A group of zeros gets scale 1: its codes are its zero-point, whatever the scale."""
+    """A group of zeros, or one too small for the dtype of its scale, gets scale 1 and so becomes exactly zero."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
