@@ -95,7 +95,7 @@ def encode_batches(
         if length > max_length:
             raise ValueError(
                 f"sample {sample.id}: {length} tokens, more than the {max_length} allowed; "
-                "drop it in `prepare` (prepare.max_tokens) or lower the processor's max_pixels"
+                "raise importance.max_tokens, or leave the sample out of the calibration data"
             )
     order = sorted(range(len(rows)), key=lambda index: (-rows[index]["input_ids"].shape[1], index))
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -124,9 +124,8 @@ def _collate(chunk: list[int], rows: list[dict[str, Tensor]], pad_id: int, image
     width = max(rows[index]["input_ids"].shape[1] for index in chunk)
     per_token = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
     inputs: dict[str, Tensor] = {}
-    for name in rows[chunk[0]]:
-        if name == "answer_length":
-            continue
+    names = dict.fromkeys(name for index in chunk for name in rows[index] if name != "answer_length")
+    for name in names:  # rows without an image have no pixels
         values = [rows[index][name] for index in chunk if name in rows[index]]
         if name in per_token:
             values = [_pad_right(value, width, per_token[name]) for value in values]
