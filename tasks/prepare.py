@@ -154,10 +154,10 @@ def read_table(params: PrepareParams) -> Reader:
         answer = row[columns.answer]
         if isinstance(answer, list):
             answer = answer[0] if answer else ""
-        question = f"{IMAGE_MARK * len(encoded)}{row[columns.question]}"
+        question = f"{IMAGE_MARK * len(encoded)}{_text(row[columns.question])}"
         messages = [
             Message(role="user", content=question),
-            Message(role="assistant", content=str(answer or "")),
+            Message(role="assistant", content=_text(answer)),
         ]
         identifier = str(row[columns.id]) if columns.id else str(index)
         return Sample(identifier, encoded, messages, params.path)
@@ -175,12 +175,19 @@ def _keep_encoded(dataset: Any, column: str) -> Any:
     return dataset
 
 
+def _text(value: Any) -> str:
+    """A cell as text; numbers count as answers (0 too), an empty cell as none."""
+    return "" if value is None else str(value)
+
+
 def _image_bytes(image: Any) -> bytes:
     if isinstance(image, bytes):
         return image
-    if image.get("bytes") is not None:
+    if isinstance(image, dict) and image.get("bytes") is not None:
         return bytes(image["bytes"])
-    return _read_image_file(Path(image["path"]))
+    if isinstance(image, dict) and image.get("path"):
+        return _read_image_file(Path(image["path"]))
+    raise ValueError(f"unreadable image: neither a file's bytes nor its path, but {type(image).__name__}")
 
 
 def _read_image_file(path: Path) -> bytes:
@@ -195,23 +202,31 @@ def read_llava_json(params: PrepareParams) -> Reader:
     path, root = Path(params.path), Path(params.image_root or "")
     if not path.exists() or not root.is_dir():
         raise FileNotFoundError(f"{path} or image_root {root}: not found; correct them in prepare")
-    rows: Sequence[dict[str, Any]] = json.loads(path.read_text())
+    try:
+        rows: Sequence[dict[str, Any]] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: must be a list of conversations")
 
     def read(index: int) -> Sample:
         row = rows[index]
-        if "conversations" not in row:
-            raise ValueError("it has no `conversations`")
+        if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+            raise ValueError("it has no list of `conversations`")
         names = row.get("image") or []
         images = [_read_image_file(root / name) for name in ([names] if isinstance(names, str) else names)]
-        messages = [
-            Message(role=ROLES.get(turn["from"], turn["from"]), content=_tidy(turn["value"]))
-            for turn in row["conversations"]
-        ]
-        return Sample(str(row.get("id", index)), images, messages, path.name)
+        return Sample(str(row.get("id", index)), images, [_message(turn) for turn in row["conversations"]], path.name)
 
     return len(rows), read
+
+
+def _message(turn: Any) -> Message:
+    """A LLaVA turn {"from", "value"} as a chat message; ValueError if it is not one."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise ValueError("a turn has no text in `value`")
+    if turn.get("from") not in ROLES:
+        raise ValueError(f"a turn is from {turn.get('from')!r}, not one of {', '.join(ROLES)}")
+    return Message(role=ROLES[turn["from"]], content=_tidy(turn["value"]))
 
 
 def _tidy(text: str) -> str:
