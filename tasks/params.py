@@ -65,14 +65,17 @@ def recipe(name: str, path: str | Path = PARAMS) -> Recipe:
     Raises:
         ParamsError: an unknown recipe, or a choice that recipes do not have.
     """
+    overrides = _read(Path(path)).get("recipes") or {}
     try:
-        row = get_recipe(name)
+        row, *_ = [get_recipe(each) for each in (name, *overrides)]
     except ValueError as error:
         raise ParamsError(f"{path}: {error}") from error
-    overrides = (_read(Path(path)).get("recipes") or {}).get(name) or {}
+    own = overrides.get(name) or {}
+    if "name" in own:
+        raise ParamsError(f"{path}: recipes.{name}.name: a recipe keeps its name, its checkpoints carry it; remove it")
     adapter = _wrapper(Recipe)
     fields = adapter(value=row).model_dump()["value"]
-    return parse(f"recipes.{name}", _merge(fields, overrides), Recipe, path)
+    return parse(f"recipes.{name}", _merge(fields, own), Recipe, path)
 
 
 def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
