@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,12 @@ class GroupInputs:
     u: Tensor
     w: Tensor
 
+    def magnitude(self, how: Literal["mean", "weighted", "max"]) -> Tensor:
+        """Magnitude of every channel of u, [in]."""
+        if how == "max":
+            return self.u.abs().amax(0)
+        return self.u.abs().mean(0) if how == "mean" else (self.w @ self.u.abs()) / self.w.sum()
+
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -103,10 +109,12 @@ def calibrate(
         on_layer: called with the index and reports of each finished layer.
 
     Raises:
-        ValueError: a group size does not divide a layer's width.
+        ValueError: a group size does not divide a layer's width, or data that the recipe needs is missing.
         FloatingPointError: a weight or hidden state is not finite; the message names the layer.
     """
     check_model(model, architecture, scheme)
+    if recipe.needs_data:
+        check_data(architecture, len(architecture.decoder_layers(model)), batches, weights)
     loop = LayerLoop(model, architecture, batches, weights, recipe, scheme, storage)
     layers = architecture.decoder_layers(model)
     reports: list[GroupReport] = []
@@ -131,6 +139,20 @@ def check_model(model: nn.Module, architecture: Architecture, scheme: Scheme) ->
                 scheme.check_width(weight.shape[1], name)
                 if not torch.isfinite(weight).all():
                     raise FloatingPointError(f"{name}: weight is not finite; the checkpoint is damaged")
+
+
+def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch], weights: TokenWeights) -> None:
+    """Refuse missing calibration data: with none of it a method would quietly round to nearest."""
+    if not batches:
+        raise ValueError("no calibration samples; give some, or use the recipe rtn, which needs none")
+    for layer in range(layers):
+        for group in architecture.groups:
+            parts = weights.get((layer, group.name), [])
+            if len(parts) != len(batches) or not any(bool((part > 0).any()) for part in parts):
+                raise ValueError(
+                    f"layer {layer}, group {group.name}: no token of the calibration data has a weight; "
+                    "score this model's tokens again (`dvc repro calibset`)"
+                )
 
 
 class LayerLoop:
@@ -307,10 +329,7 @@ class LayerLoop:
     ) -> Candidate:
         """The candidate scales with the smallest error under nearest rounding; the first of equals."""
         method = self.recipe.equalization
-        magnitude = (
-            inputs.u.abs().amax(0) if method.magnitude == "max" else (inputs.w @ inputs.u.abs()) / inputs.w.sum()
-        )
-        tried = list(candidates(method, magnitude, weight, self.scheme.group_size, fold))
+        tried = list(candidates(method, inputs.magnitude(method.magnitude), weight, self.scheme.group_size, fold))
         if len(tried) == 1 or method.method == "fixed":
             return tried[-1]
 

@@ -34,7 +34,7 @@ class Equalization:
         duo: also try exponents on the weight magnitude, s = |x|^a / |w|^(1 - a).
         error: measured on the output of the group's `linears`, or of the `parent` module.
         norm: `l2` (squared) or `l1` error.
-        magnitude: activation magnitude as `mean` or `max` of |x|.
+        magnitude: activation magnitude as `mean` of |x| over the tokens, `weighted` by their importance, or `max`.
         folds: groups that may be scaled: those behind `norms` only, also those behind a linear of `matching` width
             (AWQ's code), or `all`: under grouped-query attention the input channels of the output projection that
             come from one value channel then get one scale.
@@ -46,7 +46,7 @@ class Equalization:
     duo: bool = False
     error: Literal["linears", "parent"] = "linears"
     norm: Norm = "l2"
-    magnitude: Literal["mean", "max"] = "mean"
+    magnitude: Literal["mean", "weighted", "max"] = "mean"
     folds: Literal["norms", "matching", "all"] = "all"
 
 
@@ -102,12 +102,17 @@ RECIPES: dict[str, Recipe] = {
             equalization=Equalization("grid", error="parent", norm="l1", folds="matching"),
         ),
         # arXiv 2602.07899.
-        Recipe("tlq", importance="token", tokens="set", equalization=Equalization("grid", duo=True)),
+        Recipe(
+            "tlq",
+            importance="token",
+            tokens="set",
+            equalization=Equalization("grid", duo=True, magnitude="weighted"),
+        ),
         Recipe(
             "tlq-c",
             importance="token",
             tokens="set",
-            equalization=Equalization("grid", duo=True),
+            equalization=Equalization("grid", duo=True, magnitude="weighted"),
             rounding="compensated",
         ),
     )
