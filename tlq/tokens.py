@@ -57,7 +57,10 @@ def select_tokens(
         chosen = _top(weights, is_image, budget)
         chosen_weights = weights[chosen].astype(np.float64)
     else:
-        counts = _systematic_draw(_with_floor(weights, is_image, budget.modality_floor), budget, generator)
+        probability = _with_floor(weights, is_image, budget.modality_floor)
+        counts = np.empty(len(weights), np.int64)
+        by_modality = np.argsort(is_image, kind="stable")  # so that each modality is drawn as often as it should
+        counts[by_modality] = _systematic_draw(probability[by_modality], budget, generator)
         chosen = np.flatnonzero(counts)
         chosen_weights = counts[chosen].astype(np.float64)
     chosen_weights *= len(chosen) / chosen_weights.sum()
