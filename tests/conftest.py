@@ -5,15 +5,25 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
-from tlq.samples import Sample
+from tlq.architectures import architecture_of
+from tlq.checkpoint import load_model
+from tlq.importance import Importance, score_tokens
+from tlq.processor import load_processor
+from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 SPECIAL = [
     "<|im_start|>",
@@ -138,3 +148,25 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def samples() -> list[Sample]:
     return random_samples(6)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path) -> PreTrainedModel:
+    """The tiny model in float32, shared: copy it before changing it."""
+    return load_model(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_checkpoint: Path) -> Any:
+    return load_processor(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def batches(tiny_model: PreTrainedModel, tiny_processor: Any, samples: list[Sample]) -> list[Batch]:
+    """The six samples as a micro-batch of four and one of two, padded."""
+    return encode_batches(samples, tiny_processor, image_token_id(tiny_model.config), batch_size=4, max_length=512)
+
+
+@pytest.fixture(scope="session")
+def scores(tiny_model: PreTrainedModel, batches: list[Batch], samples: list[Sample]) -> Importance:
+    return score_tokens(tiny_model, architecture_of(tiny_model.config), batches, len(samples))
