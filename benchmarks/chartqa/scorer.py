@@ -1,0 +1,46 @@
+"""ChartQA: relaxed accuracy, within 5 % for numbers, equality without case for the rest."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PROMPT_SUFFIX = "\nAnswer the question with a single word."
+TOLERANCE = 0.05
+
+
+def prompt(doc: Mapping[str, Any]) -> str:
+    question = doc["question"].replace("<image>", "image")
+    return f"<image>{question}{PROMPT_SUFFIX}"
+
+
+def target(doc: Mapping[str, Any]) -> str:
+    return doc["answer"]
+
+
+def to_number(text: str) -> float | None:
+    """Number in a text, None if it is not one. Percent signs at the end divide by 100 and must touch the number."""
+    is_percent = text.endswith("%")
+    digits = text.rstrip("%")
+    if is_percent and digits != digits.rstrip():
+        return None
+    try:
+        return float(digits) / 100 if is_percent else float(digits)
+    except ValueError:
+        return None
+
+
+def is_correct(reply: str, answer: str) -> bool:
+    """Relaxed correctness (Masry et al. 2022, section 5.1).
+
+    A target of exactly 0 has no 5 % around it: like text, it is compared by lower-case equality.
+    """
+    number, wanted = to_number(reply), to_number(answer)
+    if number is not None and wanted:
+        return abs(number - wanted) / abs(wanted) <= TOLERANCE
+    return reply.lower() == answer.lower()
+
+
+def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval `process_results`: overall, and the half (human or augmented) that the question comes from."""
+    correct = float(is_correct(results[0], doc["answer"]))
+    half = "human" if doc["type"].startswith("human") else "augmented"
+    return {"relaxed_accuracy": correct, half: correct}

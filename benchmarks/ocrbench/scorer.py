@@ -1,0 +1,61 @@
+"""OCRBench: a ground truth that occurs in the reply scores one point; a thousand questions, ten types."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FORMULA_DATASET = "HME100k"
+RECOGNITION = (
+    "Regular Text Recognition",
+    "Irregular Text Recognition",
+    "Artistic Text Recognition",
+    "Handwriting Recognition",
+    "Digit String Recognition",
+    "Non-Semantic Text Recognition",
+)
+CATEGORIES = dict.fromkeys(RECOGNITION, "text_recognition") | {
+    "Scene Text-centric VQA": "scene_text_vqa",
+    "Doc-oriented VQA": "document_vqa",
+    "Key Information Extraction": "key_information",
+    "Handwritten Mathematical Expression Recognition": "handwritten_mathematics",
+}
+
+
+def prompt(doc: Mapping[str, Any]) -> str:
+    return "<image>" + doc["question"].replace("<image>", "image").strip()
+
+
+def target(doc: Mapping[str, Any]) -> str:
+    """First ground truth that is not blank; empty if there is none."""
+    return next(iter(_ground_truths(doc)), "")
+
+
+def _ground_truths(doc: Mapping[str, Any]) -> list[str]:
+    answers = doc["answer"]
+    answers = [answers] if isinstance(answers, str) else answers or []
+    return [answer for answer in answers if answer.strip()]
+
+
+def is_correct(reply: str, answer: str, dataset: str) -> bool:
+    """Whether the ground truth is a substring; for formulas without spaces and case-sensitive."""
+    reply, answer = (text.strip().replace("\n", " ") for text in (reply, answer))
+    if dataset == FORMULA_DATASET:
+        return answer.replace(" ", "") in reply.replace(" ", "")
+    return answer.lower() in reply.lower()
+
+
+def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval `process_results`: accuracy and points, also of the question's category.
+
+    `accuracy_lmms_eval` lower-cases a formula reply before the case-sensitive comparison, as lmms-eval does,
+    by which a formula with a capital letter can never be right.
+    """
+    reply, dataset, answers = results[0], doc["dataset"], _ground_truths(doc)
+    correct = float(any(is_correct(reply, answer, dataset) for answer in answers))
+    variant = float(any(is_correct(reply.lower(), answer, dataset) for answer in answers))
+    category = CATEGORIES.get(doc["question_type"], "other")
+    return {"accuracy": correct, "points": correct, "accuracy_lmms_eval": variant, category: correct}
+
+
+def total(points: Sequence[float]) -> float:
+    """lm-eval aggregation: a sum of this run's points only (nothing is kept between runs)."""
+    return float(sum(points))

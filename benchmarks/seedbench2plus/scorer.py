@@ -1,0 +1,29 @@
+"""SEED-Bench-2-Plus: text-rich images (charts, maps, web pages), four options, scored by the reply's first letter."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LETTERS = "ABCD"
+PROMPT_SUFFIX = "\n\nAnswer with the option's letter from the given choices directly."
+
+
+def prompt(doc: Mapping[str, Any]) -> str:
+    lines = [doc["question"]] + [f"{letter}. {doc[f'choice_{letter}']}" for letter in LETTERS]
+    text = "\n".join(lines).replace("<image>", "image").replace("<img>", "image")
+    return f"<image>{text}{PROMPT_SUFFIX}"
+
+
+def target(doc: Mapping[str, Any]) -> str:
+    return doc["answer"].strip()
+
+
+def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval `process_results`: overall, by image type, and whether the reply began with no option's letter."""
+    letter = results[0].strip()[:1].upper()
+    correct = float(letter != "" and letter == doc["answer"].strip().upper())
+    image_type = doc["question_image_type"].strip().lower()
+    return {
+        "accuracy": correct,
+        image_type: correct,
+        "unparsed": float(letter == "" or letter not in LETTERS),
+    }
