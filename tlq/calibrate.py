@@ -287,6 +287,10 @@ class LayerLoop:
             u, u_parents = x, x_parents
         if self.recipe.target == "exposed":
             x, x_parents = u, u_parents
+        if not (torch.isfinite(x).all() and torch.isfinite(u).all()):
+            raise FloatingPointError(
+                f"layer {index}, group {group.name}: its input is not finite; run in float32 or bfloat16 (model.dtype)"
+            )
         parent_error = None
         if group.parent and self.recipe.equalization.error == "parent":
             parent_error = _ParentError(
