@@ -1,0 +1,237 @@
+"""Reads a benchmark's rows: from the hub or a local parquet, checked, with bad rows listed and images undecoded."""
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+from PIL import Image
+
+log = logging.getLogger(__name__)
+
+# What PIL raises for image bytes that it cannot read.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class BenchmarkSource:
+    """Which benchmark to run, and where its rows are if not where the YAML says.
+
+    `data` is a local parquet file and excludes the hub fields; `limit` overrides the evaluation's own.
+    """
+
+    task: str
+    data: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    limit: int | None = None
+
+
+class BenchmarkError(ValueError):
+    """A benchmark that cannot be run as asked; the message says what to change."""
+
+
+class EncodedImage:
+    """An image as its file's bytes: decoded when a batch needs it, so that a large set fits in memory."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        """Read the size from the header. Raises one of IMAGE_ERRORS if the bytes are no image."""
+        self._data = data
+        self.name = name
+        with Image.open(io.BytesIO(data)) as image:
+            self.width, self.height = image.size
+
+    def decode(self) -> Image.Image:
+        """Pixels as RGB. Raises one of IMAGE_ERRORS if the file is damaged."""
+        with Image.open(io.BytesIO(self._data)) as image:
+            return image.convert("RGB")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.width}x{self.height})"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A row that was asked for and not scored, and why."""
+
+    doc: str
+    reason: str
+
+
+@dataclass
+class Rows(Sequence[dict[str, Any]]):
+    """Rows of one benchmark in the shape that lm-eval expects of a data set split."""
+
+    docs: list[dict[str, Any]]
+    ids: list[str]
+    asked: int
+    skipped: list[Skip] = field(default_factory=list)
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        return dict.fromkeys(self.docs[0]) if self.docs else {}
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.docs[index]
+
+    def __len__(self) -> int:
+        return len(self.docs)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.docs)
+
+
+def choose_rows(names: Sequence[str], task: str, limit: int | None, seed: int) -> list[int]:
+    """Positions of `limit` rows, in order: those whose name has the smallest hash with seed and task.
+
+    Depends on nothing else, so every variant is asked the same questions.
+    """
+    if limit is None or limit >= len(names):
+        return list(range(len(names)))
+
+    def rank(position: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{task}:{names[position]}".encode()).digest()
+
+    return sorted(sorted(range(len(names)), key=rank)[:limit])
+
+
+def load_rows(
+    source: BenchmarkSource,
+    config: Mapping[str, Any],
+    target: Callable[[Mapping[str, Any]], str],
+    limit: int | None,
+    seed: int,
+) -> Rows:
+    """Rows of a benchmark, the unusable ones listed in `skipped`.
+
+    Args:
+        config: the task's YAML; `metadata` names its `columns`, `images` and optionally an `id` column.
+        target: the YAML's `doc_to_target`; a row without a target is skipped unless `empty_target: score`.
+        limit: rows to ask for, None for all; the source's own limit wins.
+    """
+    metadata = config["metadata"]
+    table = _read_local(source) if source.data else _read_hub(source, config)
+    _check_columns(table.column_names, metadata["columns"], source)
+    for column in set(metadata["images"]) & set(table.column_names):
+        if isinstance(table.features[column], datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    names = _row_names(table, metadata.get("id"))
+    limit = limit if source.limit is None else source.limit
+    chosen = choose_rows(names, source.task, limit, seed)
+    if limit is not None and limit > len(names):
+        log.warning("%s: asked for %d items, the data has %d.", source.task, limit, len(names))
+    rows = Rows(docs=[], ids=[], asked=len(chosen) if limit is None else limit)
+    for position in chosen:
+        _add_row(rows, dict(table[position]), names[position], metadata, target)
+    if not rows.docs:
+        first = f" First reason: {rows.skipped[0].reason}." if rows.skipped else ""
+        raise BenchmarkError(f"{source.task}: no usable row in {_place(source, config)}.{first}")
+    if rows.skipped:
+        log.warning(
+            "%s: %d of %d rows skipped, e.g. %s: %s.",
+            source.task, len(rows.skipped), len(chosen), rows.skipped[0].doc, rows.skipped[0].reason,
+        )  # fmt: skip
+    return rows
+
+
+def _place(source: BenchmarkSource, config: Mapping[str, Any]) -> str:
+    if source.data:
+        return source.data
+    return f"{source.hub or config['dataset_path']} split {source.split or config['test_split']}"
+
+
+def _read_local(source: BenchmarkSource) -> datasets.Dataset:
+    """A parquet file with every column, whether `datasets` wrote it or pandas did."""
+    path = Path(str(source.data))
+    if source.hub or source.revision or source.split or source.subset:
+        raise BenchmarkError(f"{source.task}: give either `data` or hub, subset, revision and split, not both.")
+    if not path.is_file():
+        raise BenchmarkError(f"{source.task}: {path} is missing; run the stage that makes it or correct `data`.")
+    try:
+        return datasets.Dataset(pq.read_table(path))
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"{source.task}: {path} is no readable parquet file ({error}).") from error
+
+
+def _read_hub(source: BenchmarkSource, config: Mapping[str, Any]) -> datasets.Dataset:
+    path, split = source.hub or config["dataset_path"], source.split or config["test_split"]
+    kwargs = dict(config.get("dataset_kwargs") or {})
+    if source.revision:
+        kwargs["revision"] = source.revision
+    try:
+        loaded = datasets.load_dataset(path, source.subset or config.get("dataset_name"), **kwargs)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise BenchmarkError(
+            f"{source.task}: cannot load {path} ({type(error).__name__}: {str(error)[:200]}). "
+            "Check hub id, subset, revision and network, or give a local parquet as `data`."
+        ) from error
+    if split not in loaded:
+        raise BenchmarkError(f"{source.task}: {path} has no split {split!r}, it has {', '.join(loaded)}.")
+    return loaded[split]
+
+
+def _check_columns(found: Sequence[str], needed: Sequence[str], source: BenchmarkSource) -> None:
+    missing = [column for column in needed if column not in found]
+    if missing:
+        raise BenchmarkError(
+            f"{source.task}: {source.data or source.hub or 'the data set'} lacks column {', '.join(missing)} "
+            f"(it has {', '.join(found)}); is it the right data set for this benchmark?"
+        )
+
+
+def _row_names(table: datasets.Dataset, id_column: str | None) -> list[str]:
+    """Stable names of rows: the id column where it is unique, else position (with the id, if there is one)."""
+    if id_column is None:
+        return [str(position) for position in range(len(table))]
+    ids = [str(value) for value in table[id_column]]
+    return ids if len(set(ids)) == len(ids) else [f"{name}#{position}" for position, name in enumerate(ids)]
+
+
+def _add_row(
+    rows: Rows,
+    doc: dict[str, Any],
+    name: str,
+    metadata: Mapping[str, Any],
+    target: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """Check one row and add it to the rows or to the skipped."""
+    empty = [
+        column
+        for column in metadata["columns"]
+        if doc[column] is None and not (column in ("answers", "answer") and _scores_empty(metadata))
+    ]
+    if empty:
+        rows.skipped.append(Skip(name, f"empty column {', '.join(empty)}"))
+        return
+    try:
+        for column in metadata["images"]:
+            if doc.get(column) is not None:
+                doc[column] = _encoded(doc[column], f"{column} of {name}")
+        if not target(doc).strip() and not _scores_empty(metadata):
+            rows.skipped.append(Skip(name, "no answer"))
+            return
+    except IMAGE_ERRORS as error:
+        rows.skipped.append(Skip(name, f"{type(error).__name__}: {error}"[:200]))
+        return
+    rows.docs.append(doc)
+    rows.ids.append(name)
+
+
+def _scores_empty(metadata: Mapping[str, Any]) -> bool:
+    return metadata.get("empty_target") == "score"
+
+
+def _encoded(value: Any, name: str) -> EncodedImage:
+    """Image column entry ({"bytes", "path"} or bytes) as an EncodedImage."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or (Path(value["path"]).read_bytes() if value.get("path") else None)
+    if not isinstance(value, bytes):
+        raise ValueError(f"image is neither bytes nor a readable path but {type(value).__name__}")
+    return EncodedImage(value, name)

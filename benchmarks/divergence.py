@@ -1,0 +1,131 @@
+"""How far a variant's answer distributions are from full precision, teacher-forced on the reference answers.
+
+Accuracy on a few hundred items cannot tell good quantizers apart; these can:
+
+- NLL: mean over answer tokens of -log q(token), in nats.
+- KL: mean over answer tokens of KL(p || q) = sum over the vocabulary of p (log p - log q), in nats,
+  p full precision and q the variant, both given the same prompt and the same preceding answer tokens.
+
+The tokens of an answer include the one that ends the turn: stopping is part of the answer. The full-precision run
+stores log p per answer token; variant runs read it, so that no process holds two models.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+log = logging.getLogger(__name__)
+
+# Up to this vocabulary log-probabilities are kept in float32, above in float16.
+FLOAT32_VOCABULARY = 32768
+
+
+class ItemKey(NamedTuple):
+    """Task name and row name of an item: the same for every variant."""
+
+    task: str
+    doc: str
+
+    def __str__(self) -> str:
+        return f"{self.task}/{self.doc}"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of one item, per answer token in nats; `kl` is None where there is nothing to compare with."""
+
+    n_tokens: int
+    nll: float
+    kl: float | None
+
+
+class AnswerMeter(Protocol):
+    """Takes log q of a batch of answers, gives their divergences."""
+
+    def wants(self, key: ItemKey) -> bool:
+        """Whether this item's answer is to be measured."""
+
+    def measure(self, answers: Mapping[ItemKey, tuple[Sequence[int], torch.Tensor]]) -> dict[ItemKey, Divergence]:
+        """Answer token ids, and log-probabilities [tokens, vocabulary] float32 at each of them."""
+
+
+def nll_per_token(log_q: torch.Tensor, tokens: Sequence[int]) -> float:
+    """Mean of -log q(token): log_q [tokens, vocabulary]. Nats."""
+    index = torch.tensor(tokens, device=log_q.device).unsqueeze(-1)
+    return -log_q.gather(-1, index).double().mean().item()
+
+
+def kl_per_token(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    """Mean over tokens of KL(p || q): both [tokens, vocabulary]. Nats, never negative beyond rounding."""
+    return (log_p.double().exp() * (log_p.double() - log_q.double())).sum(-1).mean().item()
+
+
+class ReferenceRecorder:
+    """Meter of the full-precision run: stores log p, one file a batch, each written to a temporary name first."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._files = len(list(folder.glob("*.safetensors")))
+
+    def wants(self, key: ItemKey) -> bool:
+        return True
+
+    def measure(self, answers: Mapping[ItemKey, tuple[Sequence[int], torch.Tensor]]) -> dict[ItemKey, Divergence]:
+        tensors = {}
+        for key, (tokens, log_p) in answers.items():
+            dtype = torch.float32 if log_p.shape[-1] <= FLOAT32_VOCABULARY else torch.float16
+            tensors[f"{key}/log_p"] = log_p.to("cpu", dtype)
+            tensors[f"{key}/tokens"] = torch.tensor(tokens, dtype=torch.int32)
+        if tensors:
+            path = self._folder / f"part-{self._files:05d}.safetensors"
+            temporary = path.with_suffix(".tmp")
+            save_file(tensors, temporary)
+            temporary.rename(path)
+            self._files += 1
+        return {
+            key: Divergence(len(tokens), nll_per_token(log_p, tokens), 0.0) for key, (tokens, log_p) in answers.items()
+        }
+
+
+class ReferenceReader:
+    """Meter of a variant's run: compares with what the full-precision run stored."""
+
+    def __init__(self, folder: Path) -> None:
+        self._places: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self._places |= dict.fromkeys(file.keys(), path)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}); evaluate `full` again.") from error
+        if not self._places:
+            raise FileNotFoundError(
+                f"{folder} holds no reference log-probabilities; "
+                "evaluate the `full` variant first, with `evaluate.divergence` on."
+            )
+
+    def wants(self, key: ItemKey) -> bool:
+        return f"{key}/log_p" in self._places
+
+    def measure(self, answers: Mapping[ItemKey, tuple[Sequence[int], torch.Tensor]]) -> dict[ItemKey, Divergence]:
+        return {key: self._compare(key, tokens, log_q) for key, (tokens, log_q) in answers.items()}
+
+    def _compare(self, key: ItemKey, tokens: Sequence[int], log_q: torch.Tensor) -> Divergence:
+        with safe_open(self._places[f"{key}/log_p"], "pt") as file:
+            log_p, reference_tokens = file.get_tensor(f"{key}/log_p"), file.get_tensor(f"{key}/tokens")
+        if reference_tokens.tolist() != list(tokens) or log_p.shape[-1] != log_q.shape[-1]:
+            raise ValueError(
+                f"{key}: the full-precision run tokenized the answer differently or has another vocabulary "
+                f"({log_p.shape[-1]} against {log_q.shape[-1]}); evaluate `full` again."
+            )
+        if log_p.dtype != torch.float32:
+            log_p = log_p.float().log_softmax(-1)
+        kl = kl_per_token(log_p.to(log_q.device), log_q)
+        return Divergence(len(tokens), nll_per_token(log_q, tokens), kl)

@@ -1,0 +1,192 @@
+"""Runs the benchmarks on a loaded model through lm-eval and returns per-item records.
+
+lm-eval's `evaluate` is called rather than `simple_evaluate`: it is the same engine without the environment report,
+which takes longer than the demo's benchmarks do.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from benchmarks.data import BenchmarkError, BenchmarkSource, Rows, Skip, choose_rows, load_rows
+from benchmarks.divergence import AnswerMeter, ItemKey
+from benchmarks.model import Finished, VisionLM
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Item:
+    """One answered item. `score` is in [0, 1], `nll` and `kl` in nats per answer token."""
+
+    task: str
+    doc: str
+    prompt: str
+    target: str
+    reply: str
+    score: float
+    metrics: Mapping[str, float]
+    n_answer_tokens: int = 0
+    nll: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sub-score: mean in [0, 1] or sum of points, and over how many items."""
+
+    value: float
+    n: int
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What one benchmark gave; `len(items)` less than `asked` means a score on fewer items than wanted."""
+
+    task: str
+    items: Sequence[Item]
+    asked: int
+    skipped: Sequence[Skip]
+    parts: Mapping[str, Part]
+
+
+@dataclass
+class Benchmark:
+    """A task ready to run: lm-eval's object, its rows and its YAML."""
+
+    task: ConfigurableTask
+    rows: Rows
+    config: Mapping[str, Any] = field(repr=False)
+
+
+def load_benchmarks(sources: Sequence[BenchmarkSource], limit: int | None, seed: int) -> dict[str, Benchmark]:
+    """Read every benchmark's rows first: a missing file should not be found out after an hour of answering."""
+    names = [source.task for source in sources]
+    if len(set(names)) != len(names):
+        raise BenchmarkError(f"evaluate.benchmarks names a task twice: {', '.join(names)}.")
+    manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
+    return {source.task: _load(source, manager, limit, seed) for source in sources}
+
+
+def _load(source: BenchmarkSource, manager: TaskManager, limit: int | None, seed: int) -> Benchmark:
+    entry = manager.task_index.get(source.task)
+    if entry is None or entry.yaml_path is None:
+        raise BenchmarkError(f"Unknown benchmark {source.task!r}; there are {', '.join(manager.all_tasks)}.")
+    config = load_yaml(entry.yaml_path)
+    rows = load_rows(source, config, config["doc_to_target"], limit, seed)
+    split = config["test_split"]
+    ready = config | {"custom_dataset": lambda **_: {split: rows}, "dataset_kwargs": None}
+    task = ConfigurableTask(config=ready)
+    task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(seed)
+    return Benchmark(task, rows, config)
+
+
+def run_benchmarks(
+    benchmarks: Mapping[str, Benchmark],
+    model: Any,
+    processor: Any,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    meter: AnswerMeter | None = None,
+    measured_items: int | None = None,
+    seed: int = 0,
+    finished: Mapping[ItemKey, Finished] | None = None,
+    on_batch: Callable[[Sequence[Finished]], None] = lambda batch: None,
+) -> list[BenchmarkResult]:
+    """Answer every item, score it, and with a `meter` measure the reference answers.
+
+    Args:
+        measured_items: how many reference answers to measure per benchmark, chosen by `seed`; None for all.
+        finished, on_batch: see VisionLM; they let an interrupted run go on.
+    """
+    lm = VisionLM(
+        model,
+        processor,
+        batch_size,
+        name_of=lambda task, position: benchmarks[task].rows.ids[position],
+        max_new_tokens=max_new_tokens,
+        answers=_answers(benchmarks, measured_items, seed),
+        meter=meter,
+        finished=finished,
+        on_batch=on_batch,
+    )
+    outcome = evaluate(
+        lm,
+        {"tasks": {name: benchmark.task for name, benchmark in benchmarks.items()}, "groups": {}},
+        bootstrap_iters=0,
+        apply_chat_template=True,
+        log_samples=True,
+    )
+    if outcome is None:
+        raise RuntimeError("lm-eval gave no results; run the evaluation in a single process.")
+    return [_result(name, benchmark, outcome["samples"][name], lm.finished) for name, benchmark in benchmarks.items()]
+
+
+def _answers(benchmarks: Mapping[str, Benchmark], limit: int | None, seed: int) -> dict[ItemKey, str]:
+    """Reference answers of the items to be measured."""
+    answers = {}
+    for name, benchmark in benchmarks.items():
+        rows = benchmark.rows
+        for position in choose_rows(rows.ids, name, limit, seed):
+            answers[ItemKey(name, rows.ids[position])] = benchmark.config["doc_to_target"](rows.docs[position])
+    return answers
+
+
+def _result(
+    name: str,
+    benchmark: Benchmark,
+    samples: Sequence[Mapping[str, Any]],
+    finished: Mapping[ItemKey, Finished],
+) -> BenchmarkResult:
+    """Per-item records and sub-scores; items that could not be answered count as skipped, not as wrong."""
+    items, skipped = [], list(benchmark.rows.skipped)
+    for sample in samples:
+        done = finished[ItemKey(name, benchmark.rows.ids[sample["doc_id"]])]
+        if done.failure is not None:
+            skipped.append(Skip(done.key.doc, done.failure))
+        else:
+            items.append(_item(benchmark, sample, done))
+    if not items:
+        raise BenchmarkError(f"{name}: no item could be answered. First reason: {skipped[0].reason}.")
+    return BenchmarkResult(name, items, benchmark.rows.asked, skipped, _parts(items, benchmark.config["metadata"]))
+
+
+def _item(benchmark: Benchmark, sample: Mapping[str, Any], done: Finished) -> Item:
+    metrics = {metric: float(sample[metric]) for metric in sample["metrics"]}
+    measured = done.divergence
+    return Item(
+        task=done.key.task,
+        doc=done.key.doc,
+        prompt=sample["arguments"][0][0],
+        target=str(sample["target"]),
+        reply=done.reply,
+        score=metrics[benchmark.config["metadata"]["score"]],
+        metrics=metrics,
+        n_answer_tokens=measured.n_tokens if measured else 0,
+        nll=measured.nll if measured else None,
+        kl=measured.kl if measured else None,
+    )
+
+
+def _parts(items: Sequence[Item], metadata: Mapping[str, Any]) -> dict[str, Part]:
+    """Every metric of a scorer but the main one, over the items that have it."""
+    values: dict[str, list[float]] = {}
+    for item in items:
+        for metric, value in item.metrics.items():
+            values.setdefault(metric, []).append(value)
+    sums = set(metadata.get("sums", ()))
+    return {
+        metric: Part(sum(found) if metric in sums else sum(found) / len(found), len(found))
+        for metric, found in sorted(values.items())
+        if metric != metadata["score"]
+    }

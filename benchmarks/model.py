@@ -1,0 +1,345 @@
+"""A vision-language model as lm-eval sees it: chat prompts with images in, greedy replies out.
+
+One prefill serves two purposes. A plain forward pass over prompt and reference answer gives the answer's
+log-probabilities; its cache, cut back to the prompt, is what `generate` continues from. Batches are sorted by length,
+and images are decoded and processed for the next batch while the model works on this one.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from tqdm import tqdm
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+
+from benchmarks.data import IMAGE_ERRORS, BenchmarkError
+from benchmarks.divergence import AnswerMeter, Divergence, ItemKey
+
+log = logging.getLogger(__name__)
+
+PLACEHOLDER = "<image>"
+# Image tokens are estimated for sorting only; 28 x 28 pixels a token is Qwen2-VL's.
+PIXELS_PER_TOKEN = 784
+
+
+@dataclass(frozen=True)
+class Work:
+    """One item to answer."""
+
+    key: ItemKey
+    prompt: str
+    images: tuple[Any, ...]
+    max_new_tokens: int
+    answer: tuple[int, ...] = ()
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One item answered; `failure` says why it could not be, and then the reply is empty."""
+
+    key: ItemKey
+    reply: str = ""
+    divergence: Divergence | None = None
+    failure: str | None = None
+
+
+class VisionLM(LM):
+    """lm-eval model around an already loaded transformers model and its processor."""
+
+    MULTIMODAL = True
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        batch_size: int,
+        name_of: Callable[[str, int], str] = lambda task, position: str(position),
+        max_new_tokens: int | None = None,
+        answers: Mapping[ItemKey, str] | None = None,
+        meter: AnswerMeter | None = None,
+        finished: Mapping[ItemKey, Finished] | None = None,
+        on_batch: Callable[[Sequence[Finished]], None] = lambda batch: None,
+    ) -> None:
+        """
+        Args:
+            name_of: row name from task and position.
+            max_new_tokens: upper bound on what the tasks ask for.
+            answers: reference answers, measured by `meter` where it wants them.
+            finished: items answered by an earlier, interrupted run.
+            on_batch: called with each batch of finished items.
+        """
+        super().__init__()
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.batch_size = batch_size
+        self.finished = dict(finished or {})
+        self._name_of = name_of
+        self._max_new_tokens = max_new_tokens
+        self._answers = answers or {}
+        self._meter = meter
+        self._on_batch = on_batch
+        self._image_token = _image_token(model, processor)
+        self._end_of_turn = _end_of_turn(model, self.tokenizer)
+
+    # --- What lm-eval calls ---------------------------------------------------------------------------
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(getattr(self.tokenizer, "name_or_path", "tokenizer"))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Chat turns with `<image>` placeholders to the model's own prompt text."""
+        turns = [{"role": turn["role"], "content": self._parts(turn["content"])} for turn in chat_history]
+        return self.processor.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Replies in the order of the requests; details of every item are in `finished`."""
+        work = [self._work(request) for request in requests]
+        waiting = [item for item in work if item.key not in self.finished]
+        if len(waiting) < len(work):
+            log.info(
+                "%d of %d items were answered before; going on with the rest.",
+                len(work) - len(waiting),
+                len(work),
+            )
+        with tqdm(total=len(waiting), desc="answers", unit="item", disable=disable_tqdm) as progress:
+            for batch, encoded in self._encoded_batches(self._in_batches(waiting)):
+                done = self._answer(batch, encoded)
+                self.finished |= {item.key: item for item in done}
+                self._on_batch(done)
+                progress.update(len(done))
+        return [self.finished[item.key].reply for item in work]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("These benchmarks generate; use output_type generate_until.")
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        raise NotImplementedError("These benchmarks generate; use output_type generate_until.")
+
+    # --- Items and batches ----------------------------------------------------------------------------
+
+    def _parts(self, text: str) -> list[dict[str, str]]:
+        """Text and image parts of a turn; the model's image token in the text itself is made harmless."""
+        parts: list[dict[str, str]] = []
+        for position, piece in enumerate(text.split(PLACEHOLDER)):
+            if position > 0:
+                parts.append({"type": "image"})
+            if piece:
+                parts.append({"type": "text", "text": piece.replace(self._image_token, "image")})
+        return parts
+
+    def _work(self, request: Instance) -> Work:
+        if len(request.args) < 3:
+            raise BenchmarkError(f"{request.task_name}: the task gives no images; set doc_to_image in its YAML.")
+        prompt, generation, extra = request.args
+        key = ItemKey(str(request.task_name), self._name_of(str(request.task_name), int(request.doc_id or 0)))
+        images = tuple(extra["visual"])
+        max_new_tokens = generation["max_gen_toks"]
+        if self._max_new_tokens is not None:
+            max_new_tokens = min(max_new_tokens, self._max_new_tokens)
+        n_text = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
+        n_image = sum(image.width * image.height // PIXELS_PER_TOKEN for image in images)
+        return Work(key, prompt, images, max_new_tokens, self._answer_tokens(key), n_text + n_image)
+
+    def _answer_tokens(self, key: ItemKey) -> tuple[int, ...]:
+        """Token ids of the reference answer and the end of the turn; empty if it is not to be measured."""
+        answer = self._answers.get(key, "")
+        if not answer or self._meter is None or not self._meter.wants(key):
+            return ()
+        return (*self.tokenizer(answer, add_special_tokens=False).input_ids, self._end_of_turn)
+
+    def _in_batches(self, work: Sequence[Work]) -> Iterator[list[Work]]:
+        """Batches of like items, longest first: running out of memory happens at once or not at all."""
+        ordered = sorted(work, key=lambda item: (-item.max_new_tokens, -item.length, item.key))
+        start = 0
+        while start < len(ordered):
+            bound = ordered[start].max_new_tokens
+            batch = [item for item in ordered[start : start + self.batch_size] if item.max_new_tokens == bound]
+            start += len(batch)
+            yield batch
+
+    def _encoded_batches(self, batches: Iterator[list[Work]]) -> Iterator[tuple[list[Work], Any]]:
+        """Each batch with its encoding, the next one being made in the background."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pending = None
+            for batch in batches:
+                upcoming = (batch, pool.submit(self._encode, batch))
+                if pending is not None:
+                    yield pending[0], pending[1].result()
+                pending = upcoming
+            if pending is not None:
+                yield pending[0], pending[1].result()
+
+    def _encode(self, batch: Sequence[Work]) -> tuple[list[Work], list[Finished], Any]:
+        """Usable items, items whose image cannot be decoded, and the tensors of the usable ones (padded left)."""
+        usable, failed, images = [], [], []
+        for item in batch:
+            try:
+                images.append([_pixels(image) for image in item.images])
+                usable.append(item)
+            except IMAGE_ERRORS as error:
+                failed.append(Finished(item.key, failure=f"image cannot be decoded: {error}"[:200]))
+        if not usable:
+            return [], failed, None
+        inputs = self.processor(
+            text=[item.prompt for item in usable],
+            images=images if all(images) else [image for group in images for image in group] or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return usable, failed, inputs
+
+    # --- The model ------------------------------------------------------------------------------------
+
+    def _answer(self, batch: Sequence[Work], encoded: tuple[list[Work], list[Finished], Any]) -> list[Finished]:
+        """Answer a batch; out of memory, answer it in halves and stay with the smaller size."""
+        usable, failed, inputs = encoded
+        if not usable:
+            return failed
+        self._check_length(usable, inputs)
+        try:
+            return failed + self._run(usable, inputs)
+        except torch.OutOfMemoryError:
+            if len(usable) == 1:
+                raise
+        torch.cuda.empty_cache()
+        self.batch_size = max(1, min(self.batch_size, len(usable)) // 2)
+        log.warning("Out of memory with %d items; batch size is now %d.", len(usable), self.batch_size)
+        middle = (len(usable) + 1) // 2
+        halves = (usable[:middle], usable[middle:])
+        return failed + [done for half in halves for done in self._answer(half, self._encode(half))]
+
+    def _check_length(self, batch: Sequence[Work], inputs: Any) -> None:
+        """Refuse what does not fit: cutting a prompt would cut its image."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        lengths = inputs["attention_mask"].sum(-1)
+        longest = int(lengths.argmax())
+        needed = int(lengths[longest]) + max(batch[longest].max_new_tokens, len(batch[longest].answer))
+        if limit is not None and needed > limit:
+            raise BenchmarkError(
+                f"{batch[longest].key}: the prompt has {int(lengths[longest])} tokens and with the reply may reach "
+                f"{needed}, the model takes {limit}; lower max_pixels or max_new_tokens."
+            )
+
+    @torch.inference_mode()
+    def _run(self, batch: Sequence[Work], inputs: Any) -> list[Finished]:
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        divergences: dict[ItemKey, Divergence] = {}
+        cache = None
+        if self._meter is not None and any(item.answer for item in batch):
+            log_probs, cache = self._score_answers(batch, inputs)
+            divergences = self._meter.measure(log_probs)
+        if cache is None:
+            prompt = dict(inputs)
+        else:
+            prompt["past_key_values"] = cache
+        sequences = self.model.generate(**prompt, generation_config=self._generation(batch[0].max_new_tokens))
+        replies = self.tokenizer.batch_decode(
+            sequences[:, inputs["input_ids"].shape[1] :],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return [
+            Finished(item.key, reply, divergences.get(item.key)) for item, reply in zip(batch, replies, strict=True)
+        ]
+
+    def _score_answers(
+        self, batch: Sequence[Work], inputs: Any
+    ) -> tuple[dict[ItemKey, tuple[tuple[int, ...], torch.Tensor]], DynamicCache | None]:
+        """Forward pass over prompts and answers.
+
+        Returns:
+            Per item its answer tokens and their log-probabilities [tokens, vocabulary]; and the cache of the prompts
+            but for their last token, None if this model's cache cannot be cut.
+        """
+        longest = max(len(item.answer) for item in batch)
+        extended = _append(inputs, [item.answer for item in batch], longest, self._pad_token)
+        output = self.model(**extended, use_cache=True, logits_to_keep=longest + 1)
+        log_probs = {}
+        for item, logits in zip(batch, output.logits, strict=True):
+            if item.answer:
+                log_probs[item.key] = (item.answer, _log_softmax(logits[: len(item.answer)], item.key))
+        cache = output.past_key_values
+        if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return log_probs, None
+        cache.crop(-(longest + 1))
+        return log_probs, cache
+
+    @property
+    def _pad_token(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self._end_of_turn if pad is None else int(pad)
+
+    def _generation(self, max_new_tokens: int) -> GenerationConfig:
+        """Greedy, whatever the checkpoint's own generation config prefers."""
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=self.model.generation_config.eos_token_id or self._end_of_turn,
+            pad_token_id=self._pad_token,
+            use_cache=True,
+        )
+
+
+def _append(inputs: Any, answers: Sequence[Sequence[int]], longest: int, pad: int) -> dict[str, Any]:
+    """Inputs with answers [batch, longest] behind the prompts, padded right; other token-shaped inputs get 0."""
+    ids = inputs["input_ids"]
+    tail = torch.full((len(answers), longest), pad, dtype=ids.dtype)
+    mask = torch.zeros((len(answers), longest), dtype=inputs["attention_mask"].dtype)
+    for row, answer in enumerate(answers):
+        tail[row, : len(answer)] = torch.tensor(answer, dtype=ids.dtype)
+        mask[row, : len(answer)] = 1
+    tails = {"input_ids": tail, "attention_mask": mask}
+    extended = {}
+    for name, value in inputs.items():
+        if torch.is_tensor(value) and value.shape == ids.shape:
+            addition = tails.get(name, torch.zeros_like(tail)).to(value)
+            value = torch.cat([value, addition], dim=1)
+        extended[name] = value
+    return extended
+
+
+def _log_softmax(logits: torch.Tensor, key: ItemKey) -> torch.Tensor:
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError(f"{key}: the model gives non-finite logits; its weights or scales are broken.")
+    return logits.float().log_softmax(-1)
+
+
+def _pixels(image: Any) -> Any:
+    """PIL image, RGB, from an EncodedImage or a PIL image."""
+    return image.decode() if hasattr(image, "decode") else image.convert("RGB")
+
+
+def _image_token(model: Any, processor: Any) -> str:
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    return str(token)
+
+
+def _end_of_turn(model: Any, tokenizer: Any) -> int:
+    """Token that ends a reply: the tokenizer's, if generation stops at it, else the first that it stops at."""
+    stops = model.generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    if tokenizer.eos_token_id in stops or not stops:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("Neither tokenizer nor generation config names an end-of-turn token.")
+        return int(tokenizer.eos_token_id)
+    return int(stops[0])

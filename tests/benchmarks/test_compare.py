@@ -1,0 +1,115 @@
+"""Comparison with full precision: by hand, against scipy, and as a table."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from benchmarks.compare import compare, mcnemar_p, resampled_means, scores_table
+
+
+def items(task: str, scores: list[float], **columns: object) -> pd.DataFrame:
+    frame = pd.DataFrame({"task": task, "doc": [f"d{n:03d}" for n in range(len(scores))], "score": scores})
+    defaults = {"n_answer_tokens": 0, "nll": np.nan, "kl": np.nan}
+    return frame.assign(**defaults | columns)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_the_exact_binomial_test(lost: int, gained: int) -> None:
+    expected = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    assert mcnemar_p(lost, gained) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_of_many_flips() -> None:
+    assert mcnemar_p(600, 700) == pytest.approx(binomtest(600, 1300).pvalue, rel=1e-6)
+    assert mcnemar_p(5000, 5000) == 1.0
+
+
+def test_one_benchmark_by_hand() -> None:
+    full = items("a", [1, 1, 1, 1, 0, 0, 0, 0])
+    variant = items("a", [1, 1, 0, 0, 1, 0, 0, 0])
+    result = compare(variant, {"a": 8}, full, resamples=500, seed=0)["a"]
+    assert (result.score, result.n, result.asked, result.pairs) == (37.5, 8, 8, 8)
+    assert (result.retention, result.lost, result.gained) == (75.0, 2, 1)
+    assert result.mcnemar_p == pytest.approx(1.0)
+    assert result.low < 37.5 < result.high
+    assert result.retention_low is not None
+    assert result.retention_high is not None
+    assert result.retention_low < 75 < result.retention_high
+
+
+def test_equal_items_retain_everything_exactly() -> None:
+    full = items("a", [1, 0, 0.3, 1, 0.6] * 20)
+    result = compare(full, {"a": 100}, full, resamples=200, seed=0)
+    for entry in result.values():
+        assert (entry.retention, entry.lost, entry.gained, entry.mcnemar_p) == (100, 0, 0, 1)
+        assert entry.retention_low == entry.retention_high == pytest.approx(100)
+
+
+def test_only_shared_items_are_compared_and_the_shortfall_shows() -> None:
+    full = items("a", [1, 1, 1, 1])
+    variant = items("a", [0, 1, 1, 1]).iloc[1:]
+    result = compare(variant, {"a": 4}, full, resamples=50, seed=0)["a"]
+    assert (result.n, result.asked, result.pairs, result.retention) == (3, 4, 3, 100)
+
+
+def test_no_shared_item_is_an_error() -> None:
+    full = items("a", [1.0]).assign(doc="other")
+    with pytest.raises(ValueError, match="a: no item in common with full precision"):
+        compare(items("a", [1.0]), {"a": 1}, full, resamples=10, seed=0)
+
+
+def test_full_precision_itself_and_a_score_of_zero() -> None:
+    alone = compare(items("a", [0, 0]), {"a": 2}, None, resamples=50, seed=0)["a"]
+    assert (alone.score, alone.retention, alone.lost) == (0, None, None)
+    zero = compare(items("a", [0, 1]), {"a": 2}, items("a", [0, 0]), resamples=50, seed=0)
+    assert zero["a"].retention is None
+    assert zero["mean"].retention is None
+
+
+def test_the_mean_weighs_benchmarks_not_items() -> None:
+    full = pd.concat([items("a", [1] * 10), items("b", [1] * 2)])
+    variant = pd.concat([items("a", [1] * 10), items("b", [1, 0])])
+    mean = compare(variant, {"a": 10, "b": 2}, full, resamples=100, seed=0)["mean"]
+    assert (mean.score, mean.retention, mean.n, mean.asked, mean.lost) == (75, 75, 12, 12, 1)
+
+
+def test_divergence_weighs_tokens() -> None:
+    frame = items("a", [1, 1, 1], n_answer_tokens=[1, 3, 0], nll=[4.0, 0.0, np.nan], kl=[0.4, 0.0, np.nan])
+    result = compare(frame, {"a": 3}, None, resamples=10, seed=0)
+    assert result["a"].nll == pytest.approx(1.0)
+    assert result["mean"].kl == pytest.approx(0.1)
+
+
+def test_same_seed_same_interval() -> None:
+    frame = items("a", [1, 0, 0, 1, 1, 0, 1])
+    runs = [compare(frame, {"a": 7}, frame, resamples=100, seed=seed)["a"] for seed in (0, 0, 1)]
+    assert runs[0] == runs[1]
+    assert (runs[0].low, runs[0].high) == pytest.approx((runs[2].low, runs[2].high), abs=20)
+
+
+def test_bootstrap_interval_is_about_the_normal_one() -> None:
+    scores = np.array([1.0] * 70 + [0.0] * 30)[:, None]
+    means = resampled_means(scores, 4000, np.random.default_rng(0))
+    assert means.shape == (4000, 1)
+    assert means.mean() == pytest.approx(0.7, abs=0.01)
+    assert means.std() == pytest.approx((0.7 * 0.3 / 100) ** 0.5, rel=0.05)
+
+
+def test_table() -> None:
+    def entry(n: int) -> dict[str, object]:
+        return {"score": 71.25, "low": 69.0, "high": 73.0, "n": n, "asked": 600}
+
+    full = {"variant": "full", "benchmarks": {"a": entry(600)}, "mean": entry(600) | {"nll": 0.5, "kl": 0.0}}
+    retained = {"retention": 98.0, "retention_low": 97.0, "retention_high": 99.0, "kl": 0.0123, "nll": 0.6}
+    variant = {"variant": "tlq-w3a16", "benchmarks": {"a": entry(598)}, "mean": entry(598) | retained}
+    lines = scores_table([variant, full]).splitlines()
+    assert lines[0].split() == ["variant", "a", "mean", "retention", "%", "KL", "NLL"]
+    assert lines[2].startswith("full")
+    assert "71.2 ± 2.0 (598/600)" in lines[3]
+    assert "98.0 ± 1.0" in lines[3]
+    assert lines[3].endswith("0.0123  0.6000")
+    assert len({len(line) for line in lines}) == 1
+    assert scores_table([]) == "no variants"

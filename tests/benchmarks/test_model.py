@@ -1,0 +1,202 @@
+"""The model behind lm-eval: batched, cached and shared answers equal plain ones, one item at a time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmark_rows import mmmu_rows, write_rows
+
+from benchmarks.data import BenchmarkError, BenchmarkSource
+from benchmarks.divergence import Divergence, ItemKey
+from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks
+from benchmarks.model import Finished, VisionLM
+from tlq.checkpoint import load_model
+from tlq.processor import load_processor
+
+Make = Callable[..., BenchmarkSource]
+NEW_TOKENS = 6
+
+
+class Keep:
+    """Meter that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.answers: dict[ItemKey, tuple[Sequence[int], torch.Tensor]] = {}
+
+    def wants(self, key: ItemKey) -> bool:
+        return True
+
+    def measure(self, answers: Mapping[ItemKey, tuple[Sequence[int], torch.Tensor]]) -> dict[ItemKey, Divergence]:
+        self.answers |= answers
+        return {key: Divergence(len(tokens), 1.0, None) for key, (tokens, _) in answers.items()}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> Any:
+    return load_model(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_checkpoint: Path) -> Any:
+    return load_processor(tiny_checkpoint)
+
+
+@pytest.fixture
+def benchmarks(textvqa: Make, tmp_path: Path) -> dict[str, Benchmark]:
+    mmmu = BenchmarkSource("demo_mmmu", data=write_rows(tmp_path / "mmmu.parquet", mmmu_rows(6)))
+    return load_benchmarks([textvqa(7), mmmu], None, 0)
+
+
+def run(benchmarks: dict[str, Benchmark], model: Any, processor: Any, **options: Any) -> list[BenchmarkResult]:
+    return run_benchmarks(benchmarks, model, processor, **{"batch_size": 4, "max_new_tokens": NEW_TOKENS} | options)
+
+
+def plain_reply(model: Any, processor: Any, prompt: str, images: list[Any]) -> str:
+    inputs = processor(text=[prompt], images=images, return_tensors="pt")
+    sequence = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return processor.tokenizer.decode(sequence[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def plain_log_probs(model: Any, processor: Any, prompt: str, images: list[Any], answer: str) -> torch.Tensor:
+    """Answer written behind the prompt as text, a forward pass without padding or cache."""
+    inputs = processor(text=[f"{prompt}{answer}<|im_end|>"], images=images, return_tensors="pt")
+    n_answer = len(processor.tokenizer(f"{answer}<|im_end|>").input_ids)
+    with torch.inference_mode():
+        logits = model(**inputs).logits[0, -n_answer - 1 : -1]
+    return logits.log_softmax(-1)
+
+
+def test_replies_and_log_probabilities_equal_plain_ones(
+    benchmarks: dict[str, Benchmark], model: Any, processor: Any
+) -> None:
+    meter = Keep()
+    results = run(benchmarks, model, processor, meter=meter)
+    assert [len(result.items) for result in results] == [7, 6]
+    for result in results:
+        benchmark = benchmarks[result.task]
+        for item, doc in zip(result.items, benchmark.rows.docs, strict=True):
+            images = [image.decode() for image in benchmark.task.doc_to_image(doc)]
+            assert item.reply == plain_reply(model, processor, item.prompt, images)
+            tokens, log_q = meter.answers[ItemKey(item.task, item.doc)]
+            assert processor.tokenizer.decode(tokens) == f"{item.target}<|im_end|>"
+            expected = plain_log_probs(model, processor, item.prompt, images, item.target)
+            torch.testing.assert_close(log_q, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_measuring_answers_changes_no_reply(benchmarks: dict[str, Benchmark], model: Any, processor: Any) -> None:
+    with_meter = run(benchmarks, model, processor, meter=Keep(), measured_items=3)
+    benchmarks = {name: fresh(benchmark) for name, benchmark in benchmarks.items()}
+    without = run(benchmarks, model, processor)
+    assert [[item.reply for item in result.items] for result in with_meter] == [
+        [item.reply for item in result.items] for result in without
+    ]
+    assert [sum(item.nll is not None for item in result.items) for result in with_meter] == [3, 3]
+
+
+def fresh(benchmark: Benchmark) -> Benchmark:
+    benchmark.task._instances = None
+    return benchmark
+
+
+def test_prompt_has_one_image_per_placeholder(benchmarks: dict[str, Benchmark], model: Any, processor: Any) -> None:
+    for result in run(benchmarks, model, processor):
+        docs = benchmarks[result.task].rows.docs
+        for item, doc in zip(result.items, docs, strict=True):
+            assert item.prompt.count("<|image_pad|>") == len(benchmarks[result.task].task.doc_to_image(doc))
+            assert item.prompt.startswith("<|im_start|>user\n")
+            assert item.prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_image_tokens_in_a_question_are_harmless(textvqa: Make, model: Any, processor: Any) -> None:
+    def spoil(rows: list[dict[str, Any]]) -> None:
+        rows[0]["question"] = "Is <image> or <|image_pad|> here?"
+
+    (result,) = run(load_benchmarks([textvqa(2, spoil)], None, 0), model, processor)
+    assert len(result.items) == 2
+    assert result.items[0].prompt.count("<|image_pad|>") == 1
+
+
+def test_too_long_a_prompt_is_refused_not_cut(textvqa: Make, model: Any, processor: Any) -> None:
+    def lengthen(rows: list[dict[str, Any]]) -> None:
+        rows[1]["question"] = "word " * 100
+
+    benchmarks = load_benchmarks([textvqa(3, lengthen)], None, 0)
+    with pytest.raises(
+        BenchmarkError, match=r"demo_textvqa/1: the prompt has \d+ tokens .* the model takes 512; lower"
+    ):
+        run(benchmarks, model, processor)
+
+
+def test_damaged_image_is_a_listed_skip(textvqa: Make, model: Any, processor: Any) -> None:
+    def truncate(rows: list[dict[str, Any]]) -> None:
+        rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:200]
+
+    (result,) = run(load_benchmarks([textvqa(3, truncate)], None, 0), model, processor)
+    assert [item.doc for item in result.items] == ["0", "2"]
+    assert result.asked == 3
+    assert [skip.doc for skip in result.skipped] == ["1"]
+    assert "cannot be decoded" in result.skipped[0].reason
+
+
+def test_out_of_memory_halves_the_batch(
+    benchmarks: dict[str, Benchmark], model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(benchmarks, model, processor)
+    sizes = []
+    original = VisionLM._run
+
+    def small_memory(self: VisionLM, batch: Sequence[Any], inputs: Any) -> list[Finished]:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("too large")
+        return original(self, batch, inputs)
+
+    monkeypatch.setattr(VisionLM, "_run", small_memory)
+    results = run({name: fresh(benchmark) for name, benchmark in benchmarks.items()}, model, processor)
+    assert results == expected
+    assert max(sizes) == 4
+    monkeypatch.setattr(VisionLM, "_run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(torch.OutOfMemoryError):
+        run({name: fresh(benchmark) for name, benchmark in benchmarks.items()}, model, processor)
+
+
+def test_non_finite_logits_stop_the_run(
+    benchmarks: dict[str, Benchmark], tiny_checkpoint: Path, processor: Any
+) -> None:
+    broken = load_model(tiny_checkpoint)
+    broken.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="non-finite logits"):
+        run(benchmarks, broken, processor, meter=Keep())
+
+
+def test_finished_items_are_not_answered_again(benchmarks: dict[str, Benchmark], model: Any, processor: Any) -> None:
+    done = {ItemKey("demo_textvqa", str(n)): Finished(ItemKey("demo_textvqa", str(n)), "exit") for n in range(7)}
+    answered: list[Finished] = []
+    results = run(benchmarks, model, processor, finished=done, on_batch=answered.extend)
+    assert {item.key.task for item in answered} == {"demo_mmmu"}
+    assert {item.reply for item in results[0].items} == {"exit"}
+    assert results[0].items[0].score == 1.0
+
+
+def test_scores_equal_lm_evals(benchmarks: dict[str, Benchmark], model: Any, processor: Any) -> None:
+    from lm_eval.evaluator import evaluate
+
+    results = run(benchmarks, model, processor)
+    lm = VisionLM(model, processor, batch_size=3, max_new_tokens=NEW_TOKENS)
+    for benchmark in benchmarks.values():
+        fresh(benchmark)
+    outcome = evaluate(
+        lm,
+        {"tasks": {name: benchmark.task for name, benchmark in benchmarks.items()}, "groups": {}},
+        bootstrap_iters=0,
+        apply_chat_template=True,
+    )
+    assert outcome is not None
+    for result in results:
+        metric = benchmarks[result.task].config["metadata"]["score"]
+        mean = sum(item.score for item in result.items) / len(result.items)
+        assert outcome["results"][result.task][f"{metric},none"] == pytest.approx(mean)
+        for name, part in result.parts.items():
+            assert outcome["results"][result.task][f"{name},none"] == pytest.approx(part.value)
