@@ -6,6 +6,7 @@ processor files of the model it came from.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ from compressed_tensors.quantization import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tlq.architectures import Architecture, architecture_of
+from tlq.architectures import ARCHITECTURES, Architecture, architecture_of
 from tlq.quantizer import QuantizedWeight, Scheme
 
 _TARGETS = "Linear"
@@ -49,6 +50,11 @@ def read_config(checkpoint: str | Path) -> Any:
         raise FileNotFoundError(
             f"model {checkpoint!s}: not a directory here and not a hub model that can be reached; "
             "check model.path in params.yaml"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"model {checkpoint!s}: transformers cannot read its config ({str(error).splitlines()[0]}); "
+            f"choose a model of one of: {', '.join(ARCHITECTURES)}"
         ) from error
     architecture_of(config)
     return config
@@ -177,3 +183,13 @@ def copy_processor_files(source: str | Path, out: Path) -> None:
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix not in _NOT_PROCESSOR and file.name not in _NOT_COPIED:
             shutil.copyfile(file, out / file.name)
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a checkpoint's files."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{file.name} {content}\n".encode())
+    return total.hexdigest()

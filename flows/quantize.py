@@ -1,0 +1,62 @@
+"""Flow `quantize`: from calibration data to registered, scored models.
+
+    python -m flows.quantize
+
+Sequences the DVC stages. Without a Prefect server it runs all the same (Prefect starts one for the run); with
+PREFECT_API_URL set the run shows there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from benchmarks.compare import scores_table
+from flows.stages import ROOT, check_tracking, stage, stages_at_once
+from tasks.params import section
+from tasks.register import VariantParams
+
+
+@flow(name="quantize", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()))  # type: ignore[arg-type]
+def quantize() -> str:
+    """Prepare data, score tokens, choose the token set, then calibrate, evaluate and register every variant.
+
+    The stages' parameters come from params.yaml. Returns the table of scores.
+    """
+    variants = section("variants", VariantParams, ROOT / "params.yaml").names
+    check_tracking()
+    stage("demo")
+    baseline = stage.submit("baseline")
+    for name in ("prepare", "importance", "calibset"):
+        stage.submit(name).result()
+    calibrated = [stage.submit(f"calibrate@{variant}") for variant in variants]
+    scored = [
+        stage.submit(f"evaluate@{variant}", wait_for=[done, baseline], return_state=False)
+        for variant, done in zip(variants, calibrated, strict=True)
+    ]
+    for future in [*calibrated, *scored]:
+        future.result()
+    stage("register")
+    return publish_scores(["full", *variants])
+
+
+def publish_scores(variants: list[str]) -> str:
+    """The scores as a table for the terminal, and as an artifact of the flow run."""
+    metrics = [json.loads((ROOT / "evaluation" / name / "metrics.json").read_text()) for name in variants]
+    table = scores_table(metrics)
+    rows = [json.loads((ROOT / "evaluation" / name / "summary.json").read_text()) for name in variants]
+    create_table_artifact(
+        [{"variant": name, **row} for name, row in zip(variants, rows, strict=True)],
+        key="scores",
+        description="Scores by variant; retention is the percentage of full precision.",
+    )
+    create_markdown_artifact(f"```\n{table}\n```", key="scores-text", description="Scores with intervals")
+    return table
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"\n{quantize()}\n")
