@@ -17,8 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from benchmarks.compare import scores_table
 from flows.stages import ROOT, check_tracking, stage, stages_at_once
-from tasks.params import section
-from tasks.register import VariantParams
+from tasks.params import VariantParams, section
 
 
 @flow(name="quantize", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()))  # type: ignore[arg-type]
@@ -41,6 +40,7 @@ def quantize() -> str:
     for future in [*calibrated, *scored]:
         future.result()
     stage("register")
+    stage("report")
     return publish_scores(["full", *variants])
 
 

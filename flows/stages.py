@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import subprocess
 import sys
+import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Lines of DVC that say nothing about the work.
 _NOISE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`", "Updating lock")
+
+_BAR = re.compile(r"\d+%\|")
+_BAR_SECONDS = 10.0
 
 
 class StageFailed(RuntimeError):
@@ -57,17 +62,29 @@ def run_command(command: list[str], name: str) -> None:
     )
     try:
         assert process.stdout is not None
-        for line in process.stdout:
-            text = line.rstrip().rsplit("\r", 1)[-1].strip()
-            if text and not text.startswith(_NOISE):
-                last.append(text)
-                logger.log(logging.INFO, text)
+        for text in worth_logging(process.stdout):
+            last.append(text)
+            logger.info(text)
     except BaseException:
         process.terminate()
         process.wait()
         raise
     if process.wait():
         raise StageFailed(f"{name} failed: {' | '.join(last) or 'no output'}")
+
+
+def worth_logging(lines: Iterable[str], clock: Callable[[], float] = time.monotonic) -> Iterator[str]:
+    """Lines for the log: DVC's advice is dropped, and progress bars show every ``_BAR_SECONDS`` only."""
+    next_bar = clock() + _BAR_SECONDS
+    for line in lines:
+        text = line.strip()
+        if not text or text.startswith(_NOISE):
+            continue
+        if _BAR.search(text):
+            if clock() < next_bar:
+                continue
+            next_bar = clock() + _BAR_SECONDS
+        yield text
 
 
 def stages_at_once() -> int:

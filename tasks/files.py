@@ -26,6 +26,7 @@ IMPORTANCE = Path("data/importance")
 CALIBSET = Path("data/calibset")
 MODELS = Path("models")
 EVALUATION = Path("evaluation")
+REPORT = Path("report")
 
 _SAMPLES = pa.schema(
     [

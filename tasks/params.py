@@ -39,6 +39,18 @@ class ModelParams:
         return getattr(torch, self.dtype)
 
 
+@dataclass(frozen=True)
+class VariantParams:
+    """Every recipe with every scheme."""
+
+    recipes: tuple[str, ...]
+    schemes: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{recipe}-{scheme}" for recipe in self.recipes for scheme in self.schemes]
+
+
 def section(name: str, cls: type[T], path: str | Path = PARAMS) -> T:
     """Section ``name`` of a params file as an instance of ``cls``.
 

@@ -30,12 +30,13 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a table of questions; ``id`` None numbers the rows."""
+    """Columns of a table of questions; ``id`` None numbers the rows, ``source`` None names the table."""
 
     image: str = "image"
     question: str = "question"
     answer: str = "answer"
     id: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def read_table(params: PrepareParams) -> Reader:
     else:
         dataset = load_dataset(params.path, params.name, split=params.split, revision=params.revision)
     columns = params.columns
-    wanted = [columns.image, columns.question, columns.answer, *([columns.id] if columns.id else [])]
+    wanted = [columns.image, columns.question, columns.answer, *filter(None, (columns.id, columns.source))]
     missing = [name for name in wanted if name not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -160,7 +161,8 @@ def read_table(params: PrepareParams) -> Reader:
             Message(role="assistant", content=_text(answer)),
         ]
         identifier = str(row[columns.id]) if columns.id else str(index)
-        return Sample(identifier, encoded, messages, params.path)
+        source = str(row[columns.source]) if columns.source else params.path
+        return Sample(identifier, encoded, messages, source)
 
     return len(dataset), read
 

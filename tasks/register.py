@@ -26,7 +26,7 @@ from mlflow.types import ColSpec, Schema
 
 from tasks.cli import run
 from tasks.files import EVALUATION, MODELS, write_text
-from tasks.params import PARAMS, ModelParams, section
+from tasks.params import PARAMS, ModelParams, VariantParams, section
 from tlq.checkpoint import digest
 
 logger = logging.getLogger("tlq.register")
@@ -50,18 +50,6 @@ class RegisterParams:
     model_name: str
     experiment: str = "tlq"
     max_new_tokens: int = 64
-
-
-@dataclass(frozen=True)
-class VariantParams:
-    """Every recipe with every scheme."""
-
-    recipes: tuple[str, ...]
-    schemes: tuple[str, ...]
-
-    @property
-    def names(self) -> list[str]:
-        return [f"{recipe}-{scheme}" for recipe in self.recipes for scheme in self.schemes]
 
 
 def connect() -> MlflowClient:
