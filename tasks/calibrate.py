@@ -35,7 +35,7 @@ from tasks.files import (
 from tasks.params import ModelParams, ParamsError, recipe, section
 from tlq.architectures import architecture_of
 from tlq.calibrate import Calibrated, TokenWeights, calibrate
-from tlq.checkpoint import export_checkpoint, load_model, storage_dtype
+from tlq.checkpoint import export_checkpoint, load_model, read_config, storage_dtype
 from tlq.importance import token_weights
 from tlq.processor import load_processor
 from tlq.quantizer import Scheme, get_scheme
@@ -125,7 +125,7 @@ def main() -> None:
         longest = max(read_sequences(IMPORTANCE).lengths)
         batches = encode_batches(samples, processor, image_token_id(model.config), params.batch_size, longest)
     weights = weights_of(row, section("calibset", CalibsetParams), batches, IMPORTANCE, CALIBSET / "tokens.parquet")
-    storage = storage_dtype(model.config)
+    storage = storage_dtype(read_config(model_params.path))
     calibrated = calibrate(model, architecture, batches, weights, row, scheme, storage)
     with new_directory(MODELS / f"{row.name}-{scheme.name}") as folder:
         export_checkpoint(model_params.path, model, calibrated.weights, scheme, folder)

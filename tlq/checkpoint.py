@@ -81,7 +81,11 @@ def load_model(
 
 
 def storage_dtype(config: Any) -> torch.dtype:
-    """The dtype in which a checkpoint keeps its weights."""
+    """The dtype in which a checkpoint keeps its weights.
+
+    Args:
+        config: from ``read_config``; that of a loaded model says the dtype it was loaded in.
+    """
     dtype = config.dtype or config.get_text_config().dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
@@ -99,9 +103,17 @@ def export_checkpoint(
         source: the full-precision checkpoint that ``calibrated`` was loaded from.
         calibrated: the model after ``tlq.calibrate.calibrate``; its norms and biases hold the folded scales.
         weights: quantized weights by module path.
+
+    Raises:
+        ValueError: the weights were quantized with scales of another dtype than the checkpoint stores.
     """
     config = read_config(source)
-    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=storage_dtype(config))
+    storage = storage_dtype(config)
+    if any(weight.scale.dtype != storage for weight in weights.values()):
+        raise ValueError(
+            f"{source!s} stores {storage}, its weights were quantized for another dtype; see storage_dtype"
+        )
+    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=storage)
     _copy_unquantized(calibrated, model, set(weights))
     apply_quantization_config(model, quantization_config(scheme, architecture_of(config)))
     for path, weight in weights.items():
