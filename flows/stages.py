@@ -81,9 +81,10 @@ def worth_logging(lines: Iterable[str], clock: Callable[[], float] = time.monoto
         if not text or text.startswith(_NOISE):
             continue
         if _BAR.search(text):
-            if clock() < next_bar:
+            now = clock()
+            if now < next_bar:
                 continue
-            next_bar = clock() + _BAR_SECONDS
+            next_bar = now + _BAR_SECONDS
         yield text
 
 

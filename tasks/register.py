@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
+import tlq
 from tasks.cli import run
 from tasks.files import EVALUATION, MODELS, write_text
 from tasks.params import PARAMS, ModelParams, VariantParams, section
@@ -92,7 +94,7 @@ def register(variant: str, params: RegisterParams, model: ModelParams, client: M
         info = mlflow.pyfunc.log_model(
             name=variant,
             python_model=str(Path(__file__).with_name("served_model.py")),
-            code_paths=["tlq"],
+            code_paths=[str(Path(tlq.__file__).parent)],
             signature=SIGNATURE,
             pip_requirements=[f"{package}=={version(package)}" for package in ("torch", "transformers", "mlflow")],
             model_config={
@@ -195,6 +197,9 @@ def main() -> None:
     client = connect()
     if check_only:
         return
+    warnings.filterwarnings(
+        "ignore", message=".*An input example was not provided.*"
+    )  # it would cost a run of the model
     mlflow.set_experiment(params.experiment)
     model = section("model", ModelParams)
     rows = [register(variant, params, model, client) for variant in section("variants", VariantParams).names]

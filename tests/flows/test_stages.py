@@ -1,0 +1,50 @@
+"""Running stages as commands: logs, failures, interruption."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from flows import stages
+
+
+@pytest.fixture(autouse=True)
+def _plain_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("flow-test"))
+
+
+def test_output_of_a_command_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    stages.run_command([sys.executable, "-c", "print('one'); print('two')"], "hello")
+    assert [record.message for record in caplog.records] == ["one", "two"]
+
+
+def test_a_failure_carries_the_last_lines() -> None:
+    command = [sys.executable, "-c", "import sys; print('model.path: not found'); sys.exit(3)"]
+    with pytest.raises(stages.StageFailed, match=r"prepare failed: model\.path: not found"):
+        stages.run_command(command, "prepare")
+
+
+def test_progress_bars_are_thinned_and_advice_is_dropped() -> None:
+    ticks: Iterator[float] = iter([0.0, 1.0, 11.0, 12.0])
+    lines = [
+        "importance:  10%|#   | 1/10",
+        "importance:  50%|##  | 5/10",
+        "importance:  60%|### | 6/10",
+        "\tgit add dvc.lock",
+        "",
+        "INFO tlq: done",
+    ]
+    assert list(stages.worth_logging(lines, lambda: next(ticks))) == ["importance:  50%|##  | 5/10", "INFO tlq: done"]
+
+
+def test_how_many_stages_run_at_once_is_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLQ_PARALLEL", "3")
+    assert stages.stages_at_once() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert int(stages._environment()["OMP_NUM_THREADS"]) >= 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert stages._environment()["OMP_NUM_THREADS"] == "7"
