@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,14 +30,14 @@ from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks
 from benchmarks.journal import Journal
+from tasks.cli import device, run
+from tasks.files import EVALUATION, MODELS
 from tasks.params import ModelParams, section
 from tlq.checkpoint import load_model
 from tlq.processor import load_processor
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-RESULTS = Path("evaluation")
-MODELS = Path("models")
 RAW_COLUMNS = ("task", "doc", "prompt", "target", "reply", "score", "n_answer_tokens", "nll", "kl")
 
 
@@ -73,7 +72,9 @@ class EvaluateParams:
     max_skipped: float = 0.05
 
 
-def main(variant: str, model_path: str, params: EvaluateParams, results: Path = RESULTS) -> dict[str, Any]:
+def evaluate_variant(
+    variant: str, model_path: str, params: EvaluateParams, results: Path = EVALUATION
+) -> dict[str, Any]:
     """Evaluate the checkpoint at `model_path` as `variant`; returns what metrics.json holds."""
     full = None if variant == FULL else _read_full(results)
     benchmarks = load_benchmarks(params.benchmarks, params.limit, params.seed)
@@ -82,7 +83,7 @@ def main(variant: str, model_path: str, params: EvaluateParams, results: Path = 
     meter = _meter(variant, params, results, working)
     outcome = run_benchmarks(
         benchmarks,
-        load_model(model_path, dtype=_dtype(params.dtype), device=_device()),
+        load_model(model_path, dtype=_dtype(params.dtype), device=device()),
         load_processor(model_path, **_pixel_bounds(params)),
         params.batch_size,
         max_new_tokens=params.max_new_tokens,
@@ -118,10 +119,6 @@ def _meter(variant: str, params: EvaluateParams, results: Path, working: Path) -
 
 def _dtype(name: str) -> torch.dtype | str:
     return name if name == "auto" else getattr(torch, name)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _pixel_bounds(params: EvaluateParams) -> dict[str, int]:
@@ -214,29 +211,21 @@ def _write(
     shutil.rmtree(out, ignore_errors=True)
     ready.rename(out)
     shutil.rmtree(working)
-    if not any(working.parent.iterdir()):
-        working.parent.rmdir()
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.evaluate", description=__doc__.split("\n")[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", required=True, help=f"{FULL}, or a folder of {MODELS}/ such as tlq-w3a16")
-    variant = parser.parse_args(arguments).variant
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    variant = parser.parse_args().variant
+    params = section("evaluate", EvaluateParams)
+    path = section("model", ModelParams).path if variant == FULL else str(MODELS / variant)
+    if variant != FULL and not Path(path).is_dir():
+        raise FileNotFoundError(f"{path}: not found; run the calibrate stage of {variant} first")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        path = section("model", ModelParams).path if variant == FULL else str(MODELS / variant)
-        if variant != FULL and not Path(path).is_dir():
-            raise FileNotFoundError(f"{path} is missing; run the calibrate stage of {variant} first.")
-        metrics = main(variant, path, section("evaluate", EvaluateParams))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        log.error("%s", error)
-        return 1
+    metrics = evaluate_variant(variant, path, params)
     mean = metrics["mean"]
-    log.info("%s: mean score %.1f over %d items, see %s/%s", variant, mean["score"], mean["n"], RESULTS, variant)
-    return 0
+    logger.info("%s: mean score %.1f over %d items", variant, mean["score"], mean["n"])
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run(main)

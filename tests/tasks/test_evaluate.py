@@ -1,7 +1,6 @@
 """Stage `evaluate` from end to end on a tiny model: files, comparison, resuming, errors."""
 
 import json
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.model import VisionLM
 from tasks import evaluate
 from tasks.evaluate import EvaluateParams
+from tasks.params import ParamsError
 from tlq.checkpoint import load_model
 
 
@@ -50,8 +50,8 @@ def results(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
-    evaluate.main("full", str(tiny_checkpoint), params, folder)
-    evaluate.main("rtn-w3a16", str(variant_checkpoint), params, folder)
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), params, folder)
+    evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), params, folder)
     return folder
 
 
@@ -63,7 +63,8 @@ def test_files(results: Path) -> None:
     files = {"metrics.json", "summary.json", "items.parquet", "scores.csv", "skipped.csv"}
     assert {path.name for path in (results / "full").iterdir()} == files | {"reference"}
     assert {path.name for path in (results / "rtn-w3a16").iterdir()} == files
-    assert sorted(path.name for path in results.iterdir()) == ["full", "rtn-w3a16"]
+    assert sorted(path.name for path in results.iterdir()) == [".working", "full", "rtn-w3a16"]
+    assert not list((results / ".working").iterdir())
     scores = pd.read_csv(results / "rtn-w3a16" / "scores.csv")
     assert list(scores.columns) == ["variant", "benchmark", "score", "low", "high"]
     assert list(scores["benchmark"]) == ["mean", "demo_textvqa", "demo_mmmu"]
@@ -96,7 +97,7 @@ def test_the_same_run_gives_the_same_bytes(
     results: Path, params: EvaluateParams, variant_checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(results / "full", tmp_path / "full")
-    evaluate.main("rtn-w3a16", str(variant_checkpoint), params, tmp_path)
+    evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), params, tmp_path)
     for name in ("metrics.json", "summary.json", "scores.csv"):
         assert (tmp_path / "rtn-w3a16" / name).read_bytes() == (results / "rtn-w3a16" / name).read_bytes()
 
@@ -125,14 +126,14 @@ def test_a_killed_run_leaves_no_output_and_goes_on(
 
     monkeypatch.setattr(VisionLM, "_run", counted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(variant, checkpoint, params, tmp_path)
+        evaluate.evaluate_variant(variant, checkpoint, params, tmp_path)
     assert not (tmp_path / variant).exists()
     answered[:] = [0]
     monkeypatch.setattr(VisionLM, "_run", lambda *a: (answered.append(len(a[1])), original(*a))[1])
-    evaluate.main(variant, checkpoint, params, tmp_path)
+    evaluate.evaluate_variant(variant, checkpoint, params, tmp_path)
     assert sum(answered) == 8
     assert metrics_of(tmp_path, variant) == metrics_of(results, variant)
-    assert not (tmp_path / ".working").exists()
+    assert not list(tmp_path.glob(".working/*"))
 
 
 def test_changed_params_do_not_reuse_answers(
@@ -144,13 +145,13 @@ def test_changed_params_do_not_reuse_answers(
     working.mkdir(parents=True)
     (working / "fingerprint").write_text("of other params")
     (working / "answers.jsonl").write_text("{}\n")
-    metrics = evaluate.main("rtn-w3a16", str(variant_checkpoint), other, tmp_path)
+    metrics = evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), other, tmp_path)
     assert metrics["mean"]["n"] == 16
 
 
 def test_without_divergence(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
     plain = EvaluateParams(params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
-    metrics = evaluate.main("full", str(tiny_checkpoint), plain, tmp_path)
+    metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
     assert "kl" not in metrics["mean"]
     assert not (tmp_path / "full" / "reference").exists()
 
@@ -160,10 +161,10 @@ def test_too_many_unusable_items(tiny_checkpoint: Path, tmp_path: Path) -> None:
     rows[0]["answers"] = []
     source = BenchmarkSource("demo_textvqa", data=write_rows(tmp_path / "rows.parquet", rows))
     with pytest.raises(BenchmarkError, match=r"1 items \(20%\) are unusable, more than evaluate.max_skipped = 5%"):
-        evaluate.main("full", str(tiny_checkpoint), EvaluateParams((source,), max_new_tokens=1), tmp_path)
+        evaluate.evaluate_variant("full", str(tiny_checkpoint), EvaluateParams((source,), max_new_tokens=1), tmp_path)
     assert not (tmp_path / "full").exists()
     allowed = EvaluateParams((source,), max_new_tokens=1, max_skipped=0.5, resamples=10)
-    metrics = evaluate.main("full", str(tiny_checkpoint), allowed, tmp_path)
+    metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), allowed, tmp_path)
     assert (metrics["mean"]["n"], metrics["mean"]["asked"]) == (4, 5)
     assert "no answer" in (tmp_path / "full" / "skipped.csv").read_text()
 
@@ -183,21 +184,21 @@ def test_command_line(
     tiny_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = PARAMS.replace("MODEL", str(tiny_checkpoint)).replace("ROWS", str(params.benchmarks[0].data))
     Path("params.yaml").write_text(text)
-    with caplog.at_level(logging.INFO):
-        assert evaluate.run(["--variant", "rtn-w3a16"]) == 1
-        assert "models/rtn-w3a16 is missing; run the calibrate stage of rtn-w3a16 first" in caplog.text
-        assert evaluate.run(["--variant", "full"]) == 0
-        assert Path("evaluation/full/metrics.json").is_file()
-        Path("params.yaml").write_text(text.replace("limit: 2", "limits: 2"))
-        assert evaluate.run(["--variant", "full"]) == 1
-        assert "limits" in caplog.text
+    monkeypatch.setattr("sys.argv", ["evaluate", "--variant", "rtn-w3a16"])
+    with pytest.raises(FileNotFoundError, match="models/rtn-w3a16: not found; run the calibrate stage of rtn-w3a16"):
+        evaluate.main()
+    monkeypatch.setattr("sys.argv", ["evaluate", "--variant", "full"])
+    evaluate.main()
+    assert Path("evaluation/full/metrics.json").is_file()
+    Path("params.yaml").write_text(text.replace("limit: 2", "limits: 2"))
+    with pytest.raises(ParamsError, match="evaluate.limits: unknown key"):
+        evaluate.main()
 
 
 def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="evaluation.*full.*--variant full` first|--variant full"):
-        evaluate.main("rtn-w3a16", str(tiny_checkpoint), params, tmp_path)
+        evaluate.evaluate_variant("rtn-w3a16", str(tiny_checkpoint), params, tmp_path)
