@@ -7,9 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import yaml
+from hypothesis import settings
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -24,6 +28,10 @@ from tlq.checkpoint import load_model
 from tlq.importance import Importance, score_tokens
 from tlq.processor import load_processor
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
+
+settings.register_profile("tests", derandomize=True)  # the same examples in every run
+settings.load_profile("tests")
+torch.set_num_threads(1)  # on tensors this small threads only wait for each other
 
 SPECIAL = [
     "<|im_start|>",
@@ -62,7 +70,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def write_tiny_qwen2_vl(folder: Path, layers: int = 2, seed: int = 0) -> Path:
     """A random Qwen2-VL with grouped-query attention and a few large norm gains, and its processor files."""
     tokenizer = byte_tokenizer()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -101,7 +109,7 @@ def write_tiny_qwen2_vl(folder: Path, layers: int = 2, seed: int = 0) -> Path:
             parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
         elif name.endswith("bias"):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps(
@@ -170,3 +178,36 @@ def batches(tiny_model: PreTrainedModel, tiny_processor: Any, samples: list[Samp
 @pytest.fixture(scope="session")
 def scores(tiny_model: PreTrainedModel, batches: list[Batch], samples: list[Sample]) -> Importance:
     return score_tokens(tiny_model, architecture_of(tiny_model.config), batches, len(samples))
+
+
+@pytest.fixture(scope="session")
+def project(tiny_checkpoint: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `prepare`, `importance` and `calibset` have run on the tiny model, by their own main()."""
+    from tasks import calibset, importance, prepare
+
+    folder = tmp_path_factory.mktemp("project")
+    rows = [
+        {
+            "id": sample.id,
+            "image": sample.images[0],
+            "question": sample.messages[0]["content"].removeprefix("<image>"),
+            "answer": sample.messages[1]["content"],
+        }
+        for sample in samples
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "questions.parquet")
+    params = {
+        "model": {"path": str(tiny_checkpoint)},
+        "prepare": {"kind": "parquet", "path": "questions.parquet", "columns": {"id": "id"}, "samples": 6},
+        "importance": {"samples": 5, "batch_size": 3},
+        "calibset": {"budget": {"tokens_per_layer": 64}},
+        "calibrate": {"batch_size": 2},
+        "recipes": {name: {"equalization": {"points": 4}} for name in ("mbq", "tlq", "tlq-c")},
+    }
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        for stage in (prepare, importance, calibset):
+            stage.main()
+    return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,9 +37,9 @@ def test_rows_point_at_the_tokens_that_they_describe(scored: tuple[Importance, S
     tokens = build(scores, sequences, CalibsetParams(TokenBudget(20, selection)))  # type: ignore[arg-type]
     assert tokens.groupby(["layer", "group"]).ngroups == 4
     assert tokens.groupby(["layer", "group"]).size().max() <= 20
-    for row in tokens.itertuples():
-        assert row.token_id == sequences.token_ids[row.sample][row.position]
-        assert row.is_image == sequences.is_image[row.sample][row.position]
+    for row in tokens.to_dict("records"):
+        assert row["token_id"] == sequences.token_ids[row["sample"]][row["position"]]
+        assert row["is_image"] == sequences.is_image[row["sample"]][row["position"]]
     assert not tokens.duplicated(["layer", "group", "sample", "position"]).any()
     assert np.allclose(tokens.groupby(["layer", "group"])["weight"].mean(), 1, atol=1e-4)
 
@@ -49,7 +50,7 @@ def test_top_weights_are_the_importance(scored: tuple[Importance, Sequences]) ->
     tokens = build(scores, sequences, CalibsetParams(TokenBudget(20, "top"), weighting=weighting))
     part = tokens[(tokens["layer"] == 1) & (tokens["group"] == "down")]
     weights = token_weights(scores[1, "down"], sequences.is_image, "token", weighting)
-    expected = np.array([weights[row.sample][row.position] for row in part.itertuples()])
+    expected = np.array([weights[row["sample"]][row["position"]] for row in part.to_dict("records")])
     np.testing.assert_allclose(part["weight"], expected / expected.mean(), rtol=1e-5)
 
 
@@ -71,7 +72,7 @@ def test_summary(scored: tuple[Importance, Sequences]) -> None:
     summary = summarise(tokens).set_index(["layer", "group"])
     assert len(summary) == 4
     part = tokens[(tokens["layer"] == 0) & (tokens["group"] == "qkv")]
-    row = summary.loc[(0, "qkv")]
+    row: dict[str, Any] = summary.loc[(0, "qkv")].to_dict()  # type: ignore[union-attr]
     assert row["tokens"] == len(part) == 20
     assert row["effective_tokens"] == pytest.approx(effective_sample_size(part["weight"].to_numpy()), abs=0.1)
     assert row["image_weight"] == pytest.approx(part[part["is_image"]]["weight"].sum() / part["weight"].sum(), abs=1e-3)

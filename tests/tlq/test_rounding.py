@@ -79,7 +79,8 @@ def test_equals_it_over_several_blocks() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([GROUPED, ROWS]))
 def test_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
-    weight, hessian = problem(seed)
+    """On correlated inputs and enough rows to average over; being greedy it may lose single rows."""
+    weight, hessian = problem(seed, out=64)
     compensated = round_compensated(weight, hessian, scheme, torch.bfloat16).dequantize()
     nearest = round_nearest(weight, scheme, torch.bfloat16).dequantize()
     assert quadratic(compensated - weight, hessian) < quadratic(nearest - weight, hessian)

@@ -20,7 +20,7 @@ from tlq.importance import Importance, Source, Weighting, answer_loss, score_tok
 from tlq.samples import Batch, Sample, decode_image, encode_batches, image_token_id
 
 
-def plain_importance(model: nn.Module, processor: Any, sample: Sample) -> dict[tuple[int, str], Tensor]:
+def plain_importance(model: Any, processor: Any, sample: Sample) -> dict[tuple[int, str], Tensor]:
     """Mean |dL/dy| per token for one sample alone: no batch, no hooks on gradients, labels built by hand."""
     prompt = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{sample.messages[0]['content'][7:]}"
     prompt += "<|im_end|>\n<|im_start|>assistant\n"
@@ -31,7 +31,7 @@ def plain_importance(model: nn.Module, processor: Any, sample: Sample) -> dict[t
     labels[:, :-answer_tokens] = -100
 
     outputs: dict[str, Tensor] = {}
-    layers = model.model.language_model.layers  # type: ignore[union-attr]
+    layers = model.model.language_model.layers
     handles = [
         module.register_forward_hook(lambda _module, _args, output, name=name: outputs.__setitem__(name, output))
         for name, module in layers.named_modules()

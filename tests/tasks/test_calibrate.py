@@ -1,0 +1,215 @@
+"""Stage `calibrate`, end to end on what the stages before it really wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText
+
+from tasks import calibrate
+from tasks.calibrate import weights_of
+from tasks.calibset import CalibsetParams
+from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_sequences
+from tasks.params import ParamsError, section
+from tlq import api
+from tlq.importance import Weighting, token_weights
+from tlq.processor import load_processor
+from tlq.recipes import RECIPES
+from tlq.samples import Batch, encode_batches
+from tlq.weights import lay_out
+
+Stage = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def workplace(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project that a test may change."""
+    shutil.copytree(project / "data", tmp_path / "data")
+    shutil.copyfile(project / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def stage(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    def run(recipe: str, scheme: str) -> Path:
+        monkeypatch.setattr("sys.argv", ["calibrate", "--recipe", recipe, "--scheme", scheme])
+        calibrate.main()
+        return workplace / "models" / f"{recipe}-{scheme}"
+
+    return run
+
+
+def change_params(**sections: Any) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump({**params, **sections}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("recipe", "scheme"), [("rtn", "w3a16"), ("mbq", "w4a8"), ("tlq", "w3a16"), ("tlq-c", "w4a8")])
+def test_the_checkpoint_is_the_model_that_was_calibrated(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, batches: list[Batch], recipe: str, scheme: str
+) -> None:
+    """Loaded with transformers alone, logits within 1e-4 of the fake-quantized model that the stage had in memory."""
+    kept: list[Any] = []
+    export = api.export_checkpoint
+
+    def keeping(*args: Any) -> None:
+        kept.append(args[1])
+        export(*args)
+
+    monkeypatch.setattr(api, "export_checkpoint", keeping)
+    path = stage(recipe, scheme)
+    loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    batch = batches[0]
+    difference = (loaded(**batch.inputs).logits - kept[0](**batch.inputs).logits)[batch.valid]
+    assert float(difference.abs().max()) < 1e-4
+    assert (
+        load_processor(path).tokenizer("hello")["input_ids"]
+        == load_processor(_source()).tokenizer("hello")["input_ids"]
+    )
+
+    report = json.loads((path / "calibration.json").read_text())
+    assert (report["recipe"]["name"], report["scheme"]["name"]) == (recipe, scheme)
+    assert [(row["layer"], row["group"]) for row in report["groups"]] == [
+        (layer, group) for layer in (0, 1) for group in ("qkv", "o", "gate_up", "down")
+    ]
+    for row in report["groups"]:
+        assert row["seconds"] >= 0
+        if recipe.startswith("tlq"):
+            assert 0 < row["effective_tokens"] <= row["tokens"] <= 64
+            assert row["error_after"] < row["error_before"]
+
+
+def _source() -> str:
+    return yaml.safe_load(Path("params.yaml").read_text())["model"]["path"]
+
+
+def test_the_same_twice_is_the_same_bytes(stage: Stage) -> None:
+    first = {file.name: file.read_bytes() for file in stage("tlq", "w3a16").iterdir()}
+    second = {file.name: file.read_bytes() for file in stage("tlq", "w3a16").iterdir()}
+    timed = "calibration.json"
+    assert first.keys() == second.keys()
+    assert {name: data for name, data in first.items() if name != timed} == {
+        name: data for name, data in second.items() if name != timed
+    }
+
+
+def test_rounding_to_nearest_needs_no_data(stage: Stage, workplace: Path) -> None:
+    shutil.rmtree(workplace / "data")
+    assert (stage("rtn", "w4a8") / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "recipe", "needed"),
+    [("calibset", "tlq", "calibset"), ("importance", "mbq", "importance"), ("prepared", "gptq", "prepare")],
+)
+def test_a_missing_input_names_the_stage_that_makes_it(
+    stage: Stage, workplace: Path, missing: str, recipe: str, needed: str
+) -> None:
+    shutil.rmtree(workplace / "data" / missing)
+    with pytest.raises(FileNotFoundError, match=f"not found; run `dvc repro {needed}` first"):
+        stage(recipe, "w3a16")
+    assert not (workplace / "models").exists()
+
+
+def test_an_interrupted_export_leaves_the_old_checkpoint(
+    stage: Stage, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stage("rtn", "w3a16")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def interrupted(*args: Any) -> None:
+        (args[-1] / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "export_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stage("rtn", "w3a16")
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert [entry.name for entry in (workplace / "models").iterdir()] == ["rtn-w3a16"]
+
+
+def test_a_token_set_chosen_by_another_importance_is_refused(stage: Stage) -> None:
+    change_params(calibset={"source": "modality", "budget": {"tokens_per_layer": 64}})
+    with pytest.raises(ParamsError, match="make recipes.tlq.importance and calibset.source equal"):
+        stage("tlq", "w3a16")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scheme", "message"),
+    [
+        ("best", "w3a16", "unknown recipe 'best'; choose one of rtn"),
+        ("rtn", "w9a16", "unknown scheme 'w9a16'; choose one of w2a16"),
+    ],
+)
+def test_unknown_choices_list_the_known_ones(stage: Stage, recipe: str, scheme: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage(recipe, scheme)
+
+
+def test_a_group_size_from_params_is_used_or_refused(stage: Stage) -> None:
+    change_params(calibrate={"group_size": 32})
+    report = json.loads((stage("rtn", "w3a16") / "calibration.json").read_text())
+    assert report["scheme"]["group_size"] == 32
+    assert (stage("rtn", "w4a8") / "model.safetensors").exists()  # it has no groups to resize
+    change_params(calibrate={"group_size": 48})
+    with pytest.raises(ValueError, match=r"q_proj: scheme w3a16 has groups of 48, which do not divide"):
+        stage("rtn", "w3a16")
+
+
+# -- which token weighs what ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(workplace: Path, tiny_processor: Any) -> list[Batch]:
+    from tasks.files import PREPARED, read_samples
+
+    samples = read_samples(PREPARED / "calibration.parquet", 5)
+    image_id = tiny_processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return encode_batches(samples, tiny_processor, image_id, 2, 512)
+
+
+def unpadded(weights: list[torch.Tensor], batches: list[Batch]) -> dict[int, np.ndarray]:
+    """Weights per sample; padding must weigh nothing."""
+    found = {}
+    for weight, batch in zip(weights, batches, strict=True):
+        assert float(weight[~batch.valid].abs().sum()) == 0
+        for row, sample in enumerate(batch.samples):
+            found[sample] = weight[row][batch.valid[row]].numpy()
+    return found
+
+
+def test_a_token_set_weighs_exactly_its_tokens(encoded: list[Batch]) -> None:
+    per_sample = weights_of(
+        RECIPES["tlq"], section("calibset", CalibsetParams), IMPORTANCE, CALIBSET / "tokens.parquet"
+    )
+    weights = lay_out(per_sample, encoded)
+    tokens = pd.read_parquet(CALIBSET / "tokens.parquet")
+    assert set(weights) == {(layer, group) for layer in (0, 1) for group in ("qkv", "o", "gate_up", "down")}
+    for (layer, group), part in tokens.groupby(["layer", "group"]):
+        found = unpadded(list(weights[layer, group]), encoded)  # type: ignore[index]
+        assert sum((values > 0).sum() for values in found.values()) == len(part)
+        for row in part.to_dict("records"):
+            assert found[row["sample"]][row["position"]] == np.float32(row["weight"])
+
+
+def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch]) -> None:
+    params = section("calibset", CalibsetParams)
+    scores, sequences = read_importance(IMPORTANCE), read_sequences(IMPORTANCE)
+    for name in ("awq", "mbq"):
+        weights = lay_out(weights_of(RECIPES[name], params, IMPORTANCE, CALIBSET / "tokens.parquet"), encoded)
+        for key, raw in scores.items():
+            expected = token_weights(raw, sequences.is_image, RECIPES[name].importance, Weighting())
+            found = unpadded(list(weights[key]), encoded)
+            for sample, values in enumerate(expected):
+                np.testing.assert_array_equal(found[sample], values)

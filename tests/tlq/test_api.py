@@ -1,0 +1,49 @@
+"""The Python API: a checkpoint in, a checkpoint out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tlq.api import quantize
+from tlq.checkpoint import load_model
+from tlq.samples import Sample
+from tlq.tokens import TokenBudget
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "awq", "mbq", "tlq-c"])
+def test_a_checkpoint_is_quantized_in_one_call(
+    tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path, recipe: str
+) -> None:
+    calibrated = quantize(
+        tiny_checkpoint, tmp_path / "out", samples, recipe, "w3a16", budget=TokenBudget(300), batch_size=3
+    )
+    report = json.loads((tmp_path / "out/calibration.json").read_text())
+    assert report["recipe"]["name"] == recipe
+    assert len(report["groups"]) == len(calibrated.reports) == 8
+    name = "model.language_model.layers.1.mlp.down_proj"
+    loaded = load_model(tmp_path / "out").get_submodule(name).weight
+    torch.testing.assert_close(loaded, calibrated.weights[name].dequantize(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_rtn_needs_no_samples_and_others_do(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    quantize(tiny_checkpoint, tmp_path / "rtn", [], "rtn", "w4a8")
+    with pytest.raises(ValueError, match="no calibration samples"):
+        quantize(tiny_checkpoint, tmp_path / "awq", [], "awq", "w3a16")
+
+
+def test_a_folder_with_files_is_not_written_over(tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(FileExistsError, match="not empty"):
+        quantize(tiny_checkpoint, tmp_path, samples, "rtn", "w3a16")
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_unknown_names_list_the_known_ones(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown recipe 'tql'; choose one of rtn"):
+        quantize(tiny_checkpoint, tmp_path / "out", [], "tql")
+    with pytest.raises(ValueError, match="unknown scheme 'w5'; choose one of w2a16"):
+        quantize(tiny_checkpoint, tmp_path / "out", [], "rtn", "w5")
