@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tlq.architectures import Architecture, LinearGroup, get_linear
+from tlq.architectures import Architecture, LinearGroup, check_linears, get_linear
 from tlq.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.equalization import Candidate, Fold, candidates
 from tlq.objective import Norm, Statistics, Tokens
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 #: (layer, group name) -> weight of every token, one [batch, time] tensor per micro-batch; 0 leaves a token out.
 TokenWeights = Mapping[tuple[int, str], Sequence[Tensor]]
-
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -130,7 +129,8 @@ def calibrate(
 
 
 def check_model(model: nn.Module, architecture: Architecture, scheme: Scheme) -> None:
-    """Refuse a job that cannot succeed before any work: group sizes, finite weights."""
+    """Refuse a job that cannot succeed before any work: linears of another shape, group sizes, finite weights."""
+    check_linears(model, architecture)
     for index, layer in enumerate(architecture.decoder_layers(model)):
         for group in architecture.groups:
             for path in group.linears:
@@ -185,7 +185,7 @@ class LayerLoop:
         reports = [self._solve_group(index, layer, group, reference) for group in self.architecture.groups]
         if self.calls and self.inputs_path == "exposed":
             self.exposed = [
-                run_layer(layer, hidden, call.kwargs[index])
+                call.next_input(index, run_layer(layer, hidden, call.kwargs[index]))
                 for hidden, call in zip(self.exposed, self.calls, strict=True)
             ]
             self._check_finite(index, self.exposed)
@@ -209,7 +209,7 @@ class LayerLoop:
         for number, (hidden, call) in enumerate(zip(self.full, self.calls, strict=True)):
             seen, output = observe(layer, hidden, call.kwargs[index], modules)
             assert output is not None
-            outputs.append(output)
+            outputs.append(call.next_input(index, output))
             for group in groups:
                 gathered[group.name].append(self._rows(seen[group.name], index, group, number))
             for parent in parents:
@@ -250,7 +250,7 @@ class LayerLoop:
         started = time.perf_counter()
         linears = [get_linear(layer, path) for path in group.linears]
         weight = torch.cat([linear.weight.float() for linear in linears])
-        fold = Fold.into(layer.get_submodule(group.fold), weight.shape[1], self.head_dim, self.storage)
+        fold = self._fold(layer, group, weight.shape[1])
         if not self.calls:
             chosen = Candidate(torch.ones(weight.shape[1], device=weight.device), 0.0)
             solution = _Solution(chosen, round_nearest(weight, self.scheme, self.storage))
@@ -271,6 +271,10 @@ class LayerLoop:
             damping=solution.damping,
             seconds=round(time.perf_counter() - started, 3),
         )
+
+    def _fold(self, layer: nn.Module, group: LinearGroup, in_features: int) -> Fold:
+        module = layer.get_submodule(group.fold)
+        return Fold.into(module, in_features, self.head_dim, self.storage, self.architecture.norm_offset)
 
     def _group_inputs(
         self, index: int, layer: nn.Module, group: LinearGroup, reference: _FullPrecision | None
@@ -359,7 +363,7 @@ class LayerLoop:
         if bool((per_row == 1).all()):
             return
         if fold.is_norm:
-            fold.weight.copy_((fold.weight / per_row).to(self.storage))
+            fold.weight.copy_(fold.folded_weight(per_row))
             return
         path = f"{prefix}.{group.fold}"
         self.quantized[path] = self.quantized[path].rescale_rows(1 / per_row)
@@ -378,7 +382,7 @@ class LayerLoop:
 
 @dataclass
 class _FullPrecision:
-    """One layer on the full-precision path: group inputs, parents' arguments, the layer's outputs."""
+    """One layer on the full-precision path: group inputs, parents' arguments, what the next layer is called with."""
 
     inputs: dict[str, Tensor]
     parents: dict[str, list[Arguments]]

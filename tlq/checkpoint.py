@@ -26,7 +26,7 @@ from compressed_tensors.quantization import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tlq.architectures import ARCHITECTURES, Architecture, architecture_of
+from tlq.architectures import FAMILIES, Architecture, architecture_of
 from tlq.quantizer import QuantizedWeight, Scheme
 
 _TARGETS = "Linear"
@@ -54,7 +54,7 @@ def read_config(checkpoint: str | Path) -> Any:
     except ValueError as error:
         raise ValueError(
             f"model {checkpoint!s}: transformers cannot read its config ({str(error).splitlines()[0]}); "
-            f"choose a model of one of: {', '.join(ARCHITECTURES)}"
+            f"choose a model of one of: {', '.join(FAMILIES)}"
         ) from error
     architecture_of(config)
     return config

@@ -29,10 +29,18 @@ class LayerCalls:
     Attributes:
         hidden_states: [batch, time, hidden], the first layer's input.
         kwargs: one dict per layer (masks, rotary embeddings); layers may share the tensors.
+        injected: one per layer, what the model adds to the hidden states between the layer before and this one
+            [batch, time, hidden] (visual features of Qwen3-VL, "DeepStack"), or None.
     """
 
     hidden_states: Tensor
     kwargs: list[dict[str, Any]]
+    injected: list[Tensor | None]
+
+    def next_input(self, index: int, output: Tensor) -> Tensor:
+        """What the layer after layer ``index`` is called with, given the output of layer ``index``."""
+        following = self.injected[index + 1] if index + 1 < len(self.injected) else None
+        return output if following is None else output + following
 
 
 @torch.no_grad()
@@ -46,18 +54,22 @@ def enter_decoder(model: nn.Module, architecture: Architecture, batches: Sequenc
             noted.clear()
             with _stop_before_head(model):
                 model(**to_device(batch.inputs, device), use_cache=False)
-            calls.append(LayerCalls(noted[0][0], [kwargs for _, kwargs in noted]))
+            injected = [None, *(hidden if bool(hidden.any()) else None for hidden, _ in noted[1:])]
+            calls.append(LayerCalls(noted[0][0], [kwargs for _, kwargs in noted], injected))
     return calls
 
 
 @contextmanager
 def _layers_noting_arguments(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Replace every layer's forward by one that notes its arguments and hands its input on."""
+    """Replace every layer's forward by one that notes its arguments and returns zeros.
+
+    With zeros for outputs, the next layer's input is exactly what the model adds on the way there.
+    """
     noted: list[tuple[Tensor, dict[str, Any]]] = []
 
     def note(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         noted.append((hidden_states, kwargs))
-        return hidden_states
+        return torch.zeros_like(hidden_states)
 
     for layer in layers:
         layer.forward = note

@@ -36,20 +36,24 @@ class Fold:
             projection under grouped-query attention, 1 elsewhere).
         head_dim: channels of a head, which repeat together.
         storage: dtype of the checkpoint.
+        offset: the gain of a norm is ``offset + weight`` (1 for Gemma's, 0 elsewhere).
     """
 
     module: nn.Module
     repeats: int
     head_dim: int
     storage: torch.dtype
+    offset: float = 0.0
 
     @classmethod
-    def into(cls, module: nn.Module, in_features: int, head_dim: int, storage: torch.dtype) -> Fold:
+    def into(
+        cls, module: nn.Module, in_features: int, head_dim: int, storage: torch.dtype, offset: float = 0.0
+    ) -> Fold:
         """Raises ValueError if the module's output cannot be the input of ``in_features`` channels."""
         rows = cast(Tensor, module.weight).shape[0]
         if in_features % rows:
             raise ValueError(f"cannot fold the scales of {in_features} channels into a module of {rows} outputs")
-        return cls(module, in_features // rows, head_dim, storage)
+        return cls(module, in_features // rows, head_dim, storage, offset)
 
     @property
     def weight(self) -> Tensor:
@@ -76,9 +80,13 @@ class Fold:
         """The scales nearest to ``per_row`` for which the folded gain is exact in the storage dtype."""
         if not self.is_norm:
             return per_row
-        gain = self.weight.float()
-        folded = (gain / per_row).to(self.storage).float()
+        gain = self.offset + self.weight.float()
+        folded = self.offset + self.folded_weight(per_row).float()
         return torch.where((gain == 0) | (folded == 0), torch.ones_like(gain), gain / folded)
+
+    def folded_weight(self, per_row: Tensor) -> Tensor:
+        """The norm's weight with 1/s in its gain, in the storage dtype."""
+        return ((self.offset + self.weight.float()) / per_row - self.offset).to(self.storage)
 
     def allows(self, folds: str) -> bool:
         """Whether an equalization that scales only ``folds`` may use this one."""

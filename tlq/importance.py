@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tlq.architectures import Architecture
+from tlq.architectures import Architecture, check_linears
 from tlq.decoder import to_device
 from tlq.samples import Batch
 
@@ -55,8 +55,10 @@ def score_tokens(model: nn.Module, architecture: Architecture, batches: Sequence
     """Raw importance of every token of every sample, by layer and linear group.
 
     Raises:
+        ValueError: the decoder is not made of the linears of its row.
         FloatingPointError: a loss or a gradient is not finite; the message names the sample or the layer.
     """
+    check_linears(model, architecture)
     model.requires_grad_(False)
     device = next(model.parameters()).device
     scores: Importance = {

@@ -122,20 +122,34 @@ def _encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
 
 def _collate(chunk: list[int], rows: list[dict[str, Tensor]], pad_id: int, image_token_id: int) -> Batch:
     width = max(rows[index]["input_ids"].shape[1] for index in chunk)
-    per_token = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    per_token = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
     inputs: dict[str, Tensor] = {}
     names = dict.fromkeys(name for index in chunk for name in rows[index] if name != "answer_length")
     for name in names:  # rows without an image have no pixels
         values = [rows[index][name] for index in chunk if name in rows[index]]
         if name in per_token:
             values = [_pad_right(value, width, per_token[name]) for value in values]
-        inputs[name] = torch.cat(values)
+        inputs[name] = torch.cat(values if name in per_token else _pad_to_common(values))
     valid = inputs["attention_mask"].bool()
     lengths = valid.sum(1)
     answers = torch.stack([rows[index]["answer_length"] for index in chunk])
     position = torch.arange(width)[None]
     is_answer = valid & (position >= (lengths - answers)[:, None])
     return Batch(chunk, inputs, valid, inputs["input_ids"] == image_token_id, is_answer)
+
+
+def _pad_to_common(values: list[Tensor]) -> list[Tensor]:
+    """Zeros behind every dimension but the first, up to the largest.
+
+    Images are cut into tiles, and how many differs; models that take tiles [images, tiles, ...] leave out those that
+    the image's size does not account for (LLaVA-NeXT, LLaVA-OneVision) or that are all zero (Idefics3, SmolVLM).
+    """
+    common = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [size for wanted, own in zip(common, value.shape[1:], strict=True) for size in (wanted - own, 0)]
+        padded.append(torch.nn.functional.pad(value, missing[::-1]))
+    return padded
 
 
 def _pad_right(values: Tensor, width: int, fill: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlq.architectures import ARCHITECTURES, LinearGroup, architecture_of, get_linear
+from tlq.architectures import DECODERS, LinearGroup, architecture_of, get_linear
 from tlq.calibrate import LayerLoop, _Solution
 from tlq.decoder import enter_decoder, run_layer
 from tlq.equalization import Candidate, Fold, candidates, weight_magnitude
@@ -125,7 +125,7 @@ def unquantized(weight: Tensor) -> QuantizedWeight:
     return QuantizedWeight(weight, torch.ones(len(weight), 1), torch.zeros(len(weight), 1))
 
 
-@pytest.mark.parametrize("group", ARCHITECTURES["qwen2_vl"].groups, ids=lambda group: group.name)
+@pytest.mark.parametrize("group", DECODERS["qwen2_vl_text"].groups, ids=lambda group: group.name)
 def test_folding_leaves_the_layer_function_unchanged(
     tiny_model: PreTrainedModel, batches: list[Batch], group: LinearGroup
 ) -> None:

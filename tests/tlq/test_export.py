@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from tlq.architectures import ARCHITECTURES, architecture_of
+from tlq.architectures import FAMILIES, architecture_of
 from tlq.calibrate import calibrate
 from tlq.checkpoint import export_checkpoint, load_model, read_config, storage_dtype
 from tlq.importance import Importance
@@ -196,5 +196,5 @@ def test_a_missing_checkpoint_says_what_to_correct(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "never_heard_of"])
 def test_an_unsupported_family_lists_the_supported_ones(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError, match=", ".join(ARCHITECTURES)):
+    with pytest.raises(ValueError, match=", ".join(FAMILIES)):
         read_config(tmp_path)
