@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from tasks.cli import run
 from tasks.files import (
@@ -24,8 +25,9 @@ from tasks.files import (
     write_text,
 )
 from tasks.params import section
-from tlq.importance import Importance, Source, Weighting, token_weights
-from tlq.tokens import TokenBudget, effective_sample_size, select_tokens, split_by_sample
+from tlq.importance import Importance, Source, Weighting
+from tlq.tokens import TokenBudget, effective_sample_size
+from tlq.weights import token_set
 
 
 @dataclass(frozen=True)
@@ -44,28 +46,28 @@ class CalibsetParams:
 
 def build(scores: Importance, sequences: Sequences, params: CalibsetParams) -> pd.DataFrame:
     """The token-level calibration set of every layer and group, one row per chosen token."""
-    token_id = np.concatenate(sequences.token_ids)
-    is_image = np.concatenate(sequences.is_image)
-    frames = []
-    for number, ((layer, group), raw) in enumerate(sorted(scores.items())):
-        weights = np.concatenate(token_weights(raw, sequences.is_image, params.source, params.weighting))
-        generator = np.random.default_rng([params.seed, number])
-        chosen, chosen_weights = select_tokens(weights, is_image, params.budget, generator)
-        sample, position = split_by_sample(chosen, sequences.lengths)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "layer": np.int32(layer),
-                    "group": group,
-                    "sample": sample.astype(np.int32),
-                    "position": position.astype(np.int32),
-                    "token_id": token_id[chosen],
-                    "is_image": is_image[chosen],
-                    "weight": chosen_weights,
-                }
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
+    weights = token_set(scores, sequences.is_image, params.source, params.weighting, params.budget, params.seed)
+    parts = [
+        _rows(layer, group, sample, values, sequences)
+        for (layer, group), per_sample in weights.items()
+        for sample, values in sorted(per_sample.items())
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _rows(layer: int, group: str, sample: int, values: NDArray[np.float32], sequences: Sequences) -> pd.DataFrame:
+    """Chosen tokens of one sample, in order of position."""
+    position = np.flatnonzero(values)
+    columns = {
+        "layer": np.int32(layer),
+        "group": group,
+        "sample": np.int32(sample),
+        "position": position.astype(np.int32),
+        "token_id": sequences.token_ids[sample][position],
+        "is_image": sequences.is_image[sample][position],
+        "weight": values[position],
+    }
+    return pd.DataFrame(columns)
 
 
 def summarise(tokens: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,76 @@
+"""Token weights of a calibration: from importance scores to one weight per token, layer and linear group.
+
+Either every token of the pool counts with its weight, or only the tokens of the token-level calibration set do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tlq.importance import Importance, Source, Weighting, token_weights
+from tlq.samples import Batch, token_rows
+from tlq.tokens import TokenBudget, select_tokens, split_by_sample
+
+#: (layer, group name) -> weight of every token, one [batch, time] tensor per micro-batch; 0 leaves a token out.
+TokenWeights = Mapping[tuple[int, str], Sequence[Tensor]]
+
+#: (layer, group name) -> sample -> weight of each of its tokens; samples without a weighted token may be absent.
+SampleWeights = Mapping[tuple[int, str], Mapping[int, NDArray[np.float32]]]
+
+
+def all_tokens(
+    scores: Importance, is_image: Sequence[NDArray[np.bool_]], source: Source, weighting: Weighting
+) -> SampleWeights:
+    """Every token of every sample, weighted by ``source``."""
+    return {
+        key: dict(enumerate(token_weights(raw, is_image, source, weighting))) for key, raw in sorted(scores.items())
+    }
+
+
+def uniform_tokens(keys: Sequence[tuple[int, str]], is_image: Sequence[NDArray[np.bool_]]) -> SampleWeights:
+    """Every token of every sample with weight 1: needs no scores."""
+    ones = {sample: np.ones(len(marks), np.float32) for sample, marks in enumerate(is_image)}
+    return dict.fromkeys(keys, ones)
+
+
+def token_set(
+    scores: Importance,
+    is_image: Sequence[NDArray[np.bool_]],
+    source: Source,
+    weighting: Weighting,
+    budget: TokenBudget,
+    seed: int,
+) -> SampleWeights:
+    """The token-level calibration set of every layer and group, drawn from the whole pool."""
+    pool_is_image = np.concatenate(is_image)
+    lengths = [len(marks) for marks in is_image]
+    chosen_weights: dict[tuple[int, str], dict[int, NDArray[np.float32]]] = {}
+    for number, (key, raw) in enumerate(sorted(scores.items())):
+        weights = np.concatenate(token_weights(raw, is_image, source, weighting))
+        generator = np.random.default_rng([seed, number])
+        chosen, values = select_tokens(weights, pool_is_image, budget, generator)
+        per_sample = chosen_weights.setdefault(key, {})
+        for sample, position, value in zip(*split_by_sample(chosen, lengths), values, strict=True):
+            if sample not in per_sample:
+                per_sample[int(sample)] = np.zeros(lengths[sample], np.float32)
+            per_sample[int(sample)][position] = value
+    return chosen_weights
+
+
+def lay_out(weights: SampleWeights, batches: Sequence[Batch]) -> TokenWeights:
+    """Weights per sample in the layout of the micro-batches; padding and absent samples get 0."""
+    return {key: _lay_out(per_sample, batches) for key, per_sample in weights.items()}
+
+
+def _lay_out(per_sample: Mapping[int, NDArray[np.float32]], batches: Sequence[Batch]) -> list[Tensor]:
+    laid_out = [torch.zeros(batch.valid.shape) for batch in batches]
+    for tensor, batch in zip(laid_out, batches, strict=True):
+        for sample, row, _ in token_rows([batch]):
+            if sample in per_sample:
+                tensor[row, batch.valid[row]] = torch.from_numpy(per_sample[sample])
+    return laid_out
