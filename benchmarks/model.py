@@ -269,7 +269,9 @@ class VisionLM(LM):
         """
         longest = max(len(item.answer) for item in batch)
         extended = _append(inputs, [item.answer for item in batch], longest, self._pad_token)
-        output = self.model(**extended, use_cache=True, logits_to_keep=longest + 1)
+        # The positions that `generate` will count on from: without them some models count padding too.
+        positions = self.model._prepare_position_ids_for_generation(extended["input_ids"], dict(extended))
+        output = self.model(**extended, position_ids=positions, use_cache=True, logits_to_keep=longest + 1)
         log_probs = {}
         for item, logits in zip(batch, output.logits, strict=True):
             if item.answer:

@@ -158,6 +158,7 @@ def _metrics(variant: str, outcome: Sequence[BenchmarkResult], compared: Mapping
         parts = {name: {"value": round(part.value, 4), "n": part.n} for name, part in result.parts.items()}
         benchmarks[result.task] = _rounded(compared[result.task]) | {
             "skipped": len(result.skipped),
+            "empty_replies": sum(not item.reply.strip() for item in result.items),
             "parts": parts,
         }
     return {"variant": variant, "benchmarks": benchmarks, "mean": _rounded(compared["mean"])}

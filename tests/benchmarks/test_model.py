@@ -1,5 +1,6 @@
 """The model behind lm-eval: batched, cached and shared answers equal plain ones, one item at a time."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from benchmark_rows import mmmu_rows, write_rows
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
@@ -31,6 +34,47 @@ class Keep:
     def measure(self, answers: Mapping[ItemKey, tuple[Sequence[int], torch.Tensor]]) -> dict[ItemKey, Divergence]:
         self.answers |= answers
         return {key: Divergence(len(tokens), 1.0, None) for key, (tokens, _) in answers.items()}
+
+
+def tiny_llava(tokenizer: Any) -> tuple[Any, Any]:
+    """A random LLaVA: unlike Qwen2-VL its family counts positions in the forward pass by itself."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|picture|>"]})
+    image = tokenizer.convert_tokens_to_ids("<|picture|>")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 32, "patch_size": 16} | vision,
+        text_config=text,
+        image_token_id=image,
+        image_token_index=image,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 4 if parameter.dim() > 1 else 1
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<|picture|>",
+        chat_template=tokenizer.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|picture|>"),
+    )
+    return model, processor
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "llava"])
+def family(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> tuple[Any, Any]:
+    processor = load_processor(tiny_checkpoint)
+    if request.param == "llava":
+        return tiny_llava(processor.tokenizer)
+    return load_model(tiny_checkpoint), processor
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +113,9 @@ def plain_log_probs(model: Any, processor: Any, prompt: str, images: list[Any], 
 
 
 def test_replies_and_log_probabilities_equal_plain_ones(
-    benchmarks: dict[str, Benchmark], model: Any, processor: Any
+    benchmarks: dict[str, Benchmark], family: tuple[Any, Any]
 ) -> None:
+    model, processor = family
     meter = Keep()
     results = run(benchmarks, model, processor, meter=meter)
     assert [len(result.items) for result in results] == [7, 6]

@@ -89,6 +89,7 @@ def test_metrics(results: Path) -> None:
     assert variant["mean"]["kl"] > 0
     assert variant["benchmarks"]["demo_mmmu"]["parts"]["unparsed"]["n"] > 0
     assert variant["benchmarks"]["demo_textvqa"]["skipped"] == 0
+    assert variant["benchmarks"]["demo_textvqa"]["empty_replies"] >= 0
     summary = json.loads((results / "rtn-w3a16" / "summary.json").read_text())
     assert {"score", "demo_textvqa", "demo_mmmu", "kl", "nll", "n", "skipped"} <= set(summary)
 
