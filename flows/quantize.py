@@ -19,6 +19,12 @@ from benchmarks.compare import scores_table
 from flows.stages import ROOT, check_tracking, stage, stages_at_once
 from tasks.params import VariantParams, section
 
+WHERE = """pictures      report/scores.png, report/tokens.png
+checkpoints   models/
+MLflow        mlflow ui --backend-store-uri sqlite:///mlflow.db
+Prefect       PREFECT_HOME=.prefect prefect server start
+lineage       dvc dag, dvc metrics show, dvc plots show"""
+
 
 @flow(name="quantize", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()))  # type: ignore[arg-type]
 def quantize() -> str:
@@ -59,4 +65,4 @@ def publish_scores(variants: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"\n{quantize()}\n")
+    sys.stdout.write(f"\n{quantize()}\n\n{WHERE}\n")

@@ -1,0 +1,310 @@
+"""Which choices of TLQ matter: one changed at a time, over calibration seeds, on held-out items of the demo.
+
+    python -m bench.ablation --seeds 0 1 2
+    python -m bench.ablation --summarise
+
+Every run calibrates the model on samples drawn with its seed and measures, on the same held-out items, the KL
+divergence from full precision, the NLL of the reference answers, and the score. Results are appended to
+bench/results/ablation.csv as they come; a run that is there already is not repeated, so an interrupted study continues.
+``--summarise`` writes docs/ablation.md and docs/ablation.png from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from benchmarks.data import BenchmarkSource
+from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
+from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
+from tasks.cli import device, quiet_libraries
+from tasks.prepare import Columns, PrepareParams, draw, read_table
+from tlq.architectures import architecture_of
+from tlq.calibrate import calibrate
+from tlq.checkpoint import load_model, read_config, storage_dtype
+from tlq.importance import Importance, Weighting, score_tokens
+from tlq.processor import load_processor
+from tlq.quantizer import get_scheme
+from tlq.recipes import Recipe, get_recipe
+from tlq.samples import Batch, encode_batches, image_token_id, token_rows
+from tlq.tokens import TokenBudget
+from tlq.weights import SampleWeights, all_tokens, lay_out, token_set
+
+logger = logging.getLogger("bench.ablation")
+
+MODEL = Path("data/demo/model")
+WORLD = Path("data/demo/world")
+RESULTS = Path("bench/results/ablation.csv")
+DOCS = Path("docs")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the study: a recipe and how its tokens are weighted and chosen.
+
+    Attributes:
+        factor, level: what differs from the recipe's default, and how.
+        samples: size of the pool of calibration samples.
+    """
+
+    factor: str
+    level: str
+    recipe: Recipe
+    weighting: Weighting = field(default_factory=Weighting)
+    budget: TokenBudget = field(default_factory=lambda: TokenBudget(4096))
+    samples: int = 256
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.name}: {self.factor} {self.level}"
+
+
+def choices(base: Recipe) -> list[Choice]:
+    """The default of ``base``, and every deviation from it that is studied."""
+    duo = base.equalization
+    budgets = [("512", 512), ("1024", 1024), ("2048", 2048), ("8192", 8192), ("16384", 16384)]
+    return [
+        Choice("default", "", base),
+        Choice("importance", "uniform, all tokens", replace(base, importance="uniform", tokens="all")),
+        Choice("importance", "modality, all tokens", replace(base, importance="modality", tokens="all")),
+        Choice("importance", "token, all tokens", replace(base, tokens="all")),
+        Choice("importance", "modality, set", replace(base, importance="modality")),
+        Choice("power", "0.5", base, Weighting(power=0.5)),
+        Choice("clip quantile", "1 (none)", base, Weighting(clip_quantile=1.0)),
+        Choice("clip quantile", "0.9", base, Weighting(clip_quantile=0.9)),
+        Choice("modality mix", "0.5", base, Weighting(modality_mix=0.5)),
+        *(Choice("tokens per layer", level, base, budget=TokenBudget(size)) for level, size in budgets),
+        Choice("selection", "top", base, budget=TokenBudget(4096, "top")),
+        Choice("equalization", "no duo", replace(base, equalization=replace(duo, duo=False))),
+        Choice("equalization", "none", replace(base, equalization=replace(duo, method="none"))),
+        Choice("inputs", "full precision", replace(base, inputs="full_precision")),
+        Choice("target", "exposed inputs", replace(base, target="exposed")),
+        Choice("pool", "64 samples", base, samples=64),
+    ]
+
+
+def study() -> list[Choice]:
+    """Baselines with their own defaults, then `tlq` and `tlq-c` with one choice changed at a time."""
+    baselines = [Choice("default", "", get_recipe(name)) for name in ("rtn", "smoothquant", "awq", "gptq", "mbq")]
+    return [*baselines, *choices(get_recipe("tlq")), *choices(get_recipe("tlq-c"))]
+
+
+class Laboratory:
+    """The model, the held-out items, and full precision's answers to them."""
+
+    def __init__(self, items: int, folder: Path) -> None:
+        self.model = load_model(MODEL, torch.float32, device())
+        self.processor = load_processor(MODEL)
+        self.storage = storage_dtype(read_config(MODEL))
+        self.architecture = architecture_of(self.model.config)
+        sources = [
+            BenchmarkSource(f"demo_{name}", str(WORLD / f"{name}.parquet"))
+            for name in ("textvqa", "chartqa", "ocrbench", "mmmu")
+        ]
+        self.benchmarks: dict[str, Benchmark] = load_benchmarks(sources, items, seed=0)
+        self.reference = folder / "reference"
+        self.full = self.measure(self.model, ReferenceRecorder(self.reference))
+
+    @cached_property
+    def reader(self) -> ReferenceReader:
+        return ReferenceReader(self.reference)
+
+    def measure(self, model: PreTrainedModel, meter: AnswerMeter) -> dict[str, float]:
+        """Score in percent, NLL and KL in nats per answer token: means over benchmarks."""
+        results = run_benchmarks(self.benchmarks, model, self.processor, 64, meter=meter)
+        frames = [pd.DataFrame([asdict(item) for item in result.items]) for result in results]
+        means = [(100 * frame["score"].mean(), frame["nll"].mean(), frame["kl"].mean()) for frame in frames]
+        score, nll, kl = np.mean(means, axis=0)
+        return {"score": float(score), "nll": float(nll), "kl": float(kl), "items": sum(map(len, frames))}
+
+    def run(self, choice: Choice, scheme: str, pool: Pool, seed: int) -> dict[str, float]:
+        """Calibrate a copy of the model as ``choice`` says, and measure it."""
+        model = copy.deepcopy(self.model)
+        weights: Mapping[Any, Any] = {}
+        if choice.recipe.needs_data:
+            weights = lay_out(pool.weights(choice, seed), pool.batches)
+        started = time.perf_counter()
+        calibrate(model, self.architecture, pool.batches, weights, choice.recipe, get_scheme(scheme), self.storage)
+        seconds = time.perf_counter() - started
+        return self.measure(model, self.reader) | {"seconds": round(seconds, 2)}
+
+
+class Pool:
+    """Calibration samples drawn with one seed, with their importance."""
+
+    def __init__(self, laboratory: Laboratory, size: int, seed: int) -> None:
+        params = PrepareParams(
+            "parquet", str(WORLD / "calibration.parquet"), size, seed, columns=Columns(id="id", source="source")
+        )
+        samples, _ = draw(*read_table(params), params)
+        model = laboratory.model
+        self.batches: list[Batch] = encode_batches(
+            samples, laboratory.processor, image_token_id(model.config), 32, 2048
+        )
+        self.scores: Importance = score_tokens(model, laboratory.architecture, self.batches, size)
+        marks = {
+            sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(self.batches)
+        }
+        self.is_image: list[NDArray[np.bool_]] = [marks[sample] for sample in range(size)]
+
+    def weights(self, choice: Choice, seed: int) -> SampleWeights:
+        if choice.recipe.tokens == "all":
+            return all_tokens(self.scores, self.is_image, choice.recipe.importance, choice.weighting)
+        return token_set(self.scores, self.is_image, choice.recipe.importance, choice.weighting, choice.budget, seed)
+
+
+def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: str | None) -> None:
+    done = _finished()
+    with tempfile.TemporaryDirectory() as folder:
+        laboratory = Laboratory(items, Path(folder))
+        _append({"recipe": "full", "factor": "", "level": "", "scheme": "", "seed": 0, **laboratory.full}, done)
+        for seed, size, wanted in _plan(seeds, schemes, done, only):
+            pool = Pool(laboratory, size, seed)
+            for choice, scheme in wanted:
+                logger.info("%s, %s, seed %d", choice.name, scheme, seed)
+                measured = laboratory.run(choice, scheme, pool, seed)
+                _append({**_key(choice, scheme, seed), **measured}, done)
+
+
+def _plan(
+    seeds: Sequence[int], schemes: Sequence[str], done: set[tuple[Any, ...]], only: str | None
+) -> Iterator[tuple[int, int, list[tuple[Choice, str]]]]:
+    """What is left to do, by seed and pool size, so that importance is scored once per pool."""
+    rows = [choice for choice in study() if only is None or choice.recipe.name == only or only in choice.name]
+    for seed in seeds:
+        for size in sorted({choice.samples for choice in rows}, reverse=True):
+            wanted = [
+                (choice, scheme)
+                for choice in rows
+                for scheme in schemes
+                if choice.samples == size and tuple(_key(choice, scheme, seed).values()) not in done
+            ]
+            if wanted:
+                yield seed, size, wanted
+
+
+def _key(choice: Choice, scheme: str, seed: int) -> dict[str, Any]:
+    return {
+        "recipe": choice.recipe.name,
+        "factor": choice.factor,
+        "level": choice.level,
+        "scheme": scheme,
+        "seed": seed,
+    }
+
+
+def _finished() -> set[tuple[Any, ...]]:
+    if not RESULTS.exists():
+        return set()
+    frame = pd.read_csv(RESULTS, keep_default_na=False)
+    return set(frame[["recipe", "factor", "level", "scheme", "seed"]].itertuples(index=False, name=None))
+
+
+def _append(row: dict[str, Any], done: set[tuple[Any, ...]]) -> None:
+    key = tuple(row[name] for name in ("recipe", "factor", "level", "scheme", "seed"))
+    if key in done:
+        return
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    columns = ["recipe", "factor", "level", "scheme", "seed", "score", "nll", "kl", "items", "seconds"]
+    frame = pd.DataFrame([row]).reindex(columns=columns)
+    frame.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False, float_format="%.6g")
+    done.add(key)
+
+
+def summarise() -> None:
+    """Write docs/ablation.md and docs/ablation.png: means over seeds with 95 % intervals (Student's t)."""
+    frame = pd.read_csv(RESULTS, keep_default_na=False)
+    full, runs = frame[frame["recipe"] == "full"].iloc[0], frame[frame["recipe"] != "full"]
+    table = (
+        runs.astype({"kl": float, "nll": float, "score": float})
+        .groupby(["scheme", "recipe", "factor", "level"], sort=False)
+        .agg(
+            kl=("kl", "mean"),
+            spread=("kl", "std"),
+            nll=("nll", "mean"),
+            score=("score", "mean"),
+            seeds=("seed", "size"),
+        )
+        .reset_index()
+    )
+    table["half"] = [_half_width(row.spread, row.seeds) for row in table.itertuples()]
+    lines = [
+        "# Which choices matter",
+        "",
+        "Demo model, one choice changed at a time. KL divergence from full precision and negative log-likelihood of",
+        f"the reference answers in nats per answer token on {int(full['items'])} held-out items; score in percent, mean",
+        "of the four demo benchmarks. Means over calibration seeds, KL with its 95 % interval. Made by",
+        f"`python -m bench.ablation`. Full precision: score {float(full['score']):.1f}, NLL {float(full['nll']):.4f}.",
+    ]
+    for scheme, part in table.groupby("scheme", sort=False):
+        lines += ["", f"## {str(scheme).upper()}", "", "| recipe | choice | KL | NLL | score | seeds |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for row in part.itertuples():
+            choice = f"{row.factor} {row.level}".strip()
+            lines.append(
+                f"| {row.recipe} | {choice} | {row.kl:.4f} ± {row.half:.4f} | {row.nll:.4f} | {row.score:.1f} "
+                f"| {row.seeds} |"
+            )
+    DOCS.mkdir(exist_ok=True)
+    (DOCS / "ablation.md").write_text("\n".join([*lines, "", "![KL by choice](ablation.png)", ""]))
+    _draw(table).savefig(DOCS / "ablation.png", dpi=100, metadata={"Software": None})
+
+
+def _half_width(spread: float, seeds: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, seeds - 1) * spread / seeds**0.5) if seeds > 1 else float("nan")
+
+
+def _draw(table: pd.DataFrame) -> Figure:
+    schemes = list(dict.fromkeys(table["scheme"]))
+    rows = table[table["scheme"] == schemes[0]]
+    names = [f"{row.recipe} {row.factor} {row.level}".replace("default ", "").strip() for row in rows.itertuples()]
+    figure = Figure(figsize=(4.2 * len(schemes) + 2, 0.24 * len(names) + 1), layout="constrained")
+    panels = figure.subplots(1, len(schemes), sharey=True, squeeze=False)[0]
+    for axes, scheme in zip(panels, schemes, strict=True):
+        part = table[table["scheme"] == scheme]
+        places = np.arange(len(part))
+        axes.errorbar(part["kl"], places, xerr=part["half"].fillna(0), fmt="o", markersize=4, capsize=2)
+        axes.set_xscale("log")
+        axes.set_title(str(scheme).upper())
+        axes.set_xlabel("KL to full precision, nats per token")
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(np.arange(len(names)), names, fontsize=7)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--schemes", nargs="+", default=["w3a16", "w2a16", "w4a8"])
+    parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
+    parser.add_argument("--only", help="a recipe, or part of a choice's name")
+    parser.add_argument("--summarise", action="store_true", help="only write the table and the picture")
+    arguments = parser.parse_args()
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    if not arguments.summarise:
+        run_study(arguments.seeds, arguments.schemes, arguments.items, arguments.only)
+    summarise()
+
+
+if __name__ == "__main__":
+    main()
