@@ -5,11 +5,14 @@ which takes longer than the demo's benchmarks do.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -18,6 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from benchmarks.data import BenchmarkError, BenchmarkSource, Rows, Skip, choose_rows, load_rows
 from benchmarks.divergence import AnswerMeter, ItemKey
 from benchmarks.model import Finished, VisionLM
+from benchmarks.vllm import WrappedLM
 
 log = logging.getLogger(__name__)
 
@@ -113,23 +117,45 @@ def run_benchmarks(
         model,
         processor,
         batch_size,
-        name_of=lambda task, position: benchmarks[task].rows.ids[position],
+        name_of=namer(benchmarks),
         max_new_tokens=max_new_tokens,
         answers=_answers(benchmarks, measured_items, seed),
         meter=meter,
         finished=finished,
         on_batch=on_batch,
     )
-    outcome = evaluate(
-        lm,
-        {"tasks": {name: benchmark.task for name, benchmark in benchmarks.items()}, "groups": {}},
-        bootstrap_iters=0,
-        apply_chat_template=True,
-        log_samples=True,
-    )
+    return run_on(lm, benchmarks)
+
+
+def namer(benchmarks: Mapping[str, Benchmark]) -> Callable[[str, int], str]:
+    """Row names by task and position."""
+    return lambda task, position: benchmarks[task].rows.ids[position]
+
+
+def run_on(lm: VisionLM | WrappedLM, benchmarks: Mapping[str, Benchmark]) -> list[BenchmarkResult]:
+    """Answer and score every item with an lm-eval model that keeps what it `finished`."""
+    with _without_bars_of_lm_eval():
+        outcome = evaluate(
+            lm,
+            {"tasks": {name: benchmark.task for name, benchmark in benchmarks.items()}, "groups": {}},
+            bootstrap_iters=0,
+            apply_chat_template=True,
+            log_samples=True,
+        )
     if outcome is None:
         raise RuntimeError("lm-eval gave no results; run the evaluation in a single process.")
     return [_result(name, benchmark, outcome["samples"][name], lm.finished) for name, benchmark in benchmarks.items()]
+
+
+@contextmanager
+def _without_bars_of_lm_eval() -> Iterator[None]:
+    """lm-eval shows a bar per task while it writes prompts, which takes no time; the model's own bar is enough."""
+    shown = lm_eval.api.task.tqdm
+    lm_eval.api.task.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = shown
 
 
 def _answers(benchmarks: Mapping[str, Benchmark], limit: int | None, seed: int) -> dict[ItemKey, str]:

@@ -21,6 +21,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
         self._path = folder / "answers.jsonl"
         stamp = folder / "fingerprint"
         if not (stamp.is_file() and stamp.read_text() == fingerprint):

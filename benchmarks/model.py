@@ -188,7 +188,7 @@ class VisionLM(LM):
         usable, failed, images = [], [], []
         for item in batch:
             try:
-                images.append([_pixels(image) for image in item.images])
+                images.append([pixels(image) for image in item.images])
                 usable.append(item)
             except IMAGE_ERRORS as error:
                 failed.append(Finished(item.key, failure=f"image cannot be decoded: {error}"[:200]))
@@ -324,7 +324,7 @@ def _log_softmax(logits: torch.Tensor, key: ItemKey) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def _pixels(image: Any) -> Any:
+def pixels(image: Any) -> Any:
     """PIL image, RGB, from an EncodedImage or a PIL image."""
     return image.decode() if hasattr(image, "decode") else image.convert("RGB")
 

@@ -28,8 +28,9 @@ import torch
 from benchmarks.compare import FULL, Comparison, compare
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
-from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks
+from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, namer, run_benchmarks, run_on
 from benchmarks.journal import Journal
+from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cli import device, run
 from tasks.files import EVALUATION, MODELS
 from tasks.params import ModelParams, section
@@ -52,6 +53,7 @@ class EvaluateParams:
         max_new_tokens: upper bound on the tokens that a benchmark lets a reply have, None for the benchmark's own.
         min_pixels, max_pixels: bounds on image size, None for the processor's own.
         dtype: of the computation; `auto` is the checkpoint's own.
+        backend: `hf`, or `vllm` where that package is installed.
         divergence: measure NLL and KL on the reference answers.
         divergence_limit: answers measured per benchmark, None for all (full precision stores vocabulary-size rows).
         resamples: of the bootstrap.
@@ -66,10 +68,21 @@ class EvaluateParams:
     min_pixels: int | None = None
     max_pixels: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    backend: Literal["hf", "vllm"] = "hf"
     divergence: bool = True
     divergence_limit: int | None = None
     resamples: int = 2000
     max_skipped: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.benchmarks:
+            raise ValueError("benchmarks is empty; name at least one")
+        for name in ("limit", "batch_size", "max_new_tokens", "divergence_limit", "resamples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}; it is a share between 0 and 1")
 
 
 def evaluate_variant(
@@ -80,19 +93,7 @@ def evaluate_variant(
     benchmarks = load_benchmarks(params.benchmarks, params.limit, params.seed)
     working = results / ".working" / variant
     journal = Journal(working, _fingerprint(model_path, params, benchmarks))
-    meter = _meter(variant, params, results, working)
-    outcome = run_benchmarks(
-        benchmarks,
-        load_model(model_path, dtype=_dtype(params.dtype), device=device()),
-        load_processor(model_path, **_pixel_bounds(params)),
-        params.batch_size,
-        max_new_tokens=params.max_new_tokens,
-        meter=meter,
-        measured_items=params.divergence_limit,
-        seed=params.seed,
-        finished=journal.read(),
-        on_batch=journal.add,
-    )
+    outcome = _answer(variant, model_path, params, benchmarks, journal, results)
     _check_skipped(outcome, params.max_skipped)
     items = _items(outcome)
     asked = {result.task: result.asked for result in outcome}
@@ -100,6 +101,40 @@ def evaluate_variant(
     metrics = _metrics(variant, outcome, compared)
     _write(working, results / variant, metrics, items, outcome)
     return metrics
+
+
+def _answer(
+    variant: str,
+    model_path: str,
+    params: EvaluateParams,
+    benchmarks: Mapping[str, Benchmark],
+    journal: Journal,
+    results: Path,
+) -> list[BenchmarkResult]:
+    """Answer what the journal does not hold yet, with the backend asked for."""
+    if params.backend == "vllm":
+        logger.warning("Backend vllm measures no reference answers: no NLL, no KL.")
+        inner = load_vllm(model_path, params.dtype, _pixel_bounds(params))
+        lm = WrappedLM(
+            inner,
+            namer(benchmarks),
+            max_new_tokens=params.max_new_tokens,
+            finished=journal.read(),
+            on_batch=journal.add,
+        )
+        return run_on(lm, benchmarks)
+    return run_benchmarks(
+        benchmarks,
+        load_model(model_path, dtype=_dtype(params.dtype), device=device()),
+        load_processor(model_path, **_pixel_bounds(params)),
+        params.batch_size,
+        max_new_tokens=params.max_new_tokens,
+        meter=_meter(variant, params, results, journal.folder),
+        measured_items=params.divergence_limit,
+        seed=params.seed,
+        finished=journal.read(),
+        on_batch=journal.add,
+    )
 
 
 def _read_full(results: Path) -> pd.DataFrame:
