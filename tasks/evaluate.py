@@ -49,7 +49,7 @@ class EvaluateParams:
     Attributes:
         benchmarks: what to run, see BenchmarkSource.
         limit: items per benchmark, None for all; `seed` chooses them, the same ones for every variant.
-        batch_size: items at a time; halved when memory runs out.
+        batch_size: items at a time, halved when memory runs out; `auto` starts with 32 on a CPU and 256 on a GPU.
         max_new_tokens: upper bound on the tokens that a benchmark lets a reply have, None for the benchmark's own.
         min_pixels, max_pixels: bounds on image size, None for the processor's own.
         dtype: of the computation; `auto` is the checkpoint's own.
@@ -63,7 +63,7 @@ class EvaluateParams:
     benchmarks: tuple[BenchmarkSource, ...]
     limit: int | None = None
     seed: int = 0
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = "auto"
     max_new_tokens: int | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -79,7 +79,7 @@ class EvaluateParams:
             raise ValueError("benchmarks is empty; name at least one")
         for name in ("limit", "batch_size", "max_new_tokens", "divergence_limit", "resamples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.max_skipped <= 1:
             raise ValueError(f"max_skipped is {self.max_skipped}; it is a share between 0 and 1")
@@ -127,7 +127,7 @@ def _answer(
         benchmarks,
         load_model(model_path, dtype=_dtype(params.dtype), device=device()),
         load_processor(model_path, **_pixel_bounds(params)),
-        params.batch_size,
+        _batch_size(params),
         max_new_tokens=params.max_new_tokens,
         meter=_meter(variant, params, results, journal.folder),
         measured_items=params.divergence_limit,
@@ -154,6 +154,12 @@ def _meter(variant: str, params: EvaluateParams, results: Path, working: Path) -
 
 def _dtype(name: str) -> torch.dtype | str:
     return name if name == "auto" else getattr(torch, name)
+
+
+def _batch_size(params: EvaluateParams) -> int:
+    if params.batch_size == "auto":
+        return 256 if device().type == "cuda" else 32
+    return params.batch_size
 
 
 def _pixel_bounds(params: EvaluateParams) -> dict[str, int]:
