@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.offload.dispatch import remove_dispatch
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -67,8 +68,9 @@ def load_model(
 ) -> PreTrainedModel:
     """A checkpoint as its user loads it, in evaluation mode on ``device``.
 
-    Quantized checkpoints are decompressed once here: left to itself compressed-tensors does it on the first forward
-    pass, which ``generate`` does not survive for every model family.
+    Quantized checkpoints are decompressed once here, and the module wrappers of compressed-tensors taken off: left to
+    itself it decompresses on the first forward pass, and its wrappers turn a model output handed to a module into a
+    plain dict, which ``generate`` of LLaVA-NeXT and LLaVA-OneVision does not survive (0.20).
 
     Raises: as ``read_config``.
     """
@@ -77,6 +79,7 @@ def load_model(
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.quantization_config.dequantize:
         quantizer.compressor.decompress_model(model)
+        remove_dispatch(model, onload_tensors=True)
     return model.eval()
 
 

@@ -1,0 +1,300 @@
+"""Tiny random models of every supported family, and inputs made without their processors.
+
+Every model has two decoder layers of width 128 with grouped-query attention, and a vision tower of one layer on
+images of 16 x 16. Norm gains are spread and all weights random, so that nothing that reaches a decoder layer is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from tlq.samples import Batch, _collate
+
+VOCABULARY = 96
+IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """How to build one family.
+
+    Attributes:
+        config: everything that its config needs beyond the family's defaults.
+        image: (number of tiles, generator) -> number of image tokens, and the model's inputs for one sample's image.
+        token_types: name of the input that marks image tokens with 1, where the model wants one.
+    """
+
+    model_type: str
+    config: dict[str, Any]
+    image: Callable[[int, torch.Generator], tuple[int, Inputs]]
+    token_types: str | None = None
+
+
+def text(model_type: str, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        **more,
+    }
+
+
+def tower(model_type: str, patch_size: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": patch_size,
+        **more,
+    }
+
+
+def pixels(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def qwen_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """A grid of 4 x 4 patches per tile, 2 x 2 of them one token."""
+    grid = torch.tensor([[1, 4, 4 * tiles]])
+    return 4 * tiles, {
+        "pixel_values": pixels(16 * tiles, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": grid,
+    }
+
+
+def llava_image(_tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    return 4, {"pixel_values": pixels(1, 3, 16, 16, generator=generator)}
+
+
+def anyres_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """The whole image (4 tokens), then ``tiles`` side by side: rows of 2 tokens per tile, each row with a newline."""
+    return 4 + 2 * (2 * tiles + 1), {
+        "pixel_values": pixels(1, 1 + tiles, 3, 16, 16, generator=generator),
+        "image_sizes": torch.tensor([[16, 16 * tiles]]),
+    }
+
+
+def tiled_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """Tiles stacked in the batch dimension, 4 tokens each."""
+    return 4 * tiles, {"pixel_values": pixels(tiles, 3, 16, 16, generator=generator)}
+
+
+def idefics_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    return 4 * tiles, {
+        "pixel_values": pixels(1, tiles, 3, 16, 16, generator=generator),
+        "pixel_attention_mask": torch.ones(1, tiles, 16, 16, dtype=torch.long),
+    }
+
+
+def mrope(sections: list[int], **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections, **more}}
+
+
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+QWEN_TOWER = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+PINPOINTS = [[16, 16], [16, 32], [16, 48]]
+
+TINY: dict[str, TinyFamily] = {
+    family.model_type: family
+    for family in (
+        TinyFamily(
+            "qwen2_vl",
+            {
+                "text_config": text("qwen2_vl_text", **mrope([4, 6, 6])),
+                "vision_config": {**QWEN_TOWER, "embed_dim": 32, "hidden_size": 128, "mlp_ratio": 2},
+                **QWEN_IDS,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "qwen2_5_vl",
+            {
+                "text_config": text("qwen2_5_vl_text", **mrope([4, 6, 6])),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "window_size": 16,
+                    "fullatt_block_indexes": [0],
+                },
+                "tie_word_embeddings": True,
+                **QWEN_IDS,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "qwen3_vl",
+            {
+                "text_config": text("qwen3_vl_text", head_dim=64, **mrope([12, 10, 10], mrope_interleaved=True)),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "num_position_embeddings": 16,
+                    "deepstack_visual_indexes": [0],
+                },
+                **QWEN_IDS,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "llava_onevision",
+            {
+                "text_config": text("qwen2"),
+                "vision_config": tower("siglip_vision_model", 8, vision_use_head=False),
+                "image_token_index": IMAGE,
+                "video_token_index": VIDEO,
+                "image_grid_pinpoints": PINPOINTS,
+            },
+            anyres_image,
+        ),
+        TinyFamily(
+            "llava_next",
+            {
+                "text_config": text("mistral", head_dim=32, sliding_window=32),
+                "vision_config": tower("clip_vision_model", 8),
+                "image_token_index": IMAGE,
+                "vision_feature_layer": -1,
+                "image_grid_pinpoints": PINPOINTS,
+            },
+            anyres_image,
+        ),
+        TinyFamily(
+            "llava",
+            {
+                "text_config": text("llama"),
+                "vision_config": tower("clip_vision_model", 8),
+                "image_token_index": IMAGE,
+                "vision_feature_layer": -1,
+            },
+            llava_image,
+        ),
+        TinyFamily(
+            "internvl",
+            {
+                "text_config": text("qwen3", head_dim=64),
+                "vision_config": tower("internvl_vision", 4, image_size=[16, 16]) | {"patch_size": [4, 4]},
+                "image_token_id": IMAGE,
+                "image_seq_length": 4,
+            },
+            tiled_image,
+        ),
+        TinyFamily(
+            "gemma3",
+            {
+                "text_config": text(
+                    "gemma3_text",
+                    head_dim=64,
+                    query_pre_attn_scalar=64,
+                    sliding_window=6,
+                    layer_types=["sliding_attention", "full_attention"],
+                ),
+                "vision_config": tower("siglip_vision_model", 4, vision_use_head=False),
+                "image_token_index": IMAGE,
+                "boi_token_index": VISION_START,
+                "eoi_token_index": VISION_END,
+                "mm_tokens_per_image": 4,
+            },
+            llava_image,
+            "token_type_ids",
+        ),
+        TinyFamily(
+            "smolvlm",
+            {
+                "text_config": text("llama"),
+                "vision_config": tower("smolvlm_vision", 4),
+                "image_token_id": IMAGE,
+                "scale_factor": 2,
+            },
+            idefics_image,
+        ),
+        TinyFamily(
+            "idefics3",
+            {
+                "text_config": text("llama"),
+                "vision_config": tower("idefics3_vision", 4),
+                "image_token_id": IMAGE,
+                "scale_factor": 2,
+                "tie_word_embeddings": True,
+            },
+            idefics_image,
+        ),
+    )
+}
+
+
+def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(model_type, **{**TINY[model_type].config, **changes})
+
+
+def write_tiny(model_type: str, folder: Path) -> Path:
+    """A random checkpoint of the family in bfloat16."""
+    randomized(AutoModelForImageTextToText.from_config(tiny_config(model_type))).to(torch.bfloat16).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@torch.no_grad()
+def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Weights of unit gain, biases of a tenth, decoder norms with gains spread around 1."""
+    offset = 1.0 if model.config.model_type == "gemma3" else 0.0
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.copy_(torch.exp(0.5 * values) - offset)
+        elif parameter.dim() >= 2:
+            parameter.copy_(values / parameter[0].numel() ** 0.5)
+        else:
+            parameter.copy_(0.1 * values)
+    return model.eval()
+
+
+def batches_of(model_type: str, batch_size: int = 2) -> list[Batch]:
+    """Four samples: an image of one to three tiles between two texts, then an answer of four tokens."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [_row(TINY[model_type], 1 + index % 3, 5 + 3 * index, generator) for index in range(4)]
+    chunks = [list(range(start, min(start + batch_size, 4))) for start in range(0, 4, batch_size)]
+    return [_collate(chunk, rows, 0, IMAGE) for chunk in chunks]
+
+
+def _row(family: TinyFamily, tiles: int, words: int, generator: torch.Generator) -> Inputs:
+    count, inputs = family.image(tiles, generator)
+    before, after = (torch.randint(1, IMAGE, (1, length), generator=generator) for length in (3, words + 4))
+    image = torch.full((1, count), IMAGE)
+    ids = torch.cat([before, torch.tensor([[VISION_START]]), image, torch.tensor([[VISION_END]]), after], 1)
+    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs, "answer_length": torch.tensor(4)}
+    if family.token_types:
+        row[family.token_types] = (ids == IMAGE).long()
+    return row

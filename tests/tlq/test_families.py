@@ -1,0 +1,364 @@
+"""Every supported family through the whole path, on tiny random models of the real classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import TINY, batches_of, tiny_config, write_tiny
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from tlq import architectures
+from tlq.architectures import FAMILIES, Architecture, Decoder, Family, architecture_of, get_linear, linear_paths
+from tlq.calibrate import LayerLoop, _Solution, calibrate
+from tlq.checkpoint import export_checkpoint, load_model
+from tlq.decoder import enter_decoder, run_layer
+from tlq.equalization import Candidate, Fold
+from tlq.importance import Importance, score_tokens
+from tlq.quantizer import QuantizedWeight, get_scheme
+from tlq.recipes import RECIPES, Recipe
+from tlq.samples import Batch
+
+every_family = pytest.mark.parametrize("name", list(TINY))
+
+
+@dataclass
+class Built:
+    """A family's checkpoint, the model in float32 and batches for it."""
+
+    path: Path
+    model: PreTrainedModel
+    architecture: Architecture
+    batches: list[Batch]
+    scores: Importance
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.architecture.decoder_layers(self.model)
+
+
+Builder = Callable[[str], Built]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    @cache
+    def built(name: str) -> Built:
+        path = write_tiny(name, tmp_path_factory.mktemp(name))
+        model = load_model(path)
+        architecture, batches = architecture_of(model.config), batches_of(name)
+        with torch.enable_grad():
+            scores = score_tokens(model, architecture, batches, 4)
+        return Built(path, model, architecture, batches, scores)
+
+    return built
+
+
+def quick(name: str) -> Recipe:
+    recipe = RECIPES[name]
+    return replace(recipe, equalization=replace(recipe.equalization, points=3))
+
+
+def final_hidden_states(built: Built, batch: Batch) -> Tensor:
+    """What the decoder hands to its last norm, [batch, time, hidden]."""
+    seen: list[Tensor] = []
+    norm = built.model.get_submodule(built.architecture.layers.removesuffix("layers") + "norm")
+    handle = norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with torch.no_grad():
+        built.model(**batch.inputs, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+def test_every_family_is_tested() -> None:
+    assert set(TINY) == set(FAMILIES)
+
+
+@every_family
+def test_layer_by_layer_the_decoder_computes_what_the_model_does(
+    build: Builder, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both paths of the loop, with groups left as they are: masks, rotary embeddings, what is added in between."""
+    built = build(name)
+    monkeypatch.setattr(LayerLoop, "_solve_group", lambda *_: None)
+    weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
+    recipe, scheme = RECIPES["tlq"], get_scheme("w3a16")
+    loop = LayerLoop(built.model, built.architecture, built.batches, weights, recipe, scheme, torch.bfloat16)
+    with torch.no_grad():
+        for index, layer in enumerate(built.layers):
+            loop.solve_layer(index, layer)
+    for batch, full, exposed in zip(built.batches, loop.full, loop.exposed, strict=True):
+        expected = final_hidden_states(built, batch)[batch.valid]
+        torch.testing.assert_close(full[batch.valid], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(exposed[batch.valid], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(build: Builder) -> None:
+    """Qwen3-VL's DeepStack: large enough here that leaving it out would be seen."""
+    built = build("qwen3_vl")
+    for call, batch in zip(enter_decoder(built.model, built.architecture, built.batches), built.batches, strict=True):
+        first, added = call.injected
+        assert first is None
+        assert added is not None
+        assert bool((added[~batch.is_image] == 0).all())
+        assert float(added[batch.is_image].square().mean()) > 0.05 * float(call.hidden_states.square().mean())
+
+
+@every_family
+def test_only_qwen3_vl_adds_anything_between_layers(build: Builder, name: str) -> None:
+    built = build(name)
+    (call, *_) = enter_decoder(built.model, built.architecture, built.batches)
+    assert (call.injected == [None, None]) == (name != "qwen3_vl")
+
+
+def unquantized(weight: Tensor) -> QuantizedWeight:
+    """A weight in QuantizedWeight's clothes whose dequantize gives it back exactly: isolates folding from rounding."""
+    return QuantizedWeight(weight, torch.ones(len(weight), 1), torch.zeros(len(weight), 1))
+
+
+@every_family
+def test_folded_scales_leave_every_layer_as_it_was(build: Builder, name: str) -> None:
+    """W diag(s) behind a norm or linear that took 1/s: norm gains of 1 + weight, norms on q and k, biases, heads."""
+    built = build(name)
+    model = copy.deepcopy(built.model)
+    (call, *_) = enter_decoder(model, built.architecture, built.batches)
+    loop = LayerLoop(model, built.architecture, [], {}, RECIPES["rtn"], get_scheme("w4a8"), torch.float32)
+    loop.scheme = get_scheme("w3a16")  # no activation quantization, weights kept in float32
+    generator = torch.Generator().manual_seed(1)
+    for index, layer in enumerate(built.architecture.decoder_layers(model)):
+        for group in built.architecture.groups:
+            with torch.no_grad():
+                before = run_layer(layer, call.hidden_states, call.kwargs[index])
+                weight = torch.cat([get_linear(layer, path).weight for path in group.linears])
+                fold = loop._fold(layer, group, weight.shape[1])
+                if not fold.is_norm:
+                    path = f"{built.architecture.layers}.{index}.{group.fold}"
+                    loop.quantized[path] = unquantized(fold.weight.clone())
+                s = fold.expand(fold.realizable(torch.rand(len(fold.weight), generator=generator) + 0.5))
+                loop._install(index, layer, group, fold, _Solution(Candidate(s, 0.5), unquantized(weight * s)))
+                after = run_layer(layer, call.hidden_states, call.kwargs[index])
+            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gain_of_one_plus_weight_folds_exactly_in_the_stored_dtype() -> None:
+    norm = nn.LayerNorm(64, bias=False)
+    norm.weight.data = torch.randn(64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).float()
+    norm.weight.data[5] = -1.0  # a dead gain
+    fold = Fold.into(norm, 64, 32, torch.bfloat16, offset=1.0)
+    wanted = torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.5
+    s = fold.realizable(wanted)
+    folded = fold.folded_weight(s)
+    assert folded.dtype == torch.bfloat16
+    torch.testing.assert_close((1 + folded.float()) * s, 1 + norm.weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(s[norm.weight.abs() < 1], wanted[norm.weight.abs() < 1], rtol=0.1, atol=0)
+    assert s[5] == 1
+    assert torch.equal(fold.folded_weight(torch.ones(64)).float(), norm.weight)
+
+
+@every_family
+def test_importance_reaches_image_and_text_tokens_of_every_group(build: Builder, name: str) -> None:
+    built = build(name)
+    assert len(built.scores) == 2 * 4
+    for (layer, group), per_sample in built.scores.items():
+        for batch in built.batches:
+            for row, sample in enumerate(batch.samples):
+                values = torch.from_numpy(per_sample[sample])
+                marks = batch.is_image[row, batch.valid[row]]
+                assert len(values) == len(marks)
+                # The last layer's errors reach the answer through no other token.
+                if layer == 0 and group in ("qkv", "o"):
+                    assert float(values[marks].max()) > 0
+                assert float(values[-4:-1].min()) > 0
+
+
+#: compressed-tensors 0.20 turns the image features that `generate` hands to these models into a plain dict, in every
+#: checkpoint that is not dequantized on loading. When this no longer fails, the README's note can go.
+GENERATE_FAILS_WHEN_LOADED_PLAINLY = {"llava_next", "llava_onevision"}
+
+Exported = tuple[nn.Module, Path]
+
+
+@pytest.fixture(scope="module")
+def export(build: Builder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Exported]:
+    """The fake-quantized model in memory and the directory that was exported from it."""
+
+    def exported(name: str, recipe: str, scheme_name: str) -> Exported:
+        built, scheme = build(name), get_scheme(scheme_name)
+        model = copy.deepcopy(built.model)
+        weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
+        calibrated = calibrate(model, built.architecture, built.batches, weights, quick(recipe), scheme, torch.bfloat16)
+        out = tmp_path_factory.mktemp("exported") / f"{name}-{recipe}-{scheme_name}"
+        export_checkpoint(built.path, model, calibrated.weights, scheme, out)
+        return model, out
+
+    return exported
+
+
+def without_padding(batch: Batch) -> dict[str, Tensor]:
+    """The longest row of a batch alone has none; its question without the answer, for generation."""
+    assert bool(batch.valid.all())
+    assert len(batch.samples) == 1
+    return {
+        name: value[:, :-4] if value.shape[:2] == batch.valid.shape and value.dim() == 2 else value
+        for name, value in batch.inputs.items()
+    }
+
+
+@torch.no_grad()
+@every_family
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+@pytest.mark.parametrize("recipe", ["tlq", "tlq-c"])
+def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
+    build: Builder, export: Callable[[str, str, str], Exported], name: str, recipe: str, scheme: str
+) -> None:
+    built = build(name)
+    model, path = export(name, recipe, scheme)
+    loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    decompressed = load_model(path)
+    for batch in built.batches:
+        expected = model(**batch.inputs).logits[batch.valid]
+        for reader in (loaded, decompressed):
+            assert float((reader(**batch.inputs).logits[batch.valid] - expected).abs().max()) < 1e-4
+        original = built.model(**batch.inputs).logits[batch.valid]
+        assert float((expected - original).abs().max()) > 1e-2  # it really is quantized
+
+    prompt = without_padding(batches_of(name, batch_size=1)[0])
+    readers = [decompressed]
+    if scheme == "w4a8" and name in GENERATE_FAILS_WHEN_LOADED_PLAINLY:
+        with pytest.raises(AttributeError, match="'dict' object has no attribute 'pooler_output'"):
+            loaded.generate(**prompt, max_new_tokens=3)
+    else:
+        readers.append(loaded)
+    for reader in readers:
+        answer = reader.generate(**prompt, max_new_tokens=3, do_sample=False)
+        assert answer.shape == (1, prompt["input_ids"].shape[1] + 3)
+        first = model(**prompt).logits[0, -1]
+        assert int(answer[0, -3]) == int(first.argmax())
+
+    everything_else_is_in_full_precision(built, decompressed, path)
+
+
+def everything_else_is_in_full_precision(built: Built, loaded: nn.Module, path: Path) -> None:
+    quantized = {name for name, module in loaded.named_modules() if hasattr(module, "quantization_scheme")}
+    linears = {path for layer in range(2) for path in linear_paths(built.architecture, layer)}
+    if quantized:  # a dequantizing load leaves plain modules
+        assert quantized == linears
+    parameters = dict(loaded.named_parameters())
+    for name, parameter in built.model.named_parameters():
+        if not name.startswith(built.architecture.layers):
+            assert torch.equal(parameter, parameters[name]), name
+    with safe_open(path / "model.safetensors", "pt") as file:
+        packed = [name for name in file.keys() if name.endswith("weight_scale")]  # noqa: SIM118
+    assert len(packed) == len(linears) == 14
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["rtn", "smoothquant", "awq", "gptq", "mbq"])
+@pytest.mark.parametrize(("name", "scheme"), [("qwen3_vl", "w3a16"), ("gemma3", "w4a8")])
+def test_the_other_recipes_export_the_unusual_families(
+    build: Builder, export: Callable[[str, str, str], Exported], name: str, recipe: str, scheme: str
+) -> None:
+    model, path = export(name, recipe, scheme)
+    loaded = load_model(path)
+    for batch in build(name).batches:
+        difference = loaded(**batch.inputs).logits - model(**batch.inputs).logits
+        assert float(difference[batch.valid].abs().max()) < 1e-4
+
+
+@torch.no_grad()
+@every_family
+def test_padding_on_the_right_changes_nothing(build: Builder, name: str) -> None:
+    """Samples alone and in a padded batch, with fewer image tiles than their neighbour: same logits, same scores."""
+    built = build(name)
+    alone = batches_of(name, batch_size=1)
+    for batch in built.batches:
+        together = built.model(**batch.inputs, use_cache=False).logits
+        for row, sample in enumerate(batch.samples):
+            expected = built.model(**alone[sample].inputs, use_cache=False).logits[0]
+            torch.testing.assert_close(together[row, batch.valid[row]], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava_onevision"])
+def test_padding_on_the_right_changes_no_score(build: Builder, name: str) -> None:
+    built = build(name)
+    alone = score_tokens(built.model, built.architecture, batches_of(name, batch_size=1), 4)
+    for key, per_sample in built.scores.items():
+        for sample, values in enumerate(per_sample):
+            torch.testing.assert_close(
+                torch.from_numpy(values), torch.from_numpy(alone[key][sample]), rtol=1e-3, atol=1e-7
+            )
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text_type", "reason"),
+    [("phi3", "mlp.gate_up_proj are fused"), ("mixtral", "mlp.experts is a mixture of experts"), ("olmo2", "")],
+)
+def test_a_decoder_without_a_row_is_refused_by_its_config(text_type: str, reason: str) -> None:
+    config = tiny_config("llava", text_config={"model_type": text_type, "pad_token_id": 0})
+    with pytest.raises(
+        ValueError, match=f"'llava' with decoder '{text_type}' is not supported.*{reason}.*one of: llama"
+    ):
+        architecture_of(config)
+
+
+def test_a_family_without_a_row_is_refused_by_its_config() -> None:
+    with pytest.raises(ValueError, match="'qwen3_vl_moe' is not supported: its mlp.experts is a mixture.*qwen2_vl, "):
+        architecture_of(AutoConfig.for_model("qwen3_vl_moe"))
+
+
+def small_text(model_type: str, **more: Any) -> dict[str, Any]:
+    return {**TINY["llava"].config["text_config"], "model_type": model_type, **more}
+
+
+@pytest.mark.parametrize(
+    ("text_type", "message"),
+    [
+        (
+            "phi3",
+            r"layers\.0\.self_attn\.q_proj: there is no q_proj in Phi3Attention, which has o_proj, qkv_proj; fused",
+        ),
+        ("mixtral", r"layers\.0\.mlp\.gate_proj: there is no gate_proj in \w+, which has gate, experts; .*mixtures"),
+    ],
+)
+def test_fused_linears_and_experts_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, text_type: str, message: str
+) -> None:
+    """Even if somebody adds the row, before any work: importance and calibration alike."""
+    monkeypatch.setitem(architectures.DECODERS, text_type, Decoder())
+    config = tiny_config("llava", text_config=small_text(text_type, num_local_experts=2))
+    model = AutoModelForImageTextToText.from_config(config)
+    architecture = architecture_of(config)
+    with pytest.raises(ValueError, match=message + ".*choose a model with one Linear per projection"):
+        score_tokens(model, architecture, batches_of("llava"), 4)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, architecture, [], {}, RECIPES["rtn"], get_scheme("w4a8"), torch.bfloat16)
+
+
+def test_a_linear_that_no_group_covers_is_refused(build: Builder) -> None:
+    """It would stay as it is in memory, and be expected quantized by whoever loads the checkpoint."""
+    model = copy.deepcopy(build("llava").model)
+    architecture_of(model.config).decoder_layers(model)[1].mlp.shared = nn.Linear(128, 128)
+    with pytest.raises(ValueError, match=r"language_model\.layers\.1\.mlp\.shared: this Linear is in no linear group"):
+        calibrate(model, architecture_of(model.config), [], {}, RECIPES["rtn"], get_scheme("w4a8"), torch.bfloat16)
+
+
+def test_a_family_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VipLLaVA, which is not among the families: its vision tower and connector are named as LLaVA's."""
+    monkeypatch.setitem(architectures.FAMILIES, "vipllava", Family(FAMILIES["llava"].ignore))
+    config = AutoConfig.for_model(
+        "vipllava", text_config=small_text("llama"), vision_config=TINY["llava"].config["vision_config"]
+    )
+    model = AutoModelForImageTextToText.from_config(config)
+    found = calibrate(model, architecture_of(config), [], {}, RECIPES["rtn"], get_scheme("w4a8"), torch.bfloat16)
+    assert len(found.weights) == 14
