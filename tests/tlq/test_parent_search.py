@@ -1,4 +1,4 @@
-"""AWQ's and MBQ's search for scales, written out plainly from their papers, chooses the same exponents.
+"""AWQ's and MBQ's search for scales, written out plainly from their papers, finds the same errors and exponents.
 
 The plain version has its own quantizer, gets inputs from ordinary forward passes, copies the module it measures, and
 goes through the grid with one loop.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlq.architectures import architecture_of
-from tlq.calibrate import calibrate
+from tlq.architectures import architecture_of, get_linear
+from tlq.calibrate import _LinearsError, _ParentError, calibrate
 from tlq.importance import Importance, Weighting, token_weights
 from tlq.quantizer import get_scheme
 from tlq.recipes import RECIPES
@@ -114,10 +114,16 @@ def plain_search(
 )
 @torch.no_grad()
 def test_chooses_the_exponent_of_a_plain_implementation(
-    tiny_model: PreTrainedModel, batches: list[Batch], scores: Importance, name: str, scheme: str, group: str
+    tiny_model: PreTrainedModel,
+    batches: list[Batch],
+    scores: Importance,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    scheme: str,
+    group: str,
 ) -> None:
     recipe = RECIPES[name]
-    model = copy.deepcopy(tiny_model)
+    model: Any = copy.deepcopy(tiny_model)
     architecture = architecture_of(model.config)
     architecture.decoder_layers(model).__delitem__(slice(1, None))  # the first layer is enough
     is_image = [_row(batches, sample)[0] for sample in range(6)]
@@ -135,9 +141,29 @@ def test_chooses_the_exponent_of_a_plain_implementation(
     best = min(losses, key=losses.__getitem__)
     assert 0 < best[0] < 0.95  # a search whose answer is an end of the grid would prove little
 
+    found: list[float] = []
+    measure = _LinearsError if group == "down" else _ParentError
+    linears = [get_linear(architecture.decoder_layers(model)[0], path) for path in _paths(group)]
+    shape = (sum(linear.out_features for linear in linears), linears[0].in_features)
+    original = measure.__call__
+
+    def noting(error: Any, quantized: Tensor, *rest: Any) -> float:
+        cost = original(error, quantized, *rest)
+        if quantized.shape == shape and len(found) < len(losses):
+            found.append(cost)
+        return cost
+
+    monkeypatch.setattr(measure, "__call__", noting)
     calibrated = calibrate(model, architecture, batches, weights, recipe, get_scheme(scheme), torch.float32)
+    # Activations on a rounding edge fall either way.
+    assert found == pytest.approx(list(losses.values()), rel=0.03 if scheme == "w4a8" else 1e-3)
     report = next(report for report in calibrated.reports if report.group == group)
     assert (report.alpha, report.duo) == best
+
+
+def _paths(group: str) -> list[str]:
+    parent, names = LINEARS[group]
+    return [f"{parent}.{name}".rstrip(".") for name in names]
 
 
 def _row(batches: list[Batch], sample: int) -> tuple[Any, int, int, Tensor]:
