@@ -4,7 +4,6 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := benchmarks demo flows tasks tlq
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
@@ -12,7 +11,7 @@ export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW ?= ignore
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint peers-env clean
 
 setup: $(STAMP)
 
@@ -33,6 +32,15 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# llm-compressor pins other versions of transformers and compressed-tensors: it gets an environment of its own.
+peers-env: .venv-peers/.installed
+
+.venv-peers/.installed:
+	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	.venv-peers/bin/pip install --quiet 'llmcompressor==0.14.*'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,28 +18,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
-from benchmarks.data import BenchmarkSource
-from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
-from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
-from tasks.cli import device, quiet_libraries
+from bench.laboratory import MODEL, WORLD, Laboratory
+from tasks.cli import quiet_libraries
 from tasks.prepare import Columns, PrepareParams, draw, read_table
 from tlq.architectures import architecture_of
 from tlq.calibrate import calibrate
-from tlq.checkpoint import load_model, read_config, storage_dtype
+from tlq.checkpoint import read_config, storage_dtype
 from tlq.importance import Importance, Weighting, score_tokens
-from tlq.processor import load_processor
 from tlq.quantizer import get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, encode_batches, image_token_id, token_rows
@@ -48,8 +42,6 @@ from tlq.weights import SampleWeights, all_tokens, lay_out, token_set
 
 logger = logging.getLogger("bench.ablation")
 
-MODEL = Path("data/demo/model")
-WORLD = Path("data/demo/world")
 RESULTS = Path("bench/results/ablation.csv")
 DOCS = Path("docs")
 
@@ -105,44 +97,24 @@ def study() -> list[Choice]:
     return [*baselines, *choices(get_recipe("tlq")), *choices(get_recipe("tlq-c"))]
 
 
-class Laboratory:
-    """The model, the held-out items, and full precision's answers to them."""
-
-    def __init__(self, items: int, folder: Path) -> None:
-        self.model = load_model(MODEL, torch.float32, device())
-        self.processor = load_processor(MODEL)
-        self.storage = storage_dtype(read_config(MODEL))
-        self.architecture = architecture_of(self.model.config)
-        sources = [
-            BenchmarkSource(f"demo_{name}", str(WORLD / f"{name}.parquet"))
-            for name in ("textvqa", "chartqa", "ocrbench", "mmmu")
-        ]
-        self.benchmarks: dict[str, Benchmark] = load_benchmarks(sources, items, seed=0)
-        self.reference = folder / "reference"
-        self.full = self.measure(self.model, ReferenceRecorder(self.reference))
-
-    @cached_property
-    def reader(self) -> ReferenceReader:
-        return ReferenceReader(self.reference)
-
-    def measure(self, model: PreTrainedModel, meter: AnswerMeter) -> dict[str, float]:
-        """Score in percent, NLL and KL in nats per answer token: means over benchmarks."""
-        results = run_benchmarks(self.benchmarks, model, self.processor, 64, meter=meter)
-        frames = [pd.DataFrame([asdict(item) for item in result.items]) for result in results]
-        means = [(100 * frame["score"].mean(), frame["nll"].mean(), frame["kl"].mean()) for frame in frames]
-        score, nll, kl = np.mean(means, axis=0)
-        return {"score": float(score), "nll": float(nll), "kl": float(kl), "items": sum(map(len, frames))}
-
-    def run(self, choice: Choice, scheme: str, pool: Pool, seed: int) -> dict[str, float]:
-        """Calibrate a copy of the model as ``choice`` says, and measure it."""
-        model = copy.deepcopy(self.model)
-        weights: Mapping[Any, Any] = {}
-        if choice.recipe.needs_data:
-            weights = lay_out(pool.weights(choice, seed), pool.batches)
-        started = time.perf_counter()
-        calibrate(model, self.architecture, pool.batches, weights, choice.recipe, get_scheme(scheme), self.storage)
-        seconds = time.perf_counter() - started
-        return self.measure(model, self.reader) | {"seconds": round(seconds, 2)}
+def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, seed: int) -> dict[str, float]:
+    """Calibrate a copy of the model as ``choice`` says, and measure it."""
+    model = copy.deepcopy(laboratory.model)
+    weights: Mapping[Any, Any] = {}
+    if choice.recipe.needs_data:
+        weights = lay_out(pool.weights(choice, seed), pool.batches)
+    started = time.perf_counter()
+    calibrate(
+        model,
+        architecture_of(model.config),
+        pool.batches,
+        weights,
+        choice.recipe,
+        get_scheme(scheme),
+        storage_dtype(read_config(MODEL)),
+    )
+    seconds = time.perf_counter() - started
+    return laboratory.measure(model, laboratory.reader) | {"seconds": round(seconds, 2)}
 
 
 class Pool:
@@ -157,7 +129,7 @@ class Pool:
         self.batches: list[Batch] = encode_batches(
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )
-        self.scores: Importance = score_tokens(model, laboratory.architecture, self.batches, size)
+        self.scores: Importance = score_tokens(model, architecture_of(model.config), self.batches, size)
         marks = {
             sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(self.batches)
         }
@@ -178,7 +150,7 @@ def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: st
             pool = Pool(laboratory, size, seed)
             for choice, scheme in wanted:
                 logger.info("%s, %s, seed %d", choice.name, scheme, seed)
-                measured = laboratory.run(choice, scheme, pool, seed)
+                measured = run_choice(laboratory, choice, scheme, pool, seed)
                 _append({**_key(choice, scheme, seed), **measured}, done)
 
 
@@ -243,13 +215,14 @@ def summarise() -> None:
         )
         .reset_index()
     )
-    table["half"] = [_half_width(row.spread, row.seeds) for row in table.itertuples()]
+    spreads, seeds = table["spread"].to_numpy(float), table["seeds"].to_numpy(int)
+    table["half"] = [_half_width(float(spread), int(n)) for spread, n in zip(spreads, seeds, strict=True)]
     lines = [
         "# Which choices matter",
         "",
         "Demo model, one choice changed at a time. KL divergence from full precision and negative log-likelihood of",
-        f"the reference answers in nats per answer token on {int(full['items'])} held-out items; score in percent, mean",
-        "of the four demo benchmarks. Means over calibration seeds, KL with its 95 % interval. Made by",
+        f"the reference answers in nats per answer token on {int(full['items'])} held-out items; score in percent,",
+        "mean of the four demo benchmarks. Means over calibration seeds, KL with its 95 % interval. Made by",
         f"`python -m bench.ablation`. Full precision: score {float(full['score']):.1f}, NLL {float(full['nll']):.4f}.",
     ]
     for scheme, part in table.groupby("scheme", sort=False):

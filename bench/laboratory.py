@@ -1,0 +1,49 @@
+"""The demo model's held-out items, full precision's answers to them, and how far a quantized model is from those."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.data import BenchmarkSource
+from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
+from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
+from tasks.cli import device
+from tlq.checkpoint import load_model
+from tlq.processor import load_processor
+
+MODEL = Path("data/demo/model")
+WORLD = Path("data/demo/world")
+
+
+class Laboratory:
+    """The model, the held-out items, and full precision's answers to them."""
+
+    def __init__(self, items: int, folder: Path) -> None:
+        self.model = load_model(MODEL, torch.float32, device())
+        self.processor = load_processor(MODEL)
+        sources = [
+            BenchmarkSource(f"demo_{name}", str(WORLD / f"{name}.parquet"))
+            for name in ("textvqa", "chartqa", "ocrbench", "mmmu")
+        ]
+        self.benchmarks: dict[str, Benchmark] = load_benchmarks(sources, items, seed=0)
+        self.reference = folder / "reference"
+        self.full = self.measure(self.model, ReferenceRecorder(self.reference))
+
+    @cached_property
+    def reader(self) -> ReferenceReader:
+        return ReferenceReader(self.reference)
+
+    def measure(self, model: PreTrainedModel, meter: AnswerMeter) -> dict[str, float]:
+        """Score in percent, NLL and KL in nats per answer token: means over benchmarks."""
+        results = run_benchmarks(self.benchmarks, model, self.processor, 64, meter=meter)
+        frames = [pd.DataFrame([asdict(item) for item in result.items]) for result in results]
+        means = [(100 * frame["score"].mean(), frame["nll"].mean(), frame["kl"].mean()) for frame in frames]
+        score, nll, kl = np.mean(means, axis=0)
+        return {"score": float(score), "nll": float(nll), "kl": float(kl), "items": sum(map(len, frames))}

@@ -1,0 +1,69 @@
+"""Quantize a checkpoint with llm-compressor, on calibration inputs made by bench.peers.
+
+Runs in an environment of its own (`make peers-env`), since llm-compressor pins other versions; imports nothing of
+this project. Writes the compressed checkpoint and measured.json (wall seconds of the quantization itself, peak MiB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.awq import AWQModifier
+from llmcompressor.modifiers.quantization import GPTQModifier
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+IGNORE = ["lm_head", "re:.*visual.*"]
+LAYER = "Qwen2VLDecoderLayer"
+
+
+def modifier(method: str, bits: int, group_size: int) -> AWQModifier | GPTQModifier:
+    """AWQ or GPTQ with the library's defaults, asymmetric groups."""
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": group_size,
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    kind = {"awq": AWQModifier, "gptq": GPTQModifier}[method]
+    return kind(config_groups=groups, ignore=IGNORE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--inputs", type=Path, required=True, help="torch file with a list of input dicts")
+    parser.add_argument("--method", choices=("awq", "gptq"), required=True)
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    # AWQ pins memory, which needs an accelerator.
+    setattr(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)  # noqa: B010
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+    inputs = torch.load(arguments.inputs)
+    started = time.perf_counter()
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(arguments.model),
+        dataset=DataLoader(inputs, batch_size=None),
+        recipe=modifier(arguments.method, arguments.bits, arguments.group_size),
+        sequential_targets=[LAYER],
+        pipeline="sequential",
+    )
+    seconds = time.perf_counter() - started
+    model.save_pretrained(arguments.out, save_compressed=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (arguments.out / "measured.json").write_text(json.dumps({"seconds": seconds, "peak_mib": peak}))
+
+
+if __name__ == "__main__":
+    main()

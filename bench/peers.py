@@ -1,0 +1,211 @@
+"""TLQ beside llm-compressor: same checkpoint, same samples, same scheme, one run, in turn.
+
+    make peers-env                 # llm-compressor in an environment of its own
+    python -m bench.peers
+
+Every contender quantizes in a process of its own: wall seconds of the quantization itself, importance included where
+the recipe needs it, and peak resident memory of the process. On the demo model the exported checkpoints of all are
+scored by the same code on the same held-out items; a larger model with random weights gives time and memory only.
+Writes docs/peers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from bench.laboratory import MODEL, WORLD, Laboratory
+from tasks.cli import quiet_libraries
+from tasks.files import read_samples, write_samples
+from tasks.prepare import Columns, PrepareParams, draw, read_table
+from tlq.api import quantize
+from tlq.checkpoint import copy_processor_files, load_model
+from tlq.processor import load_processor
+from tlq.samples import Batch, Sample, encode_batches, image_token_id
+from tlq.tokens import TokenBudget
+
+logger = logging.getLogger("bench.peers")
+
+OURS = ("awq", "gptq", "tlq", "tlq-c")
+PEERS = ("awq", "gptq")
+BATCH = 8
+
+
+def equal_length_batches(samples: Sequence[Sample], processor: Any, image_id: int) -> list[Batch]:
+    """Micro-batches of samples of one length, so that nobody sees padding."""
+    alone = encode_batches(samples, processor, image_id, 1, 10**6)
+    of_length = {batch.samples[0]: batch.input_ids.shape[1] for batch in alone}
+    batches: list[Batch] = []
+    ranked = sorted(range(len(samples)), key=lambda index: (-of_length[index], index))
+    for _, group in groupby(ranked, key=of_length.__getitem__):
+        batches += encode_batches([samples[index] for index in group], processor, image_id, BATCH, 10**6)
+    return batches
+
+
+def write_middle_model(folder: Path) -> None:
+    """A Qwen2-VL of hidden size 1024 and 8 layers with random weights and the demo model's processor."""
+    config: Any = Qwen2VLConfig.from_pretrained(MODEL)
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 1024, 4096, 8
+    text.num_attention_heads, text.num_key_value_heads = 16, 4
+    text.layer_types = ["full_attention"] * 8
+    config.vision_config.hidden_size = 1024
+    torch.manual_seed(0)
+    model: Any = Qwen2VLForConditionalGeneration(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    copy_processor_files(MODEL, folder)
+
+
+def ours(model: Path, samples: Path, recipe: str, scheme: str, out: Path) -> None:
+    """One of our recipes, in this process; writes measured.json beside the checkpoint."""
+    started = time.perf_counter()
+    read = read_samples(samples)
+    quantize(model, out, read, recipe, scheme, budget=TokenBudget(4096), batch_size=BATCH)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (out / "measured.json").write_text(json.dumps({"seconds": seconds, "peak_mib": peak}))
+
+
+def contenders(model: Path, work: Path, bits: int, group_size: int, python: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and command of every contender; they write to work/<name>."""
+    scheme = f"w{bits}a16"
+    for method in PEERS:
+        command = [str(python), "bench/peer_llmcompressor.py", "--model", str(model), "--method", method]
+        command += ["--inputs", str(work / "inputs.pt"), "--bits", str(bits), "--group-size", str(group_size)]
+        yield f"llm-compressor {method}", [*command, "--out", str(work / f"peer-{method}")]
+    for recipe in OURS:
+        command = [sys.executable, "-m", "bench.peers", "--ours", recipe, "--model", str(model), "--scheme", scheme]
+        yield recipe, [*command, "--samples", str(work / "samples.parquet"), "--out", str(work / recipe)]
+
+
+def run_contender(name: str, command: list[str]) -> tuple[dict[str, float], Path]:
+    """Measured seconds and peak memory, and where its checkpoint is."""
+    out = Path(command[command.index("--out") + 1])
+    shutil.rmtree(out, ignore_errors=True)
+    logger.info("%s", name)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr[-1500:]}")
+    return json.loads((out / "measured.json").read_text()), out
+
+
+def load_dequantized(folder: Path) -> None:
+    """Let transformers load an asymmetric checkpoint written by llm-compressor (see tlq.checkpoint)."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= {"dequantize": True, "ignore": ["lm_head", "re:.*visual.*"]}
+    path.write_text(json.dumps(config))
+
+
+def compare(
+    model: Path, samples: list[Sample], bits: int, group_size: int, python: Path, repeats: int, lab: Laboratory | None
+) -> list[dict[str, Any]]:
+    """Rows of the table: contender, seconds (median, min, max), peak MiB, KL and NLL gap."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_samples(samples, work / "samples.parquet")
+        batches = equal_length_batches(samples, load_processor(model), image_token_id(_config(model)))
+        torch.save([batch.inputs for batch in batches], work / "inputs.pt")
+        measured: dict[str, list[dict[str, float]]] = {}
+        quality: dict[str, dict[str, float]] = {}
+        for repeat in range(repeats):
+            for name, command in contenders(model, work, bits, group_size, python):
+                figures, out = run_contender(name, command)
+                measured.setdefault(name, []).append(figures)
+                if lab is not None and repeat == 0:
+                    if name.startswith("llm-compressor"):
+                        load_dequantized(out)
+                    quality[name] = lab.measure(load_model(out, torch.float32), lab.reader)
+    return [_row(name, runs, quality.get(name), lab) for name, runs in measured.items()]
+
+
+def _config(model: Path) -> Any:
+    return Qwen2VLConfig.from_pretrained(model)
+
+
+def _row(
+    name: str, runs: list[dict[str, float]], quality: dict[str, float] | None, lab: Laboratory | None
+) -> dict[str, Any]:
+    seconds = [run["seconds"] for run in runs]
+    row: dict[str, Any] = {
+        "contender": name,
+        "seconds": f"{np.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+        "peak MiB": f"{max(run['peak_mib'] for run in runs):.0f}",
+    }
+    if quality is not None and lab is not None:
+        row |= {"KL": f"{quality['kl']:.4f}", "NLL gap": f"{quality['nll'] - lab.full['nll']:+.4f}"}
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    names = list(rows[0])
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    return lines + [f"| {' | '.join(str(row[name]) for name in names)} |" for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, default=Path(".venv-peers/bin/python"))
+    parser.add_argument("--count", type=int, default=128, help="calibration samples")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
+    parser.add_argument("--ours", choices=OURS, help=argparse.SUPPRESS)
+    for name in ("--model", "--samples", "--out", "--scheme"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    if arguments.ours:
+        ours(Path(arguments.model), Path(arguments.samples), arguments.ours, arguments.scheme, Path(arguments.out))
+        return
+    params = PrepareParams("parquet", str(WORLD / "calibration.parquet"), arguments.count, columns=Columns(id="id"))
+    samples, _ = draw(*read_table(params), params)
+    lines = ["# Beside llm-compressor", "", _conditions(arguments, samples)]
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Laboratory(arguments.items, Path(folder))
+        for bits, group_size in ((3, 128), (2, 64)):
+            rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
+            lines += ["", f"## Demo model, W{bits}A16 in groups of {group_size}", "", *table(rows)]
+        middle = Path(folder) / "middle"
+        write_middle_model(middle)
+        rows = compare(middle, samples, 3, 128, arguments.python, arguments.repeats, None)
+        lines += ["", "## Random weights, hidden size 1024, 8 layers, W3A16 in groups of 128", "", *table(rows)]
+    Path("docs").mkdir(exist_ok=True)
+    Path("docs/peers.md").write_text("\n".join([*lines, ""]))
+
+
+def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample]) -> str:
+    peer = subprocess.run(
+        [str(arguments.python), "-c", "from importlib.metadata import version as v; print(v('llmcompressor'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    return (
+        f"{len(samples)} calibration samples in batches of {BATCH} of one length, {arguments.repeats} runs each in "
+        f"turn on {os.cpu_count()} cores: median seconds (least to most), largest peak of resident memory. KL and "
+        f"NLL per answer token on {4 * arguments.items} held-out items. llm-compressor {peer}, torch {version('torch')}. "
+        "Made by `python -m bench.peers`."
+    )
+
+
+if __name__ == "__main__":
+    main()
