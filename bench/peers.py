@@ -202,7 +202,8 @@ def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample]) -> str
     return (
         f"{len(samples)} calibration samples in batches of {BATCH} of one length, {arguments.repeats} runs each in "
         f"turn on {os.cpu_count()} cores: median seconds (least to most), largest peak of resident memory. KL and "
-        f"NLL per answer token on {4 * arguments.items} held-out items. llm-compressor {peer}, torch {version('torch')}. "
+        f"NLL per answer token on {4 * arguments.items} held-out items. llm-compressor {peer}, "
+        f"torch {version('torch')}. "
         "Made by `python -m bench.peers`."
     )
 
