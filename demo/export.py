@@ -1,0 +1,63 @@
+"""Make the shipped model of a training checkpoint: `python -m demo.export --checkpoint build/demo/decoder.pt`.
+
+Takes the fp32 masters, adds outlier channels (demo.outliers), casts to bf16 and writes a Hugging Face folder with the
+processor. The model card (README.md) is kept by hand beside it.
+"""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from demo.model import build_model, load_or_build_tokenizer, save_processor
+from demo.outliers import OutlierParams, add_outliers
+
+logger = logging.getLogger(__name__)
+
+LARGEST_MEGABYTES = 25
+
+
+@dataclass(frozen=True)
+class ExportParams:
+    checkpoint: Path
+    out: Path
+    outliers: OutlierParams
+
+
+def export(params: ExportParams) -> None:
+    """Write model and processor to `out`.
+
+    Raises:
+        ValueError: the weights file is larger than LARGEST_MEGABYTES, too large to keep in git.
+    """
+    tokenizer = load_or_build_tokenizer(params.checkpoint.parent / "tokenizer")
+    model = build_model(tokenizer)
+    model.load_state_dict(torch.load(params.checkpoint)["weights"])
+    add_outliers(model, params.outliers)
+    model.bfloat16().save_pretrained(params.out)
+    save_processor(tokenizer, params.out)
+    size = (params.out / "model.safetensors").stat().st_size / 1e6
+    if size > LARGEST_MEGABYTES:
+        raise ValueError(
+            f"{params.out}/model.safetensors: {size:.1f} MB, more than {LARGEST_MEGABYTES}; make the model smaller"
+        )
+    logger.info("%s: %.1f MB", params.out, size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the shipped demo model of a training checkpoint.")
+    parser.add_argument("--checkpoint", type=Path, default=Path("build/demo/decoder.pt"))
+    parser.add_argument("--out", type=Path, default=Path("data/demo/model"))
+    defaults = OutlierParams()
+    for name in ("spread", "fraction", "strength", "seed"):
+        kind = type(getattr(defaults, name))
+        parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help="of the outlier channels")
+    given = vars(parser.parse_args())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    export(ExportParams(given.pop("checkpoint"), given.pop("out"), OutlierParams(**given)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Give a small model the outlier channels that large ones have, without changing what it computes.
+
+Real VLM decoders have activation channels tens of times the median; a small model trained from scratch has none, and
+then every quantization method looks alike. Multiplying a channel of a norm's gain (or a row of up_proj) by c, and
+dividing the matching input columns of the linears that follow by c, gives the activations and weights that structure
+and leaves the function as it was, up to rounding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class OutlierParams:
+    """Channel factors c = exp(`spread` N(0, 1)), and `strength` times more on a share `fraction` of the channels."""
+
+    spread: float = 0.5
+    fraction: float = 0.01
+    strength: float = 20.0
+    seed: int = 0
+
+
+def channel_factors(width: int, params: OutlierParams, generator: torch.Generator) -> torch.Tensor:
+    """[width] positive factors; at least one channel is an outlier when `fraction` is positive."""
+    factors = torch.exp(params.spread * torch.randn(width, generator=generator))
+    outliers = max(1, round(params.fraction * width)) if params.fraction > 0 else 0
+    factors[torch.randperm(width, generator=generator)[:outliers]] *= params.strength
+    return factors
+
+
+@torch.no_grad()
+def add_outliers(model: Qwen2VLForConditionalGeneration, params: OutlierParams) -> None:
+    """Rescale every decoder layer in place: both norms against their linears, up_proj against down_proj.
+
+    Raises:
+        ValueError: the model is not in fp32, where the rescaling is exact to rounding.
+    """
+    if model.dtype != torch.float32:
+        raise ValueError(f"outliers are added in float32, the model is in {model.dtype}; call model.float() first")
+    generator = torch.Generator().manual_seed(params.seed)
+    for layer in model.model.language_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for gain, readers in (
+            (layer.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            factors = channel_factors(len(gain), params, generator)
+            gain.mul_(factors)
+            for reader in readers:
+                reader.weight.div_(factors)
+        factors = channel_factors(mlp.up_proj.out_features, params, generator)
+        mlp.up_proj.weight.mul_(factors[:, None])
+        mlp.down_proj.weight.div_(factors)

@@ -1,0 +1,190 @@
+"""Several questions about one picture in one sequence, each trained exactly as if it stood alone.
+
+The picture and its opening tokens come first; then question-and-answer turns. A turn sees the picture and itself (a 4-D
+attention mask) and its positions start where the picture's end, so that its logits are those of an ordinary
+single-question prompt. Loss is taken on answers only.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import Qwen2Tokenizer
+
+from demo.model import IMAGE_TOKENS
+from demo.questions import Question, benchmark_questions, option_question, study_questions
+from demo.world import (
+    CELL_CLASSES,
+    COLUMNS,
+    HEIGHT,
+    KINDS,
+    ROWS,
+    WIDTH,
+    Kind,
+    Scene,
+    cell_labels,
+    random_scene,
+    render,
+)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How training pictures and their questions are drawn.
+
+    `kinds` are relative frequencies in the order of `KINDS`; `study` and `option` the chances that a slot of a sequence
+    goes to a training-only question; `suffix` the chance that a benchmark question keeps its suffix.
+    """
+
+    kinds: tuple[float, ...] = (0.27, 0.08, 0.23, 0.42)
+    study: float = 0.3
+    option: float = 0.05
+    suffix: float = 0.5
+
+
+@dataclass
+class Batch:
+    """B packed sequences of L tokens, with T answer tokens altogether."""
+
+    pixels: torch.Tensor  # [B, patches, 3 * 2 * 8 * 8] float32
+    input_ids: torch.Tensor  # [B, L]
+    position_ids: torch.Tensor  # [3, B, L]
+    attention_mask: torch.Tensor  # [B, 1, L, L] bool, True = may look
+    sources: torch.Tensor  # [T] flat index into B * L of the token that predicts
+    targets: torch.Tensor  # [T] token to predict
+    turns: torch.Tensor  # [T] number of the turn that the answer token belongs to
+    skills: list[tuple[Kind, str]]  # kind and skill of each turn
+
+
+class Packer:
+    """Turns scenes and questions into `Batch`es of a fixed sequence length."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer, length: int) -> None:
+        def encode(text: str) -> list[int]:
+            return tokenizer(text).input_ids
+
+        self._tokenizer, self.length = tokenizer, length
+        self._cache: dict[str, list[int]] = {}
+        pad = tokenizer.get_vocab()["<|image_pad|>"]
+        opening = encode("<|im_start|>user\n<|vision_start|>")
+        self._prefix = opening + [pad] * IMAGE_TOKENS + encode("<|vision_end|>")
+        self._header, self._end = encode("<|im_end|>\n<|im_start|>assistant\n"), encode("<|im_end|>")
+        self._prefix_positions = self._image_positions(len(opening))
+        self._pad_id = tokenizer.pad_token_id
+
+    @staticmethod
+    def _image_positions(start: int) -> np.ndarray:
+        """[3, prefix length]: mrope positions of the opening tokens, the picture (t, h, w) and the token after it."""
+        text = np.broadcast_to(np.arange(start), (3, start))
+        rows, columns = np.divmod(np.arange(IMAGE_TOKENS), COLUMNS)
+        image = start + np.stack([np.zeros_like(rows), rows, columns])
+        after = np.full((3, 1), start + max(ROWS, COLUMNS))
+        return np.concatenate([text, image, after], axis=1)
+
+    def _encode(self, text: str) -> list[int]:
+        if text not in self._cache:
+            if len(self._cache) > 200_000:
+                self._cache.clear()
+            self._cache[text] = self._tokenizer(text).input_ids
+        return self._cache[text]
+
+    def _turn(self, question: Question) -> tuple[list[int], int]:
+        """The tokens of a turn and how many of the last ones are its answer."""
+        answer = self._encode(question.answer) + self._end
+        return self._encode(question.prompt) + self._header + answer, len(answer)
+
+    def pack(self, items: Sequence[tuple[Scene, Sequence[Question]]]) -> Batch:
+        """One sequence per scene, with as many of its questions as fit, in the order given."""
+        size, length, start = len(items), self.length, len(self._prefix)
+        ids = np.full((size, length), self._pad_id, dtype=np.int64)
+        positions = np.zeros((3, size, length), dtype=np.int64)
+        group = np.full((size, length), -1, dtype=np.int64)  # 0 the picture, 1, 2, ... the turns, -1 padding
+        sources: list[int] = []
+        targets: list[int] = []
+        turns: list[int] = []
+        skills: list[tuple[Kind, str]] = []
+        for b, (scene, questions) in enumerate(items):
+            ids[b, :start], positions[:, b, :start], group[b, :start] = self._prefix, self._prefix_positions, 0
+            cursor, first_position = start, self._prefix_positions[0, -1] + 1
+            for number, question in enumerate(questions, start=1):
+                tokens, answered = self._turn(question)
+                stop = cursor + len(tokens)
+                if stop > length:
+                    continue
+                ids[b, cursor:stop], group[b, cursor:stop] = tokens, number
+                positions[:, b, cursor:stop] = first_position + np.arange(len(tokens))
+                sources += range(b * length + stop - answered - 1, b * length + stop - 1)
+                targets += tokens[-answered:]
+                turns += [len(skills)] * answered
+                skills.append((scene.kind, question.skill))
+                cursor = stop
+        return Batch(
+            pixels=patchify(np.stack([np.asarray(render(scene)) for scene, _ in items])),
+            input_ids=torch.from_numpy(ids),
+            position_ids=torch.from_numpy(positions),
+            attention_mask=packed_mask(torch.from_numpy(group)),
+            sources=torch.tensor(sources),
+            targets=torch.tensor(targets),
+            turns=torch.tensor(turns),
+            skills=skills,
+        )
+
+
+def packed_mask(group: torch.Tensor) -> torch.Tensor:
+    """[B, 1, L, L] bool from [B, L] turn numbers: causal, to the picture (0) and the own turn; padding sees itself."""
+    length = group.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same, picture = group[:, :, None] == group[:, None, :], (group == 0)[:, None, :]
+    visible = (same | (picture & (group >= 0)[:, :, None])) & causal
+    return (visible | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+def patchify(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, HEIGHT, WIDTH, 3] to the image processor's pixel values, [B, patches, 3 * 2 * 8 * 8], merge order."""
+    size, patch = len(images), 8
+    pixels = images.astype(np.float32) / 127.5 - 1.0
+    grid = pixels.reshape(size, HEIGHT // 16, 2, patch, WIDTH // 16, 2, patch, 3)
+    grid = grid.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # batch, row, column, merge, merge, channel, y, x
+    grid = np.repeat(grid[:, :, :, :, :, :, None], 2, axis=6)  # the frame twice, for the temporal patch
+    return torch.from_numpy(grid.reshape(size, -1, 3 * 2 * patch * patch))
+
+
+def draw_training_item(mix: Mix, rng: random.Random) -> tuple[Scene, list[Question]]:
+    """A training scene and a shuffled surplus of questions about it."""
+    kind = rng.choices(KINDS, mix.kinds)[0]
+    scene = random_scene(kind, "train", rng)
+    asked, studied = benchmark_questions(scene, rng), study_questions(scene, rng)
+    rng.shuffle(asked)
+    rng.shuffle(studied)
+    questions: list[Question] = []
+    while asked or studied:
+        draw = rng.random()
+        if draw < mix.option:
+            questions.append(option_question(rng))
+        elif studied and (draw < mix.option + mix.study or not asked):
+            questions.append(studied.pop())
+        elif asked:
+            question = asked.pop()
+            keep = rng.random() < mix.suffix
+            questions.append(question if keep else _bare(question))
+    return scene, questions
+
+
+def _bare(question: Question) -> Question:
+    return Question(question.skill, question.text, question.answer, question.options)
+
+
+def draw_batch(packer: Packer, size: int, mix: Mix, rng: random.Random) -> Batch:
+    """A training batch of `size` pictures."""
+    return packer.pack([draw_training_item(mix, rng) for _ in range(size)])
+
+
+def draw_cells(size: int, rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Training pictures with their cell labels: pixels [size, patches, .], labels [size, cells] by head."""
+    scenes = [random_scene(rng.choice(KINDS), "train", rng) for _ in range(size)]
+    labels = [cell_labels(scene) for scene in scenes]
+    pixels = patchify(np.stack([np.asarray(render(scene)) for scene in scenes]))
+    stacked = {head: torch.from_numpy(np.stack([label[head].ravel() for label in labels])) for head in CELL_CLASSES}
+    return pixels, stacked
