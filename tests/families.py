@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, and inputs made without their processors.
+"""Tiny random models of every supported family, inputs made without their processors, and processors.
 
 Every model has two decoder layers of width 128 with grouped-query attention, and a vision tower of one layer on
 images of 16 x 16. Norm gains are spread and all weights random, so that nothing that reaches a decoder layer is small.
@@ -6,14 +6,22 @@ images of 16 x 16. Norm gains are spread and all weights random, so that nothing
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from tlq.samples import Batch, _collate
 
@@ -298,3 +306,116 @@ def _row(family: TinyFamily, tiles: int, words: int, generator: torch.Generator)
     if family.token_types:
         row[family.token_types] = (ids == IMAGE).long()
     return row
+
+
+# -- processors ------------------------------------------------------------------------------------------------------
+
+#: Special tokens, by the names under which processors look them up.
+NAMED_TOKENS = {
+    "image_token": "<image>",
+    "video_token": "<video>",
+    "context_image_token": "<image>",
+    "start_image_token": "<start_image>",
+    "end_image_token": "<end_image>",
+    "boi_token": "<start_image>",
+    "eoi_token": "<end_image>",
+}
+QWEN_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+QWEN_MARK = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+OTHER_TOKENS = [
+    *QWEN_MARK,
+    "<fake_token_around_image>",
+    "<global-img>",
+    *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2, 3)),
+]
+
+#: In the manner of LLaVA-OneVision's own: images first, and "assistant" followed by a blank only inside conversations.
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ 'IMAGE' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+QWEN_PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}
+QWEN_SIZE = {"size": {"shortest_edge": 64, "longest_edge": 512}}
+SQUARE = {"size": {"height": 16, "width": 16}}
+CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+CLIP = {"patch_size": 8, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+
+#: Family -> image processor's settings, processor's settings.
+PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": ({**QWEN_PROCESSOR, **QWEN_SIZE}, {"processor_class": "Qwen2_5_VLProcessor"}),
+    "qwen3_vl": ({**QWEN_PROCESSOR, **QWEN_SIZE}, {"processor_class": "Qwen3VLProcessor"}),
+    "llava_onevision": (
+        {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": PINPOINTS, **SQUARE},
+        {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": 4,
+            "vision_feature_select_strategy": "full",
+        },
+    ),
+    "llava_next": (
+        {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS, **CROP},
+        {"processor_class": "LlavaNextProcessor", **CLIP},
+    ),
+    "llava": ({"image_processor_type": "CLIPImageProcessor", **CROP}, {"processor_class": "LlavaProcessor", **CLIP}),
+    "internvl": (
+        {"image_processor_type": "GotOcr2ImageProcessor", **SQUARE},
+        {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+    ),
+    "gemma3": (
+        {"image_processor_type": "Gemma3ImageProcessor", **SQUARE},
+        {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+    ),
+    "idefics3": (
+        {"image_processor_type": "Idefics3ImageProcessor", **SPLIT},
+        {"processor_class": "Idefics3Processor", "image_seq_len": 4},
+    ),
+}
+
+
+def chat_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
+    """A token per byte, the special tokens of the family, and a chat template in which it marks images its own way."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    qwen, gemma = model_type.startswith("qwen"), model_type == "gemma3"
+    named = NAMED_TOKENS | QWEN_TOKENS if qwen else NAMED_TOKENS
+    chat = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>"]
+    core.add_special_tokens([AddedToken(token, special=True) for token in [*chat, *OTHER_TOKENS, *named.values()]])
+    if gemma:  # adds <bos>, which its chat template writes as well
+        bos = ("<bos>", core.token_to_id("<bos>"))
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    mark = "".join(QWEN_MARK) if qwen else "<start_image>" if gemma else "<image>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>" if gemma else None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=named,
+        chat_template=("<bos>" if gemma else "") + TEMPLATE.replace("IMAGE", mark),
+        model_max_length=512,
+    )
+
+
+def write_tiny_with_processor(model_type: str, folder: Path) -> Path:
+    """A random checkpoint of the family with tokenizer and processor files, images of up to three tiles."""
+    tokenizer = chat_tokenizer(model_type)
+    ids = {
+        "image_token_id": tokenizer.convert_tokens_to_ids(tokenizer.image_token),
+        "video_token_id": tokenizer.convert_tokens_to_ids(tokenizer.video_token),
+    }
+    ids |= {name.replace("_id", "_index"): value for name, value in ids.items()}
+    own = TINY[model_type].config
+    changes = {name: value for name, value in ids.items() if name in own}
+    config = tiny_config(model_type, text_config={**own["text_config"], "vocab_size": len(tokenizer)}, **changes)
+    randomized(AutoModelForImageTextToText.from_config(config)).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    image_processor, processor = PROCESSORS[model_type]
+    image_processor = {**image_processor, "processor_class": processor["processor_class"]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder

@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
+#: Families whose processors use their video part for images too, and what they need installed.
+NEEDS_VIDEO = {"smolvlm": "torchvision and num2words"}
+
 
 def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
     """The processor of ``checkpoint`` (a directory or a hub id).
@@ -23,6 +26,7 @@ def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
 
     Raises:
         ValueError: the checkpoint's model type has no processor class in transformers.
+        ImportError: its processor cannot be built without torchvision.
     """
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(checkpoint, **image_kwargs)
@@ -37,6 +41,10 @@ def image_only_class(checkpoint: str | Path) -> Any:
         raise ValueError(
             f"{checkpoint}: transformers has no processor for model type {model_type!r}; "
             "give a vision-language checkpoint, see `python -m tlq.architectures` for the supported ones"
+        )
+    if model_type in NEEDS_VIDEO:
+        raise ImportError(
+            f"{checkpoint}: the processor of {model_type} needs {NEEDS_VIDEO[model_type]} even for images; install them"
         )
     base = getattr(transformers, name)
 

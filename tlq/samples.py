@@ -104,20 +104,44 @@ def encode_batches(
 
 def _encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
     """One sample through the processor; ``answer_length`` counts the trailing tokens that are the answer."""
+    prompt, answer = _prompt_and_answer(sample, processor)
+    images = [[decode_image(data) for data in sample.images]] if sample.images else None
+    bos = processor.tokenizer.bos_token  # a template that writes it (Gemma) leaves none to add, as in transformers
+    special = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
+    encoded = processor(text=[prompt + answer], images=images, return_tensors="pt", **special)
+    answer_ids = _answer_ids(processor.tokenizer, prompt, answer)
+    if encoded["input_ids"][0, -len(answer_ids) :].tolist() != answer_ids:
+        raise ValueError(f"sample {sample.id}: its tokens do not end with the answer's; leave the sample out")
+    return {**encoded, "answer_length": torch.tensor(len(answer_ids))}
+
+
+def _prompt_and_answer(sample: Sample, processor: Any) -> tuple[str, str]:
+    """The text up to the answer exactly as for generation, and the answer with what ends its turn.
+
+    Raises:
+        ValueError: the last turn is no answer, or it cannot be found in what the chat template makes of it.
+    """
     turns = chat(sample.messages)
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError(f"sample {sample.id}: the last turn must be the assistant's answer")
-    prompt = processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    conversation = processor.apply_chat_template(turns, tokenize=False)
-    answer = conversation[len(prompt) :].rstrip("\n")
-    if not conversation.startswith(prompt) or not answer:
+    prompt: str = processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    conversation: str = processor.apply_chat_template(turns, tokenize=False)
+    words = sample.messages[-1]["content"].strip()
+    # LLaVA-OneVision's generation prompt is spelt a little otherwise than the same words inside a conversation.
+    start = len(prompt) if conversation.startswith(prompt) else conversation.rfind(words)
+    if not words or start < 0:
         raise ValueError(f"sample {sample.id}: its chat template does not end with the answer, or it is empty")
-    images = [decode_image(data) for data in sample.images] or None
-    encoded = processor(text=[prompt + answer], images=images, return_tensors="pt")
-    answer_ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if encoded["input_ids"][0, -len(answer_ids) :].tolist() != answer_ids:
-        raise ValueError(f"sample {sample.id}: its answer does not begin at a token boundary")
-    return {**encoded, "answer_length": torch.tensor(len(answer_ids))}
+    return prompt, conversation[start:].rstrip("\n")
+
+
+def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    """Token ids from the first that is not the prompt's alone: a token across the boundary belongs to the answer."""
+    alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    together = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    common = 0
+    while common < min(len(alone), len(together)) and alone[common] == together[common]:
+        common += 1
+    return list(together[common:])
 
 
 def _collate(chunk: list[int], rows: list[dict[str, Tensor]], pad_id: int, image_token_id: int) -> Batch:

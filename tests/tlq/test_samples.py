@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tlq.samples import Sample, chat, decode_image, encode_batches, image_token_id
+from tlq.samples import Sample, _answer_ids, chat, decode_image, encode_batches, image_token_id
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,24 @@ def test_a_sample_must_end_with_an_answer(tiny_processor: Any, samples: list[Sam
     question_only = dataclasses.replace(samples[0], messages=samples[0].messages[:1])
     with pytest.raises(ValueError, match="sample s0: the last turn must be the assistant's answer"):
         encode_batches([question_only], tiny_processor, image_id, 1, 512)
+
+
+def test_an_empty_answer_is_refused(tiny_processor: Any, samples: list[Sample], image_id: int) -> None:
+    messages = [samples[0].messages[0], {**samples[0].messages[1], "content": " "}]
+    with pytest.raises(ValueError, match="sample s0: its chat template does not end with the answer, or it is empty"):
+        encode_batches([dataclasses.replace(samples[0], messages=messages)], tiny_processor, image_id, 1, 512)
+
+
+def test_a_token_across_the_boundary_belongs_to_the_answer() -> None:
+    """SentencePiece may join the answer's first letters with the blank before them, BPE with the line end."""
+    tokens = {"to: ": [1, 2], "to: cat": [1, 3, 4], "to:": [1], "to:cat": [1, 4]}
+
+    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": tokens[text]}
+
+    assert _answer_ids(tokenizer, "to: ", "cat") == [3, 4]
+    assert _answer_ids(tokenizer, "to:", "cat") == [4]
 
 
 def test_an_unreadable_image_is_named() -> None:
