@@ -49,6 +49,12 @@ class Equalization:
     magnitude: Literal["mean", "weighted", "max"] = "mean"
     folds: Literal["norms", "matching", "all"] = "all"
 
+    def __post_init__(self) -> None:
+        if self.points < 2:
+            raise ValueError(f"equalization.points is {self.points}, must be at least 2 for a grid")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"equalization.alpha is {self.alpha}, must be in [0, 1]")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -63,6 +69,12 @@ class Recipe:
     equalization: Equalization = field(default_factory=Equalization)
     rounding: Literal["nearest", "compensated"] = "nearest"
     damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.damping < 0:
+            raise ValueError(
+                f"damping is {self.damping}, must not be negative; it is a share of the Hessian's diagonal"
+            )
 
     @property
     def needs_data(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tlq.api import quantize
 from tlq.checkpoint import load_model
+from tlq.recipes import Equalization, Recipe
 from tlq.samples import Sample
 from tlq.tokens import TokenBudget
 
@@ -47,3 +49,16 @@ def test_unknown_names_list_the_known_ones(tiny_checkpoint: Path, tmp_path: Path
         quantize(tiny_checkpoint, tmp_path / "out", [], "tql")
     with pytest.raises(ValueError, match="unknown scheme 'w5'; choose one of w2a16"):
         quantize(tiny_checkpoint, tmp_path / "out", [], "rtn", "w5")
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Equalization("grid", points=0), "equalization.points is 0, must be at least 2"),
+        (lambda: Equalization("fixed", alpha=1.5), r"equalization.alpha is 1.5, must be in \[0, 1\]"),
+        (lambda: Recipe("mine", damping=-0.1), "damping is -0.1, must not be negative"),
+    ],
+)
+def test_choices_out_of_range_are_refused(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
