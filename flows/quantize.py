@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from benchmarks.compare import scores_table
-from flows.stages import ROOT, check_tracking, stage, stages_at_once
+from flows.stages import ROOT, StageFailed, check_tracking, stage, stages_at_once
 from tasks.params import VariantParams, section
 
 WHERE = """pictures      report/scores.png, report/tokens.png
@@ -64,5 +64,13 @@ def publish_scores(variants: list[str]) -> str:
     return table
 
 
+def main() -> None:
+    try:
+        table = quantize()
+    except StageFailed as error:
+        sys.exit(f"\n{error}")
+    sys.stdout.write(f"\n{table}\n\n{WHERE}\n")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"\n{quantize()}\n\n{WHERE}\n")
+    main()
