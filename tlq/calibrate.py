@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tlq.architectures import Architecture, LinearGroup, check_linears, get_linear
+from tlq.architectures import Architecture, LinearGroup, check_linears, get_linear, linear_paths
 from tlq.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.equalization import Candidate, Fold, candidates
 from tlq.objective import Norm, Statistics, Tokens
@@ -32,11 +33,10 @@ from tlq.quantizer import (
 from tlq.recipes import Recipe
 from tlq.rounding import round_compensated
 from tlq.samples import Batch
+from tlq.weights import TokenWeights
 
 logger = logging.getLogger(__name__)
 
-#: (layer, group name) -> weight of every token, one [batch, time] tensor per micro-batch; 0 leaves a token out.
-TokenWeights = Mapping[tuple[int, str], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -131,14 +131,40 @@ def calibrate(
 def check_model(model: nn.Module, architecture: Architecture, scheme: Scheme) -> None:
     """Refuse a job that cannot succeed before any work: linears of another shape, group sizes, finite weights."""
     check_linears(model, architecture)
+    check_overrides(architecture, len(architecture.decoder_layers(model)), scheme)
     for index, layer in enumerate(architecture.decoder_layers(model)):
         for group in architecture.groups:
             for path in group.linears:
                 weight = get_linear(layer, path).weight
                 name = f"{architecture.layers}.{index}.{path}"
-                scheme.check_width(weight.shape[1], name)
+                own = group_scheme(architecture, index, group, scheme)
+                if own is not None:
+                    own.check_width(weight.shape[1], name)
                 if not torch.isfinite(weight).all():
                     raise FloatingPointError(f"{name}: weight is not finite; the checkpoint is damaged")
+
+
+def group_scheme(architecture: Architecture, index: int, group: LinearGroup, scheme: Scheme) -> Scheme | None:
+    """The scheme of a group of layer ``index`` with overrides applied; None if it stays in full precision.
+
+    Raises:
+        ValueError: an override matches some linears of the group only; they share scales and the norm before them.
+    """
+    found = {scheme.of(f"{architecture.layers}.{index}.{path}") for path in group.linears}
+    if len(found) > 1:
+        raise ValueError(
+            f"layer {index}, group {group.name}: its linears {', '.join(group.linears)} share an input and need one "
+            "scheme; let the override match all of them or none"
+        )
+    return found.pop()
+
+
+def check_overrides(architecture: Architecture, layers: int, scheme: Scheme) -> None:
+    """Raises ValueError if a pattern matches nothing: a typing error would quietly quantize what should be kept."""
+    paths = [path for index in range(layers) for path in linear_paths(architecture, index)]
+    for pattern, _ in scheme.overrides:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(f"override {pattern!r} matches no linear; their paths are like {paths[-1]}")
 
 
 def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch], weights: TokenWeights) -> None:
@@ -168,7 +194,9 @@ class LayerLoop:
         scheme: Scheme,
         storage: torch.dtype,
     ) -> None:
-        self.architecture, self.recipe, self.scheme, self.storage = architecture, recipe, scheme, storage
+        self.architecture, self.recipe, self.storage = architecture, recipe, storage
+        self.overall = scheme
+        self.scheme = scheme  # of the group at hand
         self.weights = weights
         self.head_dim = _head_dim(model.config)
         self.weight_dtype = storage if scheme.activation_bits is None else torch.float32
@@ -248,6 +276,10 @@ class LayerLoop:
         self, index: int, layer: nn.Module, group: LinearGroup, reference: _FullPrecision | None
     ) -> GroupReport:
         started = time.perf_counter()
+        own = group_scheme(self.architecture, index, group, self.overall)
+        if own is None:
+            return GroupReport(index, group.name, 0.0, False, None, None, 0, None, None, 0.0)
+        self.scheme = own
         linears = [get_linear(layer, path) for path in group.linears]
         weight = torch.cat([linear.weight.float() for linear in linears])
         fold = self._fold(layer, group, weight.shape[1])
@@ -366,9 +398,12 @@ class LayerLoop:
             fold.weight.copy_(fold.folded_weight(per_row))
             return
         path = f"{prefix}.{group.fold}"
-        self.quantized[path] = self.quantized[path].rescale_rows(1 / per_row)
         before = get_linear(layer, group.fold)
-        before.weight.copy_(self.quantized[path].dequantize(self.weight_dtype))
+        if path in self.quantized:
+            self.quantized[path] = self.quantized[path].rescale_rows(1 / per_row)
+            before.weight.copy_(self.quantized[path].dequantize(self.weight_dtype))
+        else:  # kept in full precision
+            before.weight.copy_((before.weight / per_row[:, None]).to(self.storage))
         if before.bias is not None:
             before.bias.copy_((before.bias / per_row).to(self.storage))
 

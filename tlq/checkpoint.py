@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from compressed_tensors.quantization import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tlq.architectures import FAMILIES, Architecture, architecture_of
-from tlq.quantizer import QuantizedWeight, Scheme
+from tlq.architectures import FAMILIES, Architecture, architecture_of, linear_paths
+from tlq.quantizer import QuantizedWeight, Scheme, get_scheme
 
 _TARGETS = "Linear"
 _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
@@ -111,6 +113,7 @@ def export_checkpoint(
         ValueError: the weights were quantized with scales of another dtype than the checkpoint stores.
     """
     config = read_config(source)
+    architecture = architecture_of(config)
     storage = storage_dtype(config)
     if any(weight.scale.dtype != storage for weight in weights.values()):
         raise ValueError(
@@ -118,19 +121,44 @@ def export_checkpoint(
         )
     model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=storage)
     _copy_unquantized(calibrated, model, set(weights))
-    apply_quantization_config(model, quantization_config(scheme, architecture_of(config)))
+    quantization = quantization_config(scheme, architecture, len(architecture.decoder_layers(model)))
+    apply_quantization_config(model, quantization)
     for path, weight in weights.items():
         _set_quantized(model.get_submodule(path), weight, scheme)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(out)
     compressor.update_config(str(out))
-    _correct_config(out / "config.json", scheme, architecture_of(config))
+    _correct_config(out / "config.json", scheme, quantization.ignore)
     copy_processor_files(source, out)
 
 
-def quantization_config(scheme: Scheme, architecture: Architecture) -> QuantizationConfig:
-    """The scheme in compressed-tensors' terms."""
+def quantization_config(scheme: Scheme, architecture: Architecture, layers: int) -> QuantizationConfig:
+    """The scheme in compressed-tensors' terms, for a decoder of ``layers`` layers.
+
+    Linears that an override gives another scheme are a config group each scheme, named one by one by the end of their
+    path: engines put other prefixes before ``layers``.
+    """
+    kept: list[str] = []
+    others: dict[str, list[str]] = {}
+    for path in (path for index in range(layers) for path in linear_paths(architecture, index)):
+        own = scheme.of(path)
+        pattern = f"re:.*{re.escape(path.removeprefix(architecture.layers.removesuffix('layers')))}$"
+        if own is None:
+            kept.append(pattern)
+        elif own != replace(scheme, overrides=()):
+            others.setdefault(own.name, []).append(pattern)
+    groups = {"group_0": _config_group(scheme, [_TARGETS])}
+    for number, (name, patterns) in enumerate(others.items(), 1):
+        groups[f"group_{number}"] = _config_group(get_scheme(name), patterns)
+    return QuantizationConfig(
+        config_groups=groups,
+        ignore=[*architecture.ignore, *kept],
+        quantization_status=QuantizationStatus.FROZEN,
+    )
+
+
+def _config_group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
     strategy = QuantizationStrategy.CHANNEL if scheme.group_size is None else QuantizationStrategy.GROUP
     weights = QuantizationArgs(
         num_bits=scheme.weight_bits,
@@ -148,12 +176,7 @@ def quantization_config(scheme: Scheme, architecture: Architecture) -> Quantizat
             strategy=QuantizationStrategy.TOKEN,
             dynamic=True,
         )
-    group = QuantizationScheme(targets=[_TARGETS], weights=weights, input_activations=activations)
-    return QuantizationConfig(
-        config_groups={"group_0": group},
-        ignore=list(architecture.ignore),
-        quantization_status=QuantizationStatus.FROZEN,
-    )
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=activations)
 
 
 @torch.no_grad()
@@ -174,14 +197,14 @@ def _set_quantized(linear: nn.Module, weight: QuantizedWeight, scheme: Scheme) -
         linear.weight_zero_point.data = weight.zero_point.clone()
 
 
-def _correct_config(path: Path, scheme: Scheme, architecture: Architecture) -> None:
+def _correct_config(path: Path, scheme: Scheme, ignore: list[str] | None) -> None:
     """Two things that compressed-tensors 0.20 writes in a way that does not load.
 
     Its ignore list holds on-disk names where loading matches module names; and asymmetric weights load only with
     ``dequantize`` (which would drop activation quantization, so nothing else gets it).
     """
     config = json.loads(path.read_text())
-    config["quantization_config"]["ignore"] = list(architecture.ignore)
+    config["quantization_config"]["ignore"] = ignore
     if not scheme.symmetric:
         config["quantization_config"]["dequantize"] = True
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -8,9 +8,12 @@ the checkpoint stores, so that what is searched over is what is saved.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
+
+FULL_PRECISION = "full_precision"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Scheme:
         group_size: input channels that share one scale; None gives one scale per output channel.
         symmetric: zero-point fixed at 0.
         activation_bits: bits of dynamic per-token symmetric activations; None keeps them in full precision.
+        overrides: (pattern, scheme name or `full_precision`); a linear whose module path matches a pattern (as
+            file names do, ``*.layers.0.*``) takes that scheme instead, the first match counts.
     """
 
     name: str
@@ -29,6 +34,26 @@ class Scheme:
     group_size: int | None
     symmetric: bool
     activation_bits: int | None = None
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an override that a loaded checkpoint would not compute with."""
+        for pattern, name in self.overrides:
+            if name == FULL_PRECISION:
+                continue
+            other = get_scheme(name)
+            if not (self.symmetric and other.symmetric) or other.activation_bits != self.activation_bits:
+                raise ValueError(
+                    f"scheme {self.name}, override {pattern}: {name}: mixed asymmetric weights, or mixed activations, "
+                    f"load wrongly with compressed-tensors; use {FULL_PRECISION} for these layers"
+                )
+
+    def of(self, path: str) -> Scheme | None:
+        """The scheme of the linear at module path ``path``; None if it stays in full precision."""
+        for pattern, name in self.overrides:
+            if fnmatchcase(path, pattern):
+                return None if name == FULL_PRECISION else get_scheme(name)
+        return replace(self, overrides=())
 
     @property
     def code_range(self) -> tuple[int, int]:

@@ -297,6 +297,64 @@ def test_padding_on_the_right_changes_no_score(build: Builder, name: str) -> Non
             )
 
 
+# -- layers kept at a higher precision -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize(
+    ("scheme", "overrides"),
+    [
+        ("w3a16", (("*.layers.0.self_attn.?_proj", "full_precision"), ("*.layers.1.mlp.[gu]*", "full_precision"))),
+        ("w4a8", (("*.layers.1.mlp.down_proj", "w8a8"), ("*.layers.0.self_attn.[qkv]_proj", "full_precision"))),
+        ("w4a8", (("*.layers.1.*", "w8a8"),)),
+    ],
+)
+def test_named_layers_keep_a_higher_precision_through_export_and_loading(
+    build: Builder, tmp_path: Path, name: str, scheme: str, overrides: tuple[tuple[str, str], ...]
+) -> None:
+    built, mixed = build(name), replace(get_scheme(scheme), overrides=overrides)
+    model = copy.deepcopy(built.model)
+    weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
+    calibrated = calibrate(model, built.architecture, built.batches, weights, quick("tlq"), mixed, torch.bfloat16)
+    paths = [path for index in range(2) for path in linear_paths(built.architecture, index)]
+    assert set(calibrated.weights) == {path for path in paths if mixed.of(path) is not None}
+    for path, weight in calibrated.weights.items():
+        own = mixed.of(path)
+        assert own is not None
+        assert int(weight.codes.max()) > (4 if own.weight_bits == 8 else 0)
+        assert int(weight.codes.max()) <= own.code_range[1]
+    export_checkpoint(built.path, model, calibrated.weights, mixed, tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for batch in built.batches:
+        expected = model(**batch.inputs).logits[batch.valid]
+        for reader in (loaded, load_model(tmp_path)):
+            assert float((reader(**batch.inputs).logits[batch.valid] - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "override", "message"),
+    [
+        ("w3a16", ("*.down_proj", "w4a16"), "mixed asymmetric weights.*use full_precision for these layers"),
+        ("w4a8", ("*.down_proj", "w4a16"), "load wrongly with compressed-tensors"),
+        ("w4a8", ("*.down_proj", "w9"), "unknown scheme 'w9'"),
+        ("w4a8", ("*.layer.0.*", "w8a8"), r"matches no linear; their paths are like model\.language_model\.layers\.1"),
+        ("w4a8", ("*.q_proj", "w8a8"), "layer 0, group qkv: its linears .* share an input and need one scheme"),
+    ],
+)
+def test_overrides_that_cannot_be_are_refused(
+    build: Builder, scheme: str, override: tuple[str, str], message: str
+) -> None:
+    built = build("llava")
+
+    def attempt() -> None:
+        mixed = replace(get_scheme(scheme), overrides=(override,))
+        calibrate(built.model, built.architecture, [], {}, RECIPES["rtn"], mixed, torch.bfloat16)
+
+    with pytest.raises(ValueError, match=message):
+        attempt()
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
