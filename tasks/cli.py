@@ -39,12 +39,16 @@ def run(main: Callable[[], None]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep stage logs readable: no progress bars and load reports from libraries below warnings."""
+    """Keep stage logs readable: no progress bars and load reports from libraries below warnings.
+
+    lm-eval warns whenever a sub-score covers fewer items than its benchmark, which is what sub-scores do.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     for name in ("httpx", "fsspec", "datasets", "compressed_tensors"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

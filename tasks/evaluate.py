@@ -263,7 +263,6 @@ def main() -> None:
     path = section("model", ModelParams).path if variant == FULL else str(MODELS / variant)
     if variant != FULL and not Path(path).is_dir():
         raise FileNotFoundError(f"{path}: not found; run the calibrate stage of {variant} first")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metrics = evaluate_variant(variant, path, params)
     mean = metrics["mean"]
     logger.info("%s: mean score %.1f over %d items", variant, mean["score"], mean["n"])
