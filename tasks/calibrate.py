@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -44,10 +44,12 @@ class CalibrateParams:
     """Attributes:
     batch_size: samples per micro-batch.
     group_size: replaces the group size of schemes that have one.
+    overrides: scheme, or `full_precision`, of linears whose module path matches a pattern; the first match counts.
     """
 
     batch_size: int = 16
     group_size: int | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
 
 
 def weights_of(recipe: Recipe, calibset: CalibsetParams, importance: Path, tokens: Path) -> SampleWeights:
@@ -84,6 +86,7 @@ def main() -> None:
     scheme = get_scheme(arguments.scheme)
     if scheme.group_size is not None:
         scheme = get_scheme(arguments.scheme, params.group_size)
+    scheme = replace(scheme, overrides=tuple(params.overrides.items()))
     samples: list[Sample] = []
     longest = 0
     weights: SampleWeights = {}

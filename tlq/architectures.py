@@ -38,6 +38,10 @@ GATE_UP = LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attenti
 DOWN = LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj")
 
 
+#: The group whose output is that of the attention or MLP around a group: where MBQ takes the ratio of modalities from.
+BLOCK_OUTPUT = {QKV.name: O.name, O.name: O.name, GATE_UP.name: DOWN.name, DOWN.name: DOWN.name}
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A kind of text decoder.

@@ -466,7 +466,9 @@ class _LinearsError:
         if bits is None:
             return self.statistics.scaled(s)
         seen = fake_quantize_activations(self.inputs.u / s, bits)
-        return Statistics.of(self.inputs.x / s, seen, self.inputs.w)
+        # A target on exposed inputs means the plain problem of GPTQ: the weight itself is the target.
+        wanted = seen if self.inputs.x is self.inputs.u else self.inputs.x / s
+        return Statistics.of(wanted, seen, self.inputs.w)
 
 
 @dataclass

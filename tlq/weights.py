@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlq.architectures import BLOCK_OUTPUT
 from tlq.importance import Importance, Source, Weighting, token_weights
 from tlq.samples import Batch, token_rows
 from tlq.tokens import TokenBudget, select_tokens, split_by_sample
@@ -28,8 +29,15 @@ def all_tokens(
 ) -> SampleWeights:
     """Every token of every sample, weighted by ``source``."""
     return {
-        key: dict(enumerate(token_weights(raw, is_image, source, weighting))) for key, raw in sorted(scores.items())
+        key: dict(enumerate(token_weights(_scores_of(scores, key, source), is_image, source, weighting)))
+        for key in sorted(scores)
     }
+
+
+def _scores_of(scores: Importance, key: tuple[int, str], source: Source) -> list[NDArray[np.float32]]:
+    """Raw importance that weighs a group: its own, or for `modality` that of its attention's or MLP's output (MBQ)."""
+    layer, group = key
+    return scores[layer, BLOCK_OUTPUT[group]] if source == "modality" else scores[key]
 
 
 def uniform_tokens(keys: Sequence[tuple[int, str]], is_image: Sequence[NDArray[np.bool_]]) -> SampleWeights:
@@ -50,8 +58,8 @@ def token_set(
     pool_is_image = np.concatenate(is_image)
     lengths = [len(marks) for marks in is_image]
     chosen_weights: dict[tuple[int, str], dict[int, NDArray[np.float32]]] = {}
-    for number, (key, raw) in enumerate(sorted(scores.items())):
-        weights = np.concatenate(token_weights(raw, is_image, source, weighting))
+    for number, key in enumerate(sorted(scores)):
+        weights = np.concatenate(token_weights(_scores_of(scores, key, source), is_image, source, weighting))
         generator = np.random.default_rng([seed, number])
         chosen, values = select_tokens(weights, pool_is_image, budget, generator)
         per_sample = chosen_weights.setdefault(key, {})

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 from tasks import calibrate
@@ -21,6 +22,7 @@ from tasks.calibset import CalibsetParams
 from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_sequences
 from tasks.params import ParamsError, section
 from tlq import api
+from tlq.architectures import BLOCK_OUTPUT
 from tlq.importance import Weighting, token_weights
 from tlq.processor import load_processor
 from tlq.recipes import RECIPES
@@ -208,8 +210,17 @@ def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch])
     scores, sequences = read_importance(IMPORTANCE), read_sequences(IMPORTANCE)
     for name in ("awq", "mbq"):
         weights = lay_out(weights_of(RECIPES[name], params, IMPORTANCE, CALIBSET / "tokens.parquet"), encoded)
-        for key, raw in scores.items():
+        for key in scores:
+            layer, group = key
+            raw = scores[layer, BLOCK_OUTPUT[group]] if name == "mbq" else scores[key]
             expected = token_weights(raw, sequences.is_image, RECIPES[name].importance, Weighting())
             found = unpadded(list(weights[key]), encoded)
             for sample, values in enumerate(expected):
                 np.testing.assert_array_equal(found[sample], values)
+
+
+def test_named_layers_keep_full_precision(stage: Stage) -> None:
+    change_params(calibrate={"overrides": {"*.layers.0.*": "full_precision"}})
+    with safe_open(stage("rtn", "w3a16") / "model.safetensors", "pt") as file:
+        packed = {name.split("layers.")[1][0] for name in file.keys() if name.endswith(".weight_packed")}  # noqa: SIM118
+    assert packed == {"1"}
