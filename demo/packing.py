@@ -38,10 +38,10 @@ class Mix:
     goes to a training-only question; `suffix` the chance that a benchmark question keeps its suffix.
     """
 
-    kinds: tuple[float, ...] = (0.27, 0.08, 0.23, 0.42)
-    study: float = 0.3
-    option: float = 0.05
-    suffix: float = 0.5
+    kinds: tuple[float, ...] = (0.22, 0.1, 0.27, 0.41)
+    study: float = 0.25
+    option: float = 0.03
+    suffix: float = 0.6
 
 
 @dataclass

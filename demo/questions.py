@@ -150,6 +150,8 @@ def _study_text(scene: Scene, rng: random.Random) -> list[Question]:
     spot = rng.randrange(len(line.text))
     order = ("first", "second", "third", "fourth", "fifth", "sixth")[spot]
     return [
+        Question("list", "List the characters.", " ".join(line.text)),
+        Question("list", "List the colours.", " ".join(line.colours)),
         Question("first", "What is the first character?", line.text[0]),
         Question("last", "What is the last character?", line.text[-1]),
         Question("colour", f"What colour is the {order} character?", line.colours[spot]),

@@ -40,7 +40,7 @@ logger = logging.getLogger("demo.train")
 Stage = Literal["vision", "decoder"]
 STAGES: dict[Stage, dict[str, float]] = {  # budget and rates of each stage where none are given
     "vision": {"minutes": 5.0, "images": 32, "muon_lr": 0.02, "decay": 0.6, "evaluate_minutes": 1.0},
-    "decoder": {"minutes": 72.0, "images": 16, "muon_lr": 0.01, "decay": 0.45, "evaluate_minutes": 4.0},
+    "decoder": {"minutes": 66.0, "images": 16, "muon_lr": 0.01, "decay": 0.45, "evaluate_minutes": 4.0},
 }
 FEATURE_RMS = 0.25  # of token embeddings at the start, and of vision tokens at the start of the decoder stage
 
