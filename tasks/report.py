@@ -1,7 +1,7 @@
 """Stage `report`: the scores in one table and picture, and a picture of which tokens mattered.
 
-Reads evaluation/, data/prepared, data/importance and data/calibset; writes report/ (scores.csv for `dvc plots`,
-scores.txt, scores.png, tokens.png).
+Reads evaluation/, data/prepared, data/importance and data/calibset; writes report/ (scores.csv, means.csv for
+`dvc plots`, scores.txt, scores.png, tokens.png).
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def main() -> None:
     tokenizer = load_processor(section("model", ModelParams).path).tokenizer
     with new_directory(REPORT) as folder:
         write_text(scores.to_csv(index=False), folder / "scores.csv")
+        write_text(scores[scores["benchmark"] == "mean"].to_csv(index=False), folder / "means.csv")
         write_text(scores_table(metrics) + "\n", folder / "scores.txt")
         save(draw_scores(scores), folder / "scores.png")
         save(draw_tokens(token_pictures(params.token_samples, tokenizer)), folder / "tokens.png")
