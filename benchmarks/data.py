@@ -22,7 +22,8 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class BenchmarkSource:
     """Which benchmark to run, and where its rows are if not where the YAML says.
 
-    `data` is a local parquet file and excludes the hub fields; `limit` overrides the evaluation's own.
+    `data` is a local parquet file and excludes the hub fields; `limit` overrides the evaluation's own;
+    `suffix` replaces the instruction after the question.
     """
 
     task: str
@@ -32,6 +33,7 @@ class BenchmarkSource:
     revision: str | None = None
     split: str | None = None
     limit: int | None = None
+    suffix: str | None = None
 
 
 class BenchmarkError(ValueError):

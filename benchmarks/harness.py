@@ -88,6 +88,8 @@ def _load(source: BenchmarkSource, manager: TaskManager, limit: int | None, seed
     config = load_yaml(entry.yaml_path)
     rows = load_rows(source, config, config["doc_to_target"], limit, seed)
     split = config["test_split"]
+    if source.suffix is not None:
+        config = config | {"doc_to_text": partial(config["doc_to_text"], suffix=source.suffix)}
     ready = config | {"custom_dataset": lambda **_: {split: rows}, "dataset_kwargs": None}
     task = ConfigurableTask(config=ready)
     task.set_config("num_fewshot", 0)

@@ -7,9 +7,9 @@ PROMPT_SUFFIX = "\nAnswer the question with a single word."
 TOLERANCE = 0.05
 
 
-def prompt(doc: Mapping[str, Any]) -> str:
+def prompt(doc: Mapping[str, Any], suffix: str = PROMPT_SUFFIX) -> str:
     question = doc["question"].replace("<image>", "image")
-    return f"<image>{question}{PROMPT_SUFFIX}"
+    return f"<image>{question}{suffix}"
 
 
 def target(doc: Mapping[str, Any]) -> str:

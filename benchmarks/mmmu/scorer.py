@@ -63,13 +63,13 @@ def is_choice(doc: Mapping[str, Any]) -> bool:
     return doc["question_type"] == "multiple-choice"
 
 
-def _text(doc: Mapping[str, Any]) -> str:
+def _text(doc: Mapping[str, Any], suffix: str | None = None) -> str:
     """Question with its options as lettered lines and the instruction, image mentions untouched."""
     question = doc["question"].replace("<image>", "image")
     if not is_choice(doc):
-        return question + OPEN_SUFFIX
+        return question + (OPEN_SUFFIX if suffix is None else suffix)
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options(doc), strict=False)]
-    return "\n".join([question, *lines]) + CHOICE_SUFFIX
+    return "\n".join([question, *lines]) + (CHOICE_SUFFIX if suffix is None else suffix)
 
 
 def _image_numbers(doc: Mapping[str, Any]) -> list[int]:
@@ -88,13 +88,13 @@ def images(doc: Mapping[str, Any]) -> list[Any]:
     return [doc[f"image_{number}"] for number in _image_numbers(doc)]
 
 
-def prompt(doc: Mapping[str, Any]) -> str:
-    """Prompt with one `<image>` placeholder per image.
+def prompt(doc: Mapping[str, Any], suffix: str | None = None) -> str:
+    """Prompt with one `<image>` placeholder per image; `suffix` replaces the instruction of both kinds of question.
 
     A single image goes before the text and its mentions are removed. Of several, each stands at its first mention;
     later mentions, and mentions of images that do not exist, are written out ("image 2").
     """
-    text, numbers = _text(doc), _image_numbers(doc)
+    text, numbers = _text(doc, suffix), _image_numbers(doc)
     if len(numbers) == 1:
         return "<image>" + IMAGE_MENTION.sub(lambda match: _without(match, numbers[0]), text).lstrip()
     waiting = set(numbers)

@@ -20,8 +20,8 @@ CATEGORIES = dict.fromkeys(RECOGNITION, "text_recognition") | {
 }
 
 
-def prompt(doc: Mapping[str, Any]) -> str:
-    return "<image>" + doc["question"].replace("<image>", "image").strip()
+def prompt(doc: Mapping[str, Any], suffix: str = "") -> str:
+    return "<image>" + doc["question"].replace("<image>", "image").strip() + suffix
 
 
 def target(doc: Mapping[str, Any]) -> str:

@@ -7,10 +7,10 @@ LETTERS = "ABCD"
 PROMPT_SUFFIX = "\n\nAnswer with the option's letter from the given choices directly."
 
 
-def prompt(doc: Mapping[str, Any]) -> str:
+def prompt(doc: Mapping[str, Any], suffix: str = PROMPT_SUFFIX) -> str:
     lines = [doc["question"]] + [f"{letter}. {doc[f'choice_{letter}']}" for letter in LETTERS]
     text = "\n".join(lines).replace("<image>", "image").replace("<img>", "image")
-    return f"<image>{text}{PROMPT_SUFFIX}"
+    return f"<image>{text}{suffix}"
 
 
 def target(doc: Mapping[str, Any]) -> str:

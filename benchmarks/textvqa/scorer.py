@@ -49,10 +49,10 @@ CONTRACTIONS = {right.replace("'", ""): right for right in _ONE_APOSTROPHE.split
 REPAIRED_CONTRACTIONS = {key.lower(): right.lower() for key, right in CONTRACTIONS.items()}
 
 
-def prompt(doc: Mapping[str, Any]) -> str:
+def prompt(doc: Mapping[str, Any], suffix: str = PROMPT_SUFFIX) -> str:
     """Question with its first letter upper-cased and the rest lower-cased (as the reference does), no OCR tokens."""
     question = doc["question"].replace("<image>", "image")
-    return f"<image>{question.capitalize()}{PROMPT_SUFFIX}"
+    return f"<image>{question.capitalize()}{suffix}"
 
 
 def target(doc: Mapping[str, Any]) -> str:

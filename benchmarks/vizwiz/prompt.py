@@ -9,7 +9,7 @@ PROMPT_SUFFIX = (
 )
 
 
-def prompt(doc: Mapping[str, Any]) -> str:
+def prompt(doc: Mapping[str, Any], suffix: str = PROMPT_SUFFIX) -> str:
     """Question with its first letter upper-cased and the rest lower-cased, as the reference does."""
     question = doc["question"].replace("<image>", "image")
-    return f"<image>{question.capitalize()}{PROMPT_SUFFIX}"
+    return f"<image>{question.capitalize()}{suffix}"

@@ -1,6 +1,7 @@
 """Reading benchmark rows: what is refused, what is skipped and listed, which rows a limit picks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,14 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(BenchmarkError, match=r"cannot load lmms-lab/textvqa \(ConnectionError.*local parquet"):
         data.load_rows(BenchmarkSource("textvqa_vlm"), CONFIG, lambda doc: "x", None, 0)
+
+
+@pytest.mark.parametrize("suffix", ["", "\nOne word."])
+def test_a_suffix_replaces_the_instruction(textvqa: Make, suffix: str) -> None:
+    source = textvqa(2)
+    plain = load_benchmarks([source], None, 0)[source.task]
+    changed = load_benchmarks([replace(source, suffix=suffix)], None, 0)[source.task]
+    instruction = "\nAnswer the question using a single word or phrase."
+    for doc in plain.rows:
+        assert plain.task.doc_to_text(doc).endswith(instruction)
+        assert changed.task.doc_to_text(doc) == plain.task.doc_to_text(doc).removesuffix(instruction) + suffix
