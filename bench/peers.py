@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from bench.laboratory import MODEL, WORLD, Laboratory
@@ -38,7 +39,7 @@ from tasks.prepare import Columns, PrepareParams, draw, read_table
 from tlq.api import quantize
 from tlq.checkpoint import copy_processor_files, load_model
 from tlq.processor import load_processor
-from tlq.samples import Batch, Sample, encode_batches, image_token_id
+from tlq.samples import Sample, encode_batches, image_token_id
 from tlq.tokens import TokenBudget
 
 logger = logging.getLogger("bench.peers")
@@ -48,15 +49,16 @@ PEERS = ("awq", "gptq")
 BATCH = 8
 
 
-def equal_length_batches(samples: Sequence[Sample], processor: Any, image_id: int) -> list[Batch]:
-    """Micro-batches of samples of one length, so that nobody sees padding."""
+def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int) -> list[dict[str, Tensor]]:
+    """What the model takes, in micro-batches of samples of one length, so that nobody sees padding."""
     alone = encode_batches(samples, processor, image_id, 1, 10**6)
     of_length = {batch.samples[0]: batch.input_ids.shape[1] for batch in alone}
-    batches: list[Batch] = []
+    inputs: list[dict[str, Tensor]] = []
     ranked = sorted(range(len(samples)), key=lambda index: (-of_length[index], index))
     for _, group in groupby(ranked, key=of_length.__getitem__):
-        batches += encode_batches([samples[index] for index in group], processor, image_id, BATCH, 10**6)
-    return batches
+        batches = encode_batches([samples[index] for index in group], processor, image_id, BATCH, 10**6)
+        inputs += [batch.inputs for batch in batches]
+    return inputs
 
 
 def write_middle_model(folder: Path) -> None:
@@ -122,8 +124,8 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_samples(samples, work / "samples.parquet")
-        batches = equal_length_batches(samples, load_processor(model), image_token_id(_config(model)))
-        torch.save([batch.inputs for batch in batches], work / "inputs.pt")
+        inputs = equal_length_inputs(samples, load_processor(model), image_token_id(_config(model)))
+        torch.save(inputs, work / "inputs.pt")
         measured: dict[str, list[dict[str, float]]] = {}
         quality: dict[str, dict[str, float]] = {}
         for repeat in range(repeats):
