@@ -231,12 +231,17 @@ def summarise() -> None:
         for row in part.itertuples():
             choice = f"{row.factor} {row.level}".strip()
             lines.append(
-                f"| {row.recipe} | {choice} | {row.kl:.4f} ± {row.half:.4f} | {row.nll:.4f} | {row.score:.1f} "
+                f"| {row.recipe} | {choice} | {row.kl:.4f}{_interval(row.half)} | {row.nll:.4f} | {row.score:.1f} "
                 f"| {row.seeds} |"
             )
     DOCS.mkdir(exist_ok=True)
     (DOCS / "ablation.md").write_text("\n".join([*lines, "", "![KL by choice](ablation.png)", ""]))
     _draw(table).savefig(DOCS / "ablation.png", dpi=100, metadata={"Software": None})
+
+
+def _interval(half: Any) -> str:
+    """Half width of an interval as text; one seed has none."""
+    return "" if np.isnan(half) else f" ± {half:.4f}"
 
 
 def _half_width(spread: float, seeds: int) -> float:
@@ -247,13 +252,12 @@ def _half_width(spread: float, seeds: int) -> float:
 
 def _draw(table: pd.DataFrame) -> Figure:
     schemes = list(dict.fromkeys(table["scheme"]))
-    rows = table[table["scheme"] == schemes[0]]
-    names = [f"{row.recipe} {row.factor} {row.level}".replace("default ", "").strip() for row in rows.itertuples()]
+    names = sorted({_label(row) for row in table.itertuples()})
     figure = Figure(figsize=(4.2 * len(schemes) + 2, 0.24 * len(names) + 1), layout="constrained")
     panels = figure.subplots(1, len(schemes), sharey=True, squeeze=False)[0]
     for axes, scheme in zip(panels, schemes, strict=True):
         part = table[table["scheme"] == scheme]
-        places = np.arange(len(part))
+        places = [names.index(_label(row)) for row in part.itertuples()]
         axes.errorbar(part["kl"], places, xerr=part["half"].fillna(0), fmt="o", markersize=4, capsize=2)
         axes.set_xscale("log")
         axes.set_title(str(scheme).upper())
@@ -262,6 +266,10 @@ def _draw(table: pd.DataFrame) -> Figure:
     panels[0].set_yticks(np.arange(len(names)), names, fontsize=7)
     panels[0].invert_yaxis()
     return figure
+
+
+def _label(row: Any) -> str:
+    return f"{row.recipe} {row.factor} {row.level}".replace("default ", "").strip()
 
 
 def main() -> None:
