@@ -15,7 +15,6 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from benchmarks.compare import scores_table
 from flows.stages import ROOT, StageFailed, check_tracking, stage, stages_at_once
 from tasks.params import VariantParams, section
 
@@ -52,8 +51,7 @@ def quantize() -> str:
 
 def publish_scores(variants: list[str]) -> str:
     """The scores as a table for the terminal, and as an artifact of the flow run."""
-    metrics = [json.loads((ROOT / "evaluation" / name / "metrics.json").read_text()) for name in variants]
-    table = scores_table(metrics)
+    table = (ROOT / "report" / "scores.txt").read_text().rstrip("\n")
     rows = [json.loads((ROOT / "evaluation" / name / "summary.json").read_text()) for name in variants]
     create_table_artifact(
         [{"variant": name, **row} for name, row in zip(variants, rows, strict=True)],

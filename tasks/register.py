@@ -86,11 +86,8 @@ def register(variant: str, params: RegisterParams, model: ModelParams, client: M
         logger.info("%s is already version %s of %s", variant, found["version"], name)
         return found
     with mlflow.start_run(run_name=variant) as active:
-        mlflow.log_params(dict(flatten(_all_params())))
-        mlflow.log_metrics(dict(_numbers(metrics)))
-        mlflow.set_tags({**provenance(variant), **identity})
+        _log_run(variant, metrics, identity)
         mlflow.log_artifact(str(checkpoint / "calibration.json"))
-        mlflow.log_artifact(str(EVALUATION / variant / "metrics.json"))
         info = mlflow.pyfunc.log_model(
             name=variant,
             python_model=str(Path(__file__).with_name("served_model.py")),
@@ -118,11 +115,16 @@ def record_baseline(client: MlflowClient) -> dict[str, Any]:
     """A run with the full-precision model's scores, so that variants can be compared with it in the MLflow UI."""
     metrics = json.loads(_existing(EVALUATION / "full" / "metrics.json").read_text())
     with mlflow.start_run(run_name="full") as active:
-        mlflow.log_params(dict(flatten(_all_params())))
-        mlflow.log_metrics(dict(_numbers(metrics)))
-        mlflow.set_tags({**provenance("full"), "variant": "full"})
-        mlflow.log_artifact(str(EVALUATION / "full" / "metrics.json"))
+        _log_run("full", metrics, {"variant": "full"})
     return _row("full", None, None, active.info.run_id)
+
+
+def _log_run(variant: str, metrics: dict[str, Any], identity: dict[str, str]) -> None:
+    """Parameters, scores and lineage into the active run."""
+    mlflow.log_params(dict(flatten(_all_params())))
+    mlflow.log_metrics(dict(_numbers(metrics)))
+    mlflow.set_tags({**provenance(variant), **identity})
+    mlflow.log_artifact(str(EVALUATION / variant / "metrics.json"))
 
 
 def _row(variant: str, name: str | None, number: Any, run_id: str) -> dict[str, Any]:
