@@ -106,7 +106,6 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     started = time.perf_counter()
     calibrate(
         model,
-        architecture_of(model.config),
         pool.batches,
         weights,
         choice.recipe,

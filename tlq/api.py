@@ -87,7 +87,6 @@ def quantize_checkpoint(
             not called for a recipe that needs no data.
     """
     model = load_model(source, dtype, device)
-    architecture = architecture_of(model.config)
     batches: list[Batch] = []
     weights: TokenWeights = {}
     if recipe.needs_data:
@@ -95,7 +94,7 @@ def quantize_checkpoint(
         batches = encode_batches(samples, processor, image_token_id(model.config), batch_size, max_tokens)
         weights = lay_out(weigh(model, batches), batches)
     storage = storage_dtype(read_config(source))
-    calibrated = calibrate(model, architecture, batches, weights, recipe, scheme, storage)
+    calibrated = calibrate(model, batches, weights, recipe, scheme, storage)
     out.mkdir(parents=True, exist_ok=True)
     export_checkpoint(source, model, calibrated.weights, scheme, out)
     report = {"recipe": asdict(recipe), "scheme": asdict(scheme), "groups": calibrated.report_rows()}

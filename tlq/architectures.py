@@ -132,6 +132,11 @@ class Architecture:
         """Paths of the linears inside a decoder layer, in group order."""
         return [path for group in self.groups for path in group.linears]
 
+    @property
+    def final_norm(self) -> str:
+        """Module path of the norm behind the last decoder layer."""
+        return self.layers.removesuffix("layers") + "norm"
+
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         return cast(nn.ModuleList, model.get_submodule(self.layers))
 

@@ -2,40 +2,54 @@
 
 Inside a layer the linear groups are solved in order. Each sees the inputs that the already quantized layers and groups
 really produce (``u``), beside the inputs of the full-precision model (``x``), which give the target. A solved group is
-installed in the model at once, so that whatever follows is exposed to it.
+installed in the layer at once, so that whatever follows is exposed to it.
+
+Ranks share the work: each runs its own micro-batches through the layer, candidates and output rows are dealt, and
+every rank installs the same result (see ``tlq.ranks``).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from tlq.activations import Activations, HostMemory, host_memory
 from tlq.architectures import Architecture, LinearGroup, check_linears, get_linear, linear_paths
 from tlq.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.equalization import Candidate, Fold, candidates
-from tlq.objective import Norm, Statistics, Tokens
-from tlq.quantizer import (
-    QuantizedWeight,
-    Scheme,
-    fake_quantize,
-    fake_quantize_activations,
-    round_nearest,
-)
+from tlq.objective import Norm, Statistics
+from tlq.quantizer import QuantizedWeight, Scheme, fake_quantize, fake_quantize_activations, round_nearest
+from tlq.ranks import Ranks, shard_ranges
 from tlq.recipes import Recipe
-from tlq.rounding import round_compensated
+from tlq.rounding import inverse_factor, round_rows
 from tlq.samples import Batch
+from tlq.search import (
+    Arguments,
+    CandidateErrors,
+    GroupInputs,
+    ParentError,
+    ParentShard,
+    ShardInputs,
+    StatisticsError,
+    TokensError,
+    least_error,
+)
+from tlq.streaming import LayeredModel, ResidentModel
 from tlq.weights import TokenWeights
 
 logger = logging.getLogger(__name__)
+
+_ROWS_TOGETHER = 512
+_ROW_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -66,82 +80,102 @@ class Calibrated:
 
 
 @dataclass
-class GroupInputs:
-    """Inputs of one linear group at the tokens that count.
+class LayerResult:
+    """What calibration makes of one decoder layer.
 
     Attributes:
-        x: [tokens, in], inputs that the target is computed from.
-        u: [tokens, in], inputs of the quantized linear.
-        w: [tokens], weights.
+        index: number of the layer.
+        weights: quantized weights by full module path.
+        others: every other tensor of the layer by full name (norms and biases with folded scales, layers kept).
+        reports: one per linear group.
     """
 
-    x: Tensor
-    u: Tensor
-    w: Tensor
-
-    def magnitude(self, how: Literal["mean", "weighted", "max"]) -> Tensor:
-        """Magnitude of every channel of u, [in]."""
-        if how == "max":
-            return self.u.abs().amax(0)
-        return self.u.abs().mean(0) if how == "mean" else (self.w @ self.u.abs()) / self.w.sum()
-
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+    index: int
+    weights: dict[str, QuantizedWeight]
+    others: dict[str, Tensor]
+    reports: list[GroupReport]
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
-    architecture: Architecture,
+    model: PreTrainedModel,
     batches: Sequence[Batch],
     weights: TokenWeights,
     recipe: Recipe,
     scheme: Scheme,
     storage: torch.dtype,
-    on_layer: Callable[[int, list[GroupReport]], None] | None = None,
 ) -> Calibrated:
-    """Quantize every decoder layer of ``model`` in place (fake-quantized) and return the codes.
+    """Quantize every decoder layer of a model in memory, in place (fake-quantized), and return the codes.
+
+    Args and errors: as ``calibrate_layers``.
+    """
+    calibrated = Calibrated({}, [])
+    for result in calibrate_layers(ResidentModel(model), batches, weights, recipe, scheme, storage):
+        calibrated.weights |= result.weights
+        calibrated.reports += result.reports
+    return calibrated
+
+
+@torch.no_grad()
+def calibrate_layers(
+    model: LayeredModel,
+    batches: Sequence[Batch],
+    weights: TokenWeights,
+    recipe: Recipe,
+    scheme: Scheme,
+    storage: torch.dtype,
+    ranks: Ranks | None = None,
+    finished: Mapping[int, Callable[[], LayerResult]] | None = None,
+) -> Iterator[LayerResult]:
+    """Quantize one decoder layer after the other.
 
     Args:
+        batches: all micro-batches, the same on every rank.
         weights: token weights of every layer and group (ignored by recipes that need no data).
         storage: dtype in which the checkpoint keeps scales and norms.
-        on_layer: called with the index and reports of each finished layer.
+        ranks: this process's place in a group; alone without it.
+        finished: results of layers done before, the first ones in order; they are not computed again.
 
     Raises:
         ValueError: a group size does not divide a layer's width, or data that the recipe needs is missing.
         FloatingPointError: a weight or hidden state is not finite; the message names the layer.
     """
-    check_model(model, architecture, scheme)
+    architecture = model.architecture
+    layers = len(architecture.decoder_layers(model.skeleton))
+    check_shapes(model.skeleton, architecture, scheme)
     if recipe.needs_data:
-        check_data(architecture, len(architecture.decoder_layers(model)), batches, weights)
-    loop = LayerLoop(model, architecture, batches, weights, recipe, scheme, storage)
-    layers = architecture.decoder_layers(model)
-    reports: list[GroupReport] = []
-    with tqdm(enumerate(layers), total=len(layers), desc=f"{recipe.name} {scheme.name}", unit="layer") as bar:
-        for index, layer in bar:
-            layer_reports = loop.solve_layer(index, layer)
-            reports += layer_reports
-            if layer_reports[-1].error_after is not None:
-                bar.set_postfix(error=f"{layer_reports[-1].error_after:.3g}")
-            if on_layer is not None:
-                on_layer(index, layer_reports)
-    return Calibrated(loop.quantized, reports)
+        check_data(architecture, layers, batches, weights)
+    loop = LayerLoop(model, batches, weights, recipe, scheme, storage, ranks)
+    finished = finished or {}
+    order = range(layers) if recipe.needs_data else [index for index in range(layers) if index not in finished]
+    for index, layer in model.layers(order):
+        check_weights(layer, architecture, index)
+        if index in finished:
+            loop.replay_layer(index, layer, finished[index]())
+        else:
+            yield loop.solve_layer(index, layer)
 
 
-def check_model(model: nn.Module, architecture: Architecture, scheme: Scheme) -> None:
-    """Refuse a job that cannot succeed before any work: linears of another shape, group sizes, finite weights."""
+def check_shapes(model: nn.Module, architecture: Architecture, scheme: Scheme) -> None:
+    """Refuse a job that cannot succeed before any work: linears of another shape, group sizes, overrides."""
     check_linears(model, architecture)
-    check_overrides(architecture, len(architecture.decoder_layers(model)), scheme)
-    for index, layer in enumerate(architecture.decoder_layers(model)):
+    layers = architecture.decoder_layers(model)
+    check_overrides(architecture, len(layers), scheme)
+    for index, layer in enumerate(layers):
         for group in architecture.groups:
+            own = group_scheme(architecture, index, group, scheme)
             for path in group.linears:
-                weight = get_linear(layer, path).weight
-                name = f"{architecture.layers}.{index}.{path}"
-                own = group_scheme(architecture, index, group, scheme)
                 if own is not None:
-                    own.check_width(weight.shape[1], name)
-                if not torch.isfinite(weight).all():
-                    raise FloatingPointError(f"{name}: weight is not finite; the checkpoint is damaged")
+                    own.check_width(get_linear(layer, path).in_features, f"{architecture.layers}.{index}.{path}")
+
+
+def check_weights(layer: nn.Module, architecture: Architecture, index: int) -> None:
+    """Raises FloatingPointError if a weight of the layer is not finite."""
+    for path in architecture.linears:
+        if not torch.isfinite(get_linear(layer, path).weight).all():
+            raise FloatingPointError(
+                f"{architecture.layers}.{index}.{path}: weight is not finite; the checkpoint is damaged"
+            )
 
 
 def group_scheme(architecture: Architecture, index: int, group: LinearGroup, scheme: Scheme) -> Scheme | None:
@@ -182,99 +216,152 @@ def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch]
 
 
 class LayerLoop:
-    """State carried from layer to layer: hidden states of both paths, and the codes so far."""
+    """State carried from layer to layer: hidden states of both paths of this rank's micro-batches."""
 
     def __init__(
         self,
-        model: nn.Module,
-        architecture: Architecture,
+        model: LayeredModel,
         batches: Sequence[Batch],
         weights: TokenWeights,
         recipe: Recipe,
         scheme: Scheme,
         storage: torch.dtype,
+        ranks: Ranks | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
-        self.architecture, self.recipe, self.storage = architecture, recipe, storage
+        self.architecture, self.recipe, self.storage = model.architecture, recipe, storage
+        self.ranks = ranks or Ranks(device=model.device)
         self.overall = scheme
         self.scheme = scheme  # of the group at hand
         self.weights = weights
-        self.head_dim = _head_dim(model.config)
+        self.head_dim = _head_dim(model.skeleton.config)
         self.weight_dtype = storage if scheme.activation_bits is None else torch.float32
-        self.quantized: dict[str, QuantizedWeight] = {}
-        self.batches = batches if recipe.needs_data else []
-        self.calls: list[LayerCalls] = enter_decoder(model, architecture, self.batches) if self.batches else []
         self.inputs_path = recipe.inputs_for(scheme)
-        self.full = [call.hidden_states for call in self.calls]
-        self.exposed = list(self.full)
+        self.shards = shard_ranges(len(batches)) if recipe.needs_data else []
+        own = self.ranks.own_shards(len(self.shards))
+        self.numbers = [number for shard in own for number in self.shards[shard]]
+        self.batches = [batches[number] for number in self.numbers]
+        self.calls: list[LayerCalls] = []
+        if self.batches:
+            with model.outside() as entered:
+                self.calls = enter_decoder(entered, self.architecture, self.batches, model.device)
+        memory = memory or host_memory()
+        first = [call.take_hidden_states() for call in self.calls]
+        self.full = Activations(memory, model.device, first if self._sees_full_precision else [])
+        self.exposed = Activations(memory, model.device, first if self.inputs_path == "exposed" else [])
 
-    def solve_layer(self, index: int, layer: nn.Module) -> list[GroupReport]:
+    @property
+    def _sees_full_precision(self) -> bool:
+        return "full_precision" in (self.inputs_path, self.recipe.target)
+
+    def solve_layer(self, index: int, layer: nn.Module) -> LayerResult:
         """Calibrate, round and install every group of ``layer``; advance both paths past it."""
         reference = self._full_precision_pass(index, layer)
-        reports = [self._solve_group(index, layer, group, reference) for group in self.architecture.groups]
-        if self.calls and self.inputs_path == "exposed":
-            self.exposed = [
-                call.next_input(index, run_layer(layer, hidden, call.kwargs[index]))
-                for hidden, call in zip(self.exposed, self.calls, strict=True)
-            ]
-            self._check_finite(index, self.exposed)
-        if reference is not None:
-            self.full = reference.outputs
-            self._check_finite(index, self.full)
-        return reports
+        weights: dict[str, QuantizedWeight] = {}
+        reports = [self._solve_group(index, layer, group, reference, weights) for group in self.architecture.groups]
+        self._advance_exposed(index, layer)
+        prefix = f"{self.architecture.layers}.{index}."
+        names = {f"{path}.weight" for path in weights}
+        others = {f"{prefix}{name}": value for name, value in layer.state_dict().items()}
+        others = {name: value.to(self.storage) for name, value in others.items() if name not in names}
+        return LayerResult(index, weights, others, reports)
+
+    def replay_layer(self, index: int, layer: nn.Module, result: LayerResult) -> None:
+        """Advance both paths past a layer that was solved before, exactly as solving it did."""
+        if self._sees_full_precision:
+            for number, call in enumerate(self.calls):
+                output = run_layer(layer, self.full[number], call.kwargs[index])
+                self.full[number] = call.next_input(index, output)
+        prefix = f"{self.architecture.layers}.{index}."
+        own = dict(layer.named_parameters())
+        for name, value in result.others.items():
+            own[name.removeprefix(prefix)].copy_(value)
+        for path, weight in result.weights.items():
+            linear = get_linear(layer, path.removeprefix(prefix))
+            scheme = self.overall.of(path)
+            assert scheme is not None
+            self._install_linear(linear, weight, scheme)
+        self._advance_exposed(index, layer)
+
+    def _advance_exposed(self, index: int, layer: nn.Module) -> None:
+        for number in range(len(self.exposed)):
+            call = self.calls[number]
+            output = run_layer(layer, self.exposed[number], call.kwargs[index])
+            self._check_finite(index, number, output)
+            self.exposed[number] = call.next_input(index, output)
 
     # -- what the layer's groups see -----------------------------------------------------------------------------
 
     def _full_precision_pass(self, index: int, layer: nn.Module) -> _FullPrecision | None:
         """Inputs of every group on the full-precision path, or None if the recipe looks at neither."""
-        if not self.calls or "full_precision" not in (self.inputs_path, self.recipe.target):
+        if not self._sees_full_precision:
             return None
         groups = self.architecture.groups
         modules = {group.name: layer.get_submodule(group.linears[0]) for group in groups}
-        modules |= {group.parent: layer.get_submodule(group.parent) for group in groups if group.parent}
-        gathered: dict[str, list[Tensor]] = {group.name: [] for group in groups}
-        parents: dict[str, list[Arguments]] = {group.parent: [] for group in groups if group.parent}
-        outputs = []
-        for number, (hidden, call) in enumerate(zip(self.full, self.calls, strict=True)):
-            seen, output = observe(layer, hidden, call.kwargs[index], modules)
+        parents = {group.parent for group in groups if group.parent and self._by_parent}
+        modules |= {parent: layer.get_submodule(parent) for parent in parents}
+        found = _FullPrecision({group.name: [] for group in groups}, {parent: [] for parent in parents})
+        for number, call in enumerate(self.calls):
+            seen, output = observe(layer, self.full[number], call.kwargs[index], modules)
             assert output is not None
-            outputs.append(call.next_input(index, output))
+            self._check_finite(index, number, output)
+            self.full[number] = call.next_input(index, output)
             for group in groups:
-                gathered[group.name].append(self._rows(seen[group.name], index, group, number))
+                found.inputs[group.name].append(self._rows(seen[group.name], index, group, number))
             for parent in parents:
-                parents[parent].append(seen[parent])
-        return _FullPrecision({name: torch.cat(parts) for name, parts in gathered.items()}, parents, outputs)
+                found.parents[parent].append(seen[parent])
+        return found
 
-    def _exposed_inputs(self, index: int, layer: nn.Module, group: LinearGroup) -> tuple[Tensor, list[Arguments]]:
+    def _exposed_inputs(self, index: int, layer: nn.Module, group: LinearGroup) -> tuple[list[Tensor], list[Arguments]]:
         """Inputs of ``group`` behind everything quantized so far, and what its parent module is called with."""
         stop = layer.get_submodule(group.linears[0])
         modules = {group.name: stop}
-        if group.parent:
+        if group.parent and self._by_parent:
             modules[group.parent] = layer.get_submodule(group.parent)
         rows, parents = [], []
-        for number, (hidden, call) in enumerate(zip(self.exposed, self.calls, strict=True)):
-            seen, _ = observe(layer, hidden, call.kwargs[index], modules, stop_at=stop)
+        for number, call in enumerate(self.calls):
+            seen, _ = observe(layer, self.exposed[number], call.kwargs[index], modules, stop_at=stop)
             rows.append(self._rows(seen[group.name], index, group, number))
-            if group.parent:
+            if group.parent in modules:
                 parents.append(seen[group.parent])
-        return torch.cat(rows), parents
+        return rows, parents
+
+    @property
+    def _by_parent(self) -> bool:
+        """Whether scales are chosen by the error of the module around a group."""
+        return self.recipe.equalization.error == "parent"
 
     def _rows(self, seen: Arguments, index: int, group: LinearGroup, number: int) -> Tensor:
         """The inputs [tokens, in] of a linear at the tokens that count, from one micro-batch."""
         (hidden,), _ = seen
-        return hidden[self._token_mask(index, group, number).to(hidden.device)].float()
+        rows = hidden[self._batch_weights(index, group, number) > 0]
+        if not torch.isfinite(rows).all():
+            raise FloatingPointError(
+                f"layer {index}, group {group.name}: its input is not finite; run in float32 or bfloat16 (model.dtype)"
+            )
+        return rows
 
-    def _token_mask(self, index: int, group: LinearGroup, number: int) -> Tensor:
-        return self.weights[index, group.name][number] > 0
+    def _batch_weights(self, index: int, group: LinearGroup, number: int) -> Tensor:
+        """Weights [batch, time] of this rank's micro-batch ``number``."""
+        return self.weights[index, group.name][self.numbers[number]].to(self.ranks.device)
 
-    def _token_weights(self, index: int, group: LinearGroup) -> Tensor:
-        parts = [weight[weight > 0] for weight in self.weights[index, group.name]]
-        return torch.cat(parts).to(self.full[0].device)
+    def _by_shard(self, parts: Sequence[Any]) -> list[list[Any]]:
+        """Something per micro-batch of this rank, gathered by shard."""
+        edges = [len(self.shards[shard]) for shard in self.ranks.own_shards(len(self.shards))]
+        taken = iter(parts)
+        return [[next(taken) for _ in range(count)] for count in edges]
 
     # -- one group -----------------------------------------------------------------------------------------------
 
     def _solve_group(
-        self, index: int, layer: nn.Module, group: LinearGroup, reference: _FullPrecision | None
+        self,
+        index: int,
+        layer: nn.Module,
+        group: LinearGroup,
+        reference: _FullPrecision | None,
+        weights: dict[str, QuantizedWeight],
     ) -> GroupReport:
+        """Quantize one group, install it, and put its codes into ``weights``."""
         started = time.perf_counter()
         own = group_scheme(self.architecture, index, group, self.overall)
         if own is None:
@@ -283,14 +370,14 @@ class LayerLoop:
         linears = [get_linear(layer, path) for path in group.linears]
         weight = torch.cat([linear.weight.float() for linear in linears])
         fold = self._fold(layer, group, weight.shape[1])
-        if not self.calls:
+        inputs = None
+        if not self.recipe.needs_data:
             chosen = Candidate(torch.ones(weight.shape[1], device=weight.device), 0.0)
             solution = _Solution(chosen, round_nearest(weight, self.scheme, self.storage))
-            inputs = None
         else:
-            inputs, parent_error = self._group_inputs(index, layer, group, reference)
+            inputs, parent_error = self._group_inputs(index, layer, group, reference, weight)
             solution = self._solve(weight, inputs, fold, parent_error)
-        self._install(index, layer, group, fold, solution)
+        self._install(index, layer, group, fold, solution, weights)
         return GroupReport(
             layer=index,
             group=group.name,
@@ -309,13 +396,12 @@ class LayerLoop:
         return Fold.into(module, in_features, self.head_dim, self.storage, self.architecture.norm_offset)
 
     def _group_inputs(
-        self, index: int, layer: nn.Module, group: LinearGroup, reference: _FullPrecision | None
-    ) -> tuple[GroupInputs, _ParentError | None]:
-        w = self._token_weights(index, group)
+        self, index: int, layer: nn.Module, group: LinearGroup, reference: _FullPrecision | None, weight: Tensor
+    ) -> tuple[GroupInputs, ParentError | None]:
         u_parents: list[Arguments] = []
         x_parents: list[Arguments] = []
         if reference is not None:
-            x = reference.inputs[group.name]
+            x = reference.inputs.pop(group.name)
             x_parents = reference.parents.get(group.parent or "", [])
         if self.inputs_path == "exposed":
             u, u_parents = self._exposed_inputs(index, layer, group)
@@ -323,41 +409,64 @@ class LayerLoop:
             u, u_parents = x, x_parents
         if self.recipe.target == "exposed":
             x, x_parents = u, u_parents
-        if not (torch.isfinite(x).all() and torch.isfinite(u).all()):
-            raise FloatingPointError(
-                f"layer {index}, group {group.name}: its input is not finite; run in float32 or bfloat16 (model.dtype)"
-            )
+        by_batch = [self._batch_weights(index, group, number) for number in range(len(self.calls))]
         parent_error = None
-        if group.parent and self.recipe.equalization.error == "parent":
-            parent_error = _ParentError(
+        if group.parent and self._by_parent:
+            shards = [self._by_shard(parts) for parts in (x_parents, u_parents, by_batch)]
+            parent_error = ParentError(
                 layer.get_submodule(group.parent),
                 [get_linear(layer, path) for path in group.linears],
-                x_parents,
-                u_parents,
-                [weight.to(u.device) for weight in self.weights[index, group.name]],
+                weight,
+                [ParentShard(*parts) for parts in zip(*shards, strict=True)],
                 self.recipe.equalization.norm,
-                self.scheme.activation_bits,
+                self.scheme,
+                self.storage,
             )
-        return GroupInputs(x, u, w), parent_error
+        same = x is u
+        own = []
+        for x_parts, u_parts, w_parts in zip(*map(self._by_shard, (x, u, by_batch)), strict=True):
+            exposed = torch.cat(u_parts)
+            w = torch.cat([part[part > 0] for part in w_parts])
+            own.append(ShardInputs(exposed if same else torch.cat(x_parts), exposed, w))
+        everywhere = torch.cat([part[part > 0] for part in self.weights[index, group.name]])
+        inputs = GroupInputs(own, len(self.shards), everywhere, weight.shape[1], same, self.ranks)
+        return inputs, parent_error
 
-    def _solve(self, weight: Tensor, inputs: GroupInputs, fold: Fold, parent_error: _ParentError | None) -> _Solution:
-        error = _LinearsError(weight, inputs, self.scheme)
+    def _solve(self, weight: Tensor, inputs: GroupInputs, fold: Fold, parent_error: ParentError | None) -> _Solution:
+        error = _LinearsError(weight, inputs, self.scheme, self.storage)
         chosen = self._search(weight, inputs, fold, error, parent_error)
         scaled_weight = weight * chosen.s
         damping = None
         if self.recipe.rounding == "compensated":
             statistics = error.scaled_statistics(chosen.s)
             target, hessian, damping = statistics.shifted_target(scaled_weight, self.recipe.damping)
-            if damping > self.recipe.damping:
+            if damping > self.recipe.damping and self.ranks.leads:
                 logger.warning("damping raised from %g to %g", self.recipe.damping, damping)
-            rounded = round_compensated(target, hessian, self.scheme, self.storage)
+            rounded = self._round_compensated(target, inverse_factor(hessian))
         else:
             rounded = round_nearest(scaled_weight, self.scheme, self.storage)
         total = float(inputs.w.sum())
-        neutral = torch.ones_like(chosen.s)
-        before = error(fake_quantize(weight, self.scheme, self.storage), neutral)
-        after = error(rounded.dequantize(), chosen.s)
+        measured = error.cheapest
+        before = measured.total(fake_quantize(weight, self.scheme, self.storage), torch.ones_like(chosen.s))
+        after = measured.total(rounded.dequantize(), chosen.s)
         return _Solution(chosen, rounded, before / total, after / total, damping)
+
+    def _round_compensated(self, target: Tensor, factor: Tensor) -> QuantizedWeight:
+        """Codes of all output rows, a few at a time; which ones together depends on their number alone."""
+        rows = len(target)
+        count = min(_ROW_PARTS, max(1, rows // _ROWS_TOGETHER))
+        edges = [number * rows // count for number in range(count + 1)]
+        parts = []
+        for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+            if number in self.ranks.dealt(count):
+                part = round_rows(target[start:stop], factor, self.scheme, self.storage)
+            else:
+                part = QuantizedWeight.empty(stop - start, target.shape[1], self.scheme, self.storage, target.device)
+            parts.append(part)
+        for number, part in enumerate(parts):
+            for tensor in (part.codes, part.scale, part.zero_point):
+                self.ranks.share(tensor, self.ranks.owner(number))
+        return QuantizedWeight.stacked(parts)
 
     def _search(
         self,
@@ -365,32 +474,35 @@ class LayerLoop:
         inputs: GroupInputs,
         fold: Fold,
         error: _LinearsError,
-        parent_error: _ParentError | None,
+        parent_error: ParentError | None,
     ) -> Candidate:
         """The candidate scales with the smallest error under nearest rounding; the first of equals."""
         method = self.recipe.equalization
+        if method.method == "none":
+            return Candidate(torch.ones(weight.shape[1], device=weight.device), 0.0)
         tried = list(candidates(method, inputs.magnitude(method.magnitude), weight, self.scheme.group_size, fold))
         if len(tried) == 1 or method.method == "fixed":
             return tried[-1]
+        errors: CandidateErrors = parent_error or (
+            error.cheapest if method.norm == "l2" else error.by_token(method.norm)
+        )
+        return least_error(errors, tried, inputs.shards, self.ranks)
 
-        def cost(candidate: Candidate) -> float:
-            quantized = fake_quantize(weight * candidate.s, self.scheme, self.storage)
-            if parent_error is not None:
-                return parent_error(quantized, candidate.s)
-            return error(quantized, candidate.s, method.norm)
-
-        return min(tried, key=cost)
-
-    def _install(self, index: int, layer: nn.Module, group: LinearGroup, fold: Fold, solution: _Solution) -> None:
-        """Put the rounded weights and the folded scales into the model."""
+    def _install(
+        self,
+        index: int,
+        layer: nn.Module,
+        group: LinearGroup,
+        fold: Fold,
+        solution: _Solution,
+        weights: dict[str, QuantizedWeight],
+    ) -> None:
+        """Put the rounded weights and the folded scales into the layer, and the codes into ``weights``."""
         prefix = f"{self.architecture.layers}.{index}"
         rows = [get_linear(layer, path).out_features for path in group.linears]
-        for path, part in zip(group.linears, _split(solution.rounded, rows), strict=True):
-            self.quantized[f"{prefix}.{path}"] = part
-            linear = get_linear(layer, path)
-            linear.weight.copy_(part.dequantize(self.weight_dtype))
-            if self.scheme.activation_bits is not None:
-                linear.register_forward_pre_hook(_quantize_input(self.scheme.activation_bits))
+        for path, part in zip(group.linears, solution.rounded.split(rows), strict=True):
+            weights[f"{prefix}.{path}"] = part
+            self._install_linear(get_linear(layer, path), part, self.scheme)
         per_row = fold.per_row(solution.chosen.s)
         if bool((per_row == 1).all()):
             return
@@ -399,29 +511,32 @@ class LayerLoop:
             return
         path = f"{prefix}.{group.fold}"
         before = get_linear(layer, group.fold)
-        if path in self.quantized:
-            self.quantized[path] = self.quantized[path].rescale_rows(1 / per_row)
-            before.weight.copy_(self.quantized[path].dequantize(self.weight_dtype))
+        if path in weights:
+            weights[path] = weights[path].rescale_rows(1 / per_row)
+            before.weight.copy_(weights[path].dequantize(self.weight_dtype))
         else:  # kept in full precision
             before.weight.copy_((before.weight / per_row[:, None]).to(self.storage))
         if before.bias is not None:
             before.bias.copy_((before.bias / per_row).to(self.storage))
 
-    def _check_finite(self, index: int, hidden_states: list[Tensor]) -> None:
-        for batch, hidden in zip(self.batches, hidden_states, strict=True):
-            if not torch.isfinite(hidden[batch.valid.to(hidden.device)]).all():
-                raise FloatingPointError(
-                    f"layer {index}: its output is not finite; run in float32 or bfloat16 (model.dtype)"
-                )
+    def _install_linear(self, linear: nn.Linear, weight: QuantizedWeight, scheme: Scheme) -> None:
+        linear.weight.copy_(weight.dequantize(self.weight_dtype))
+        if scheme.activation_bits is not None:
+            linear.register_forward_pre_hook(_quantize_input(scheme.activation_bits))
+
+    def _check_finite(self, index: int, number: int, output: Tensor) -> None:
+        if not torch.isfinite(output[self.batches[number].valid.to(output.device)]).all():
+            raise FloatingPointError(
+                f"layer {index}: its output is not finite; run in float32 or bfloat16 (model.dtype)"
+            )
 
 
 @dataclass
 class _FullPrecision:
-    """One layer on the full-precision path: group inputs, parents' arguments, what the next layer is called with."""
+    """One layer on the full-precision path, by micro-batch: group inputs [tokens, in], parents' arguments."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, list[Tensor]]
     parents: dict[str, list[Arguments]]
-    outputs: list[Tensor]
 
 
 @dataclass
@@ -434,84 +549,36 @@ class _Solution:
 
 
 class _LinearsError:
-    """E(V) on the group's own output, in whichever form is cheaper."""
+    """E(V) on the group's own output, in whichever form is cheaper; each form is made when first asked for."""
 
-    def __init__(self, weight: Tensor, inputs: GroupInputs, scheme: Scheme) -> None:
-        self.weight, self.inputs, self.scheme = weight, inputs, scheme
-        self._statistics: Statistics | None = None
-        self._tokens: Tokens | None = None
+    def __init__(self, weight: Tensor, inputs: GroupInputs, scheme: Scheme, storage: torch.dtype) -> None:
+        self.weight, self.inputs, self.scheme, self.storage = weight, inputs, scheme, storage
 
-    def __call__(self, quantized: Tensor, s: Tensor, norm: Norm = "l2") -> float:
-        """Error of ``quantized`` = V diag(s)."""
-        plain = self.scheme.activation_bits is None and norm == "l2"
-        if plain and len(self.inputs.w) > self.weight.shape[1]:
-            return self.statistics.error(self.weight, quantized / s)
-        return self.tokens.error(quantized, s, self.scheme.activation_bits, norm)
+    @cached_property
+    def cheapest(self) -> StatisticsError | TokensError:
+        if self.scheme.activation_bits is None and len(self.inputs.w) > self.weight.shape[1]:
+            return StatisticsError(self.weight, self.statistics, self.scheme, self.storage)
+        return self.by_token("l2")
 
-    @property
+    def by_token(self, norm: Norm) -> TokensError:
+        return TokensError(self.weight, self.inputs, self.scheme, self.storage, norm)
+
+    @cached_property
     def statistics(self) -> Statistics:
-        if self._statistics is None:
-            self._statistics = Statistics.of(self.inputs.x, self.inputs.u, self.inputs.w)
-        return self._statistics
-
-    @property
-    def tokens(self) -> Tokens:
-        if self._tokens is None:
-            self._tokens = Tokens(self.inputs.x @ self.weight.T, self.inputs.u, self.inputs.w)
-        return self._tokens
+        return self.inputs.statistics()
 
     def scaled_statistics(self, s: Tensor) -> Statistics:
         """Statistics of the inputs of V diag(s), activation quantization included."""
         bits = self.scheme.activation_bits
         if bits is None:
             return self.statistics.scaled(s)
-        seen = fake_quantize_activations(self.inputs.u / s, bits)
-        # A target on exposed inputs means the plain problem of GPTQ: the weight itself is the target.
-        wanted = seen if self.inputs.x is self.inputs.u else self.inputs.x / s
-        return Statistics.of(wanted, seen, self.inputs.w)
 
+        def quantized(part: ShardInputs) -> ShardInputs:
+            seen = fake_quantize_activations(part.u / s, bits)
+            # A target on exposed inputs means the plain problem of GPTQ: the weight itself is the target.
+            return ShardInputs(seen if self.inputs.same else part.x / s, seen, part.w)
 
-@dataclass
-class _ParentError:
-    """Error of the output of the module around a group (attention, MLP), as AWQ and MBQ measure it."""
-
-    parent: nn.Module
-    linears: list[nn.Linear]
-    x_arguments: list[Arguments]
-    u_arguments: list[Arguments]
-    weights: list[Tensor]
-    norm: Norm
-    activation_bits: int | None
-    _reference: list[Tensor] | None = None
-
-    def __call__(self, quantized: Tensor, s: Tensor) -> float:
-        if self._reference is None:
-            self._reference = [_first(self.parent(*args, **named)) for args, named in self.x_arguments]
-        total = torch.zeros((), dtype=torch.float64)
-        with _trial(self.linears, quantized, s, self.activation_bits):
-            for (args, named), wanted, weight in zip(self.u_arguments, self._reference, self.weights, strict=True):
-                difference = (_first(self.parent(*args, **named)) - wanted).float()
-                per_token = difference.abs().sum(-1) if self.norm == "l1" else difference.square().sum(-1)
-                total += (per_token * weight).sum(dtype=torch.float64).cpu()
-        return float(total)
-
-
-@contextmanager
-def _trial(linears: list[nn.Linear], quantized: Tensor, s: Tensor, bits: int | None) -> Iterator[None]:
-    """Let ``linears`` compute with V diag(s) on inputs divided by s, for a while."""
-
-    def scale_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs = args[0] / s
-        return (inputs if bits is None else fake_quantize_activations(inputs, bits), *args[1:])
-
-    rows = [linear.out_features for linear in linears]
-    originals = [linear.weight.data for linear in linears]
-    with ExitStack() as stack:
-        for linear, original, part in zip(linears, originals, quantized.split(rows), strict=True):
-            linear.weight.data = part.to(original.dtype)
-            stack.callback(setattr, linear.weight, "data", original)
-            stack.callback(linear.register_forward_pre_hook(scale_input).remove)
-        yield
+        return self.inputs.statistics(quantized)
 
 
 def _quantize_input(bits: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -519,15 +586,6 @@ def _quantize_input(bits: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tupl
         return (fake_quantize_activations(args[0], bits), *args[1:])
 
     return hook
-
-
-def _split(stacked: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
-    parts = zip(stacked.codes.split(rows), stacked.scale.split(rows), stacked.zero_point.split(rows), strict=True)
-    return [QuantizedWeight(*part) for part in parts]
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _effective(w: Tensor) -> float:

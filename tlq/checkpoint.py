@@ -210,15 +210,20 @@ def _correct_config(path: Path, scheme: Scheme, ignore: list[str] | None) -> Non
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def local_folder(source: str | Path, weights: bool = True) -> Path:
+    """The directory of a checkpoint; a hub id is downloaded, without its weights if they are not wanted."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    unwanted = _NOT_PROCESSOR - {".safetensors"} if weights else _NOT_PROCESSOR
+    return Path(snapshot_download(str(source), ignore_patterns=[f"*{suffix}" for suffix in sorted(unwanted)]))
+
+
 def copy_processor_files(source: str | Path, out: Path) -> None:
     """Copy tokenizer, image processor, chat template and generation settings unchanged."""
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = [f"*{suffix}" for suffix in _NOT_PROCESSOR]
-        folder = Path(snapshot_download(str(source), ignore_patterns=patterns))
-    for file in sorted(folder.iterdir()):
+    for file in sorted(local_folder(source, weights=False).iterdir()):
         if file.is_file() and file.suffix not in _NOT_PROCESSOR and file.name not in _NOT_COPIED:
             shutil.copyfile(file, out / file.name)
 

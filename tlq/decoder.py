@@ -37,6 +37,11 @@ class LayerCalls:
     kwargs: list[dict[str, Any]]
     injected: list[Tensor | None]
 
+    def take_hidden_states(self) -> Tensor:
+        """The first layer's input, which these calls then hold no longer."""
+        hidden_states, self.hidden_states = self.hidden_states, torch.empty(0)
+        return hidden_states
+
     def next_input(self, index: int, output: Tensor) -> Tensor:
         """What the layer after layer ``index`` is called with, given the output of layer ``index``."""
         following = self.injected[index + 1] if index + 1 < len(self.injected) else None
@@ -44,10 +49,12 @@ class LayerCalls:
 
 
 @torch.no_grad()
-def enter_decoder(model: nn.Module, architecture: Architecture, batches: Sequence[Batch]) -> list[LayerCalls]:
+def enter_decoder(
+    model: nn.Module, architecture: Architecture, batches: Sequence[Batch], device: torch.device | None = None
+) -> list[LayerCalls]:
     """Run embeddings and vision tower over ``batches``; the decoder layers only note their arguments."""
     layers = architecture.decoder_layers(model)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     calls: list[LayerCalls] = []
     with _layers_noting_arguments(layers) as noted:
         for batch in batches:

@@ -13,6 +13,7 @@ token's importance. Two forms give the same number:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tlq.quantizer import fake_quantize_activations
+from tlq.ranks import Ranks
 
 Norm = Literal["l1", "l2"]
 
@@ -28,39 +30,61 @@ _LEAST_DAMPING = 1e-6
 
 @dataclass
 class Statistics:
-    """Weighted second moments of a group's inputs, each [in, in] float32."""
+    """Weighted second moments of a group's inputs, each [in, in] float32.
 
-    shift: Tensor
-    cross: Tensor
+    ``shift`` and ``cross`` are None where full-precision and exposed inputs are the same: they would be zero.
+    """
+
+    shift: Tensor | None
+    cross: Tensor | None
     hessian: Tensor
 
     @classmethod
     def of(cls, x: Tensor, u: Tensor, w: Tensor) -> Statistics:
         """From full-precision inputs x [tokens, in], exposed inputs u [tokens, in], weights w [tokens]."""
-        x, u = x.float(), u.float()
+        same = x is u
+        u = u.float()
         weighted_u = u * w[:, None]
         hessian = weighted_u.T @ u
-        if x is u or torch.equal(x, u):
-            zeros = torch.zeros_like(hessian)
-            return cls(zeros, zeros, hessian)
-        difference = x - u
+        if same:
+            return cls(None, None, hessian)
+        difference = x.float() - u
         return cls((difference * w[:, None]).T @ difference, difference.T @ weighted_u, hessian)
 
-    def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(self.shift + other.shift, self.cross + other.cross, self.hessian + other.hessian)
+    @classmethod
+    def added(cls, parts: Iterable[Statistics], in_features: int, same: bool, ranks: Ranks) -> Statistics:
+        """The sum over all virtual shards, on every rank.
+
+        Args:
+            parts: of this rank's shards.
+            same: whether full-precision and exposed inputs are the same.
+        """
+        shape = (1 if same else 3, in_features, in_features)
+        total = ranks.ordered_sum((part.stacked() for part in parts), shape)
+        return cls(None, None, total[0]) if same else cls(total[0], total[1], total[2])
+
+    def stacked(self) -> Tensor:
+        """All matrices as one tensor, [1 or 3, in, in]."""
+        if self.shift is None or self.cross is None:
+            return self.hessian[None]
+        return torch.stack([self.shift, self.cross, self.hessian])
 
     def scaled(self, s: Tensor) -> Statistics:
         """Statistics of inputs divided by s [in]."""
         outer = 1 / (s[:, None] * s[None, :])
-        return Statistics(self.shift * outer, self.cross * outer, self.hessian * outer)
+        shift = None if self.shift is None else self.shift * outer
+        return Statistics(shift, None if self.cross is None else self.cross * outer, self.hessian * outer)
 
     def error(self, weight: Tensor, quantized: Tensor) -> float:
         """E(V) for W = ``weight`` and V = ``quantized``, both [out, in]."""
-        change = quantized - weight
-        exposure = (weight @ self.shift).mul_(weight).sum(dtype=torch.float64)
-        cross = (weight @ self.cross).mul_(change).sum(dtype=torch.float64)
-        rounding = (change @ self.hessian).mul_(change).sum(dtype=torch.float64)
-        return float(exposure - 2 * cross + rounding)
+        return self.of_weight(weight).error(slice(None), quantized - weight)
+
+    def of_weight(self, weight: Tensor) -> WeightError:
+        """E(V) as a function of the rows of D = V - W, what does not depend on V computed once."""
+        if self.shift is None or self.cross is None:
+            return WeightError(None, None, self.hessian)
+        exposure = (weight @ self.shift).mul_(weight).sum(1, dtype=torch.float64)
+        return WeightError(exposure, weight @ self.cross, self.hessian)
 
     def shifted_target(self, weight: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
         """W* = W B C^-1, the full-precision weight that answers best to exposed inputs, and the damped C.
@@ -81,12 +105,30 @@ class Statistics:
             hessian.diagonal()[dead] = mean
             factor, info = torch.linalg.cholesky_ex(hessian)
             if int(info) == 0:
+                if self.cross is None:
+                    return weight, hessian, damping
                 correction = torch.cholesky_solve((weight @ self.cross).T, factor).T
                 return weight + correction, hessian, damping
             damping = max(10 * damping, _LEAST_DAMPING)
         raise FloatingPointError(
             "the inputs' second moments cannot be factorised even with strong damping: they are not finite"
         )
+
+
+@dataclass
+class WeightError:
+    """E(V) of one weight W by output rows: tr(W F W') [out] and W G [out, in], None where zero, and C [in, in]."""
+
+    exposure: Tensor | None
+    cross: Tensor | None
+    hessian: Tensor
+
+    def error(self, rows: Tensor | slice, change: Tensor) -> float:
+        """The error of ``rows``, whose D = V - W is ``change`` [rows, in]."""
+        total = (change @ self.hessian).mul_(change).sum(dtype=torch.float64)
+        if self.exposure is not None and self.cross is not None:
+            total = total + self.exposure[rows].sum() - 2 * (self.cross[rows] * change).sum(dtype=torch.float64)
+        return float(total)
 
 
 @dataclass
@@ -110,7 +152,7 @@ class Tokens:
             quantized: V [out, in], or V diag(s) when ``s`` [in] is given, whose inputs are then u / s, quantized to
                 ``activation_bits``.
         """
-        inputs = self.u if s is None else self.u / s
+        inputs = self.u.float() if s is None else self.u / s
         if activation_bits is not None:
             inputs = fake_quantize_activations(inputs, activation_bits)
         difference = self.y - inputs @ quantized.T

@@ -7,7 +7,8 @@ the checkpoint stores, so that what is searched over is what is saved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -111,6 +112,28 @@ class QuantizedWeight:
         Engines that multiply in bfloat16 dequantize to bfloat16; integer kernels use the exact product.
         """
         return dequantize(self.codes, self.scale, self.zero_point).to(dtype).float()
+
+    @classmethod
+    def empty(
+        cls, rows: int, in_features: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device
+    ) -> QuantizedWeight:
+        """Room for the codes of a weight."""
+        groups = 1 if scheme.group_size is None else in_features // scheme.group_size
+        return cls(
+            torch.empty(rows, in_features, dtype=torch.int8, device=device),
+            torch.empty(rows, groups, dtype=scale_dtype, device=device),
+            torch.empty(rows, groups, dtype=torch.int8, device=device),
+        )
+
+    @classmethod
+    def stacked(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Weights over the same inputs, one below the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:
+        """The reverse of ``stacked``."""
+        parts = zip(*(getattr(self, field.name).split(list(rows)) for field in fields(self)), strict=True)
+        return [QuantizedWeight(*part) for part in parts]
 
     def rescale_rows(self, factor: Tensor) -> QuantizedWeight:
         """The same codes with every output row multiplied by ``factor`` [out] (through the scales)."""

@@ -23,35 +23,45 @@ def round_compensated(target: Tensor, hessian: Tensor, scheme: Scheme, scale_dty
         target: [out, in].
         hessian: [in, in], positive definite (see ``Statistics.shifted_target``).
     """
-    remaining = target.float().clone()
-    factor = inverse_factor(hessian)
+    return round_rows(target, inverse_factor(hessian), scheme, scale_dtype)
+
+
+def round_rows(target: Tensor, factor: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Codes of some output rows, which do not depend on the other rows.
+
+    Works on the transposed target: the values of one input channel then lie side by side in memory.
+
+    Args:
+        target: [rows, in].
+        factor: [in, in], from ``inverse_factor``.
+    """
+    remaining = target.float().T.contiguous()
     block_size = scheme.group_size or _BLOCK
-    whole_row = weight_qparams(remaining, scheme, scale_dtype) if scheme.group_size is None else None
+    whole_row = weight_qparams(target, scheme, scale_dtype) if scheme.group_size is None else None
     qparams = []
     blocks = []
-    for start in range(0, target.shape[1], block_size):
-        columns = slice(start, min(start + block_size, target.shape[1]))
-        block = remaining[:, columns]
-        scale, zero_point = whole_row or weight_qparams(block, scheme, scale_dtype)
+    for start in range(0, len(remaining), block_size):
+        columns = slice(start, min(start + block_size, len(remaining)))
+        block = remaining[columns]
+        scale, zero_point = whole_row or weight_qparams(block.T, scheme, scale_dtype)
         codes, errors = _round_block(block, factor[columns, columns], scale, zero_point, scheme.weight_bits)
-        remaining[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
-        blocks.append(codes)
+        remaining[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
+        blocks.append(codes.T)
         qparams.append((scale, zero_point))
     scales, zero_points = zip(*(qparams[:1] if whole_row else qparams), strict=True)
     return QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
 
 
 def _round_block(block: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round ``block`` [out, columns] from left to right; returns its codes and the scaled errors, same shape."""
-    block = block.clone()
+    """Round ``block`` [columns, rows] column by column; returns its codes and the scaled errors, same shape."""
     codes = torch.empty(block.shape, dtype=torch.int8, device=block.device)
     errors = torch.empty_like(block)
-    for column in range(block.shape[1]):
-        here = slice(column, column + 1)
-        codes[:, here] = quantize(block[:, here], scale, zero_point, bits)
-        error = (block[:, here] - dequantize(codes[:, here], scale, zero_point)) / factor[column, column]
-        errors[:, here] = error
-        block[:, column + 1 :] -= error @ factor[here, column + 1 :]
+    for column in range(len(block)):
+        wanted = block[column][:, None]
+        code = quantize(wanted, scale, zero_point, bits)
+        codes[column] = code[:, 0]
+        torch.div((wanted - dequantize(code, scale, zero_point))[:, 0], factor[column, column], out=errors[column])
+        block[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
     return codes, errors
 
 

@@ -16,6 +16,7 @@ from tlq.equalization import Candidate, Fold, candidates, weight_magnitude
 from tlq.quantizer import QuantizedWeight, get_scheme
 from tlq.recipes import Equalization, get_recipe
 from tlq.samples import Batch
+from tlq.streaming import ResidentModel
 
 HEAD = 4
 
@@ -139,16 +140,17 @@ def test_folding_leaves_the_layer_function_unchanged(
     (calls, *_) = enter_decoder(model, architecture, batches)
     with torch.no_grad():
         before = run_layer(layer, calls.hidden_states, calls.kwargs[0])
-        loop = LayerLoop(model, architecture, [], {}, get_recipe("rtn"), get_scheme("w4a8"), torch.float32)
+        loop = LayerLoop(ResidentModel(model), [], {}, get_recipe("rtn"), get_scheme("w4a8"), torch.float32)
+        codes: dict[str, QuantizedWeight] = {}
         loop.scheme = get_scheme("w3a16")  # no activation quantization, weights kept in float32
         linears = [get_linear(layer, path) for path in group.linears]
         weight = torch.cat([linear.weight for linear in linears])
         fold = Fold.into(layer.get_submodule(group.fold), weight.shape[1], loop.head_dim, torch.float32)
         if not fold.is_norm:
-            loop.quantized[f"{architecture.layers}.0.{group.fold}"] = unquantized(fold.weight.clone())
+            codes[f"{architecture.layers}.0.{group.fold}"] = unquantized(fold.weight.clone())
         per_row = torch.rand(len(fold.weight), generator=torch.Generator().manual_seed(1)) + 0.5
         s = fold.expand(fold.realizable(per_row))
-        loop._install(0, layer, group, fold, _Solution(Candidate(s, 0.5), unquantized(weight * s)))
+        loop._install(0, layer, group, fold, _Solution(Candidate(s, 0.5), unquantized(weight * s)), codes)
         after = run_layer(layer, calls.hidden_states, calls.kwargs[0])
     assert not torch.equal(linears[0].weight, weight[: len(linears[0].weight)])
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)

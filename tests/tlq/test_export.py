@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from tlq.architectures import FAMILIES, architecture_of
+from tlq.architectures import FAMILIES
 from tlq.calibrate import calibrate
 from tlq.checkpoint import export_checkpoint, load_model, read_config, storage_dtype
 from tlq.importance import Importance
@@ -47,11 +47,10 @@ def exported(
         recipe, scheme = RECIPES[name], get_scheme(scheme_name)
         recipe = replace(recipe, equalization=replace(recipe.equalization, points=4))
         model = copy.deepcopy(tiny_model)
-        architecture = architecture_of(model.config)
         weights = {key: [batch.valid.float() for batch in batches] for key in scores}
         storage = storage_dtype(read_config(tiny_checkpoint))
         assert storage == torch.bfloat16
-        calibrated = calibrate(model, architecture, batches, weights, recipe, scheme, storage)
+        calibrated = calibrate(model, batches, weights, recipe, scheme, storage)
         out = tmp_path_factory.mktemp("exported") / f"{name}-{scheme_name}"
         export_checkpoint(tiny_checkpoint, model, calibrated.weights, scheme, out)
         return model, out
@@ -181,7 +180,7 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
     model = copy.deepcopy(tiny_model)
     scheme = get_scheme("w3a16")
     storage = storage_dtype(model.config)
-    calibrated = calibrate(model, architecture_of(model.config), [], {}, RECIPES["rtn"], scheme, storage)
+    calibrated = calibrate(model, [], {}, RECIPES["rtn"], scheme, storage)
     with pytest.raises(ValueError, match=r"stores torch\.bfloat16, its weights were quantized for another dtype"):
         export_checkpoint(tiny_checkpoint, model, calibrated.weights, scheme, tmp_path)
 

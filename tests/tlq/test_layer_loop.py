@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlq.architectures import architecture_of, get_linear
-from tlq.calibrate import Calibrated, GroupInputs, LayerLoop, TokenWeights, calibrate
+from tlq.calibrate import Calibrated, LayerLoop, calibrate
 from tlq.importance import Importance
 from tlq.quantizer import get_scheme
 from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Batch
+from tlq.search import ShardInputs
+from tlq.weights import TokenWeights
 
 Key = tuple[int, str]
 
@@ -51,7 +53,7 @@ class Run:
 
     model: nn.Module
     calibrated: Calibrated
-    inputs: dict[Key, GroupInputs]
+    inputs: dict[Key, ShardInputs]
     scales: dict[Key, Tensor]
 
 
@@ -62,24 +64,27 @@ Runner = Callable[..., Run]
 def run(tiny_model: PreTrainedModel, batches: list[Batch], weights: TokenWeights) -> Runner:
     def calibrated(name: str, scheme: str, attempt: int = 0) -> Run:
         model = copy.deepcopy(tiny_model)
-        architecture = architecture_of(model.config)
-        inputs: dict[Key, GroupInputs] = {}
+        inputs: dict[Key, ShardInputs] = {}
         scales: dict[Key, Tensor] = {}
         with pytest.MonkeyPatch.context() as patch:
             gather, install = LayerLoop._group_inputs, LayerLoop._install
 
-            def gathering(loop: LayerLoop, index: int, layer: Any, group: Any, reference: Any) -> Any:
-                found = gather(loop, index, layer, group, reference)
-                inputs[index, group.name] = found[0]
+            def gathering(loop: LayerLoop, index: int, layer: Any, group: Any, *rest: Any) -> Any:
+                found = gather(loop, index, layer, group, *rest)
+                own = found[0].own
+                parts = ([part.x for part in own], [part.u for part in own], [part.w for part in own])
+                inputs[index, group.name] = ShardInputs(*(torch.cat(each) for each in parts))
                 return found
 
-            def installing(loop: LayerLoop, index: int, layer: Any, group: Any, fold: Any, solution: Any) -> None:
+            def installing(
+                loop: LayerLoop, index: int, layer: Any, group: Any, fold: Any, solution: Any, codes: Any
+            ) -> None:
                 scales[index, group.name] = solution.chosen.s
-                install(loop, index, layer, group, fold, solution)
+                install(loop, index, layer, group, fold, solution, codes)
 
             patch.setattr(LayerLoop, "_group_inputs", gathering)
             patch.setattr(LayerLoop, "_install", installing)
-            result = calibrate(model, architecture, batches, weights, quick(name), get_scheme(scheme), torch.bfloat16)
+            result = calibrate(model, batches, weights, quick(name), get_scheme(scheme), torch.bfloat16)
         return Run(model, result, inputs, scales)
 
     return cache(calibrated)
@@ -238,7 +243,7 @@ def attempt(tiny_model: PreTrainedModel, batches: list[Batch], weights: TokenWei
             "scheme": get_scheme("w3a16"),
             "storage": torch.bfloat16,
         }
-        return calibrate(model, architecture_of(model.config), **{**arguments, **changes})
+        return calibrate(model, **{**arguments, **changes})
 
     return calibrated
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tlq.objective import Statistics, Tokens
 from tlq.quantizer import fake_quantize_activations
+from tlq.ranks import Ranks
 
 
 def problem(seed: int, tokens: int = 40, width: int = 12, out: int = 7) -> tuple[Tensor, ...]:
@@ -61,7 +62,8 @@ def test_statistics_do_not_cancel_for_a_nearly_exact_weight() -> None:
 def test_statistics_add_up_over_tokens() -> None:
     weight, quantized, x, u, w = problem(1)
     whole = Statistics.of(x, u, w)
-    parts = Statistics.of(x[:15], u[:15], w[:15]) + Statistics.of(x[15:], u[15:], w[15:])
+    halves = [Statistics.of(x[:15], u[:15], w[:15]), Statistics.of(x[15:], u[15:], w[15:])]
+    parts = Statistics.added(halves, x.shape[1], False, Ranks())
     assert parts.error(weight, quantized) == pytest.approx(whole.error(weight, quantized), rel=1e-5)
     torch.testing.assert_close(parts.hessian, whole.hessian)
     torch.testing.assert_close(parts.cross, whole.cross)
