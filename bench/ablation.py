@@ -30,13 +30,14 @@ from numpy.typing import NDArray
 from bench.laboratory import MODEL, WORLD, Laboratory
 from tasks.cli import quiet_libraries
 from tasks.prepare import Columns, PrepareParams, draw, read_table
-from tlq.architectures import architecture_of
 from tlq.calibrate import calibrate
 from tlq.checkpoint import read_config, storage_dtype
-from tlq.importance import Importance, Weighting, score_tokens
+from tlq.importance import Importance, Weighting
 from tlq.quantizer import get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, encode_batches, image_token_id, token_rows
+from tlq.scoring import score_tokens
+from tlq.streaming import ResidentModel
 from tlq.tokens import TokenBudget
 from tlq.weights import SampleWeights, all_tokens, lay_out, token_set
 
@@ -128,7 +129,7 @@ class Pool:
         self.batches: list[Batch] = encode_batches(
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )
-        self.scores: Importance = score_tokens(model, architecture_of(model.config), self.batches, size)
+        self.scores: Importance = score_tokens(ResidentModel(model), self.batches, size)
         marks = {
             sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(self.batches)
         }

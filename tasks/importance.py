@@ -14,11 +14,11 @@ import numpy as np
 from tasks.cli import device, run
 from tasks.files import IMPORTANCE, PREPARED, Sequences, read_samples, write_importance
 from tasks.params import ModelParams, section
-from tlq.architectures import architecture_of
 from tlq.checkpoint import load_model
-from tlq.importance import score_tokens
 from tlq.processor import load_processor
 from tlq.samples import Batch, encode_batches, image_token_id, token_rows
+from tlq.scoring import score_tokens
+from tlq.streaming import ResidentModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def main() -> None:
     model = load_model(model_params.path, model_params.torch_dtype, device())
     processor = load_processor(model_params.path)
     batches = encode_batches(samples, processor, image_token_id(model.config), params.batch_size, params.max_tokens)
-    scores = score_tokens(model, architecture_of(model.config), batches, len(samples))
+    scores = score_tokens(ResidentModel(model), batches, len(samples))
     write_importance(scores, sequences_of(batches, len(samples)), Path(IMPORTANCE))
 
 

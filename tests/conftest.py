@@ -23,11 +23,12 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from tlq.architectures import architecture_of
 from tlq.checkpoint import load_model
-from tlq.importance import Importance, score_tokens
+from tlq.importance import Importance
 from tlq.processor import load_processor
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
+from tlq.scoring import score_tokens
+from tlq.streaming import ResidentModel
 
 settings.register_profile("tests", derandomize=True)  # the same examples in every run
 settings.load_profile("tests")
@@ -177,7 +178,7 @@ def batches(tiny_model: PreTrainedModel, tiny_processor: Any, samples: list[Samp
 
 @pytest.fixture(scope="session")
 def scores(tiny_model: PreTrainedModel, batches: list[Batch], samples: list[Sample]) -> Importance:
-    return score_tokens(tiny_model, architecture_of(tiny_model.config), batches, len(samples))
+    return score_tokens(ResidentModel(tiny_model), batches, len(samples))
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from tlq.architectures import architecture_of
 from tlq.calibrate import Calibrated, calibrate
 from tlq.checkpoint import export_checkpoint, load_model, read_config, storage_dtype
-from tlq.importance import Weighting, score_tokens
+from tlq.importance import Weighting
 from tlq.processor import load_processor
 from tlq.quantizer import Scheme, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, Sample, encode_batches, image_token_id, token_rows
+from tlq.scoring import score_tokens
+from tlq.streaming import ResidentModel
 from tlq.tokens import TokenBudget
 from tlq.weights import SampleWeights, TokenWeights, all_tokens, lay_out, token_set, uniform_tokens
 
@@ -117,7 +119,7 @@ def _weights(
     if recipe.importance == "uniform" and recipe.tokens == "all":
         layers = range(len(architecture.decoder_layers(model)))
         return uniform_tokens([(layer, group.name) for layer in layers for group in architecture.groups], is_image)
-    scores = score_tokens(model, architecture, batches, len(is_image))
+    scores = score_tokens(ResidentModel(model), batches, len(is_image))
     if recipe.tokens == "set":
         return token_set(scores, is_image, recipe.importance, weighting, budget, seed)
     return all_tokens(scores, is_image, recipe.importance, weighting)

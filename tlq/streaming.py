@@ -36,12 +36,13 @@ class LayeredModel(Protocol):
     Attributes:
         skeleton: the model's modules; their weights may be missing outside the blocks below.
         architecture: where its decoder is.
-        device: where it computes.
+        device, dtype: where and in what it computes.
     """
 
     skeleton: PreTrainedModel
     architecture: Architecture
     device: torch.device
+    dtype: torch.dtype
 
     def outside(self) -> Any:
         """A context in which everything but the decoder layers has its weights."""
@@ -65,6 +66,7 @@ class ResidentModel:
     def __post_init__(self) -> None:
         self.architecture = architecture_of(self.skeleton.config)
         self.device = next(self.skeleton.parameters()).device
+        self.dtype = next(self.architecture.decoder_layers(self.skeleton)[0].parameters()).dtype
 
     @contextmanager
     def outside(self) -> Iterator[nn.Module]:
