@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -23,17 +24,20 @@ from tasks.files import (
     IMPORTANCE,
     MODELS,
     PREPARED,
-    new_directory,
     read_importance,
     read_samples,
     read_sequences,
     read_tokens,
 )
+from tasks.launch import on_ranks
 from tasks.params import ModelParams, ParamsError, recipe, section
 from tlq.api import quantize_checkpoint
+from tlq.importance import loss_of
 from tlq.quantizer import get_scheme
+from tlq.ranks import joined_ranks
 from tlq.recipes import Recipe
 from tlq.samples import Sample
+from tlq.streaming import StreamedModel
 from tlq.weights import SampleWeights, all_tokens
 
 logger = logging.getLogger("tlq.calibrate")
@@ -60,7 +64,8 @@ def weights_of(recipe: Recipe, calibset: CalibsetParams, importance: Path, token
     """
     sequences = read_sequences(importance)
     if recipe.tokens == "all":
-        return all_tokens(read_importance(importance), sequences.is_image, recipe.importance, calibset.weighting)
+        scores = read_importance(importance, loss_of(recipe.importance))
+        return all_tokens(scores, sequences.is_image, recipe.importance, calibset.weighting)
     if recipe.importance != calibset.source:
         raise ParamsError(
             f"params.yaml: recipe {recipe.name} weighs tokens by {recipe.importance} importance, the token set was "
@@ -76,6 +81,11 @@ def weights_of(recipe: Recipe, calibset: CalibsetParams, importance: Path, token
 
 
 def main() -> None:
+    on_ranks("tasks.calibrate", sys.argv[1:], quantize)
+
+
+def quantize() -> None:
+    """Make one variant on this process's share of the work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--scheme", required=True)
@@ -95,20 +105,14 @@ def main() -> None:
         samples, longest = read_samples(PREPARED / "calibration.parquet", len(lengths)), max(lengths)
         weights = weights_of(row, section("calibset", CalibsetParams), IMPORTANCE, CALIBSET / "tokens.parquet")
 
-    with new_directory(MODELS / f"{row.name}-{scheme.name}") as folder:
+    model = StreamedModel(model_params.path, model_params.torch_dtype, device())
+    out = MODELS / f"{row.name}-{scheme.name}"
+    with joined_ranks(device()) as ranks:
         quantize_checkpoint(
-            model_params.path,
-            folder,
-            samples,
-            row,
-            scheme,
-            lambda _model, _batches: weights,
-            params.batch_size,
-            longest,
-            model_params.torch_dtype,
-            device(),
+            model, out, samples, row, scheme, lambda _model, _batches: weights, params.batch_size, longest, ranks
         )
-    logger.info("%s-%s exported", row.name, scheme.name)
+    if ranks.leads:
+        logger.info("%s-%s exported", row.name, scheme.name)
 
 
 if __name__ == "__main__":

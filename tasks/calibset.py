@@ -14,18 +14,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tasks.cli import run
-from tasks.files import (
-    CALIBSET,
-    IMPORTANCE,
-    Sequences,
-    new_directory,
-    read_importance,
-    read_sequences,
-    write_parquet,
-    write_text,
-)
+from tasks.files import CALIBSET, IMPORTANCE, Sequences, read_importance, read_sequences, write_parquet
 from tasks.params import section
-from tlq.importance import Importance, Source, Weighting
+from tlq.files import new_directory, write_text
+from tlq.importance import Importance, Source, Weighting, loss_of
 from tlq.tokens import TokenBudget, effective_sample_size
 from tlq.weights import token_set
 
@@ -87,7 +79,7 @@ def summarise(tokens: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     params = section("calibset", CalibsetParams)
-    tokens = build(read_importance(IMPORTANCE), read_sequences(IMPORTANCE), params)
+    tokens = build(read_importance(IMPORTANCE, loss_of(params.source)), read_sequences(IMPORTANCE), params)
     with new_directory(Path(CALIBSET)) as folder:
         write_parquet(tokens, folder / "tokens.parquet")
         write_text(summarise(tokens).to_csv(index=False), folder / "summary.csv")

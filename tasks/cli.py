@@ -11,6 +11,8 @@ from types import FrameType
 
 import torch
 
+from tasks.launch import failed_already, report_failure
+
 logger = logging.getLogger("tlq")
 
 #: Mistakes of input or surroundings; anything else is a defect and keeps its traceback.
@@ -27,11 +29,16 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     quiet_libraries()
     signal.signal(signal.SIGTERM, _interrupt)
+    if failed_already():
+        return
     try:
         main()
     except EXPECTED as error:
         logger.debug("traceback", exc_info=True)
-        logger.error("%s", " ".join(str(error).split()))
+        message = " ".join(str(error).split())
+        if report_failure(message):
+            return  # a rank: the stage's own process says it, once
+        logger.error("%s", message)
         sys.exit(1)
     except KeyboardInterrupt:
         logger.error("interrupted; run the same command again to continue")
@@ -57,5 +64,6 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def device() -> torch.device:
     """Where to compute: ``TLQ_DEVICE``, else the first GPU, else the CPU. It never changes what is computed."""
-    name = os.environ.get("TLQ_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = os.environ.get("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
     return torch.device(name)

@@ -1,13 +1,8 @@
-"""Files that stages leave for each other: formats, and writing without halves.
-
-Everything is written to a temporary name beside its place and renamed, so that a reader never sees half of it.
-"""
+"""Files that stages leave for each other, and their formats."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tlq.importance import Importance
+from tlq.files import new_directory, new_file
+from tlq.importance import Importance, LossName
 from tlq.samples import Sample
 
 PREPARED = Path("data/prepared")
@@ -36,39 +33,6 @@ _SAMPLES = pa.schema(
         ("source", pa.string()),
     ]
 )
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it becomes ``path`` when the block ends well and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """An empty temporary directory; it replaces ``path`` when the block ends well and vanishes otherwise.
-
-    The directory that it replaces is renamed first and removed last: at no time does ``path`` hold a part of either.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            path.replace(replaced)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:
@@ -109,15 +73,17 @@ class Sequences:
         return [len(ids) for ids in self.token_ids]
 
 
-def write_importance(scores: Importance, sequences: Sequences, folder: Path) -> None:
-    """``scores.parquet`` (layer, group, sample, values) and ``sequences.parquet`` (sample, token_ids, is_image)."""
+def write_importance(scores: Mapping[LossName, Importance], sequences: Sequences, folder: Path) -> None:
+    """``scores.parquet`` (loss, layer, group, sample, values), ``sequences.parquet`` (sample, token_ids, is_image)."""
     rows: list[dict[str, Any]] = [
-        {"layer": layer, "group": group, "sample": sample, "values": values}
-        for (layer, group), per_sample in scores.items()
+        {"loss": loss, "layer": layer, "group": group, "sample": sample, "values": values}
+        for loss, importance in scores.items()
+        for (layer, group), per_sample in importance.items()
         for sample, values in enumerate(per_sample)
     ]
     schema = pa.schema(
         [
+            ("loss", pa.string()),
             ("layer", pa.int32()),
             ("group", pa.string()),
             ("sample", pa.int32()),
@@ -138,8 +104,16 @@ def read_sequences(folder: Path) -> Sequences:
     )
 
 
-def read_importance(folder: Path) -> Importance:
+def read_importance(folder: Path, loss: LossName = "answer") -> Importance:
+    """Raw scores of one loss.
+
+    Raises:
+        ValueError: that loss was not scored.
+    """
     table = _read_table(folder / "scores.parquet", "importance")
+    table = table.filter(pc.equal(table["loss"], loss))
+    if not table.num_rows:
+        raise ValueError(f"{folder}: holds no scores of the loss {loss}; add it to importance.losses in params.yaml")
     scores: Importance = {}
     columns = (table[name].to_pylist() for name in ("layer", "group", "values"))
     for layer, group, values in zip(*columns, strict=True):
@@ -161,8 +135,3 @@ def _read_table(path: Path, stage: str) -> pa.Table:
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     with new_file(path) as temporary:
         frame.to_parquet(temporary, index=False, compression="zstd")
-
-
-def write_text(text: str, path: Path) -> None:
-    with new_file(path) as temporary:
-        temporary.write_text(text)

@@ -13,12 +13,16 @@ import numpy as np
 
 from tasks.cli import device, run
 from tasks.files import IMPORTANCE, PREPARED, Sequences, read_samples, write_importance
+from tasks.launch import on_ranks
 from tasks.params import ModelParams, section
-from tlq.checkpoint import load_model
+from tlq.importance import LossName
 from tlq.processor import load_processor
+from tlq.quantizer import get_scheme
+from tlq.ranks import joined_ranks
 from tlq.samples import Batch, encode_batches, image_token_id, token_rows
-from tlq.scoring import score_tokens
-from tlq.streaming import ResidentModel
+from tlq.scoring import AnswerLoss, BlockLoss, Loss, score_resumably
+from tlq.state import WorkFolder
+from tlq.streaming import StreamedModel
 
 
 @dataclass(frozen=True)
@@ -27,22 +31,41 @@ class ImportanceParams:
     samples: how many of the prepared samples are scored; the pool that token sets are drawn from.
     batch_size: samples per micro-batch.
     max_tokens: longest sample allowed.
+    losses: whose gradients are scored: `answer` (sources token and modality), `block` (source block).
+    block_scheme: what the loss `block` rounds weights to.
     """
 
     samples: int
     batch_size: int = 8
     max_tokens: int = 4096
+    losses: tuple[LossName, ...] = ("answer",)
+    block_scheme: str = "w3a16"
 
 
 def main() -> None:
+    on_ranks("tasks.importance", [], score)
+
+
+def score() -> None:
+    """Score every sample on this process's share of the work; the leading rank writes the result."""
     model_params = section("model", ModelParams)
     params = section("importance", ImportanceParams)
+    scheme = get_scheme(params.block_scheme)
     samples = read_samples(PREPARED / "calibration.parquet", params.samples)
-    model = load_model(model_params.path, model_params.torch_dtype, device())
-    processor = load_processor(model_params.path)
+    model = StreamedModel(model_params.path, model_params.torch_dtype, device())
+    processor = load_processor(model.folder)
     batches = encode_batches(samples, processor, image_token_id(model.config), params.batch_size, params.max_tokens)
-    scores = score_tokens(ResidentModel(model), batches, len(samples))
-    write_importance(scores, sequences_of(batches, len(samples)), Path(IMPORTANCE))
+    losses: dict[LossName, Loss] = {"answer": AnswerLoss(), "block": BlockLoss(scheme, model.storage)}
+    work = {name: WorkFolder(IMPORTANCE.with_name(f"importance-{name}")) for name in params.losses}
+    with joined_ranks(device()) as ranks:
+        scores = {
+            name: score_resumably(model, batches, len(samples), losses[name], folder, ranks)
+            for name, folder in work.items()
+        }
+        if ranks.leads:
+            write_importance(scores, sequences_of(batches, len(samples)), Path(IMPORTANCE))
+            for folder in work.values():
+                folder.remove()
 
 
 def sequences_of(batches: Sequence[Batch], samples: int) -> Sequences:

@@ -19,8 +19,9 @@ from datasets import Sequence as SequenceFeature
 from datasets import load_dataset
 
 from tasks.cli import run
-from tasks.files import PREPARED, new_directory, write_samples, write_text
+from tasks.files import PREPARED, write_samples
 from tasks.params import section
+from tlq.files import new_directory, write_text
 from tlq.samples import IMAGE_MARK, Message, Sample, decode_image
 
 logger = logging.getLogger("tlq.prepare")

@@ -27,9 +27,10 @@ from mlflow.types import ColSpec, Schema
 
 import tlq
 from tasks.cli import run
-from tasks.files import EVALUATION, MODELS, write_text
+from tasks.files import EVALUATION, MODELS
 from tasks.params import PARAMS, ModelParams, VariantParams, section
 from tlq.checkpoint import digest
+from tlq.files import write_text
 
 logger = logging.getLogger("tlq.register")
 

@@ -23,15 +23,14 @@ from tasks.files import (
     IMPORTANCE,
     PREPARED,
     REPORT,
-    new_directory,
     read_importance,
     read_samples,
     read_sequences,
     read_tokens,
-    write_text,
 )
 from tasks.params import ModelParams, VariantParams, section
 from tasks.pictures import TokenPicture, draw_scores, draw_tokens
+from tlq.files import new_directory, write_text
 from tlq.processor import load_processor
 from tlq.samples import Sample, decode_image
 

@@ -7,23 +7,30 @@ quantize("Qwen2-VL-2B-Instruct", "Qwen2-VL-2B-Instruct-w3a16", samples, recipe="
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tqdm import tqdm
 
-from tlq.architectures import architecture_of
-from tlq.calibrate import Calibrated, calibrate
-from tlq.checkpoint import export_checkpoint, load_model, read_config, storage_dtype
+from tlq.calibrate import LayerResult, calibrate_layers
+from tlq.export import finish_checkpoint, read_layer, write_layer
+from tlq.files import new_directory, write_text
 from tlq.importance import Weighting
 from tlq.processor import load_processor
 from tlq.quantizer import Scheme, get_scheme
+from tlq.ranks import Ranks
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, Sample, encode_batches, image_token_id, token_rows
 from tlq.scoring import score_tokens
-from tlq.streaming import ResidentModel
+from tlq.state import WorkFolder, data_digest, model_digest
+from tlq.streaming import StreamedModel
 from tlq.tokens import TokenBudget
 from tlq.weights import SampleWeights, TokenWeights, all_tokens, lay_out, token_set, uniform_tokens
 
@@ -42,8 +49,10 @@ def quantize(
     max_tokens: int = 4096,
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
-) -> Calibrated:
+) -> list[dict[str, Any]]:
     """Quantize the decoder of ``model_dir`` and write a checkpoint that transformers and vLLM load to ``out_dir``.
+
+    Decoder layers are read from disk one at a time. After an interruption the same call continues.
 
     Args:
         calibration: samples, the pool that token importance is scored on; may be empty for `rtn`.
@@ -51,6 +60,9 @@ def quantize(
         weighting, budget, seed: how importance becomes weights, and how the token-level set is drawn.
         batch_size: samples per micro-batch.
         max_tokens: longest sample allowed.
+
+    Returns:
+        One report per layer, as ``quantize_checkpoint``.
 
     Raises:
         FileExistsError: ``out_dir`` is not empty.
@@ -62,50 +74,143 @@ def quantize(
     row = get_recipe(recipe) if isinstance(recipe, str) else recipe
     number_format = get_scheme(scheme) if isinstance(scheme, str) else scheme
 
-    def weigh(model: PreTrainedModel, batches: Sequence[Batch]) -> SampleWeights:
+    def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
         return _weights(model, batches, row, weighting or Weighting(), budget or TokenBudget(4096), seed)
 
-    return quantize_checkpoint(
-        model_dir, out, calibration, row, number_format, weigh, batch_size, max_tokens, dtype, device
-    )
+    model = StreamedModel(model_dir, dtype, device)
+    return quantize_checkpoint(model, out, calibration, row, number_format, weigh, batch_size, max_tokens)
 
 
 def quantize_checkpoint(
-    source: str | Path,
+    model: StreamedModel,
     out: Path,
     samples: Sequence[Sample],
     recipe: Recipe,
     scheme: Scheme,
-    weigh: Callable[[PreTrainedModel, Sequence[Batch]], SampleWeights],
+    weigh: Callable[[StreamedModel, Sequence[Batch]], SampleWeights],
     batch_size: int,
     max_tokens: int,
-    dtype: torch.dtype | str,
-    device: torch.device | str,
-) -> Calibrated:
-    """Load, calibrate, export to ``out``, and write calibration.json there.
+    ranks: Ranks | None = None,
+    on_layer: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Calibrate layer by layer, export to ``out``, and write calibration.json there.
+
+    What is finished is kept in a folder beside ``out`` until all is: after an interruption the same call continues.
 
     Args:
         weigh: gives the weights of every token that counts, from the full-precision model and the encoded samples;
             not called for a recipe that needs no data.
+        ranks: this process's place in a group that shares the work and a file system; alone without it.
+        on_layer: called by the leading rank with the report of each layer as it is finished.
+
+    Returns:
+        One report per layer: its groups' reports, seconds by phase, peak memory.
+
+    Raises:
+        BlockingIOError, ValueError: the folder beside ``out`` is in use, or was begun with other choices.
     """
-    model = load_model(source, dtype, device)
+    ranks = ranks or Ranks(device=model.device)
+    storage = model.storage
     batches: list[Batch] = []
     weights: TokenWeights = {}
     if recipe.needs_data:
-        processor = load_processor(source)
+        processor = load_processor(model.folder)
         batches = encode_batches(samples, processor, image_token_id(model.config), batch_size, max_tokens)
         weights = lay_out(weigh(model, batches), batches)
-    storage = storage_dtype(read_config(source))
-    calibrated = calibrate(model, batches, weights, recipe, scheme, storage)
-    out.mkdir(parents=True, exist_ok=True)
-    export_checkpoint(source, model, calibrated.weights, scheme, out)
-    report = {"recipe": asdict(recipe), "scheme": asdict(scheme), "groups": calibrated.report_rows()}
-    (out / "calibration.json").write_text(json.dumps(report, indent=1) + "\n")
-    return calibrated
+    work = WorkFolder(out)
+    with work.locked() if ranks.leads else nullcontext():
+        if ranks.leads:
+            work.begin(_fingerprint(model, recipe, scheme, storage, batches, weights))
+        reports = _calibrate_into(work, model, batches, weights, recipe, scheme, storage, ranks, on_layer)
+        if ranks.leads:
+            with new_directory(out) as folder:
+                shards = [work.part(index) for index in range(len(reports))]
+                finish_checkpoint(folder, shards, model, scheme)
+                report = {
+                    "recipe": asdict(recipe),
+                    "scheme": asdict(scheme),
+                    "groups": [group for layer in reports for group in layer["groups"]],
+                    "layers": [{name: layer[name] for name in layer if name != "groups"} for layer in reports],
+                }
+                write_text(json.dumps(report, indent=1) + "\n", folder / "calibration.json")
+            work.remove()
+    ranks.wait()
+    return reports
+
+
+def _calibrate_into(
+    work: WorkFolder,
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    weights: TokenWeights,
+    recipe: Recipe,
+    scheme: Scheme,
+    storage: torch.dtype,
+    ranks: Ranks,
+    on_layer: Callable[[dict[str, Any]], None] | None,
+) -> list[dict[str, Any]]:
+    """Finish the layers that ``work`` does not have yet; returns the reports of all."""
+    reports = work.reports() if ranks.leads else []
+    done = int(ranks.share(torch.tensor(len(reports), device=ranks.device), 0))
+
+    def stored(index: int) -> LayerResult:
+        return LayerResult(index, *read_layer(work.part(index), model, index, scheme), [])
+
+    finished = {index: partial(stored, index) for index in range(done)}
+    layers = len(model.architecture.decoder_layers(model.skeleton))
+    name = f"{recipe.name} {scheme.name}"
+    results = calibrate_layers(model, batches, weights, recipe, scheme, storage, ranks, finished)
+    with tqdm(total=layers, initial=done, desc=name, unit="layer", disable=not ranks.leads) as bar:
+        for result in results:
+            if ranks.leads:
+                with ranks.clock.phase("write"):
+                    write_layer(work.part(result.index), model, result.weights, result.others, scheme)
+                reports.append(_layer_report(result, ranks))
+                work.finish_layer(result.index, reports[-1])
+                if on_layer is not None:
+                    on_layer(reports[-1])
+            error = result.reports[-1].error_after
+            bar.set_postfix({} if error is None else {"error": f"{error:.3g}"}, refresh=False)
+            bar.update()
+    return reports
+
+
+def _layer_report(result: LayerResult, ranks: Ranks) -> dict[str, Any]:
+    """What is kept of a finished layer beside its weights: of the leading rank, memory in MiB since its start."""
+    phases = ranks.clock.take()
+    return {
+        "layer": result.index,
+        "seconds": round(sum(phases.values()), 3),
+        "phases": phases,
+        "ranks": ranks.size,
+        "peak_host_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_device_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_initialized() else None,
+        "groups": [asdict(report) for report in result.reports],
+    }
+
+
+def _fingerprint(
+    model: StreamedModel,
+    recipe: Recipe,
+    scheme: Scheme,
+    storage: torch.dtype,
+    batches: Sequence[Batch],
+    weights: TokenWeights,
+) -> dict[str, Any]:
+    """Everything that the quantized weights depend on."""
+    return {
+        "recipe": asdict(recipe),
+        "scheme": asdict(scheme),
+        "model": model_digest(model.folder),
+        "dtype": str(model.dtype),
+        "storage": str(storage),
+        "data": data_digest(batches, weights),
+        "versions": {name: version(name) for name in ("torch", "transformers", "tlq")},
+    }
 
 
 def _weights(
-    model: PreTrainedModel,
+    model: StreamedModel,
     batches: Sequence[Batch],
     recipe: Recipe,
     weighting: Weighting,
@@ -113,13 +218,13 @@ def _weights(
     seed: int,
 ) -> SampleWeights:
     """What the stages importance and calibset would hand to calibration."""
-    architecture = architecture_of(model.config)
     marks = {sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(batches)}
     is_image = [marks[sample] for sample in sorted(marks)]
     if recipe.importance == "uniform" and recipe.tokens == "all":
-        layers = range(len(architecture.decoder_layers(model)))
-        return uniform_tokens([(layer, group.name) for layer in layers for group in architecture.groups], is_image)
-    scores = score_tokens(ResidentModel(model), batches, len(is_image))
+        layers = range(len(model.architecture.decoder_layers(model.skeleton)))
+        keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
+        return uniform_tokens(keys, is_image)
+    scores = score_tokens(model, batches, len(is_image))
     if recipe.tokens == "set":
         return token_set(scores, is_image, recipe.importance, weighting, budget, seed)
     return all_tokens(scores, is_image, recipe.importance, weighting)

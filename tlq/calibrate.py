@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -69,17 +69,6 @@ class GroupReport:
 
 
 @dataclass
-class Calibrated:
-    """Quantized weights by full module path, and one report per group."""
-
-    weights: dict[str, QuantizedWeight]
-    reports: list[GroupReport]
-
-    def report_rows(self) -> list[dict[str, Any]]:
-        return [asdict(report) for report in self.reports]
-
-
-@dataclass
 class LayerResult:
     """What calibration makes of one decoder layer.
 
@@ -96,6 +85,22 @@ class LayerResult:
     reports: list[GroupReport]
 
 
+@dataclass
+class Calibrated:
+    """All layers of a calibrated model."""
+
+    layers: list[LayerResult]
+
+    @property
+    def weights(self) -> dict[str, QuantizedWeight]:
+        """Quantized weights by full module path."""
+        return {path: weight for layer in self.layers for path, weight in layer.weights.items()}
+
+    @property
+    def reports(self) -> list[GroupReport]:
+        return [report for layer in self.layers for report in layer.reports]
+
+
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
@@ -109,11 +114,7 @@ def calibrate(
 
     Args and errors: as ``calibrate_layers``.
     """
-    calibrated = Calibrated({}, [])
-    for result in calibrate_layers(ResidentModel(model), batches, weights, recipe, scheme, storage):
-        calibrated.weights |= result.weights
-        calibrated.reports += result.reports
-    return calibrated
+    return Calibrated(list(calibrate_layers(ResidentModel(model), batches, weights, recipe, scheme, storage)))
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def calibrate_layers(
     ranks: Ranks | None = None,
     finished: Mapping[int, Callable[[], LayerResult]] | None = None,
 ) -> Iterator[LayerResult]:
-    """Quantize one decoder layer after the other.
+    """Quantize one decoder layer after the other. ``ranks.clock`` tells what the time went into.
 
     Args:
         batches: all micro-batches, the same on every rank.
@@ -145,13 +146,19 @@ def calibrate_layers(
     check_shapes(model.skeleton, architecture, scheme)
     if recipe.needs_data:
         check_data(architecture, layers, batches, weights)
-    loop = LayerLoop(model, batches, weights, recipe, scheme, storage, ranks)
     finished = finished or {}
-    order = range(layers) if recipe.needs_data else [index for index in range(layers) if index not in finished]
-    for index, layer in model.layers(order):
-        check_weights(layer, architecture, index)
+    if len(finished) == layers:
+        return
+    loop = LayerLoop(model, batches, weights, recipe, scheme, storage, ranks)
+    order = range(layers) if recipe.needs_data else range(len(finished), layers)
+    coming = model.layers(order)
+    for _ in order:
+        with loop.clock.phase("load"):
+            index, layer = next(coming)
+            check_weights(layer, architecture, index)
         if index in finished:
-            loop.replay_layer(index, layer, finished[index]())
+            with loop.clock.phase("replay"):
+                loop.replay_layer(index, layer, finished[index]())
         else:
             yield loop.solve_layer(index, layer)
 
@@ -231,6 +238,7 @@ class LayerLoop:
     ) -> None:
         self.architecture, self.recipe, self.storage = model.architecture, recipe, storage
         self.ranks = ranks or Ranks(device=model.device)
+        self.clock = self.ranks.clock
         self.overall = scheme
         self.scheme = scheme  # of the group at hand
         self.weights = weights
@@ -243,7 +251,7 @@ class LayerLoop:
         self.batches = [batches[number] for number in self.numbers]
         self.calls: list[LayerCalls] = []
         if self.batches:
-            with model.outside() as entered:
+            with self.clock.phase("enter"), model.outside() as entered:
                 self.calls = enter_decoder(entered, self.architecture, self.batches, model.device)
         memory = memory or host_memory()
         first = [call.take_hidden_states() for call in self.calls]
@@ -256,10 +264,12 @@ class LayerLoop:
 
     def solve_layer(self, index: int, layer: nn.Module) -> LayerResult:
         """Calibrate, round and install every group of ``layer``; advance both paths past it."""
-        reference = self._full_precision_pass(index, layer)
+        with self.clock.phase("forward"):
+            reference = self._full_precision_pass(index, layer)
         weights: dict[str, QuantizedWeight] = {}
         reports = [self._solve_group(index, layer, group, reference, weights) for group in self.architecture.groups]
-        self._advance_exposed(index, layer)
+        with self.clock.phase("forward"):
+            self._advance_exposed(index, layer)
         prefix = f"{self.architecture.layers}.{index}."
         names = {f"{path}.weight" for path in weights}
         others = {f"{prefix}{name}": value for name, value in layer.state_dict().items()}
@@ -375,7 +385,8 @@ class LayerLoop:
             chosen = Candidate(torch.ones(weight.shape[1], device=weight.device), 0.0)
             solution = _Solution(chosen, round_nearest(weight, self.scheme, self.storage))
         else:
-            inputs, parent_error = self._group_inputs(index, layer, group, reference, weight)
+            with self.clock.phase("search"):
+                inputs, parent_error = self._group_inputs(index, layer, group, reference, weight)
             solution = self._solve(weight, inputs, fold, parent_error)
         self._install(index, layer, group, fold, solution, weights)
         return GroupReport(
@@ -404,7 +415,8 @@ class LayerLoop:
             x = reference.inputs.pop(group.name)
             x_parents = reference.parents.get(group.parent or "", [])
         if self.inputs_path == "exposed":
-            u, u_parents = self._exposed_inputs(index, layer, group)
+            with self.clock.phase("forward"):
+                u, u_parents = self._exposed_inputs(index, layer, group)
         else:
             u, u_parents = x, x_parents
         if self.recipe.target == "exposed":
@@ -434,22 +446,26 @@ class LayerLoop:
 
     def _solve(self, weight: Tensor, inputs: GroupInputs, fold: Fold, parent_error: ParentError | None) -> _Solution:
         error = _LinearsError(weight, inputs, self.scheme, self.storage)
-        chosen = self._search(weight, inputs, fold, error, parent_error)
-        scaled_weight = weight * chosen.s
-        damping = None
-        if self.recipe.rounding == "compensated":
-            statistics = error.scaled_statistics(chosen.s)
-            target, hessian, damping = statistics.shifted_target(scaled_weight, self.recipe.damping)
-            if damping > self.recipe.damping and self.ranks.leads:
-                logger.warning("damping raised from %g to %g", self.recipe.damping, damping)
-            rounded = self._round_compensated(target, inverse_factor(hessian))
-        else:
-            rounded = round_nearest(scaled_weight, self.scheme, self.storage)
-        total = float(inputs.w.sum())
-        measured = error.cheapest
-        before = measured.total(fake_quantize(weight, self.scheme, self.storage), torch.ones_like(chosen.s))
-        after = measured.total(rounded.dequantize(), chosen.s)
+        with self.clock.phase("search"):
+            chosen = self._search(weight, inputs, fold, error, parent_error)
+        with self.clock.phase("round"):
+            rounded, damping = self._round(weight * chosen.s, error, chosen.s)
+        with self.clock.phase("search"):
+            total = float(inputs.w.sum())
+            measured = error.cheapest
+            before = measured.total(fake_quantize(weight, self.scheme, self.storage), torch.ones_like(chosen.s))
+            after = measured.total(rounded.dequantize(), chosen.s)
         return _Solution(chosen, rounded, before / total, after / total, damping)
+
+    def _round(self, scaled_weight: Tensor, error: _LinearsError, s: Tensor) -> tuple[QuantizedWeight, float | None]:
+        """Codes of W diag(s) as the recipe rounds, and the damping that took."""
+        if self.recipe.rounding == "nearest":
+            return round_nearest(scaled_weight, self.scheme, self.storage), None
+        statistics = error.scaled_statistics(s)
+        target, hessian, damping = statistics.shifted_target(scaled_weight, self.recipe.damping)
+        if damping > self.recipe.damping and self.ranks.leads:
+            logger.warning("damping raised from %g to %g", self.recipe.damping, damping)
+        return self._round_compensated(target, inverse_factor(hessian)), damping
 
     def _round_compensated(self, target: Tensor, factor: Tensor) -> QuantizedWeight:
         """Codes of all output rows, a few at a time; which ones together depends on their number alone."""

@@ -9,7 +9,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Source = Literal["uniform", "modality", "token"]
+Source = Literal["uniform", "modality", "token", "block"]
+
+#: The losses whose gradients raw scores can be.
+LossName = Literal["answer", "block"]
+
+
+def loss_of(source: Source) -> LossName:
+    """The loss whose raw scores a source weighs tokens by."""
+    return "block" if source == "block" else "answer"
+
 
 #: (layer, group name) -> one array per sample, one float per token.
 Importance = dict[tuple[int, str], list[NDArray[np.float32]]]
@@ -55,7 +64,7 @@ def token_weights(
         weights = np.ones(image.shape, np.float64)
     elif source == "modality":
         weights = _modality_mean(np.concatenate(raw).astype(np.float64), image)
-    elif source == "token":
+    elif source in ("token", "block"):
         values = np.concatenate(raw).astype(np.float64)
         values = np.minimum(values, np.quantile(values, weighting.clip_quantile)) ** weighting.power
         weights = (1 - weighting.modality_mix) * values + weighting.modality_mix * _modality_mean(values, image)

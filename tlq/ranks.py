@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tlq.clock import Clock
 
 #: Virtual shards; more ranks than these would have nothing to do.
 SHARDS = 16
@@ -36,11 +39,13 @@ class Ranks:
     Attributes:
         rank, size: this process's number, and how many there are.
         device: where this process computes.
+        clock: what its time goes into.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def leads(self) -> bool:
@@ -64,11 +69,13 @@ class Ranks:
         total = None
         if self.rank > 0:
             total = torch.empty(tuple(shape), device=self.device)
-            dist.recv(total, self.rank - 1)
+            with self.clock.phase("reduce"):
+                dist.recv(total, self.rank - 1)
         total = _fold(total, own, shape, self.device)
-        if self.rank < self.size - 1:
-            dist.send(total, self.rank + 1)
-        dist.broadcast(total, self.size - 1)
+        with self.clock.phase("reduce"):
+            if self.rank < self.size - 1:
+                dist.send(total, self.rank + 1)
+            dist.broadcast(total, self.size - 1)
         return total
 
     def table(self, own: Sequence[float], shards: int) -> Tensor:
@@ -108,7 +115,8 @@ class Ranks:
     def share(self, value: Tensor, owner: int) -> Tensor:
         """``value`` as rank ``owner`` has it, on every rank (in place)."""
         if self.size > 1:
-            dist.broadcast(value, owner)
+            with self.clock.phase("reduce"):
+                dist.broadcast(value, owner)
         return value
 
     def wait(self) -> None:
@@ -123,20 +131,17 @@ def _fold(total: Tensor | None, parts: Iterable[Tensor], shape: Sequence[int], d
     return torch.zeros(tuple(shape), device=device) if total is None else total
 
 
-def join_ranks(device: torch.device) -> Ranks:
+@contextmanager
+def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     """This process's ranks from the environment that torch elastic sets; one rank alone without it.
 
     NCCL carries tensors of GPUs, Gloo those of the host.
     """
-    if "WORLD_SIZE" not in os.environ:
-        return Ranks(device=device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
-
-
-def leave_ranks() -> None:
-    """Close the connections of this process's group, if it has one."""
-    if dist.is_initialized():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Ranks(device=device)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
         dist.destroy_process_group()

@@ -11,19 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tlq.activations import Activations, HostMemory, host_memory
 from tlq.architectures import check_linears, get_linear
 from tlq.decoder import LayerCalls, enter_decoder, run_layer
+from tlq.files import new_file
 from tlq.importance import Importance
 from tlq.quantizer import Scheme, fake_quantize
+from tlq.ranks import Ranks
 from tlq.samples import Batch
+from tlq.state import WorkFolder, data_digest
 from tlq.streaming import LayeredModel
 
 
@@ -59,7 +64,41 @@ def by_sample(scores: Iterable[BatchScores], batches: Sequence[Batch], samples: 
             per_sample = importance.setdefault(key, [np.empty(0, np.float32)] * samples)
             for row, sample in enumerate(batch.samples):
                 per_sample[sample] = values[row, batch.valid[row]].numpy()
-    return importance
+    return dict(sorted(importance.items()))
+
+
+def score_resumably(
+    model: LayeredModel,
+    batches: Sequence[Batch],
+    samples: int,
+    loss: Loss,
+    work: WorkFolder,
+    ranks: Ranks,
+    memory: HostMemory | None = None,
+) -> Importance:
+    """``score_tokens`` with the micro-batches dealt to ranks, each kept in ``work`` as soon as it is scored.
+
+    Returns:
+        All scores, on every rank.
+    """
+    if ranks.leads:
+        work.begin({"data": data_digest(batches, {}), "loss": repr(loss), "dtype": str(model.dtype)})
+    ranks.wait()
+    missing = [number for number in ranks.dealt(len(batches)) if not work.part(number).exists()]
+    for part in score_batches(model, batches, missing, loss, memory, show=ranks.leads):
+        tensors = {f"{layer} {group}": values.contiguous() for (layer, group), values in part.values.items()}
+        with new_file(work.part(part.number)) as temporary:
+            save_file(tensors, temporary)
+    ranks.wait()
+    return by_sample((_read_part(work.part(number), number) for number in range(len(batches))), batches, samples)
+
+
+def _read_part(path: Path, number: int) -> BatchScores:
+    values = {}
+    for name, tensor in load_file(path).items():
+        layer, group = name.split()
+        values[int(layer), group] = tensor
+    return BatchScores(number, values)
 
 
 def score_batches(
@@ -68,6 +107,7 @@ def score_batches(
     numbers: Sequence[int],
     loss: Loss,
     memory: HostMemory | None = None,
+    show: bool = True,
 ) -> Iterator[BatchScores]:
     """Raw importance of the micro-batches ``numbers``, each as soon as it is known.
 
@@ -82,7 +122,7 @@ def score_batches(
     check_linears(model.skeleton, model.architecture)
     model.skeleton.requires_grad_(False)
     memory = memory or host_memory()
-    with tqdm(total=len(numbers), desc="importance", unit="batch") as bar:
+    with tqdm(total=len(numbers), desc="importance", unit="batch", disable=not show) as bar:
         for wave in _waves(model, batches, numbers, memory.budget):
             yield from _score_wave(model, [batches[number] for number in wave], wave, loss, memory)
             bar.update(len(wave))

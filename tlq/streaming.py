@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from tlq.architectures import Architecture, architecture_of
-from tlq.checkpoint import local_folder, read_config
+from tlq.checkpoint import local_folder, read_config, storage_dtype
 
 _INDEX = "model.safetensors.index.json"
 
@@ -91,6 +92,8 @@ class StreamedModel:
     """A checkpoint directory or hub id whose weights are read when they are needed.
 
     Attributes:
+        config: of the checkpoint.
+        storage: dtype in which it keeps its weights.
         stored: where each parameter of the model is, by the name that the module tree gives it.
     """
 
@@ -102,12 +105,13 @@ class StreamedModel:
     ) -> None:
         """Raises: as ``read_config``; ValueError if a weight is missing, or is stored otherwise than it is used."""
         self.config = read_config(checkpoint)
+        self.storage = storage_dtype(self.config)
         self.folder = local_folder(checkpoint)
         self.device = torch.device(device)
         self.architecture = architecture_of(self.config)
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         with init_empty_weights(include_buffers=False):
-            self.skeleton = AutoModelForImageTextToText.from_config(self.config, dtype=self.dtype).eval()
+            self.skeleton = AutoModelForImageTextToText.from_config(deepcopy(self.config), dtype=self.dtype).eval()
         self.skeleton.requires_grad_(False)
         for module in self.skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from exporting import read_tensors
 from transformers import AutoModelForImageTextToText
 
 from tasks import calibrate
@@ -22,11 +22,15 @@ from tasks.calibset import CalibsetParams
 from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_sequences
 from tasks.params import ParamsError, section
 from tlq import api
+from tlq import calibrate as calibration
 from tlq.architectures import BLOCK_OUTPUT
+from tlq.calibrate import LayerResult
+from tlq.checkpoint import load_model
 from tlq.importance import Weighting, token_weights
 from tlq.processor import load_processor
 from tlq.recipes import RECIPES
 from tlq.samples import Batch, encode_batches
+from tlq.streaming import StreamedModel
 from tlq.weights import lay_out
 
 Stage = Callable[[str, str], Path]
@@ -58,22 +62,23 @@ def change_params(**sections: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("recipe", "scheme"), [("rtn", "w3a16"), ("mbq", "w4a8"), ("tlq", "w3a16"), ("tlq-c", "w4a8")])
-def test_the_checkpoint_is_the_model_that_was_calibrated(
+def test_the_checkpoint_is_the_model_calibrated_in_memory(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, batches: list[Batch], recipe: str, scheme: str
 ) -> None:
-    """Loaded with transformers alone, logits within 1e-4 of the fake-quantized model that the stage had in memory."""
-    kept: list[Any] = []
-    export = api.export_checkpoint
+    """Loaded with transformers alone, logits within 1e-4 of a model that was quantized in memory."""
+    kept: dict[str, Any] = {}
+    layers = api.calibrate_layers
 
-    def keeping(*args: Any) -> None:
-        kept.append(args[1])
-        export(*args)
+    def keeping(model: StreamedModel, *args: Any) -> Iterator[LayerResult]:
+        kept["in memory"] = load_model(model.folder)
+        calibration.calibrate(kept["in memory"], *args[:5])
+        return layers(model, *args)
 
-    monkeypatch.setattr(api, "export_checkpoint", keeping)
+    monkeypatch.setattr(api, "calibrate_layers", keeping)
     path = stage(recipe, scheme)
     loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     batch = batches[0]
-    difference = (loaded(**batch.inputs).logits - kept[0](**batch.inputs).logits)[batch.valid]
+    difference = (loaded(**batch.inputs).logits - kept["in memory"](**batch.inputs).logits)[batch.valid]
     assert float(difference.abs().max()) < 1e-4
     assert (
         load_processor(path).tokenizer("hello")["input_ids"]
@@ -108,7 +113,7 @@ def test_the_same_twice_is_the_same_bytes(stage: Stage) -> None:
 
 def test_rounding_to_nearest_needs_no_data(stage: Stage, workplace: Path) -> None:
     shutil.rmtree(workplace / "data")
-    assert (stage("rtn", "w4a8") / "model.safetensors").exists()
+    assert load_model(stage("rtn", "w4a8"))
 
 
 @pytest.mark.parametrize(
@@ -130,14 +135,18 @@ def test_an_interrupted_export_leaves_the_old_checkpoint(
     path = stage("rtn", "w3a16")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
 
-    def interrupted(*args: Any) -> None:
-        (args[-1] / "model.safetensors").write_bytes(b"half")
+    def interrupted(out: Path, *_: Any) -> None:
+        (out / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "export_checkpoint", interrupted)
+    monkeypatch.setattr(api, "finish_checkpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stage("rtn", "w3a16")
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("sys.argv", ["calibrate", "--recipe", "rtn", "--scheme", "w3a16"])
+    calibrate.main()
     assert [entry.name for entry in (workplace / "models").iterdir()] == ["rtn-w3a16"]
 
 
@@ -163,7 +172,7 @@ def test_a_group_size_from_params_is_used_or_refused(stage: Stage) -> None:
     change_params(calibrate={"group_size": 32})
     report = json.loads((stage("rtn", "w3a16") / "calibration.json").read_text())
     assert report["scheme"]["group_size"] == 32
-    assert (stage("rtn", "w4a8") / "model.safetensors").exists()  # it has no groups to resize
+    assert load_model(stage("rtn", "w4a8"))  # it has no groups to resize
     change_params(calibrate={"group_size": 48})
     with pytest.raises(ValueError, match=r"q_proj: scheme w3a16 has groups of 48, which do not divide"):
         stage("rtn", "w3a16")
@@ -221,6 +230,6 @@ def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch])
 
 def test_named_layers_keep_full_precision(stage: Stage) -> None:
     change_params(calibrate={"overrides": {"*.layers.0.*": "full_precision"}})
-    with safe_open(stage("rtn", "w3a16") / "model.safetensors", "pt") as file:
-        packed = {name.split("layers.")[1][0] for name in file.keys() if name.endswith(".weight_packed")}  # noqa: SIM118
+    names = read_tensors(stage("rtn", "w3a16"))
+    packed = {name.split("layers.")[1][0] for name in names if name.endswith(".weight_packed")}
     assert packed == {"1"}

@@ -83,7 +83,7 @@ def test_the_stage_twice_writes_the_same_bytes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump({"calibset": {"budget": {"tokens_per_layer": 25}, "seed": 4}}))
-    write_importance(*scored, IMPORTANCE)
+    write_importance({"answer": scored[0]}, scored[1], IMPORTANCE)
     written = []
     for _ in range(2):
         calibset.main()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tasks.cli import device, run
-from tasks.files import new_directory
+from tlq.files import new_directory
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,16 +12,14 @@ import pytest
 
 from tasks.files import (
     Sequences,
-    new_directory,
-    new_file,
     read_importance,
     read_samples,
     read_sequences,
     read_tokens,
     write_importance,
     write_samples,
-    write_text,
 )
+from tlq.files import new_directory, new_file, write_text
 from tlq.samples import Sample
 
 
@@ -97,7 +95,7 @@ def test_the_old_directory_is_whole_until_the_new_one_is_there(tmp_path: Path, m
         seen.append(names(path) if path.exists() else [])
         remove(target, ignore_errors=ignore_errors)
 
-    monkeypatch.setattr("tasks.files.shutil.rmtree", watching)
+    monkeypatch.setattr("tlq.files.shutil.rmtree", watching)
     with new_directory(path) as folder:
         (folder / "b.txt").write_text("new")
     assert set(map(tuple, seen)) == {("a.txt",), ("b.txt",)}
@@ -153,7 +151,9 @@ def test_importance_survives_the_round_trip(tmp_path: Path) -> None:
     sequences = Sequences(
         [np.arange(length, dtype=np.int32) for length in lengths], [np.arange(length) % 2 == 0 for length in lengths]
     )
-    write_importance(scores, sequences, tmp_path / "importance")
+    write_importance({"answer": scores}, sequences, tmp_path / "importance")
+    with pytest.raises(ValueError, match="no scores of the loss block; add it to importance.losses"):
+        read_importance(tmp_path / "importance", "block")
     found = read_importance(tmp_path / "importance")
     assert list(found) == list(scores)
     for key, values in scores.items():

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tlq.api import quantize
 from tlq.checkpoint import load_model
@@ -20,15 +19,17 @@ from tlq.tokens import TokenBudget
 def test_a_checkpoint_is_quantized_in_one_call(
     tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path, recipe: str
 ) -> None:
-    calibrated = quantize(
+    reports = quantize(
         tiny_checkpoint, tmp_path / "out", samples, recipe, "w3a16", budget=TokenBudget(300), batch_size=3
     )
     report = json.loads((tmp_path / "out/calibration.json").read_text())
     assert report["recipe"]["name"] == recipe
-    assert len(report["groups"]) == len(calibrated.reports) == 8
-    name = "model.language_model.layers.1.mlp.down_proj"
-    loaded = load_model(tmp_path / "out").get_submodule(name).weight
-    torch.testing.assert_close(loaded, calibrated.weights[name].dequantize(torch.bfloat16), rtol=0, atol=0)
+    assert len(report["groups"]) == 8
+    assert [layer["groups"] for layer in reports] == [report["groups"][:4], report["groups"][4:]]
+    name = "model.language_model.layers.1.mlp.down_proj.weight"
+    quantized, original = (load_model(path).get_parameter(name) for path in (tmp_path / "out", tiny_checkpoint))
+    assert 0 < float((quantized - original).norm() / original.norm()) < 0.5
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_rtn_needs_no_samples_and_others_do(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -12,16 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from exporting import read_tensors, whole_model_tensors, write_export
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tlq.architectures import FAMILIES
 from tlq.calibrate import calibrate
-from tlq.checkpoint import export_checkpoint, load_model, read_config, storage_dtype
+from tlq.checkpoint import load_model, read_config, storage_dtype
+from tlq.export import read_layer, write_layer
 from tlq.importance import Importance
 from tlq.quantizer import SCHEMES, Scheme, get_scheme
 from tlq.recipes import RECIPES
 from tlq.samples import Batch
+from tlq.streaming import StreamedModel
 
 #: Every recipe in the two main schemes, every scheme with the quickest recipe and the most involved one.
 PAIRS = sorted(
@@ -52,7 +54,7 @@ def exported(
         assert storage == torch.bfloat16
         calibrated = calibrate(model, batches, weights, recipe, scheme, storage)
         out = tmp_path_factory.mktemp("exported") / f"{name}-{scheme_name}"
-        export_checkpoint(tiny_checkpoint, model, calibrated.weights, scheme, out)
+        write_export(tiny_checkpoint, calibrated, scheme, out)
         return model, out
 
     return export
@@ -118,9 +120,47 @@ def test_activation_quantization_survives_the_export(
     assert float((loaded(**batch.inputs).logits - with_activations)[batch.valid].abs().max()) > 1e-3
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path / "model.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_shards_hold_what_compressing_the_whole_model_gives(
+    tiny_checkpoint: Path,
+    tiny_model: PreTrainedModel,
+    batches: list[Batch],
+    scores: Importance,
+    scheme: str,
+    tmp_path: Path,
+) -> None:
+    """The layer by layer writer against compressed-tensors' own compression of a model in memory."""
+    model = copy.deepcopy(tiny_model)
+    weights = {key: [batch.valid.float() for batch in batches] for key in scores}
+    calibrated = calibrate(model, batches, weights, RECIPES["smoothquant"], get_scheme(scheme), torch.bfloat16)
+    path = write_export(tiny_checkpoint, calibrated, get_scheme(scheme), tmp_path / "out")
+    names = {place.key: name for name, place in StreamedModel(tiny_checkpoint).stored.items()}
+    expected = whole_model_tensors(tiny_checkpoint, model, calibrated.weights, get_scheme(scheme))
+    found = read_tensors(path)
+    assert len(found) == len(expected)
+    for key, value in found.items():
+        base, _, local = key.rpartition(".")
+        name = names.get(key) or f"{names[f'{base}.weight'].removesuffix('.weight')}.{local}"
+        assert torch.equal(value, expected[name]), key
+        assert value.dtype == expected[name].dtype, key
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_written_layer_reads_back_exactly(
+    tiny_checkpoint: Path, tiny_model: PreTrainedModel, scheme: str, tmp_path: Path
+) -> None:
+    own = replace(get_scheme(scheme), overrides=(("*.layers.0.mlp.down_proj", "full_precision"),))
+    calibrated = calibrate(copy.deepcopy(tiny_model), [], {}, RECIPES["rtn"], own, torch.bfloat16)
+    model = StreamedModel(tiny_checkpoint)
+    for layer in calibrated.layers:
+        write_layer(tmp_path / "layer.safetensors", model, layer.weights, layer.others, own)
+        weights, others = read_layer(tmp_path / "layer.safetensors", model, layer.index, own)
+        assert set(weights) == set(layer.weights)
+        for path, weight in layer.weights.items():
+            for field in ("codes", "scale", "zero_point"):
+                assert torch.equal(getattr(weights[path], field), getattr(weight, field)), (path, field)
+        assert set(others) == set(layer.others)
+        assert all(torch.equal(others[name], value) for name, value in layer.others.items())
 
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
@@ -128,7 +168,7 @@ def test_only_decoder_linears_and_norms_differ_from_the_source(
     exported: Callable[[str, str], Exported], tiny_checkpoint: Path, scheme: str
 ) -> None:
     _, path = exported("tlq-c", scheme)
-    source, written = tensors(tiny_checkpoint), tensors(path)
+    source, written = read_tensors(tiny_checkpoint), read_tensors(path)
     for name, value in source.items():
         if "layers" in name and name.endswith("proj.weight"):
             assert name.removesuffix("weight") + "weight_scale" in written
@@ -140,7 +180,7 @@ def test_only_decoder_linears_and_norms_differ_from_the_source(
 def test_three_bit_weights_take_three_bits(exported: Callable[[str, str], Exported]) -> None:
     _, path = exported("rtn", "w3a16")
     (packed,) = (
-        value for name, value in tensors(path).items() if name.endswith("layers.0.mlp.down_proj.weight_packed")
+        value for name, value in read_tensors(path).items() if name.endswith("layers.0.mlp.down_proj.weight_packed")
     )
     assert packed.numel() * packed.element_size() == 128 * 256 * 3 / 8
 
@@ -182,7 +222,7 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
     storage = storage_dtype(model.config)
     calibrated = calibrate(model, [], {}, RECIPES["rtn"], scheme, storage)
     with pytest.raises(ValueError, match=r"stores torch\.bfloat16, its weights were quantized for another dtype"):
-        export_checkpoint(tiny_checkpoint, model, calibrated.weights, scheme, tmp_path)
+        write_export(tiny_checkpoint, calibrated, scheme, tmp_path)
 
 
 def test_a_missing_checkpoint_says_what_to_correct(tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from exporting import read_tensors, write_export
 from families import TINY, batches_of, tiny_config, write_tiny
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from tlq import architectures
 from tlq.architectures import FAMILIES, Architecture, Decoder, Family, architecture_of, get_linear, linear_paths
 from tlq.calibrate import LayerLoop, _Solution, calibrate
-from tlq.checkpoint import export_checkpoint, load_model
+from tlq.checkpoint import load_model
 from tlq.decoder import enter_decoder, run_layer
 from tlq.equalization import Candidate, Fold
 from tlq.importance import Importance
@@ -199,7 +199,7 @@ def export(build: Builder, tmp_path_factory: pytest.TempPathFactory) -> Callable
         weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
         calibrated = calibrate(model, built.batches, weights, quick(recipe), scheme, torch.bfloat16)
         out = tmp_path_factory.mktemp("exported") / f"{name}-{recipe}-{scheme_name}"
-        export_checkpoint(built.path, model, calibrated.weights, scheme, out)
+        write_export(built.path, calibrated, scheme, out)
         return model, out
 
     return exported
@@ -268,8 +268,7 @@ def everything_else_is_in_full_precision(built: Built, loaded: nn.Module, path: 
     for name, parameter in built.model.named_parameters():
         if not name.startswith(built.architecture.layers):
             assert torch.equal(parameter, parameters[name]), name
-    with safe_open(path / "model.safetensors", "pt") as file:
-        packed = [name for name in file.keys() if name.endswith("weight_scale")]  # noqa: SIM118
+    packed = [name for name in read_tensors(path) if name.endswith("weight_scale")]
     assert len(packed) == len(linears) == 14
 
 
@@ -337,7 +336,7 @@ def test_named_layers_keep_a_higher_precision_through_export_and_loading(
         assert own is not None
         assert int(weight.codes.max()) > (4 if own.weight_bits == 8 else 0)
         assert int(weight.codes.max()) <= own.code_range[1]
-    export_checkpoint(built.path, model, calibrated.weights, mixed, tmp_path)
+    write_export(built.path, calibrated, mixed, tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     for batch in built.batches:
         expected = model(**batch.inputs).logits[batch.valid]

@@ -1,0 +1,42 @@
+"""Where the time goes: seconds by phase of the work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Seconds spent in each phase. Phases may nest; the inner one's time is not the outer one's."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner: list[float] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the block as phase ``name``."""
+        started = _now()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            spent = _now() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += spent
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        taken = {name: round(seconds, 4) for name, seconds in self.seconds.items()}
+        self.seconds.clear()
+        return taken
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
