@@ -57,11 +57,12 @@ def token_set(
     """The token-level calibration set of every layer and group, drawn from the whole pool."""
     pool_is_image = np.concatenate(is_image)
     lengths = [len(marks) for marks in is_image]
+    sample_of = np.repeat(np.arange(len(lengths)), lengths)
     chosen_weights: dict[tuple[int, str], dict[int, NDArray[np.float32]]] = {}
     for number, key in enumerate(sorted(scores)):
         weights = np.concatenate(token_weights(_scores_of(scores, key, source), is_image, source, weighting))
         generator = np.random.default_rng([seed, number])
-        chosen, values = select_tokens(weights, pool_is_image, budget, generator)
+        chosen, values = select_tokens(weights, pool_is_image, sample_of, budget, generator)
         per_sample = chosen_weights.setdefault(key, {})
         for sample, position, value in zip(*split_by_sample(chosen, lengths), values, strict=True):
             if sample not in per_sample:
