@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,25 @@ def test_the_stage_twice_writes_the_same_bytes(
     assert sorted(written[0]) == ["summary.csv", "tokens.parquet"]
     assert written[0] == written[1]
     assert len(pd.read_csv("data/calibset/summary.csv")) == 4
+
+
+def test_sets_with_too_few_effective_tokens_are_warned_of(
+    scored: tuple[Importance, Sequences],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_importance(*scored, IMPORTANCE)
+    for size, warned in ((sum(LENGTHS), 0), (30, 4)):
+        params = {"budget": {"tokens_per_layer": size, "selection": "top"}, "weighting": {"least_effective": 50}}
+        Path("params.yaml").write_text(yaml.safe_dump({"calibset": params}))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "tlq"):
+            calibset.main()
+        assert len(caplog.messages) == warned
+    few = pd.read_csv("data/calibset/summary.csv").iloc[0]
+    assert caplog.messages[0].startswith(
+        f"layer 0, group down: {few['effective_tokens']} effective tokens, fewer than "
+        "calibset.weighting.least_effective 50; raise calibset.budget.tokens_per_layer"
+    )
