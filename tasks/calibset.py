@@ -90,11 +90,11 @@ def summarise(tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
-    """Name every set that has fewer effective tokens than asked for: the pool has them, the set took too few."""
+    """Name every set with fewer effective tokens than asked for: by floors, caps, or a source not evened out."""
     for row in summary[summary["effective_tokens"] < least_effective].to_dict("records"):
         logger.warning(
             "layer %d, group %s: %.1f effective tokens, fewer than calibset.weighting.least_effective %d; raise "
-            "calibset.budget.tokens_per_layer or importance.samples, or take calibset.budget.selection sample",
+            "calibset.budget.tokens_per_layer or importance.samples",
             row["layer"],
             row["group"],
             row["effective_tokens"],

@@ -37,8 +37,8 @@ class Weighting:
         power: exponent on the raw importance.
         clip_quantile: raw importance is capped at this quantile of its layer and group; 1 caps nothing.
         modality_mix: share of the token's modality mean mixed in; 0 is TLQ's own, 1 leaves one weight per modality.
-        least_effective: least effective sample size (sum w)^2 / sum w^2 of the pool, in tokens: as little of weight 1
-            is mixed in as reaches it; 0 asks for none.
+        least_effective: least effective sample size (sum w)^2 / sum w^2, in tokens, of sources `token` and `block`: as
+            little of weight 1 is mixed in as reaches it; 0 asks for none.
     """
 
     power: float = 1.0
@@ -178,7 +178,7 @@ def token_weights(
         values = np.concatenate(raw).astype(np.float64)
         values = np.minimum(values, np.quantile(values, weighting.clip_quantile)) ** weighting.power
         weights = (1 - weighting.modality_mix) * values + weighting.modality_mix * _modality_mean(values, image)
-        weights = _evened_out(_mean_one(weights), weighting.least_effective)
+        weights = evened_out(_mean_one(weights), weighting.least_effective)
     else:
         raise ValueError(f"unknown importance source {source!r}; choose uniform, modality, token or block")
     return _split(weights, is_image)
@@ -232,15 +232,18 @@ def text_tokens(
     return [~marks for marks in is_image] if is_answer is None else is_answer
 
 
-def _evened_out(weights: NDArray[np.float64], least_effective: int) -> NDArray[np.float64]:
+def evened_out(weights: NDArray[np.float64], least_effective: int) -> NDArray[np.float64]:
     """Weights of mean 1 with as little of weight 1 mixed in as makes ``least_effective`` of them effective.
 
     With a share k of their own, n weights of variance v have an effective sample size of n / (1 + k^2 v).
+
+    Raises:
+        ValueError: there are fewer weights.
     """
     if least_effective > len(weights):
         raise ValueError(
-            f"importance least_effective is {least_effective}, more than the {len(weights)} tokens of the pool; "
-            "lower calibset.weighting.least_effective or raise importance.samples"
+            f"{least_effective} effective tokens are needed, the pool has {len(weights)} tokens; lower "
+            "calibset.weighting.least_effective, or raise importance.samples or, for draws, tokens_per_layer"
         )
     variance = float(weights.var())
     if least_effective * (1 + variance) <= len(weights):

@@ -5,7 +5,9 @@ Either every token of the pool counts with its weight, or only the tokens of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tlq.architectures import BLOCK_OUTPUT
-from tlq.importance import Importance, Source, Weighting, modality_ratio, modality_weights, text_tokens, token_weights
+from tlq.importance import (
+    Importance,
+    Source,
+    Weighting,
+    evened_out,
+    modality_ratio,
+    modality_weights,
+    text_tokens,
+    token_weights,
+)
 from tlq.samples import Batch, token_rows
 from tlq.tokens import TokenBudget, select_tokens, split_by_sample
 
@@ -89,7 +100,13 @@ def token_set(
     seed: int,
     is_answer: Sequence[NDArray[np.bool_]] | None = None,
 ) -> SampleWeights:
-    """The token-level calibration set of every layer and group, drawn from the whole pool; arguments as above."""
+    """The token-level calibration set of every layer and group, drawn from the whole pool.
+
+    ``weighting.least_effective`` is of the set: the pool's weights are evened out so far that draws from them have as
+    many, those of `top` tokens once chosen. Other arguments as for ``all_tokens``.
+    """
+    least = weighting.least_effective if source in ("token", "block") else 0
+    weighting = replace(weighting, least_effective=_needed_in_pool(least, budget))
     pool_is_image = np.concatenate(is_image)
     lengths = [len(marks) for marks in is_image]
     sample_of = np.repeat(np.arange(len(lengths)), lengths)
@@ -98,12 +115,34 @@ def token_set(
     for number, (key, weights) in enumerate(groups):
         generator = np.random.default_rng([seed, number])
         chosen, values = select_tokens(np.concatenate(weights), pool_is_image, sample_of, budget, generator)
+        if budget.selection == "top":
+            values = evened_out(values.astype(np.float64), min(least, len(values))).astype(np.float32)
         per_sample = chosen_weights.setdefault(key, {})
         for sample, position, value in zip(*split_by_sample(chosen, lengths), values, strict=True):
             if sample not in per_sample:
                 per_sample[int(sample)] = np.zeros(lengths[sample], np.float32)
             per_sample[int(sample)][position] = value
     return chosen_weights
+
+
+def _needed_in_pool(least_effective: int, budget: TokenBudget) -> int:
+    """Effective tokens of a pool whose token sets have ``least_effective``.
+
+    n systematic draws from E effective tokens have n E / (n + E) or more, in expectation: a token expected e times is
+    drawn c times with E[c^2] <= e^2 + e, and the sums of e and e^2 are n and n^2 / E.
+
+    Raises:
+        ValueError: the budget is too small for as many.
+    """
+    size = budget.tokens_per_layer
+    if budget.selection == "top" and least_effective <= size:
+        return least_effective
+    if least_effective >= size:
+        raise ValueError(
+            f"calibset.weighting.least_effective is {least_effective}, a set of {size} tokens cannot have as many; "
+            f"raise calibset.budget.tokens_per_layer to {2 * least_effective}"
+        )
+    return math.ceil(least_effective * size / (size - least_effective))
 
 
 def lay_out(weights: SampleWeights, batches: Sequence[Batch]) -> TokenWeights:

@@ -100,10 +100,16 @@ def test_sets_with_too_few_effective_tokens_are_warned_of(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Where images weigh far more than text, half the tokens count; MBQ's weights are not evened out."""
     monkeypatch.chdir(tmp_path)
-    write_importance(*scored, IMPORTANCE)
-    for size, warned in ((sum(LENGTHS), 0), (30, 4)):
-        params = {"budget": {"tokens_per_layer": size, "selection": "top"}, "weighting": {"least_effective": 50}}
+    sequences = scored[1]
+    scores = {(layer, "o" if group == "qkv" else group): values for (layer, group), values in scored[0].items()}
+    for per_sample in scores.values():
+        for values, marks in zip(per_sample, sequences.is_image, strict=True):
+            values[marks] *= 1000
+    write_importance(scores, sequences, IMPORTANCE)
+    for source, warned in (("token", 0), ("modality", 4)):
+        params = {"source": source, "budget": {"tokens_per_layer": 400}, "weighting": {"least_effective": 60}}
         Path("params.yaml").write_text(yaml.safe_dump({"calibset": params}))
         caplog.clear()
         with caplog.at_level(logging.WARNING, "tlq"):
@@ -112,5 +118,5 @@ def test_sets_with_too_few_effective_tokens_are_warned_of(
     few = pd.read_csv("data/calibset/summary.csv").iloc[0]
     assert caplog.messages[0].startswith(
         f"layer 0, group down: {few['effective_tokens']} effective tokens, fewer than "
-        "calibset.weighting.least_effective 50; raise calibset.budget.tokens_per_layer"
+        "calibset.weighting.least_effective 60; raise calibset.budget.tokens_per_layer"
     )

@@ -248,7 +248,7 @@ def test_silent_tokens_count_once_evened_out() -> None:
 
 
 def test_more_effective_tokens_than_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="least_effective is 25, more than the 24 tokens of the pool; lower"):
+    with pytest.raises(ValueError, match="25 effective tokens are needed, the pool has 24 tokens; lower"):
         token_weights(*arrays(0), "token", Weighting(least_effective=25))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tlq.importance import Importance, Weighting, token_weights
-from tlq.tokens import TokenBudget
+from tlq.tokens import TokenBudget, effective_sample_size
 from tlq.weights import all_tokens, token_set
 
 GROUPS = ("qkv", "o", "gate_up", "down")
@@ -119,3 +119,48 @@ def test_no_sample_supplies_more_of_a_set_than_its_cap(selection: str) -> None:
         )
         assert free_share > 0.5
         assert 0.34 - 2 / 24 < capped_share < 0.34 + 2 / 24
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(60, 120), st.integers(5, 29), st.sampled_from(["top", "sample"]))
+def test_a_set_has_the_effective_tokens_asked_for(seed: int, size: int, least: int, selection: str) -> None:
+    """Always in a set of the heaviest; on average in draws, here over groups."""
+    generator = np.random.default_rng(seed)
+    is_image = [np.arange(40) < 25] * 10
+    scores = {
+        (layer, group): [generator.lognormal(-8, 3, 40).astype(np.float32) for _ in is_image]
+        for layer in range(5)
+        for group in GROUPS
+    }
+    budget = TokenBudget(size, selection, 0.0)  # type: ignore[arg-type]
+    chosen = token_set(scores, is_image, "token", Weighting(1, 1, 0, least), budget, seed)
+    sizes = [
+        effective_sample_size(np.concatenate([values[values > 0] for values in per_sample.values()]))
+        for per_sample in chosen.values()
+    ]
+    if selection == "top":
+        assert min(sizes) >= least * (1 - 1e-4)
+    else:
+        assert np.mean(sizes) >= least * 0.97
+        assert np.mean(sizes) < 2 * least + 10  # evened out no more than that takes, or not much
+
+
+def test_asking_for_no_effective_tokens_changes_no_set() -> None:
+    scores, is_image, _ = scored(10)
+    sets = [
+        token_set(scores, is_image, "token", Weighting(1, 1, 0, least), TokenBudget(30, "sample", 0.0), 0)
+        for least in (0, 2)
+    ]
+    for key, per_sample in sets[0].items():
+        assert set(per_sample) == set(sets[1][key])
+        for sample, values in per_sample.items():
+            np.testing.assert_array_equal(values, sets[1][key][sample])
+
+
+@pytest.mark.parametrize(("selection", "least"), [("sample", 20), ("top", 21)])
+def test_more_effective_tokens_than_the_budget_are_refused(selection: str, least: int) -> None:
+    scores, is_image, _ = scored(11)
+    budget = TokenBudget(20, selection)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"least_effective is {least}, a set of 20 .*tokens_per_layer to {2 * least}"):
+        token_set(scores, is_image, "token", Weighting(least_effective=least), budget, 0)
+    token_set(scores, is_image, "modality", Weighting(least_effective=least), budget, 0)
