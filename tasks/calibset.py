@@ -1,11 +1,13 @@
 """Stage `calibset`: choose the tokens whose error calibration will count.
 
 Reads data/importance, writes data/calibset/tokens.parquet (layer, group, sample, position, token_id, is_image, weight)
-and summary.csv (per layer and group: tokens, effective tokens, image share).
+and summary.csv (per layer and group: tokens, effective tokens, image share). Sets with fewer effective tokens than
+calibset.weighting.least_effective are warned of.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from tlq.files import new_directory, write_text
 from tlq.importance import Importance, Source, Weighting, loss_of
 from tlq.tokens import TokenBudget, effective_sample_size
 from tlq.weights import token_set
+
+logger = logging.getLogger("tlq.calibset")
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,27 @@ def summarise(tokens: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
+    """Name every set with fewer effective tokens than asked for: by floors, caps, or a source not evened out."""
+    for row in summary[summary["effective_tokens"] < least_effective].to_dict("records"):
+        logger.warning(
+            "layer %d, group %s: %.1f effective tokens, fewer than calibset.weighting.least_effective %d; raise "
+            "calibset.budget.tokens_per_layer or importance.samples",
+            row["layer"],
+            row["group"],
+            row["effective_tokens"],
+            least_effective,
+        )
+
+
 def main() -> None:
     params = section("calibset", CalibsetParams)
     tokens = build(read_importance(IMPORTANCE, loss_of(params.source)), read_sequences(IMPORTANCE), params)
+    summary = summarise(tokens)
+    warn_of_few(summary, params.weighting.least_effective)
     with new_directory(Path(CALIBSET)) as folder:
         write_parquet(tokens, folder / "tokens.parquet")
-        write_text(summarise(tokens).to_csv(index=False), folder / "summary.csv")
+        write_text(summary.to_csv(index=False), folder / "summary.csv")
 
 
 if __name__ == "__main__":

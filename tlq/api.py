@@ -22,13 +22,13 @@ from tqdm import tqdm
 from tlq.calibrate import LayerResult, calibrate_layers
 from tlq.export import finish_checkpoint, read_layer, write_layer
 from tlq.files import new_directory, write_text
-from tlq.importance import Weighting
+from tlq.importance import Weighting, loss_of
 from tlq.processor import load_processor
 from tlq.quantizer import Scheme, get_scheme
 from tlq.ranks import Ranks
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, Sample, encode_batches, image_token_id, token_rows
-from tlq.scoring import score_tokens
+from tlq.scoring import AnswerLoss, BlockLoss, score_tokens
 from tlq.state import WorkFolder, data_digest, model_digest
 from tlq.streaming import StreamedModel
 from tlq.tokens import TokenBudget
@@ -75,7 +75,7 @@ def quantize(
     number_format = get_scheme(scheme) if isinstance(scheme, str) else scheme
 
     def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
-        return _weights(model, batches, row, weighting or Weighting(), budget or TokenBudget(4096), seed)
+        return _weights(model, batches, row, number_format, weighting or Weighting(), budget or TokenBudget(4096), seed)
 
     model = StreamedModel(model_dir, dtype, device)
     return quantize_checkpoint(model, out, calibration, row, number_format, weigh, batch_size, max_tokens)
@@ -213,6 +213,7 @@ def _weights(
     model: StreamedModel,
     batches: Sequence[Batch],
     recipe: Recipe,
+    scheme: Scheme,
     weighting: Weighting,
     budget: TokenBudget,
     seed: int,
@@ -224,7 +225,8 @@ def _weights(
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
         return uniform_tokens(keys, is_image)
-    scores = score_tokens(model, batches, len(is_image))
+    loss = BlockLoss(scheme, model.storage) if loss_of(recipe.importance) == "block" else AnswerLoss()
+    scores = score_tokens(model, batches, len(is_image), loss)
     if recipe.tokens == "set":
         return token_set(scores, is_image, recipe.importance, weighting, budget, seed)
     return all_tokens(scores, is_image, recipe.importance, weighting)

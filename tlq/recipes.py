@@ -2,7 +2,7 @@
 
 | choice       | values                                                                              |
 |--------------|-------------------------------------------------------------------------------------|
-| importance   | where token weights come from (`uniform`, `modality`, `token`)                      |
+| importance   | where token weights come from (`uniform`, `modality`, `token`, `block`)             |
 | tokens       | whose error counts: `all`, or the token-level calibration `set`                     |
 | inputs       | what the quantized linear is calibrated on: `full_precision`, or `exposed` to the   |
 |              | groups quantized before it                                                          |

@@ -23,15 +23,14 @@ from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_sequences
 from tasks.params import ParamsError, section
 from tlq import api
 from tlq import calibrate as calibration
-from tlq.architectures import BLOCK_OUTPUT
 from tlq.calibrate import LayerResult
 from tlq.checkpoint import load_model
-from tlq.importance import Weighting, token_weights
+from tlq.importance import Weighting
 from tlq.processor import load_processor
 from tlq.recipes import RECIPES
 from tlq.samples import Batch, encode_batches
 from tlq.streaming import StreamedModel
-from tlq.weights import lay_out
+from tlq.weights import all_tokens, lay_out
 
 Stage = Callable[[str, str], Path]
 
@@ -219,12 +218,11 @@ def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch])
     scores, sequences = read_importance(IMPORTANCE), read_sequences(IMPORTANCE)
     for name in ("awq", "mbq"):
         weights = lay_out(weights_of(RECIPES[name], params, IMPORTANCE, CALIBSET / "tokens.parquet"), encoded)
+        expected = all_tokens(scores, sequences.is_image, RECIPES[name].importance, Weighting())
+        assert set(weights) == set(expected) == set(scores)
         for key in scores:
-            layer, group = key
-            raw = scores[layer, BLOCK_OUTPUT[group]] if name == "mbq" else scores[key]
-            expected = token_weights(raw, sequences.is_image, RECIPES[name].importance, Weighting())
             found = unpadded(list(weights[key]), encoded)
-            for sample, values in enumerate(expected):
+            for sample, values in expected[key].items():
                 np.testing.assert_array_equal(found[sample], values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,31 @@ def test_the_stage_twice_writes_the_same_bytes(
     assert sorted(written[0]) == ["summary.csv", "tokens.parquet"]
     assert written[0] == written[1]
     assert len(pd.read_csv("data/calibset/summary.csv")) == 4
+
+
+def test_sets_with_too_few_effective_tokens_are_warned_of(
+    scored: tuple[Importance, Sequences],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where images weigh far more than text, half the tokens count; MBQ's weights are not evened out."""
+    monkeypatch.chdir(tmp_path)
+    sequences = scored[1]
+    scores = {(layer, "o" if group == "qkv" else group): values for (layer, group), values in scored[0].items()}
+    for per_sample in scores.values():
+        for values, marks in zip(per_sample, sequences.is_image, strict=True):
+            values[marks] *= 1000
+    write_importance(scores, sequences, IMPORTANCE)
+    for source, warned in (("token", 0), ("modality", 4)):
+        params = {"source": source, "budget": {"tokens_per_layer": 400}, "weighting": {"least_effective": 60}}
+        Path("params.yaml").write_text(yaml.safe_dump({"calibset": params}))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "tlq"):
+            calibset.main()
+        assert len(caplog.messages) == warned
+    few = pd.read_csv("data/calibset/summary.csv").iloc[0]
+    assert caplog.messages[0].startswith(
+        f"layer 0, group down: {few['effective_tokens']} effective tokens, fewer than "
+        "calibset.weighting.least_effective 60; raise calibset.budget.tokens_per_layer"
+    )

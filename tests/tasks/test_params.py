@@ -70,7 +70,7 @@ def test_nested_sections_become_nested_dataclasses(tmp_path: Path) -> None:
         ({"budget": {"tokens_per_layer": 5, "selecton": "top"}}, "calibset.budget.selecton: unknown key"),
         ({"budget": {}}, "calibset.budget.tokens_per_layer: required key is missing; add it"),
         ({"seed": "many"}, "calibset.seed: Input should be a valid integer"),
-        ({"source": "tokens"}, "calibset.source: Input should be 'uniform', 'modality' or 'token'"),
+        ({"source": "tokens"}, "calibset.source: Input should be 'uniform', 'modality', 'token' or 'block'"),
         ({"budget": {"tokens_per_layer": 0}}, "calibset.budget: calibset.tokens_per_layer is 0, must be at least 1"),
         ({"weighting": {"power": -1}}, "calibset.weighting: importance power is -1"),
         ({"budget": 7}, "calibset.budget: "),

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlq.architectures import architecture_of
-from tlq.importance import Importance, Source, Weighting, token_weights
+from tlq.importance import Importance, Source, Weighting, modality_ratio, modality_weights, token_weights
 from tlq.samples import Batch, Sample, decode_image, encode_batches, image_token_id
 from tlq.scoring import answer_loss, score_tokens
 from tlq.streaming import ResidentModel
+from tlq.tokens import effective_sample_size
 
 
 def plain_importance(model: Any, processor: Any, sample: Sample) -> dict[tuple[int, str], Tensor]:
@@ -124,7 +125,7 @@ def arrays(seed: int) -> tuple[list[NDArray[np.float32]], list[NDArray[np.bool_]
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 1000),
-    st.sampled_from(["uniform", "modality", "token"]),
+    st.sampled_from(["uniform", "modality", "token", "block"]),
     st.floats(0.2, 2),
     st.floats(0.5, 1),
     st.floats(0, 1),
@@ -143,12 +144,46 @@ def test_uniform_weights_are_one() -> None:
     assert all((part == 1).all() for part in token_weights(raw, is_image, "uniform", Weighting()))
 
 
-def test_modality_weights_are_in_the_ratio_of_mean_gradients() -> None:
+def test_modality_weights_are_two_values_whatever_the_weighting() -> None:
     raw, is_image = arrays(1)
-    weights = np.concatenate(token_weights(raw, is_image, "modality", Weighting(power=3)))
-    image, flat = np.concatenate(is_image), np.concatenate(raw)
+    weights = np.concatenate(token_weights(raw, is_image, "modality", Weighting(power=3, least_effective=20)))
+    image = np.concatenate(is_image)
     assert len(np.unique(weights[image])) == len(np.unique(weights[~image])) == 1
-    assert weights[image][0] / weights[~image][0] == pytest.approx(flat[image].mean() / flat[~image].mean(), rel=1e-5)
+    ratio = modality_ratio(raw, is_image, [~marks for marks in is_image])
+    assert weights[image][0] / weights[~image][0] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_modality_ratio_is_of_means_over_samples_of_their_own_means() -> None:
+    """A long sample counts no more than a short one, and one without images has no part in their mean."""
+    raw = [np.array(values, np.float32) for values in ([6, 6, 1, 3], [2, 4], [10, 10])]
+    is_image = [np.array(marks, bool) for marks in ([1, 1, 0, 0], [1, 0], [0, 0])]
+    is_text = [~marks for marks in is_image]
+    assert modality_ratio(raw, is_image, is_text) == pytest.approx(((6 + 2) / 2) / ((2 + 4 + 10) / 3))
+    assert modality_ratio(raw[2:], is_image[2:], is_text[2:]) == 1
+
+
+def test_modality_weights_leave_out_text_that_is_not_the_answer() -> None:
+    raw, is_image = arrays(4)
+    is_answer = [(np.arange(len(marks)) >= len(marks) - 2) & ~marks for marks in is_image]
+    weights = np.concatenate(modality_weights(raw, is_image, is_answer))
+    image, answer = np.concatenate(is_image), np.concatenate(is_answer)
+    assert (weights[~image & ~answer] == 0).all()
+    assert weights[image][0] / weights[answer][0] == pytest.approx(modality_ratio(raw, is_image, is_answer), rel=1e-5)
+
+
+def test_text_without_influence_is_refused() -> None:
+    raw, is_image = arrays(4)
+    silent = [np.where(marks, values, 0) for values, marks in zip(raw, is_image, strict=True)]
+    with pytest.raises(FloatingPointError, match=r"text tokens sums to 0\.0"):
+        token_weights(silent, is_image, "modality", Weighting())
+
+
+def test_block_weights_are_token_weights_of_other_scores() -> None:
+    raw, is_image = arrays(5)
+    weighting = Weighting(0.7, 0.9, 0.3, 12)
+    block, token = (np.concatenate(token_weights(raw, is_image, name, weighting)) for name in ("block", "token"))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(block, token)
+    assert len(np.unique(block)) > 2
 
 
 def test_token_weights_are_clipped_raised_and_mixed() -> None:
@@ -166,8 +201,40 @@ def test_token_weights_are_clipped_raised_and_mixed() -> None:
     assert clipped.max() / clipped.min() == pytest.approx(median / flat.min(), rel=1e-4)
 
     mixed = np.concatenate(token_weights(raw, is_image, "token", Weighting(1, 1, 1)))
-    np.testing.assert_allclose(mixed, np.concatenate(token_weights(raw, is_image, "modality", Weighting())), rtol=1e-5)
-    assert len(np.unique(mixed[image])) == 1
+    means = np.where(image, flat[image].mean(), flat[~image].mean())
+    np.testing.assert_allclose(mixed, means / means.mean(), rtol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 24))
+def test_as_many_tokens_are_effective_as_asked_for(seed: int, least: int) -> None:
+    """Exactly as many where the weights had fewer, by drawing all of them towards 1; weights that suffice stay."""
+    raw, is_image = arrays(seed)
+    plain, evened = (
+        np.concatenate(token_weights(raw, is_image, "token", Weighting(least_effective=number)))
+        for number in (0, least)
+    )
+    had = effective_sample_size(plain)
+    assert effective_sample_size(evened) == pytest.approx(max(had, least), rel=1e-4)
+    if had >= least:
+        np.testing.assert_array_equal(evened, plain)
+    own_share = (evened - 1) / (plain - 1)
+    np.testing.assert_allclose(own_share, own_share[0], rtol=1e-2, atol=1e-5)
+
+
+def test_silent_tokens_count_once_evened_out() -> None:
+    """The gradient of a last layer's output is 0 but where an answer token is predicted: no power can even that out."""
+    raw = [np.zeros(30, np.float32) for _ in range(2)]
+    raw[1][-1] = 1
+    is_image = [np.arange(30) < 20] * 2
+    weights = np.concatenate(token_weights(raw, is_image, "token", Weighting(clip_quantile=1, least_effective=15)))
+    assert effective_sample_size(weights) == pytest.approx(15, rel=1e-4)
+    assert weights[-1] > 10 * weights[0] > 0
+
+
+def test_more_effective_tokens_than_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="25 effective tokens are needed, the pool has 24 tokens; lower"):
+        token_weights(*arrays(0), "token", Weighting(least_effective=25))
 
 
 def test_a_loss_that_no_token_influences_is_refused() -> None:
@@ -178,13 +245,20 @@ def test_a_loss_that_no_token_influences_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"power": 0}, "use source `uniform`"), ({"clip_quantile": 0}, r"\(0, 1\]"), ({"modality_mix": 2}, r"\[0, 1\]")],
+    [
+        ({"power": 0}, "use source `uniform`"),
+        ({"clip_quantile": 0}, r"\(0, 1\]"),
+        ({"modality_mix": 2}, r"\[0, 1\]"),
+        ({"least_effective": -1}, "least_effective is -1, must not be negative"),
+    ],
 )
-def test_impossible_weightings_are_refused(changes: dict[str, float], message: str) -> None:
+def test_impossible_weightings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Weighting(**changes)
 
 
 def test_unknown_source() -> None:
-    with pytest.raises(ValueError, match="unknown importance source 'tokens'; choose uniform, modality or token"):
+    with pytest.raises(
+        ValueError, match="unknown importance source 'tokens'; choose uniform, modality, token or block"
+    ):
         token_weights(*arrays(0), "tokens", Weighting())  # type: ignore[arg-type]
