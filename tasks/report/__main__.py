@@ -96,11 +96,13 @@ def save(figure: Figure, path: Path, dpi: int = 110) -> None:
     figure.savefig(path, dpi=dpi, metadata={"Software": None})
 
 
-def write_scores(results: Results, folder: Path) -> None:
-    scores = gather_scores(["full", *(variant.name for variant in results.variants)])
+def write_scores(results: Results, variants: list[str], folder: Path) -> None:
+    """The tables, and scores.png, in the order of params.yaml."""
+    scores = gather_scores(["full", *variants])
+    metrics = sorted(results.metrics[1:], key=lambda entry: variants.index(entry["variant"]))
     write_text(scores.to_csv(index=False), folder / "scores.csv")
     write_text(scores[scores["benchmark"] == "mean"].to_csv(index=False), folder / "means.csv")
-    write_text(scores_table(results.metrics) + "\n", folder / "scores.txt")
+    write_text(scores_table([results.full, *metrics]) + "\n", folder / "scores.txt")
     save(draw_scores(scores), folder / "scores.png")
 
 
@@ -123,14 +125,17 @@ def write_cards(results: Results, data: TokenData, params: ReportParams, model: 
 def main() -> None:
     params = section("report", ReportParams)
     model = section("model", ModelParams).path
-    results = read_results(section("variants", VariantParams), Path(model))
+    variants = section("variants", VariantParams)
+    results = read_results(variants, Path(model))
     data = read_token_data()
     samples = show_samples(data, params.token_samples, load_processor(model).tokenizer)
-    lineage = read_lineage([variant.name for variant in results.variants])
+    lineage = read_lineage(variants.names)
     with new_directory(REPORT) as folder:
-        write_scores(results, folder)
+        write_scores(results, variants.names, folder)
         write_pictures(results, samples, data.shares, folder)
-        write_text(render_page(results, samples, data.shares, lineage, model), folder / "index.html")
+        write_text(
+            render_page(results, samples, data.shares, lineage, params.base_model or model), folder / "index.html"
+        )
         write_cards(results, data, params, model, folder / "cards")
     place_cards()
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from tasks.cli import run
@@ -99,8 +100,9 @@ def _stated(card: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(ModelCard(card.read_text(), ignore_metadata_errors=True).data.to_dict())
-    except ValueError as error:
-        logger.warning("%s: its metadata cannot be read (%s); license and language are left out", card, error)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        logger.warning("%s: its metadata cannot be read (%s); license and language are left out", card, reason)
         return {}
 
 

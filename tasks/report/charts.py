@@ -12,9 +12,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
 from tasks.report.results import Results, Variant, scheme_title, size_unit
-from tasks.report.tokens import SampleTokens, heat_norm, heat_picture, plain_picture, set_picture
+from tasks.report.tokens import SET_COLORS, SampleTokens, heat_norm, heat_picture, plain_picture, set_picture
 
 #: Colours of a figure; `inline` turns each into one that follows the page's light or dark scheme.
 INK, MUTED, GRID, SURFACE = "#16181d", "#5b616e", "#dfe2e8", "#ffffff"
@@ -24,11 +25,13 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 ON_DARK, ON_LIGHT = "#fefefe", "#0b1b33"
 #: Exponents from 0 to 1.
 RAMP = mpl.colors.LinearSegmentedColormap.from_list("exponent", ["#eef4fc", "#86b6ef", "#2a78d6", "#0d366b"])
+#: Linear groups, which are no recipes.
+GROUPS = ("#1f5fae", "#5a9be4", "#94c0f1", "#c9def8")
 #: Width of a panel in inches: it fits a phone without its letters shrinking.
-PANEL = 4.6
+PANEL = 4.1
 _NUMBERED_LAYERS = 12
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -98,7 +101,7 @@ def draw_benchmark(axes: Axes, results: Results, benchmark: str, low: float) -> 
     names = [variant.name for variant in results.variants]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(low, 101)
+    axes.set_xlim(low, 100 + 0.03 * (100 - low))
     axes.grid(axis="y", visible=False)
     axes.set_title(benchmark)
 
@@ -171,7 +174,7 @@ def draw_sizes(results: Results) -> Figure:
     axes.set_ylim(max(0.0, 5 * np.floor(min(lows, default=95) / 5) - 2), 102.5)
     axes.set_xlabel(f"weights on disk, {name}")
     axes.set_ylabel("retention, % of full precision")
-    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.17), fontsize=9, handletextpad=0.3)
+    figure.legend(loc="outside lower center", ncols=4, handletextpad=0.3, columnspacing=1.2)
     return figure
 
 
@@ -208,16 +211,14 @@ def draw_layer_errors(variant: Variant, color: str) -> Figure:
     for axes, group in zip(panels, groups, strict=False):
         part = variant.groups[variant.groups["group"] == group].sort_values("layer")
         axes.vlines(part["layer"], part["error_after"], part["error_before"], color=GRID, linewidth=2)
-        axes.plot(part["layer"], part["error_before"], "o", color=MUTED, mfc=SURFACE, markersize=5, label="before")
+        axes.plot(part["layer"], part["error_before"], "o", color=MUTED, mfc=SURFACE, markersize=6.5, label="before")
         axes.plot(part["layer"], part["error_after"], "o", color=color, markersize=5, label="after")
         _log_axis(axes, part[["error_before", "error_after"]])
         _layer_axis(axes, part["layer"])
         axes.set_title(group)
-    for axes in panels[len(groups) :]:
-        axes.set_axis_off()
+    _finish_panels(panels, len(groups))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
-    figure.supxlabel("layer", color=MUTED, fontsize=9.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -235,6 +236,15 @@ def _log_axis(axes: Axes, values: pd.DataFrame) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def _finish_panels(panels: NDArray[Any], used: int) -> None:
+    """Name the axis under the last row of two; take away a panel that is left over."""
+    for axes in panels[max(used - 2, 0) : used]:
+        axes.set_xlabel("layer")
+        axes.tick_params(labelbottom=True)
+    for axes in panels[used:]:
+        axes.set_axis_off()
+
+
 def _layer_axis(axes: Axes, layers: pd.Series) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
@@ -244,14 +254,14 @@ def draw_exponents(variant: Variant) -> Figure:
     """The chosen exponent of every layer and group; a dot marks those that use the weights' magnitude too."""
     groups = list(dict.fromkeys(variant.groups["group"]))
     layers = sorted(variant.groups["layer"].unique())
-    table = variant.groups.pivot(index="group", columns="layer", values="alpha").loc[groups]
+    table = variant.groups.pivot(index="group", columns="layer", values="alpha").loc[groups].to_numpy(float)
     duo = variant.groups.pivot(index="group", columns="layer", values="duo").loc[groups].to_numpy(bool)
     figure = new_figure(PANEL, 0.42 * len(groups) + 0.7)
     axes = figure.subplots()
     edges = np.arange(len(layers) + 1) - 0.5, np.arange(len(groups) + 1) - 0.5
-    axes.pcolormesh(*edges, table.to_numpy(), cmap=RAMP, vmin=0, vmax=1, edgecolor=SURFACE, linewidth=1.5)
+    axes.pcolormesh(*edges, table, cmap=RAMP, vmin=0, vmax=1, edgecolor=SURFACE, linewidth=1.5)
     for row, column in np.ndindex(*table.shape):
-        value = float(table.iloc[row, column])
+        value = float(table[row, column])
         ink = ON_DARK if value > 0.45 else ON_LIGHT
         if len(layers) <= _NUMBERED_LAYERS:
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=9)
@@ -284,16 +294,14 @@ def draw_shares(shares: pd.DataFrame) -> Figure:
     for axes, group in zip(panels, groups, strict=False):
         part = shares[shares["group"] == group].sort_values("layer")
         axes.plot(part["layer"], part["tokens"], "--", color=MUTED, linewidth=1.3, label="all tokens")
-        axes.plot(part["layer"], part["importance"], "-o", color=SERIES[1], markersize=4.5, label="importance")
-        axes.plot(part["layer"], part["chosen"], "-s", color=SERIES[0], markersize=4.5, label="token-level set")
+        axes.plot(part["layer"], part["importance"], "-o", color=SERIES[4], markersize=4.5, label="importance")
+        axes.plot(part["layer"], part["chosen"], "-s", color=SERIES[5], markersize=4.5, label="token-level set")
         _layer_axis(axes, part["layer"])
         axes.set_ylim(0, 100)
         axes.set_title(group)
-    for axes in panels[len(groups) :]:
-        axes.set_axis_off()
+    _finish_panels(panels, len(groups))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, columnspacing=1.2)
-    figure.supxlabel("layer", color=MUTED, fontsize=9.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1.2)
     figure.supylabel("image tokens, %", color=MUTED, fontsize=9.5)
     return figure
 
@@ -312,13 +320,15 @@ def draw_times(results: Results) -> Figure | None:
     left = np.zeros(len(timed))
     for number, group in enumerate(groups):
         sums = [variant.groups.loc[variant.groups["group"] == group, "seconds"].sum() for variant in timed]
-        axes.barh(range(len(timed)), sums, 0.62, left, label=group, color=SERIES[number % 7], edgecolor=SURFACE)
+        axes.barh(
+            range(len(timed)), sums, 0.62, left, label=group, color=GROUPS[number % len(GROUPS)], edgecolor=SURFACE
+        )
         left += np.asarray(sums)
     axes.set_yticks(range(len(timed)), [variant.name for variant in timed])
     axes.set_ylim(len(timed) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("seconds")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=9, columnspacing=1.2, handlelength=1)
+    figure.legend(loc="outside lower center", ncols=4, columnspacing=1.2, handlelength=1)
     return figure
 
 
@@ -331,7 +341,7 @@ def draw_importance(samples: Sequence[SampleTokens]) -> Figure | None:
     if not shown:
         return None
     norm = heat_norm(list(samples))
-    figure = new_figure(11, 1.9 * len(shown) + 0.6)
+    figure = new_figure(11, 1.9 * len(shown) + 0.9)
     axes = figure.subplots(len(shown), 3, squeeze=False)
     for row, sample in zip(axes, shown, strict=True):
         pictures = (plain_picture(sample), heat_picture(sample, norm), set_picture(sample))
@@ -343,6 +353,6 @@ def draw_importance(samples: Sequence[SampleTokens]) -> Figure | None:
         panel.set_title(title)
     colors = mpl.cm.ScalarMappable(norm, "inferno")
     figure.colorbar(colors, ax=axes[:, 1].tolist(), location="bottom", label="importance, mean 1", aspect=40)
-    light = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 100), "gray")
-    figure.colorbar(light, ax=axes[:, 2].tolist(), location="bottom", label="in the set of % of layers and groups")
+    share = mpl.cm.ScalarMappable(mpl.colors.PowerNorm(0.5, 0, 100), SET_COLORS)
+    figure.colorbar(share, ax=axes[:, 2].tolist(), location="bottom", label="in % of the sets", aspect=40)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from tasks.report.lineage import Lineage
 from tasks.report.results import Results, Variant, is_demo, scheme_title, scheme_words, size_unit
 from tasks.report.tokens import (
     HEAT,
+    SET_COLORS,
     SampleTokens,
     heat_norm,
     heat_picture,
@@ -78,11 +80,19 @@ def number_text(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
 
 
+def short(value: float | None) -> str:
+    """Two digits, never an exponent: 0.0021, 4.1, 160."""
+    if value is None or pd.isna(value):
+        return "–"
+    digits = 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{round(value, digits):.{max(digits, 0)}f}"
+
+
 def bytes_text(size: float | None) -> str:
     if size is None or pd.isna(size):
         return NOT_RECORDED
     unit, name = size_unit(int(size))
-    return f"{size / unit:.3g} {name}"
+    return f"{size / unit:.1f} {name}"
 
 
 # --- Parts of the page --------------------------------------------------------------------------------------------
@@ -159,7 +169,7 @@ def error_charts(results: Results) -> list[LayerChart]:
                 f"error-{variant.name}",
                 f"Error of {variant.name} by layer and linear group, before and after calibration",
             ),
-            f"{variant.error_unit}; median change {median_change(variant):+.0f} %",
+            f"{variant.error_unit}; median change {median_change(variant):+.0f} %".replace("-", "−"),
         )
         for variant in results.variants
         if variant.has_errors
@@ -232,7 +242,7 @@ def _shown_sample(sample: SampleTokens, norm: mpl.colors.LogNorm) -> ShownSample
             background=background,
             ink=ink,
             percent=round(100 * share),
-            value=f"{value:.2g}",
+            value=short(value),
             special=text.startswith("<|") and text.endswith("|>"),
         )
         for text, (background, ink), value, share in zip(
@@ -244,7 +254,7 @@ def _shown_sample(sample: SampleTokens, norm: mpl.colors.LogNorm) -> ShownSample
         source=sample.source,
         pictures=pictures,
         image_tokens=count,
-        image_value=f"{sample.image_values.mean():.2g}" if count else "–",
+        image_value=short(sample.image_values.mean() if count else None),
         image_chosen=f"{100 * (sample.image_share > 0).mean():.0f} %" if count else "–",
         tokens=tokens,
     )
@@ -255,11 +265,19 @@ def visible(text: str) -> str:
     return text.replace("\n", "⏎").replace(" ", "␣") if not text.strip() else text.strip()
 
 
-def heat_scale(samples: Sequence[SampleTokens]) -> dict[str, str]:
-    """The scale of colours as a CSS gradient, with the importance at its ends."""
+def color_scales(samples: Sequence[SampleTokens]) -> dict[str, str]:
+    """The scales of colours as CSS gradients, with the importance at the ends of its own."""
     norm = heat_norm(list(samples))
-    stops = ", ".join(mpl.colors.to_hex(mpl.colormaps[HEAT](step / 8)) for step in range(9))
-    return {"gradient": Markup(stops), "low": f"{norm.vmin:.2g}", "high": f"{norm.vmax:.2g}"}
+    return {
+        "heat": _stops(mpl.colormaps[HEAT]),
+        "low": short(norm.vmin),
+        "high": short(norm.vmax),
+        "set": _stops(SET_COLORS),
+    }
+
+
+def _stops(colors: mpl.colors.Colormap) -> str:
+    return ", ".join(mpl.colors.to_hex(colors(step / 8)) for step in range(9))
 
 
 # --- The page -----------------------------------------------------------------------------------------------------
@@ -300,7 +318,7 @@ def render_page(
             best=best_by_scheme(results),
             charts=charts,
             samples=shown_samples(samples),
-            heat=heat_scale(samples),
+            scales=color_scales(samples),
             shares=shares.to_dict("records"),
             timings=[timing(variant) for variant in results.variants],
             lineage=lineage,

@@ -65,7 +65,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Results:
-    """Full precision and every variant, in the order of params.yaml."""
+    """Full precision and every variant, those of one scheme together: they are what one compares."""
 
     full: dict[str, Any]
     full_bytes: int
@@ -95,10 +95,11 @@ def read_results(variants: VariantParams, model: Path) -> Results:
         FileNotFoundError: a stage has not run.
         ValueError: a file does not hold what its stage writes.
     """
+    found = [read_variant(name) for name in variants.names]
     return Results(
         full=_read_json(EVALUATION / FULL / "metrics.json", "baseline"),
         full_bytes=weight_bytes(model),
-        variants=[read_variant(name) for name in variants.names],
+        variants=sorted(found, key=lambda variant: variants.schemes.index(variant.scheme["name"])),
     )
 
 

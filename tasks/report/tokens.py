@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -18,6 +18,9 @@ from tlq.importance import Importance
 from tlq.samples import Sample, decode_image
 
 HEAT = "inferno"
+#: Share of the sets that a token is in; the square root lets small shares be seen.
+SET_COLORS = mpl.colors.LinearSegmentedColormap.from_list("set", ["#f7f9fc", "#9cc3f2", "#2a78d6", "#0d366b"])
+SET_NORM = mpl.colors.PowerNorm(0.5, 0, 1)
 _WIDEST = 480  # pixels of a picture in the report
 _SAME_SHAPE = 1.5  # a grid of tokens this much wider or higher than its picture is not the picture's
 
@@ -90,8 +93,8 @@ def set_share(chosen: pd.DataFrame, lengths: list[int], sets: int) -> list[NDArr
     """Per sample, the share of the ``sets`` (one per layer and group) that each token is in, [tokens]."""
     counts = [np.zeros(length) for length in lengths]
     rows = chosen[["layer", "group", "sample", "position"]].drop_duplicates()
-    for sample, part in rows.groupby("sample")["position"]:
-        np.add.at(counts[int(sample)], part.to_numpy(), 1.0)  # type: ignore[call-overload]
+    for sample, positions in rows.groupby("sample")["position"]:
+        np.add.at(counts[cast(int, sample)], positions.to_numpy(), 1.0)
     return [count / sets for count in counts]
 
 
@@ -102,20 +105,20 @@ def modality_shares(scores: Importance, chosen: pd.DataFrame, sequences: Sequenc
         columns layer, group, tokens (of all tokens), importance (of raw importance), chosen (of the set's weight).
     """
     is_image = np.concatenate(sequences.is_image)
-    weight = chosen["weight"].to_numpy(float)
-    frame = chosen.assign(weight=weight, image=np.where(chosen["is_image"], weight, 0.0))
-    sums = frame.groupby(["layer", "group"])[["weight", "image"]].sum()
+    of_set = {}
+    for key, part in chosen.groupby(["layer", "group"]):
+        weight = part["weight"].to_numpy(float)
+        of_set[cast(tuple[int, str], key)] = 100 * weight[part["is_image"].to_numpy(bool)].sum() / weight.sum()
     rows = []
-    for (layer, group), part in scores.items():
-        values = np.concatenate(part).astype(np.float64)
-        found = sums.loc[(layer, group)] if (layer, group) in sums.index else None
+    for (layer, group), per_sample in scores.items():
+        values = np.concatenate(per_sample).astype(np.float64)
         rows.append(
             {
                 "layer": layer,
                 "group": group,
                 "tokens": 100 * is_image.mean(),
                 "importance": 100 * values[is_image].sum() / values.sum(),
-                "chosen": np.nan if found is None else 100 * found["image"] / found["weight"],
+                "chosen": of_set.get((layer, group), np.nan),
             }
         )
     return pd.DataFrame(rows)
@@ -170,17 +173,17 @@ def plain_picture(sample: SampleTokens) -> Image.Image:
 
 def heat_picture(sample: SampleTokens, norm: mpl.colors.Normalize) -> Image.Image:
     """The image in grey under the colour of each token's importance."""
-    picture = plain_picture(sample).convert("L").convert("RGB")
-    rgba = mpl.colormaps[HEAT](norm(np.maximum(sample.image_values, norm.vmin or 0.0)))
-    return Image.blend(picture, _on_grid(sample, rgba[:, :3], picture.size), 0.72)
+    return _under(sample, mpl.colormaps[HEAT](norm(np.maximum(sample.image_values, norm.vmin or 0.0))))
 
 
 def set_picture(sample: SampleTokens) -> Image.Image:
-    """The image, each token as bright as the share of layers and groups whose set it is in."""
-    picture = plain_picture(sample)
-    light = np.repeat((0.1 + 0.9 * sample.image_share)[:, None], 3, axis=1)
-    shade = np.asarray(_on_grid(sample, light, picture.size), np.float64) / 255
-    return Image.fromarray(np.rint(np.asarray(picture, np.float64) * shade).astype(np.uint8))
+    """The image in grey under the colour of each token's share of the sets."""
+    return _under(sample, SET_COLORS(SET_NORM(sample.image_share)))
+
+
+def _under(sample: SampleTokens, rgba: NDArray[np.float64]) -> Image.Image:
+    picture = plain_picture(sample).convert("L").convert("RGB")
+    return Image.blend(picture, _on_grid(sample, rgba[:, :3], picture.size), 0.72)
 
 
 def _on_grid(sample: SampleTokens, colors: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
