@@ -116,6 +116,17 @@ def test_pictures_are_drawn(project: Path) -> None:
         assert (project / "report" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_page_is_written_and_every_checkpoint_has_its_card(project: Path) -> None:
+    page = (project / "report/index.html").read_text()
+    commit = run(project, "git", "rev-parse", "HEAD").strip()
+    checkpoint = yaml.safe_load((project / "dvc.lock").read_text())["stages"]["calibrate@tlq-w3a16"]["outs"][0]
+    for expected in (commit, checkpoint["md5"], "<strong>Demo benchmarks.</strong>"):
+        assert expected in page
+    for name in VARIANTS:
+        card = (project / "models" / name / "README.md").read_text()
+        assert card == (project / "report/cards" / f"{name}.md").read_text()
+
+
 def test_one_recipes_choice_makes_only_its_own_stages_stale(project: Path) -> None:
     path = project / "params.yaml"
     before = path.read_text()

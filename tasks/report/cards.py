@@ -1,0 +1,213 @@
+"""Model cards: report/cards/<variant>.md, copied into the checkpoint as its README.md.
+
+    python -m tasks.report.cards
+
+copies them again, where a checkpoint was made anew or pulled. DVC does not look at a checkpoint's README.md
+(.dvcignore), and the checkpoint's digest leaves it out: a card changes neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from tasks.cli import run
+from tasks.files import MODELS, REPORT
+from tasks.prepare import PrepareParams
+from tasks.report.page import environment
+from tasks.report.results import Results, Variant, is_demo
+from tasks.report.tokens import TokenData
+from tlq.files import write_text
+
+logger = logging.getLogger("tlq.report")
+
+_MADE_FOR = re.compile(r"^\| calibration\.json \| sha256 `([0-9a-f]{64})` \|$", re.M)
+
+#: Integer weights that vLLM's compressed-tensors loader has kernels for where activations stay in full precision.
+_VLLM_WEIGHT_ONLY_BITS = (4, 8)
+#: Families whose `generate` fails inside compressed-tensors 0.20 where weights are decompressed on the first call.
+_NEEDS_LOAD_MODEL = ("llava_next", "llava_onevision")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The full-precision model. None: its card does not say, or nobody named its hub id.
+
+    Attributes:
+        path: where params.yaml has it.
+        hub_id: on the Hugging Face hub.
+    """
+
+    path: str
+    hub_id: str | None
+    model_type: str
+    language: Any = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Attributes:
+    origin: file or hub id, with revision and split where there are any.
+    samples: how many importance was scored on.
+    sources: samples by source, the most frequent first.
+    tokens, image_tokens: of these samples.
+    """
+
+    origin: str
+    samples: int
+    sources: dict[str, int]
+    tokens: int
+    image_tokens: int
+
+    @staticmethod
+    def of(params: PrepareParams, data: TokenData) -> CalibrationData:
+        hub = params.kind == "hub"
+        details = {"configuration": params.name, "split": params.split, "revision": params.revision} if hub else {}
+        named = ", ".join(f"{name} {value}" for name, value in details.items() if value)
+        return CalibrationData(
+            origin=f"`{params.path}`" + (f" ({named})" if named else ""),
+            samples=len(data.samples),
+            sources=dict(Counter(sample.source for sample in data.samples if sample.source).most_common()),
+            tokens=sum(data.sequences.lengths),
+            image_tokens=sum(int(marks.sum()) for marks in data.sequences.is_image),
+        )
+
+
+def read_base(path: str, hub_id: str | None) -> Base:
+    """The base model, with what its own card states about license and language."""
+    folder = Path(path)
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    stated = _stated(folder / "README.md")
+    names = ("language", "license", "license_name", "license_link")
+    return Base(path, hub_id, model_type, **{name: stated.get(name) for name in names})
+
+
+def _stated(card: Path) -> dict[str, Any]:
+    """Metadata of a model card; nothing where there is no card or no metadata."""
+    if not card.exists():
+        return {}
+    try:
+        return dict(ModelCard(card.read_text(), ignore_metadata_errors=True).data.to_dict())
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        logger.warning("%s: its metadata cannot be read (%s); license and language are left out", card, reason)
+        return {}
+
+
+def metadata(variant: Variant, base: Base) -> ModelCardData:
+    """Front matter for the Hugging Face hub."""
+    scheme = variant.scheme
+    tags = ["compressed-tensors", "quantized", f"{scheme['weight_bits']}-bit", scheme["name"], variant.recipe["name"]]
+    if in_vllm(scheme) == "yes":
+        tags.append("vllm")
+    return ModelCardData(
+        base_model=base.hub_id,
+        base_model_relation="quantized" if base.hub_id else None,
+        language=base.language,
+        license=base.license,
+        license_name=base.license_name,
+        license_link=base.license_link,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=list(dict.fromkeys(tags)),
+    )
+
+
+def in_vllm(scheme: Mapping[str, Any]) -> str:
+    """Whether vLLM can run the scheme: `yes`, `some` (depends on the hardware) or `no`."""
+    weight, activation = scheme["weight_bits"], scheme["activation_bits"]
+    if activation is None:
+        return "yes" if weight in _VLLM_WEIGHT_ONLY_BITS else "no"
+    return {8: "yes", 4: "some"}.get(weight, "no")
+
+
+def render_card(variant: Variant, results: Results, base: Base, data: CalibrationData, checkpoint: Path) -> str:
+    """The card as markdown with front matter."""
+    demo = [name for name in results.benchmarks if is_demo(name)]
+    recipe = variant.recipe
+    return (
+        environment(escape=False)
+        .get_template("card.md.j2")
+        .render(
+            metadata=metadata(variant, base).to_yaml(),
+            variant=variant,
+            recipe=recipe,
+            full=results.full,
+            full_bytes=results.full_bytes,
+            benchmarks=results.benchmarks,
+            demo=demo,
+            base=base,
+            data=data if _uses_data(recipe) else None,
+            inputs=_inputs(variant),
+            groups=variant.groups,
+            path=checkpoint.as_posix(),
+            vllm=in_vllm(variant.scheme),
+            load_model=base.model_type in _NEEDS_LOAD_MODEL and variant.scheme["symmetric"],
+            digest=_sha256(checkpoint / "calibration.json"),
+        )
+    )
+
+
+def _uses_data(recipe: Mapping[str, Any]) -> bool:
+    """As ``Recipe.needs_data``, of a row from a file."""
+    return bool(recipe["equalization"]["method"] != "none" or recipe["rounding"] != "nearest")
+
+
+def _inputs(variant: Variant) -> str:
+    """What the linears were calibrated on, as ``Recipe.inputs_for``."""
+    instead = variant.recipe["inputs_quantized_activations"]
+    quantized = variant.scheme["activation_bits"] is not None
+    return str(instead if quantized and instead is not None else variant.recipe["inputs"])
+
+
+def place_cards(cards: Path = REPORT / "cards", models: Path = MODELS) -> list[Path]:
+    """Copy every card into its checkpoint; returns where they are.
+
+    Raises:
+        FileNotFoundError: there are no cards, or a checkpoint is not here.
+        ValueError: a card was made for another checkpoint than the one that is here.
+    """
+    files = sorted(cards.glob("*.md"))
+    if not files:
+        raise FileNotFoundError(f"{cards}: no cards; run `dvc repro report` first")
+    return [place_card(card, models / card.stem) for card in files]
+
+
+def place_card(card: Path, checkpoint: Path) -> Path:
+    """Raises: as ``place_cards``."""
+    report = checkpoint / "calibration.json"
+    if not report.exists():
+        raise FileNotFoundError(f"{report}: not found; bring the checkpoint back with `dvc pull {checkpoint}`")
+    text = card.read_text()
+    made_for = _MADE_FOR.search(text)
+    if made_for is None or made_for[1] != _sha256(report):
+        raise ValueError(f"{card} was made for another checkpoint than {checkpoint}; run `dvc repro report`")
+    target = checkpoint / "README.md"
+    write_text(text, target)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    for path in place_cards():
+        logger.info("%s", path)
+
+
+if __name__ == "__main__":
+    run(main)

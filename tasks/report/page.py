@@ -1,0 +1,327 @@
+"""report/index.html: everything on one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tasks.report.charts import (
+    STYLE,
+    Look,
+    draw_exponents,
+    draw_layer_errors,
+    draw_shares,
+    draw_sizes,
+    draw_times,
+    score_panels,
+)
+from tasks.report.inline import png_uri, svg
+from tasks.report.lineage import Lineage
+from tasks.report.results import Results, Variant, is_demo, scheme_title, scheme_words, size_unit
+from tasks.report.tokens import (
+    HEAT,
+    SET_COLORS,
+    SampleTokens,
+    heat_norm,
+    heat_picture,
+    plain_picture,
+    set_picture,
+    text_colors,
+)
+
+NOT_RECORDED = "not recorded"
+
+
+def environment(escape: bool) -> Environment:
+    """Templates of this package; a name that a template misspells is an error."""
+    made = Environment(
+        loader=PackageLoader("tasks.report"),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters.update(
+        score=score_text,
+        retained=retention_text,
+        number=number_text,
+        bytes=bytes_text,
+        scheme_title=scheme_title,
+        scheme_words=scheme_words,
+    )
+    made.tests["demo"] = is_demo
+    return made
+
+
+# --- Numbers as text ----------------------------------------------------------------------------------------------
+
+
+def score_text(entry: Mapping[str, Any]) -> str:
+    """`95.6 ± 2.6`: score and half the width of its interval; how many items where some are missing."""
+    missing = f" ({entry['n']}/{entry['asked']})" if entry["n"] < entry["asked"] else ""
+    return f"{entry['score']:.1f} ± {(entry['high'] - entry['low']) / 2:.1f}{missing}"
+
+
+def retention_text(entry: Mapping[str, Any]) -> str:
+    if entry.get("retention") is None:
+        return "–"
+    return f"{entry['retention']:.1f} ± {(entry['retention_high'] - entry['retention_low']) / 2:.1f}"
+
+
+def number_text(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+
+
+def short(value: float | None) -> str:
+    """Two digits, never an exponent: 0.0021, 4.1, 160."""
+    if value is None or pd.isna(value):
+        return "–"
+    digits = 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{round(value, digits):.{max(digits, 0)}f}"
+
+
+def bytes_text(size: float | None) -> str:
+    if size is None or pd.isna(size):
+        return NOT_RECORDED
+    unit, name = size_unit(int(size))
+    return f"{size / unit:.1f} {name}"
+
+
+# --- Parts of the page --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Best:
+    """The variant with the highest mean score at one scheme.
+
+    ``rivals`` are the variants whose intervals of the mean score overlap with its own: it is not shown to be better.
+    """
+
+    scheme: Mapping[str, Any]
+    variant: Variant
+    rivals: list[str]
+
+
+def best_by_scheme(results: Results) -> list[Best]:
+    found = []
+    for scheme in results.schemes:
+        variants = [variant for variant in results.variants if variant.scheme["name"] == scheme]
+        best = max(variants, key=lambda variant: float(variant.mean["score"]))
+        rivals = [
+            variant.recipe["name"]
+            for variant in variants
+            if variant is not best and variant.mean["high"] >= best.mean["low"]
+        ]
+        found.append(Best(best.scheme, best, rivals))
+    return found
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by linear group, their sum, and the highest peak of memory of a variant; None where not recorded."""
+
+    variant: str
+    groups: dict[str, float | None]
+    total: float | None
+    peak_bytes: float | None
+
+
+def timing(variant: Variant) -> Timing:
+    seconds = variant.groups.groupby("group", sort=False)["seconds"].sum(min_count=1)
+    total = variant.groups["seconds"].sum(min_count=1)
+    peak = variant.groups["peak_memory_bytes"].max()
+    return Timing(
+        variant.name,
+        {str(group): _known(value) for group, value in seconds.items()},
+        _known(total),
+        _known(peak),
+    )
+
+
+def _known(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+@dataclass(frozen=True)
+class LayerChart:
+    """A chart of one variant with what is to be said about it."""
+
+    variant: Variant
+    chart: Markup
+    note: str
+
+
+def error_charts(results: Results) -> list[LayerChart]:
+    look = Look(results.recipes)
+    return [
+        LayerChart(
+            variant,
+            svg(
+                draw_layer_errors(variant, look.color(variant.recipe["name"])),
+                f"error-{variant.name}",
+                f"Error of {variant.name} by layer and linear group, before and after calibration",
+            ),
+            f"{variant.error_unit}; median change {median_change(variant):+.0f} %".replace("-", "−"),
+        )
+        for variant in results.variants
+        if variant.has_errors
+    ]
+
+
+def median_change(variant: Variant) -> float:
+    """Median over layers and groups of the change of error, in percent."""
+    measured = variant.groups[variant.groups["error_before"] > 0]
+    return float(100 * (measured["error_after"] / measured["error_before"] - 1).median())
+
+
+def exponent_charts(results: Results) -> list[LayerChart]:
+    return [
+        LayerChart(
+            variant,
+            svg(
+                draw_exponents(variant),
+                f"exponents-{variant.name}",
+                f"Equalization exponents of {variant.name} by layer and linear group",
+            ),
+            "",
+        )
+        for variant in results.variants
+        if variant.has_exponents
+    ]
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    text: str
+    background: str
+    ink: str
+    percent: int
+    value: str
+    special: bool
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample on the page; ``pictures`` is empty where its image tokens do not form one grid over one picture."""
+
+    id: str
+    source: str
+    pictures: list[tuple[str, str]]
+    image_tokens: int
+    image_value: str
+    image_chosen: str
+    tokens: list[ShownToken]
+
+
+def shown_samples(samples: Sequence[SampleTokens]) -> list[ShownSample]:
+    norm = heat_norm(list(samples))
+    return [_shown_sample(sample, norm) for sample in samples]
+
+
+def _shown_sample(sample: SampleTokens, norm: mpl.colors.LogNorm) -> ShownSample:
+    pictures = []
+    if sample.grid is not None:
+        pictures = [
+            ("picture", png_uri(plain_picture(sample))),
+            ("importance", png_uri(heat_picture(sample, norm))),
+            ("token-level set", png_uri(set_picture(sample))),
+        ]
+    count = len(sample.image_values)
+    colors = text_colors(sample.text_values, norm)
+    tokens = [
+        ShownToken(
+            text=visible(text),
+            background=background,
+            ink=ink,
+            percent=round(100 * share),
+            value=short(value),
+            special=text.startswith("<|") and text.endswith("|>"),
+        )
+        for text, (background, ink), value, share in zip(
+            sample.texts, colors, sample.text_values, sample.text_share, strict=True
+        )
+    ]
+    return ShownSample(
+        id=sample.id,
+        source=sample.source,
+        pictures=pictures,
+        image_tokens=count,
+        image_value=short(sample.image_values.mean() if count else None),
+        image_chosen=f"{100 * (sample.image_share > 0).mean():.0f} %" if count else "–",
+        tokens=tokens,
+    )
+
+
+def visible(text: str) -> str:
+    """A token as it can be seen: white space by its signs, a space before a word left out."""
+    return text.replace("\n", "⏎").replace(" ", "␣") if not text.strip() else text.strip()
+
+
+def color_scales(samples: Sequence[SampleTokens]) -> dict[str, str]:
+    """The scales of colours as CSS gradients, with the importance at the ends of its own."""
+    norm = heat_norm(list(samples))
+    return {
+        "heat": _stops(mpl.colormaps[HEAT]),
+        "low": short(norm.vmin),
+        "high": short(norm.vmax),
+        "set": _stops(SET_COLORS),
+    }
+
+
+def _stops(colors: mpl.colors.Colormap) -> str:
+    return ", ".join(mpl.colors.to_hex(colors(step / 8)) for step in range(9))
+
+
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+def render_page(
+    results: Results,
+    samples: Sequence[SampleTokens],
+    shares: pd.DataFrame,
+    lineage: Lineage,
+    model: str,
+) -> str:
+    """The page as text.
+
+    Args:
+        samples, shares: what ``tokens.show_samples`` and ``tokens.modality_shares`` made.
+        model: the full-precision model as params.yaml names it.
+    """
+    with mpl.rc_context(STYLE):
+        times = draw_times(results)
+        charts = {
+            "scores": [
+                svg(figure, f"score-{name}", f"Scores by variant: {name}")
+                for name, figure in zip(("mean", *results.benchmarks), score_panels(results), strict=True)
+            ],
+            "sizes": svg(draw_sizes(results), "sizes", "Retention against size of the weights on disk"),
+            "errors": error_charts(results),
+            "exponents": exponent_charts(results),
+            "shares": svg(draw_shares(shares), "shares", "Share of image tokens by layer and linear group"),
+            "times": None if times is None else svg(times, "times", "Seconds of calibration by variant and group"),
+        }
+    return (
+        environment(escape=True)
+        .get_template("page.html.j2")
+        .render(
+            results=results,
+            model=model,
+            best=best_by_scheme(results),
+            charts=charts,
+            samples=shown_samples(samples),
+            scales=color_scales(samples),
+            shares=shares.to_dict("records"),
+            timings=[timing(variant) for variant in results.variants],
+            lineage=lineage,
+            not_recorded=NOT_RECORDED,
+        )
+    )

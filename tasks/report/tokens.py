@@ -1,0 +1,201 @@
+"""Importance and the token-level set, over sample images and by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from tasks.files import CALIBSET, IMPORTANCE, PREPARED, Sequences, read_importance, read_samples, read_sequences
+from tasks.files import read_tokens as read_token_set
+from tasks.report.pictures import grid_shape
+from tlq.importance import Importance
+from tlq.samples import Sample, decode_image
+
+HEAT = "inferno"
+#: Share of the sets that a token is in; the square root lets small shares be seen.
+SET_COLORS = mpl.colors.LinearSegmentedColormap.from_list("set", ["#f7f9fc", "#9cc3f2", "#2a78d6", "#0d366b"])
+SET_NORM = mpl.colors.PowerNorm(0.5, 0, 1)
+_WIDEST = 480  # pixels of a picture in the report
+_SAME_SHAPE = 1.5  # a grid of tokens this much wider or higher than its picture is not the picture's
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """What the stages `prepare`, `importance` and `calibset` left.
+
+    Attributes:
+        samples: the pool, in the order of importance.
+        relative: importance of every token of every sample, 1 being the mean of its layer and group, averaged over
+            layers and groups.
+        share: for every token of every sample, the share of layers and groups whose set it is in.
+        shares: by layer and group, see ``modality_shares``.
+    """
+
+    samples: list[Sample]
+    sequences: Sequences
+    relative: list[NDArray[np.float64]]
+    share: list[NDArray[np.float64]]
+    shares: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """One sample as the report shows it: a value and a share per token, image tokens apart from text tokens."""
+
+    id: str
+    source: str
+    image: Image.Image | None
+    image_values: NDArray[np.float64]
+    image_share: NDArray[np.float64]
+    texts: list[str]
+    text_values: NDArray[np.float64]
+    text_share: NDArray[np.float64]
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the image tokens; None if they are no single grid over one picture (tiles)."""
+        if self.image is None or not len(self.image_values):
+            return None
+        width, height = self.image.size
+        rows, columns = grid_shape(len(self.image_values), width, height)
+        stretched = (columns / rows) / (width / height)
+        return (rows, columns) if 1 / _SAME_SHAPE < stretched < _SAME_SHAPE else None
+
+
+def read_token_data() -> TokenData:
+    """Raises: as the readers of tasks/files.py."""
+    sequences = read_sequences(IMPORTANCE)
+    scores = read_importance(IMPORTANCE)
+    chosen = read_token_set(CALIBSET / "tokens.parquet")
+    return TokenData(
+        samples=read_samples(PREPARED / "calibration.parquet", len(sequences.lengths)),
+        sequences=sequences,
+        relative=relative_importance(scores),
+        share=set_share(chosen, sequences.lengths, len(scores)),
+        shares=modality_shares(scores, chosen, sequences),
+    )
+
+
+def relative_importance(scores: Importance) -> list[NDArray[np.float64]]:
+    """Per sample, importance over the mean of its layer and group, averaged over layers and groups, [tokens]."""
+    means = {key: np.mean(np.concatenate(part), dtype=np.float64) for key, part in scores.items()}
+    count = len(next(iter(scores.values())))
+    return [np.mean([part[index] / means[key] for key, part in scores.items()], axis=0) for index in range(count)]
+
+
+def set_share(chosen: pd.DataFrame, lengths: list[int], sets: int) -> list[NDArray[np.float64]]:
+    """Per sample, the share of the ``sets`` (one per layer and group) that each token is in, [tokens]."""
+    counts = [np.zeros(length) for length in lengths]
+    rows = chosen[["layer", "group", "sample", "position"]].drop_duplicates()
+    for sample, positions in rows.groupby("sample")["position"]:
+        np.add.at(counts[cast(int, sample)], positions.to_numpy(), 1.0)
+    return [count / sets for count in counts]
+
+
+def modality_shares(scores: Importance, chosen: pd.DataFrame, sequences: Sequences) -> pd.DataFrame:
+    """Percent that image tokens hold, by layer and group.
+
+    Returns:
+        columns layer, group, tokens (of all tokens), importance (of raw importance), chosen (of the set's weight).
+    """
+    is_image = np.concatenate(sequences.is_image)
+    of_set = {}
+    for key, part in chosen.groupby(["layer", "group"]):
+        weight = part["weight"].to_numpy(float)
+        of_set[cast(tuple[int, str], key)] = 100 * weight[part["is_image"].to_numpy(bool)].sum() / weight.sum()
+    rows = []
+    for (layer, group), per_sample in scores.items():
+        values = np.concatenate(per_sample).astype(np.float64)
+        rows.append(
+            {
+                "layer": layer,
+                "group": group,
+                "tokens": 100 * is_image.mean(),
+                "importance": 100 * values[is_image].sum() / values.sum(),
+                "chosen": of_set.get((layer, group), np.nan),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def show_samples(data: TokenData, count: int, tokenizer: Any) -> list[SampleTokens]:
+    """Up to ``count`` samples, from as many different sources as there are."""
+    return [show_sample(data, index, tokenizer) for index in spread(data.samples, count)]
+
+
+def show_sample(data: TokenData, index: int, tokenizer: Any) -> SampleTokens:
+    sample, image = data.samples[index], data.sequences.is_image[index]
+    values, share = data.relative[index], data.share[index]
+    return SampleTokens(
+        id=sample.id,
+        source=sample.source,
+        image=decode_image(sample.images[0]) if len(sample.images) == 1 else None,
+        image_values=values[image],
+        image_share=share[image],
+        texts=[tokenizer.decode([token]) for token in data.sequences.token_ids[index][~image]],
+        text_values=values[~image],
+        text_share=share[~image],
+    )
+
+
+def spread(samples: list[Sample], count: int) -> list[int]:
+    """Indices of up to ``count`` samples, from as many different sources as there are."""
+    by_source: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_source.setdefault(sample.source, []).append(index)
+    rounds = max(len(indices) for indices in by_source.values())
+    order = [indices[turn] for turn in range(rounds) for indices in by_source.values() if turn < len(indices)]
+    return order[:count]
+
+
+def heat_norm(samples: list[SampleTokens]) -> mpl.colors.LogNorm:
+    """One scale of colours for all samples, so that they can be compared."""
+    values = np.concatenate([np.concatenate([each.image_values, each.text_values]) for each in samples])
+    positive = values[values > 0]
+    low = max(float(np.quantile(positive, 0.02)), 1e-3) if len(positive) else 1e-3
+    return mpl.colors.LogNorm(low, max(float(values.max()), 2 * low))
+
+
+def plain_picture(sample: SampleTokens) -> Image.Image:
+    """The sample's image at the size that the report shows."""
+    assert sample.image is not None
+    picture = sample.image.copy()
+    picture.thumbnail((_WIDEST, _WIDEST))
+    factor = max(1, _WIDEST // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def heat_picture(sample: SampleTokens, norm: mpl.colors.Normalize) -> Image.Image:
+    """The image in grey under the colour of each token's importance."""
+    return _under(sample, mpl.colormaps[HEAT](norm(np.maximum(sample.image_values, norm.vmin or 0.0))))
+
+
+def set_picture(sample: SampleTokens) -> Image.Image:
+    """The image in grey under the colour of each token's share of the sets."""
+    return _under(sample, SET_COLORS(SET_NORM(sample.image_share)))
+
+
+def _under(sample: SampleTokens, rgba: NDArray[np.float64]) -> Image.Image:
+    picture = plain_picture(sample).convert("L").convert("RGB")
+    return Image.blend(picture, _on_grid(sample, rgba[:, :3], picture.size), 0.72)
+
+
+def _on_grid(sample: SampleTokens, colors: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
+    """Colours [image tokens, 3] in [0, 1] as an image of ``size``, a rectangle per token."""
+    assert sample.grid is not None
+    cells = np.rint(255 * colors).astype(np.uint8).reshape(*sample.grid, 3)
+    return Image.fromarray(cells).resize(size, Image.Resampling.NEAREST)
+
+
+def text_colors(values: NDArray[np.float64], norm: mpl.colors.Normalize) -> list[tuple[str, str]]:
+    """(background, ink) of each text token as hex colours, ink black or white by what can be read."""
+    colors = mpl.colormaps[HEAT](norm(np.maximum(values, norm.vmin or 0.0)))
+    luminance = colors[:, :3] @ np.array([0.2126, 0.7152, 0.0722])
+    inks = np.where(luminance < 0.42, "#ffffff", "#000000")
+    return [(mpl.colors.to_hex(color), str(ink)) for color, ink in zip(colors, inks, strict=True)]
