@@ -176,16 +176,18 @@ def _calibrate_into(
 
 
 def _layer_report(result: LayerResult, ranks: Ranks) -> dict[str, Any]:
-    """What is kept of a finished layer beside its weights: of the leading rank, memory in MiB since its start."""
+    """What is kept of a finished layer beside its weights; times and peaks of memory are the leading rank's."""
     phases = ranks.clock.take()
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
     return {
         "layer": result.index,
         "seconds": round(sum(phases.values()), 3),
         "phases": phases,
         "ranks": ranks.size,
-        "peak_host_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "peak_device_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_initialized() else None,
-        "groups": [asdict(report) for report in result.reports],
+        "peak_host_bytes": host,
+        "peak_device_bytes": device,
+        "groups": [{**asdict(report), "peak_memory_bytes": device or host} for report in result.reports],
     }
 
 

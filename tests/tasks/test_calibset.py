@@ -107,7 +107,7 @@ def test_sets_with_too_few_effective_tokens_are_warned_of(
     for per_sample in scores.values():
         for values, marks in zip(per_sample, sequences.is_image, strict=True):
             values[marks] *= 1000
-    write_importance(scores, sequences, IMPORTANCE)
+    write_importance({"answer": scores}, sequences, IMPORTANCE)
     for source, warned in (("token", 0), ("modality", 4)):
         params = {"source": source, "budget": {"tokens_per_layer": 400}, "weighting": {"least_effective": 60}}
         Path("params.yaml").write_text(yaml.safe_dump({"calibset": params}))
