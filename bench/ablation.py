@@ -32,11 +32,11 @@ from tasks.cli import quiet_libraries
 from tasks.prepare import Columns, PrepareParams, draw, read_table
 from tlq.calibrate import calibrate
 from tlq.checkpoint import read_config, storage_dtype
-from tlq.importance import Importance, Weighting
+from tlq.importance import Importance, Weighting, loss_of
 from tlq.quantizer import get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, encode_batches, image_token_id, token_rows
-from tlq.scoring import score_tokens
+from tlq.scoring import BlockLoss, score_tokens
 from tlq.streaming import ResidentModel
 from tlq.tokens import TokenBudget
 from tlq.weights import SampleWeights, all_tokens, lay_out, token_set
@@ -45,6 +45,9 @@ logger = logging.getLogger("bench.ablation")
 
 RESULTS = Path("bench/results/ablation.csv")
 DOCS = Path("docs")
+
+#: Schemes in which choices are studied; recipes with their defaults are compared in all.
+_STUDIED = ("w3a16", "w2a16")
 
 
 @dataclass(frozen=True)
@@ -71,31 +74,37 @@ class Choice:
 def choices(base: Recipe) -> list[Choice]:
     """The default of ``base``, and every deviation from it that is studied."""
     duo = base.equalization
-    budgets = [("512", 512), ("1024", 1024), ("2048", 2048), ("8192", 8192), ("16384", 16384)]
+    budgets = [("1024", 1024), ("2048", 2048), ("8192", 8192), ("16384", 16384)]
     return [
         Choice("default", "", base),
         Choice("importance", "uniform, all tokens", replace(base, importance="uniform", tokens="all")),
         Choice("importance", "modality, all tokens", replace(base, importance="modality", tokens="all")),
         Choice("importance", "token, all tokens", replace(base, tokens="all")),
+        Choice("importance", "uniform, set", replace(base, importance="uniform")),
         Choice("importance", "modality, set", replace(base, importance="modality")),
+        Choice("importance", "block, set", replace(base, importance="block")),
         Choice("power", "0.5", base, Weighting(power=0.5)),
         Choice("clip quantile", "1 (none)", base, Weighting(clip_quantile=1.0)),
         Choice("clip quantile", "0.9", base, Weighting(clip_quantile=0.9)),
         Choice("modality mix", "0.5", base, Weighting(modality_mix=0.5)),
+        Choice("least effective", "1536", base, Weighting(least_effective=1536)),
         *(Choice("tokens per layer", level, base, budget=TokenBudget(size)) for level, size in budgets),
         Choice("selection", "top", base, budget=TokenBudget(4096, "top")),
+        Choice("sample cap", "0.01", base, budget=TokenBudget(4096, sample_cap=0.01)),
+        Choice("pool", "64 samples", base, samples=64),
+        *([] if base.rounding == "nearest" else [Choice("rounding", "nearest", replace(base, rounding="nearest"))]),
         Choice("equalization", "no duo", replace(base, equalization=replace(duo, duo=False))),
         Choice("equalization", "none", replace(base, equalization=replace(duo, method="none"))),
         Choice("inputs", "full precision", replace(base, inputs="full_precision")),
         Choice("target", "exposed inputs", replace(base, target="exposed")),
-        Choice("pool", "64 samples", base, samples=64),
     ]
 
 
 def study() -> list[Choice]:
-    """Baselines with their own defaults, then `tlq` and `tlq-c` with one choice changed at a time."""
+    """Baselines with their own defaults, then `tlq-c` with one choice changed at a time; `tlq` by source alone."""
     baselines = [Choice("default", "", get_recipe(name)) for name in ("rtn", "smoothquant", "awq", "gptq", "mbq")]
-    return [*baselines, *choices(get_recipe("tlq")), *choices(get_recipe("tlq-c"))]
+    plain = [choice for choice in choices(get_recipe("tlq")) if choice.factor in ("default", "importance")]
+    return [*baselines, *plain, *choices(get_recipe("tlq-c"))]
 
 
 def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, seed: int) -> dict[str, float]:
@@ -130,15 +139,19 @@ class Pool:
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )
         self.scores: Importance = score_tokens(ResidentModel(model), self.batches, size)
+        block = BlockLoss(get_scheme("w3a16"), storage_dtype(read_config(MODEL)))
+        self.block_scores: Importance = score_tokens(ResidentModel(model), self.batches, size, block)
         marks = {
             sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(self.batches)
         }
         self.is_image: list[NDArray[np.bool_]] = [marks[sample] for sample in range(size)]
 
     def weights(self, choice: Choice, seed: int) -> SampleWeights:
+        source = choice.recipe.importance
+        scores = self.scores if loss_of(source) == "answer" else self.block_scores
         if choice.recipe.tokens == "all":
-            return all_tokens(self.scores, self.is_image, choice.recipe.importance, choice.weighting)
-        return token_set(self.scores, self.is_image, choice.recipe.importance, choice.weighting, choice.budget, seed)
+            return all_tokens(scores, self.is_image, source, choice.weighting)
+        return token_set(scores, self.is_image, source, choice.weighting, choice.budget, seed)
 
 
 def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: str | None) -> None:
@@ -165,7 +178,9 @@ def _plan(
                 (choice, scheme)
                 for choice in rows
                 for scheme in schemes
-                if choice.samples == size and tuple(_key(choice, scheme, seed).values()) not in done
+                if choice.samples == size
+                and (choice.factor == "default" or scheme in _STUDIED)
+                and tuple(_key(choice, scheme, seed).values()) not in done
             ]
             if wanted:
                 yield seed, size, wanted

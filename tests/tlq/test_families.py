@@ -23,7 +23,7 @@ from tlq.checkpoint import load_model
 from tlq.decoder import enter_decoder, run_layer
 from tlq.equalization import Candidate, Fold
 from tlq.importance import Importance
-from tlq.quantizer import QuantizedWeight, get_scheme
+from tlq.quantizer import SCHEMES, QuantizedWeight, get_scheme
 from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Batch
 from tlq.scoring import score_tokens
@@ -217,8 +217,8 @@ def without_padding(batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 @every_family
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
-@pytest.mark.parametrize("recipe", ["tlq", "tlq-c"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
     build: Builder, export: Callable[[str, str, str], Exported], name: str, recipe: str, scheme: str
 ) -> None:
@@ -231,11 +231,13 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
         for reader in (loaded, decompressed):
             assert_same_logits(reader(**batch.inputs).logits[batch.valid], expected, scheme)
         original = built.model(**batch.inputs).logits[batch.valid]
-        assert float((expected - original).abs().max()) > 1e-2  # it really is quantized
+        least = 1e-3 if scheme == "w8a8" else 1e-2
+        assert float((expected - original).abs().max()) > least  # it really is quantized
 
     prompt = without_padding(batches_of(name, batch_size=1)[0])
     readers = [decompressed]
-    if scheme == "w4a8" and name in GENERATE_FAILS_WHEN_LOADED_PLAINLY:
+    activations = get_scheme(scheme).activation_bits is not None
+    if activations and name in GENERATE_FAILS_WHEN_LOADED_PLAINLY:
         with pytest.raises(AttributeError, match="'dict' object has no attribute 'pooler_output'"):
             loaded.generate(**prompt, max_new_tokens=3)
     else:
@@ -244,7 +246,10 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
         answer = reader.generate(**prompt, max_new_tokens=3, do_sample=False)
         assert answer.shape == (1, prompt["input_ids"].shape[1] + 3)
         first = model(**prompt).logits[0, -1]
-        assert int(answer[0, -3]) == int(first.argmax())
+        if activations:  # one on a rounding edge may decide between two words
+            assert float(first.max() - first[int(answer[0, -3])]) < 0.1
+        else:
+            assert int(answer[0, -3]) == int(first.argmax())
 
     everything_else_is_in_full_precision(built, decompressed, path)
 
@@ -270,19 +275,6 @@ def everything_else_is_in_full_precision(built: Built, loaded: nn.Module, path: 
             assert torch.equal(parameter, parameters[name]), name
     packed = [name for name in read_tensors(path) if name.endswith("weight_scale")]
     assert len(packed) == len(linears) == 14
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("recipe", ["rtn", "smoothquant", "awq", "gptq", "mbq"])
-@pytest.mark.parametrize(("name", "scheme"), [("qwen3_vl", "w3a16"), ("gemma3", "w4a8")])
-def test_the_other_recipes_export_the_unusual_families(
-    build: Builder, export: Callable[[str, str, str], Exported], name: str, recipe: str, scheme: str
-) -> None:
-    model, path = export(name, recipe, scheme)
-    loaded = load_model(path)
-    for batch in build(name).batches:
-        difference = loaded(**batch.inputs).logits - model(**batch.inputs).logits
-        assert float(difference[batch.valid].abs().max()) < 1e-4
 
 
 @torch.no_grad()
