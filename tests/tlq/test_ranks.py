@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import random_samples, write_tiny_qwen2_vl
 from exporting import read_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import random_samples, write_tiny_qwen2_vl
 
 from tasks.files import write_samples
 from tlq.ranks import SHARDS, Ranks, shard_ranges
