@@ -55,7 +55,7 @@ def test_a_version_has_scores_lineage_and_answers_questions(workspace: Path) -> 
     assert "dvc.other" not in run.data.tags
 
     model = mlflow.pyfunc.load_model("models:/tiny-w3a16/1")
-    from tests.conftest import png
+    from tiny import png
 
     answers = model.predict(pd.DataFrame({"image": [png(0)], "question": ["What is it?"]}))
     assert len(answers) == 1
