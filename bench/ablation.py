@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from bench.laboratory import MODEL, WORLD, Laboratory
 from tasks.cli import quiet_libraries
@@ -35,7 +34,7 @@ from tlq.checkpoint import read_config, storage_dtype
 from tlq.importance import Importance, Weighting, loss_of
 from tlq.quantizer import get_scheme
 from tlq.recipes import Recipe, get_recipe
-from tlq.samples import Batch, encode_batches, image_token_id, token_rows
+from tlq.samples import Batch, Sequences, encode_batches, image_token_id, sequences_of
 from tlq.scoring import BlockLoss, score_tokens
 from tlq.streaming import ResidentModel
 from tlq.tokens import TokenBudget
@@ -141,17 +140,15 @@ class Pool:
         self.scores: Importance = score_tokens(ResidentModel(model), self.batches, size)
         block = BlockLoss(get_scheme("w3a16"), storage_dtype(read_config(MODEL)))
         self.block_scores: Importance = score_tokens(ResidentModel(model), self.batches, size, block)
-        marks = {
-            sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(self.batches)
-        }
-        self.is_image: list[NDArray[np.bool_]] = [marks[sample] for sample in range(size)]
+        self.sequences: Sequences = sequences_of(self.batches)
 
     def weights(self, choice: Choice, seed: int) -> SampleWeights:
         source = choice.recipe.importance
+        is_image, is_answer = self.sequences.is_image, self.sequences.is_answer
         scores = self.scores if loss_of(source) == "answer" else self.block_scores
         if choice.recipe.tokens == "all":
-            return all_tokens(scores, self.is_image, source, choice.weighting)
-        return token_set(scores, self.is_image, source, choice.weighting, choice.budget, seed)
+            return all_tokens(scores, is_image, source, choice.weighting, is_answer)
+        return token_set(scores, is_image, source, choice.weighting, choice.budget, seed, is_answer)
 
 
 def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: str | None) -> None:

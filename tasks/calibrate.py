@@ -65,7 +65,7 @@ def weights_of(recipe: Recipe, calibset: CalibsetParams, importance: Path, token
     sequences = read_sequences(importance)
     if recipe.tokens == "all":
         scores = read_importance(importance, loss_of(recipe.importance))
-        return all_tokens(scores, sequences.is_image, recipe.importance, calibset.weighting)
+        return all_tokens(scores, sequences.is_image, recipe.importance, calibset.weighting, sequences.is_answer)
     if recipe.importance != calibset.source:
         raise ParamsError(
             f"params.yaml: recipe {recipe.name} weighs tokens by {recipe.importance} importance, the token set was "

@@ -16,10 +16,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tasks.cli import run
-from tasks.files import CALIBSET, IMPORTANCE, Sequences, read_importance, read_sequences, write_parquet
+from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_sequences, write_parquet
 from tasks.params import section
 from tlq.files import new_directory, write_text
 from tlq.importance import Importance, Source, Weighting, loss_of
+from tlq.samples import Sequences
 from tlq.tokens import TokenBudget, effective_sample_size
 from tlq.weights import token_set
 
@@ -42,7 +43,15 @@ class CalibsetParams:
 
 def build(scores: Importance, sequences: Sequences, params: CalibsetParams) -> pd.DataFrame:
     """The token-level calibration set of every layer and group, one row per chosen token."""
-    weights = token_set(scores, sequences.is_image, params.source, params.weighting, params.budget, params.seed)
+    weights = token_set(
+        scores,
+        sequences.is_image,
+        params.source,
+        params.weighting,
+        params.budget,
+        params.seed,
+        sequences.is_answer,
+    )
     parts = [
         _rows(layer, group, sample, values, sequences)
         for (layer, group), per_sample in weights.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from tlq.files import new_directory, new_file
 from tlq.importance import Importance, LossName
-from tlq.samples import Sample
+from tlq.samples import Sample, Sequences
 
 PREPARED = Path("data/prepared")
 IMPORTANCE = Path("data/importance")
@@ -61,20 +60,8 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     return [Sample(**row) for row in table.slice(0, limit).to_pylist()]
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Token ids and image marks of every sample that importance was scored on."""
-
-    token_ids: list[NDArray[np.int32]]
-    is_image: list[NDArray[np.bool_]]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.token_ids]
-
-
 def write_importance(scores: Mapping[LossName, Importance], sequences: Sequences, folder: Path) -> None:
-    """``scores.parquet`` (loss, layer, group, sample, values), ``sequences.parquet`` (sample, token_ids, is_image)."""
+    """Write ``scores.parquet`` (loss, layer, group, sample, values) and ``sequences.parquet``, a row per sample."""
     rows: list[dict[str, Any]] = [
         {"loss": loss, "layer": layer, "group": group, "sample": sample, "values": values}
         for loss, importance in scores.items()
@@ -90,7 +77,8 @@ def write_importance(scores: Mapping[LossName, Importance], sequences: Sequences
             ("values", pa.list_(pa.float32())),
         ]
     )
-    token_rows = {"token_ids": sequences.token_ids, "is_image": sequences.is_image}
+    marks = {"is_image": sequences.is_image, "is_answer": sequences.is_answer}
+    token_rows = {"token_ids": sequences.token_ids, **marks}
     with new_directory(folder) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary / "scores.parquet", compression="zstd")
         pq.write_table(pa.table(token_rows), temporary / "sequences.parquet", compression="zstd")
@@ -98,10 +86,10 @@ def write_importance(scores: Mapping[LossName, Importance], sequences: Sequences
 
 def read_sequences(folder: Path) -> Sequences:
     table = _read_table(folder / "sequences.parquet", "importance")
-    return Sequences(
-        [np.asarray(ids, np.int32) for ids in table["token_ids"].to_pylist()],
-        [np.asarray(marks, np.bool_) for marks in table["is_image"].to_pylist()],
+    is_image, is_answer = (
+        [np.asarray(marks, np.bool_) for marks in table[name].to_pylist()] for name in ("is_image", "is_answer")
     )
+    return Sequences([np.asarray(ids, np.int32) for ids in table["token_ids"].to_pylist()], is_image, is_answer)
 
 
 def read_importance(folder: Path, loss: LossName = "answer") -> Importance:

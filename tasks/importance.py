@@ -5,21 +5,18 @@ Reads data/prepared, writes data/importance (scores.parquet, sequences.parquet).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tasks.cli import device, run
-from tasks.files import IMPORTANCE, PREPARED, Sequences, read_samples, write_importance
+from tasks.files import IMPORTANCE, PREPARED, read_samples, write_importance
 from tasks.launch import on_ranks
 from tasks.params import ModelParams, section
 from tlq.importance import LossName
 from tlq.processor import load_processor
 from tlq.quantizer import get_scheme
 from tlq.ranks import joined_ranks
-from tlq.samples import Batch, encode_batches, image_token_id, token_rows
+from tlq.samples import encode_batches, image_token_id, sequences_of
 from tlq.scoring import AnswerLoss, BlockLoss, Loss, score_resumably
 from tlq.state import WorkFolder
 from tlq.streaming import StreamedModel
@@ -63,20 +60,9 @@ def score() -> None:
             for name, folder in work.items()
         }
         if ranks.leads:
-            write_importance(scores, sequences_of(batches, len(samples)), Path(IMPORTANCE))
+            write_importance(scores, sequences_of(batches), Path(IMPORTANCE))
             for folder in work.values():
                 folder.remove()
-
-
-def sequences_of(batches: Sequence[Batch], samples: int) -> Sequences:
-    """Token ids and image marks of every sample, padding removed."""
-    token_ids = [np.empty(0, np.int32)] * samples
-    is_image = [np.empty(0, np.bool_)] * samples
-    for sample, row, batch in token_rows(batches):
-        valid = batch.valid[row]
-        token_ids[sample] = batch.input_ids[row][valid].numpy().astype(np.int32)
-        is_image[sample] = batch.is_image[row][valid].numpy()
-    return Sequences(token_ids, is_image)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tlq.processor import load_processor
 from tlq.quantizer import Scheme, get_scheme
 from tlq.ranks import Ranks
 from tlq.recipes import Recipe, get_recipe
-from tlq.samples import Batch, Sample, encode_batches, image_token_id, token_rows
+from tlq.samples import Batch, Sample, encode_batches, image_token_id, sequences_of
 from tlq.scoring import AnswerLoss, BlockLoss, score_tokens
 from tlq.state import WorkFolder, data_digest, model_digest
 from tlq.streaming import StreamedModel
@@ -221,8 +221,8 @@ def _weights(
     seed: int,
 ) -> SampleWeights:
     """What the stages importance and calibset would hand to calibration."""
-    marks = {sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(batches)}
-    is_image = [marks[sample] for sample in sorted(marks)]
+    sequences = sequences_of(batches)
+    is_image, is_answer = sequences.is_image, sequences.is_answer
     if recipe.importance == "uniform" and recipe.tokens == "all":
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
@@ -230,5 +230,5 @@ def _weights(
     loss = BlockLoss(scheme, model.storage) if loss_of(recipe.importance) == "block" else AnswerLoss()
     scores = score_tokens(model, batches, len(is_image), loss)
     if recipe.tokens == "set":
-        return token_set(scores, is_image, recipe.importance, weighting, budget, seed)
-    return all_tokens(scores, is_image, recipe.importance, weighting)
+        return token_set(scores, is_image, recipe.importance, weighting, budget, seed, is_answer)
+    return all_tokens(scores, is_image, recipe.importance, weighting, is_answer)

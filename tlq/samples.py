@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -52,6 +54,36 @@ class Batch:
     @property
     def input_ids(self) -> Tensor:
         return self.inputs["input_ids"]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What every sample consists of, padding removed: one array per sample, one element per token.
+
+    Attributes:
+        token_ids: int32.
+        is_image: whether it is an image token.
+        is_answer: whether the loss is taken on it.
+    """
+
+    token_ids: list[NDArray[np.int32]]
+    is_image: list[NDArray[np.bool_]]
+    is_answer: list[NDArray[np.bool_]]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.token_ids]
+
+
+def sequences_of(batches: Sequence[Batch]) -> Sequences:
+    """The samples of all micro-batches, in order of their numbers."""
+    found = {}
+    for sample, row, batch in token_rows(batches):
+        valid = batch.valid[row]
+        ids, image, answer = (part[row][valid].numpy() for part in (batch.input_ids, batch.is_image, batch.is_answer))
+        found[sample] = (ids.astype(np.int32), image, answer)
+    ordered = [found[sample] for sample in sorted(found)]
+    return Sequences(*([parts[column] for parts in ordered] for column in range(3)))
 
 
 def decode_image(data: bytes) -> Image.Image:

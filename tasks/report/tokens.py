@@ -11,11 +11,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from tasks.files import CALIBSET, IMPORTANCE, PREPARED, Sequences, read_importance, read_samples, read_sequences
+from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_samples, read_sequences
 from tasks.files import read_tokens as read_token_set
 from tasks.report.pictures import grid_shape
 from tlq.importance import Importance
-from tlq.samples import Sample, decode_image
+from tlq.samples import Sample, Sequences, decode_image
 
 HEAT = "inferno"
 #: Share of the sets that a token is in; the square root lets small shares be seen.

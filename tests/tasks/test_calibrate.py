@@ -218,12 +218,15 @@ def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch])
     scores, sequences = read_importance(IMPORTANCE), read_sequences(IMPORTANCE)
     for name in ("awq", "mbq"):
         weights = lay_out(weights_of(RECIPES[name], params, IMPORTANCE, CALIBSET / "tokens.parquet"), encoded)
-        expected = all_tokens(scores, sequences.is_image, RECIPES[name].importance, Weighting())
+        source, marks = RECIPES[name].importance, (sequences.is_image, sequences.is_answer)
+        expected = all_tokens(scores, marks[0], source, Weighting(), marks[1])
         assert set(weights) == set(expected) == set(scores)
         for key in scores:
             found = unpadded(list(weights[key]), encoded)
             for sample, values in expected[key].items():
                 np.testing.assert_array_equal(found[sample], values)
+                if name == "mbq":  # what is neither image nor answer does not count
+                    assert np.array_equal(values > 0, marks[0][sample] | marks[1][sample])
 
 
 def test_named_layers_keep_full_precision(stage: Stage) -> None:

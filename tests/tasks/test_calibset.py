@@ -13,8 +13,9 @@ import yaml
 
 from tasks import calibset
 from tasks.calibset import CalibsetParams, build, summarise
-from tasks.files import IMPORTANCE, Sequences, write_importance
+from tasks.files import IMPORTANCE, write_importance
 from tlq.importance import Importance, Weighting, token_weights
+from tlq.samples import Sequences
 from tlq.tokens import TokenBudget, effective_sample_size
 
 LENGTHS = [30, 22, 41]
@@ -29,7 +30,10 @@ def scored() -> tuple[Importance, Sequences]:
         for group in ("qkv", "down")
     }
     token_ids = [generator.integers(0, 500, length).astype(np.int32) for length in LENGTHS]
-    return scores, Sequences(token_ids, [np.arange(length) < length // 2 for length in LENGTHS])
+    positions = [np.arange(length) for length in LENGTHS]
+    is_image = [position < len(position) // 2 for position in positions]
+    is_answer = [position >= len(position) - 3 for position in positions]
+    return scores, Sequences(token_ids, is_image, is_answer)
 
 
 @pytest.mark.parametrize("selection", ["top", "sample"])

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.files import (
-    Sequences,
     read_importance,
     read_samples,
     read_sequences,
@@ -20,7 +19,7 @@ from tasks.files import (
     write_samples,
 )
 from tlq.files import new_directory, new_file, write_text
-from tlq.samples import Sample
+from tlq.samples import Sample, Sequences
 
 
 def names(folder: Path) -> list[str]:
@@ -149,7 +148,9 @@ def test_importance_survives_the_round_trip(tmp_path: Path) -> None:
         for group in ("qkv", "o")
     }
     sequences = Sequences(
-        [np.arange(length, dtype=np.int32) for length in lengths], [np.arange(length) % 2 == 0 for length in lengths]
+        [np.arange(length, dtype=np.int32) for length in lengths],
+        [np.arange(length) % 2 == 0 for length in lengths],
+        [np.arange(length) % 3 == 1 for length in lengths],
     )
     write_importance({"answer": scores}, sequences, tmp_path / "importance")
     with pytest.raises(ValueError, match="no scores of the loss block; add it to importance.losses"):
@@ -161,5 +162,6 @@ def test_importance_survives_the_round_trip(tmp_path: Path) -> None:
             np.testing.assert_array_equal(one, other)
     again = read_sequences(tmp_path / "importance")
     assert again.lengths == lengths
-    for before, after in ((sequences.token_ids, again.token_ids), (sequences.is_image, again.is_image)):
+    for name in ("token_ids", "is_image", "is_answer"):
+        before, after = getattr(sequences, name), getattr(again, name)
         assert [(part.dtype, part.tolist()) for part in before] == [(part.dtype, part.tolist()) for part in after]

@@ -32,6 +32,8 @@ def test_sequences_are_the_tokens_of_the_samples_asked_for(tiny_processor: Any) 
             f"<|im_start|>assistant\n{answer}<|im_end|>"
         )
         assert np.array_equal(marks, ids == image_id)
+    for sample, ids, marks in zip(samples, sequences.token_ids, sequences.is_answer, strict=True):
+        assert tiny_processor.tokenizer.decode(ids[marks]) == sample.messages[1]["content"] + "<|im_end|>"
 
 
 def test_scores_are_those_of_the_method(scores: Importance, project: Path) -> None:

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from report_results import VARIANTS, metrics, write_metrics
 
-from tasks.files import Sequences
 from tasks.params import VariantParams
 from tasks.report import charts, page
 from tasks.report.inline import VARIABLES, svg
@@ -24,7 +23,7 @@ from tasks.report.lineage import Lineage, locked_outputs
 from tasks.report.pictures import TokenPicture, draw_scores, draw_tokens, grid_shape
 from tasks.report.results import Results, Variant, read_results, weight_bytes
 from tasks.report.tokens import SampleTokens, modality_shares, relative_importance, set_picture, set_share, spread
-from tlq.samples import Sample
+from tlq.samples import Sample, Sequences
 
 
 class Resources(HTMLParser):
@@ -326,7 +325,8 @@ def test_a_token_in_every_set_is_darker_than_one_in_none() -> None:
 
 def test_shares_of_image_tokens() -> None:
     scores = {(0, "qkv"): [np.array([1, 3], np.float32), np.array([4], np.float32)]}
-    sequences = Sequences([np.zeros(2, np.int32), np.zeros(1, np.int32)], [np.array([False, True]), np.array([False])])
+    is_image = [np.array([False, True]), np.array([False])]
+    sequences = Sequences([np.zeros(2, np.int32), np.zeros(1, np.int32)], is_image, [~marks for marks in is_image])
     chosen = pd.DataFrame(
         {
             "layer": 0,
