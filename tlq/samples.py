@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, TypedDict
 
 import numpy as np
@@ -77,13 +78,12 @@ class Sequences:
 
 def sequences_of(batches: Sequence[Batch]) -> Sequences:
     """The samples of all micro-batches, in order of their numbers."""
-    found = {}
-    for sample, row, batch in token_rows(batches):
-        valid = batch.valid[row]
-        ids, image, answer = (part[row][valid].numpy() for part in (batch.input_ids, batch.is_image, batch.is_answer))
-        found[sample] = (ids.astype(np.int32), image, answer)
-    ordered = [found[sample] for sample in sorted(found)]
-    return Sequences(*([parts[column] for parts in ordered] for column in range(3)))
+    rows = [(batch, row, batch.valid[row]) for _, row, batch in sorted(token_rows(batches), key=itemgetter(0))]
+    return Sequences(
+        [batch.input_ids[row][valid].numpy().astype(np.int32) for batch, row, valid in rows],
+        [batch.is_image[row][valid].numpy() for batch, row, valid in rows],
+        [batch.is_answer[row][valid].numpy() for batch, row, valid in rows],
+    )
 
 
 def decode_image(data: bytes) -> Image.Image:
