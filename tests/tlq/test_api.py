@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tlq.api import quantize
+import tlq
+from tlq import quantize
 from tlq.checkpoint import load_model
 from tlq.recipes import Equalization, Recipe
 from tlq.samples import Sample
@@ -19,8 +20,14 @@ from tlq.tokens import TokenBudget
 def test_a_checkpoint_is_quantized_in_one_call(
     tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path, recipe: str
 ) -> None:
-    reports = quantize(
-        tiny_checkpoint, tmp_path / "out", samples, recipe, "w3a16", budget=TokenBudget(300), batch_size=3
+    reports = tlq.quantize(
+        tiny_checkpoint,
+        tmp_path / "out",
+        calibration=samples,
+        recipe=recipe,
+        scheme="w3a16",
+        budget=TokenBudget(300),
+        batch_size=3,
     )
     report = json.loads((tmp_path / "out/calibration.json").read_text())
     assert report["recipe"]["name"] == recipe
@@ -43,6 +50,11 @@ def test_a_folder_with_files_is_not_written_over(tiny_checkpoint: Path, samples:
     with pytest.raises(FileExistsError, match="not empty"):
         quantize(tiny_checkpoint, tmp_path, samples, "rtn", "w3a16")
     assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_the_package_has_this_one_name() -> None:
+    with pytest.raises(AttributeError, match="module 'tlq' has no attribute 'quantise'"):
+        tlq.quantise  # noqa: B018
 
 
 def test_unknown_names_list_the_known_ones(tiny_checkpoint: Path, tmp_path: Path) -> None:
