@@ -102,6 +102,7 @@ def choices(base: Recipe) -> list[Choice]:
 def study() -> list[Choice]:
     """Baselines with their own defaults, then `tlq-c` with one choice changed at a time; `tlq` by source alone."""
     baselines = [Choice("default", "", get_recipe(name)) for name in ("rtn", "smoothquant", "awq", "gptq", "mbq")]
+    baselines.append(Choice("text", "answers only", get_recipe("mbq"), Weighting(text="answer")))
     plain = [choice for choice in choices(get_recipe("tlq")) if choice.factor in ("default", "importance")]
     return [*baselines, *plain, *choices(get_recipe("tlq-c"))]
 

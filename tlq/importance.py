@@ -34,12 +34,15 @@ class Weighting:
         modality_mix: share of the token's modality mean mixed in; 0 is TLQ's own, 1 leaves one weight per modality.
         least_effective: least effective sample size (sum w)^2 / sum w^2, in tokens, of sources `token` and `block`: as
             little of weight 1 is mixed in as reaches it; 0 asks for none.
+        text: which tokens source `modality` counts as text: `all` that are not of an image, as MBQ's paper does, or
+            those of the `answer` only, as its code does, made for captions: other text then has no weight.
     """
 
     power: float = 1.0
     clip_quantile: float = 0.99
     modality_mix: float = 0.0
     least_effective: int = 0
+    text: Literal["all", "answer"] = "all"
 
     def __post_init__(self) -> None:
         if self.power <= 0:
@@ -50,6 +53,8 @@ class Weighting:
             raise ValueError(f"importance modality_mix is {self.modality_mix}, must be in [0, 1]")
         if self.least_effective < 0:
             raise ValueError(f"importance least_effective is {self.least_effective}, must not be negative")
+        if self.text not in ("all", "answer"):
+            raise ValueError(f"importance text is {self.text!r}; choose all or answer")
 
 
 def token_weights(
@@ -92,8 +97,8 @@ def modality_weights(
 
     Args:
         raw: importance at the output of the attention or MLP that the group belongs to.
-        is_answer: what counts as text. MBQ's code knows answer tokens only and leaves all others out of the objective,
-            as these weights then do; without marks every token that is not of an image is text.
+        is_answer: what counts as text, all else being left out of the objective (see ``Weighting.text``); without
+            marks every token that is not of an image is text.
         least_ratio: the ratio is raised to this, in MBQ's code its median over layers.
     """
     text = text_tokens(is_image, is_answer)
@@ -126,7 +131,7 @@ def modality_ratio(
 def text_tokens(
     is_image: Sequence[NDArray[np.bool_]], is_answer: Sequence[NDArray[np.bool_]] | None
 ) -> Sequence[NDArray[np.bool_]]:
-    """Tokens that MBQ counts as text: those of the answer, or without such marks all that are not of an image."""
+    """Tokens that count as text: those of the answer, or without such marks all that are not of an image."""
     return [~marks for marks in is_image] if is_answer is None else is_answer
 
 

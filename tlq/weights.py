@@ -46,7 +46,7 @@ def all_tokens(
 
     Args:
         scores: raw importance of every layer and group: of the answer's loss, or of the block's for source `block`.
-        is_answer: which tokens are the answer's, for source `modality` (see ``tlq.importance.modality_weights``).
+        is_answer: which tokens are the answer's, for source `modality` with ``weighting.text`` `answer`.
     """
     groups = _weights_of_groups(scores, is_image, source, weighting, is_answer)
     return {key: dict(enumerate(weights)) for key, weights in groups}
@@ -63,6 +63,10 @@ def _weights_of_groups(
 
     `modality` weighs a group by the importance at the output of its attention or MLP, as MBQ does.
     """
+    if weighting.text == "all":
+        is_answer = None
+    elif is_answer is None:
+        raise ValueError("weighting.text is 'answer', but nothing tells which tokens are; give is_answer")
     least_ratio = _median_ratios(scores, is_image, is_answer) if source == "modality" else {}
     for layer, group in sorted(scores):
         if source == "modality":

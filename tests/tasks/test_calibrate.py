@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +226,14 @@ def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch])
             found = unpadded(list(weights[key]), encoded)
             for sample, values in expected[key].items():
                 np.testing.assert_array_equal(found[sample], values)
-                if name == "mbq":  # what is neither image nor answer does not count
-                    assert np.array_equal(values > 0, marks[0][sample] | marks[1][sample])
+
+
+def test_mbq_may_count_answers_alone_as_text() -> None:
+    params, sequences = section("calibset", CalibsetParams), read_sequences(IMPORTANCE)
+    params = replace(params, weighting=Weighting(text="answer"))
+    for per_sample in weights_of(RECIPES["mbq"], params, IMPORTANCE, CALIBSET / "tokens.parquet").values():
+        for sample, values in per_sample.items():
+            assert np.array_equal(values > 0, sequences.is_image[sample] | sequences.is_answer[sample])
 
 
 def test_named_layers_keep_full_precision(stage: Stage) -> None:

@@ -250,6 +250,7 @@ def test_a_loss_that_no_token_influences_is_refused() -> None:
         ({"clip_quantile": 0}, r"\(0, 1\]"),
         ({"modality_mix": 2}, r"\[0, 1\]"),
         ({"least_effective": -1}, "least_effective is -1, must not be negative"),
+        ({"text": "captions"}, "text is .captions.; choose all or answer"),
     ],
 )
 def test_impossible_weightings_are_refused(changes: dict[str, Any], message: str) -> None:

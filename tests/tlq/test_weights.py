@@ -63,7 +63,8 @@ def test_modality_weights_are_those_of_mbq(seed: int, layers: int, marked: bool)
     scores, is_image, is_answer = scored(seed, layers)
     is_text = is_answer if marked else [~marks for marks in is_image]
     expected = plain_mbq(scores, is_image, is_text)
-    weights = all_tokens(scores, is_image, "modality", Weighting(), is_answer if marked else None)
+    weighting = Weighting(text="answer" if marked else "all")
+    weights = all_tokens(scores, is_image, "modality", weighting, is_answer)
     assert set(weights) == set(expected)
     for key, factors in expected.items():
         whole = np.concatenate([weights[key][sample] for sample in range(len(is_image))])
@@ -95,7 +96,9 @@ def test_other_sources_weigh_every_group_by_its_own_scores(source: str) -> None:
 
 def test_a_set_by_modality_holds_answers_and_images_only() -> None:
     scores, is_image, is_answer = scored(8)
-    chosen = token_set(scores, is_image, "modality", Weighting(), TokenBudget(40), 0, is_answer)
+    chosen = token_set(scores, is_image, "modality", Weighting(text="answer"), TokenBudget(40), 0, is_answer)
+    with pytest.raises(ValueError, match="nothing tells which tokens are"):
+        token_set(scores, is_image, "modality", Weighting(text="answer"), TokenBudget(40), 0)
     for per_sample in chosen.values():
         for sample, values in per_sample.items():
             assert not values[~is_image[sample] & ~is_answer[sample]].any()
