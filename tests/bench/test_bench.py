@@ -35,7 +35,7 @@ def test_a_study_changes_one_choice_at_a_time() -> None:
 
 def test_what_is_done_is_not_run_again(results: Path) -> None:
     ablation._append(row("mbq", 0, 0.1), set())
-    planned = list(ablation._plan([0, 1], ["w3a16"], ablation._finished(), "mbq"))
+    planned = list(ablation._plan([0, 1], ["w3a16"], ablation._finished(), "mbq: default"))
     assert [(seed, [choice.name for choice, _ in wanted]) for seed, _, wanted in planned] == [(1, ["mbq: default "])]
 
 

@@ -228,7 +228,8 @@ def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch])
                 np.testing.assert_array_equal(found[sample], values)
 
 
-def test_mbq_may_count_answers_alone_as_text() -> None:
+def test_mbq_may_count_answers_alone_as_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
     params, sequences = section("calibset", CalibsetParams), read_sequences(IMPORTANCE)
     params = replace(params, weighting=Weighting(text="answer"))
     for per_sample in weights_of(RECIPES["mbq"], params, IMPORTANCE, CALIBSET / "tokens.parquet").values():
