@@ -126,6 +126,7 @@ def calibrate_layers(
     storage: torch.dtype,
     ranks: Ranks | None = None,
     finished: Mapping[int, Callable[[], LayerResult]] | None = None,
+    memory: HostMemory | None = None,
 ) -> Iterator[LayerResult]:
     """Quantize one decoder layer after the other. ``ranks.clock`` tells what the time went into.
 
@@ -135,6 +136,7 @@ def calibrate_layers(
         storage: dtype in which the checkpoint keeps scales and norms.
         ranks: this process's place in a group; alone without it.
         finished: results of layers done before, the first ones in order; they are not computed again.
+        memory: where hidden states are kept.
 
     Raises:
         ValueError: a group size does not divide a layer's width, or data that the recipe needs is missing.
@@ -148,7 +150,7 @@ def calibrate_layers(
     finished = finished or {}
     if len(finished) == layers:
         return
-    loop = LayerLoop(model, batches, weights, recipe, scheme, storage, ranks)
+    loop = LayerLoop(model, batches, weights, recipe, scheme, storage, ranks, memory)
     order = range(layers) if recipe.needs_data else range(len(finished), layers)
     coming = model.layers(order)
     for _ in order:

@@ -106,7 +106,7 @@ class Statistics:
             FloatingPointError: it never does.
         """
         while damping < 1e3:
-            factor = Factor.of(self._damped(damping, s))
+            factor = Factor.of_reversed(self._damped(damping, s))
             if factor is not None:
                 return factor, damping
             damping = max(10 * damping, _LEAST_DAMPING)
@@ -115,9 +115,11 @@ class Statistics:
         )
 
     def _damped(self, damping: float, s: Tensor | None) -> Tensor:
-        hessian = self.hessian.clone()
+        """The damped C of inputs divided by s, rows and columns reversed."""
+        hessian = self.hessian.flip(0, 1)
         if s is not None:
-            hessian.div_(s).div_(s[:, None])
+            backwards = s.flip(0)
+            hessian.div_(backwards).div_(backwards[:, None])
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         mean = float(diagonal.mean()) or 1.0

@@ -37,8 +37,16 @@ class Factor:
     @classmethod
     def of(cls, hessian: Tensor) -> Factor | None:
         """Factors of a symmetric matrix [in, in], or None if it is not positive definite."""
-        # Read backwards, the lower Cholesky factor of the reversed matrix is the upper one of the matrix itself.
-        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        return cls.of_reversed(hessian.flip(0, 1))
+
+    @classmethod
+    def of_reversed(cls, hessian: Tensor) -> Factor | None:
+        """``of`` for a matrix whose rows and columns come in reverse order; it is not kept.
+
+        Read backwards, the lower Cholesky factor of the reversed matrix is the upper one of the matrix itself.
+        """
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        del hessian  # the widest group of a 72B model needs gigabytes for each of these
         if int(info):
             return None
         upper = lower.flip(0, 1)
