@@ -30,14 +30,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig
 
 from bench.laboratory import MODEL, WORLD, Laboratory
+from bench.models import SHAPES, write_random_model
 from tasks.cli import quiet_libraries
 from tasks.files import read_samples, write_samples
 from tasks.prepare import Columns, PrepareParams, draw, read_table
 from tlq.api import quantize
-from tlq.checkpoint import copy_processor_files, load_model
+from tlq.checkpoint import load_model
 from tlq.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
 from tlq.tokens import TokenBudget
@@ -59,20 +60,6 @@ def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int
         batches = encode_batches([samples[index] for index in group], processor, image_id, BATCH, 10**6)
         inputs += [batch.inputs for batch in batches]
     return inputs
-
-
-def write_middle_model(folder: Path) -> None:
-    """A Qwen2-VL of hidden size 1024 and 8 layers with random weights and the demo model's processor."""
-    config: Any = Qwen2VLConfig.from_pretrained(MODEL)
-    text = config.text_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 1024, 4096, 8
-    text.num_attention_heads, text.num_key_value_heads = 16, 4
-    text.layer_types = ["full_attention"] * 8
-    config.vision_config.hidden_size = 1024
-    torch.manual_seed(0)
-    model: Any = Qwen2VLForConditionalGeneration(config)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    copy_processor_files(MODEL, folder)
 
 
 def ours(model: Path, samples: Path, recipe: str, scheme: str, out: Path) -> None:
@@ -187,7 +174,7 @@ def main() -> None:
             rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
             lines += ["", f"## Demo model, W{bits}A16 in groups of {group_size}", "", *table(rows)]
         middle = Path(folder) / "middle"
-        write_middle_model(middle)
+        write_random_model(middle, SHAPES["middle"])
         rows = compare(middle, samples, 3, 128, arguments.python, arguments.repeats, None)
         lines += ["", "## Random weights, hidden size 1024, 8 layers, W3A16 in groups of 128", "", *table(rows)]
     Path("docs").mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.calibset import CalibsetParams
-from tasks.cli import device, run
+from tasks.cli import device, run, show_plan
 from tasks.files import (
     CALIBSET,
     IMPORTANCE,
@@ -29,12 +29,13 @@ from tasks.files import (
     read_sequences,
     read_tokens,
 )
-from tasks.launch import on_ranks
+from tasks.launch import on_ranks, ranks_wanted
 from tasks.params import ModelParams, ParamsError, recipe, section
-from tlq.api import quantize_checkpoint
+from tlq.api import calibration_batches, quantize_checkpoint
 from tlq.importance import loss_of
+from tlq.plan import plan_calibration
 from tlq.quantizer import get_scheme
-from tlq.ranks import joined_ranks
+from tlq.ranks import Ranks, joined_ranks
 from tlq.recipes import Recipe
 from tlq.samples import Sample
 from tlq.streaming import StreamedModel
@@ -81,15 +82,24 @@ def weights_of(recipe: Recipe, calibset: CalibsetParams, importance: Path, token
 
 
 def main() -> None:
-    on_ranks("tasks.calibrate", sys.argv[1:], quantize)
+    arguments = _arguments()
+    if arguments.dry_run:
+        quantize()
+    else:
+        on_ranks("tasks.calibrate", sys.argv[1:], quantize)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--scheme", required=True)
+    parser.add_argument("--dry-run", action="store_true", help="print what the job will need, and do nothing")
+    return parser.parse_args()
 
 
 def quantize() -> None:
     """Make one variant on this process's share of the work."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--scheme", required=True)
-    arguments = parser.parse_args()
+    arguments = _arguments()
     model_params = section("model", ModelParams)
     params = section("calibrate", CalibrateParams)
     row = recipe(arguments.recipe)
@@ -104,12 +114,27 @@ def quantize() -> None:
         lengths = read_sequences(IMPORTANCE).lengths
         samples, longest = read_samples(PREPARED / "calibration.parquet", len(lengths)), max(lengths)
         weights = weights_of(row, section("calibset", CalibsetParams), IMPORTANCE, CALIBSET / "tokens.parquet")
+    counted = max((sum(int((one > 0).sum()) for one in part.values()) for part in weights.values()), default=0)
 
     model = StreamedModel(model_params.path, model_params.torch_dtype, device())
     out = MODELS / f"{row.name}-{scheme.name}"
+    if arguments.dry_run:
+        batches = calibration_batches(model, samples, row, params.batch_size, longest)
+        ranks = Ranks(size=ranks_wanted(), device=model.device)
+        show_plan(plan_calibration(model, batches, row, scheme, ranks, counted), out, ranks)
+        return
     with joined_ranks(device()) as ranks:
         quantize_checkpoint(
-            model, out, samples, row, scheme, lambda _model, _batches: weights, params.batch_size, longest, ranks
+            model,
+            out,
+            samples,
+            row,
+            scheme,
+            lambda _model, _batches: weights,
+            params.batch_size,
+            longest,
+            ranks,
+            counted=counted,
         )
     if ranks.leads:
         logger.info("%s-%s exported", row.name, scheme.name)

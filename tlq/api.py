@@ -12,24 +12,25 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from tlq.activations import host_memory, processes_here
 from tlq.calibrate import LayerResult, calibrate_layers
 from tlq.export import finish_checkpoint, read_layer, write_layer
 from tlq.files import new_directory, write_text
 from tlq.importance import Weighting, loss_of
+from tlq.plan import plan_calibration, plan_importance, refuse_impossible
 from tlq.processor import load_processor
 from tlq.quantizer import Scheme, get_scheme
 from tlq.ranks import Ranks
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, Sample, encode_batches, image_token_id, sequences_of
-from tlq.scoring import AnswerLoss, BlockLoss, score_tokens
-from tlq.state import WorkFolder, data_digest, model_digest
+from tlq.scoring import AnswerLoss, BlockLoss, score_resumably
+from tlq.state import WorkFolder, data_digest, model_digest, versions
 from tlq.streaming import StreamedModel
 from tlq.tokens import TokenBudget
 from tlq.weights import SampleWeights, TokenWeights, all_tokens, lay_out, token_set, uniform_tokens
@@ -74,11 +75,20 @@ def quantize(
     row = get_recipe(recipe) if isinstance(recipe, str) else recipe
     number_format = get_scheme(scheme) if isinstance(scheme, str) else scheme
 
-    def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
-        return _weights(model, batches, row, number_format, weighting or Weighting(), budget or TokenBudget(4096), seed)
-
     model = StreamedModel(model_dir, dtype, device)
-    return quantize_checkpoint(model, out, calibration, row, number_format, weigh, batch_size, max_tokens)
+    budget = budget or TokenBudget(4096)
+    scoring = WorkFolder(out.with_name(f"{out.name}-importance"))
+
+    def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
+        return _weights(model, batches, row, number_format, weighting or Weighting(), budget, seed, scoring)
+
+    counted = budget.tokens_per_layer if row.tokens == "set" else None
+    with scoring.locked():
+        reports = quantize_checkpoint(
+            model, out, calibration, row, number_format, weigh, batch_size, max_tokens, counted=counted
+        )
+        scoring.remove()
+    return reports
 
 
 def quantize_checkpoint(
@@ -92,6 +102,7 @@ def quantize_checkpoint(
     max_tokens: int,
     ranks: Ranks | None = None,
     on_layer: Callable[[dict[str, Any]], None] | None = None,
+    counted: int | None = None,
 ) -> list[dict[str, Any]]:
     """Calibrate layer by layer, export to ``out``, and write calibration.json there.
 
@@ -102,22 +113,23 @@ def quantize_checkpoint(
             not called for a recipe that needs no data.
         ranks: this process's place in a group that shares the work and a file system; alone without it.
         on_layer: called by the leading rank with the report of each layer as it is finished.
+        counted: most tokens whose error counts in a linear group, where that is known before ``weigh`` is called; the
+            job is planned with it.
 
     Returns:
         One report per layer: its groups' reports, seconds by phase, peak memory.
 
     Raises:
         BlockingIOError, ValueError: the folder beside ``out`` is in use, or was begun with other choices.
+        MemoryError, OSError: this machine cannot do it (see ``tlq.plan``).
     """
     ranks = ranks or Ranks(device=model.device)
     storage = model.storage
-    batches: list[Batch] = []
-    weights: TokenWeights = {}
-    if recipe.needs_data:
-        processor = load_processor(model.folder)
-        batches = encode_batches(samples, processor, image_token_id(model.config), batch_size, max_tokens)
-        weights = lay_out(weigh(model, batches), batches)
     work = WorkFolder(out)
+    batches = calibration_batches(model, samples, recipe, batch_size, max_tokens)
+    needed = plan_calibration(model, batches, recipe, scheme, ranks, counted)
+    refuse_impossible(needed, out, ranks.device, processes_here(), work.size())
+    weights: TokenWeights = lay_out(weigh(model, batches), batches) if recipe.needs_data else {}
     with work.locked() if ranks.leads else nullcontext():
         if ranks.leads:
             work.begin(_fingerprint(model, recipe, scheme, storage, batches, weights))
@@ -136,6 +148,16 @@ def quantize_checkpoint(
             work.remove()
     ranks.wait()
     return reports
+
+
+def calibration_batches(
+    model: StreamedModel, samples: Sequence[Sample], recipe: Recipe, batch_size: int, max_tokens: int
+) -> list[Batch]:
+    """The samples as the recipe sees them: encoded, or none of them for one that needs no data."""
+    if not recipe.needs_data:
+        return []
+    processor = load_processor(model.folder)
+    return encode_batches(samples, processor, image_token_id(model.config), batch_size, max_tokens)
 
 
 def _calibrate_into(
@@ -159,7 +181,8 @@ def _calibrate_into(
     finished = {index: partial(stored, index) for index in range(done)}
     layers = len(model.architecture.decoder_layers(model.skeleton))
     name = f"{recipe.name} {scheme.name}"
-    results = calibrate_layers(model, batches, weights, recipe, scheme, storage, ranks, finished)
+    memory = host_memory(work.folder)
+    results = calibrate_layers(model, batches, weights, recipe, scheme, storage, ranks, finished, memory)
     with tqdm(total=layers, initial=done, desc=name, unit="layer", disable=not ranks.leads) as bar:
         for result in results:
             if ranks.leads:
@@ -207,7 +230,7 @@ def _fingerprint(
         "dtype": str(model.dtype),
         "storage": str(storage),
         "data": data_digest(batches, weights),
-        "versions": {name: version(name) for name in ("torch", "transformers", "tlq")},
+        "versions": versions(),
     }
 
 
@@ -219,6 +242,7 @@ def _weights(
     weighting: Weighting,
     budget: TokenBudget,
     seed: int,
+    scoring: WorkFolder,
 ) -> SampleWeights:
     """What the stages importance and calibset would hand to calibration."""
     sequences = sequences_of(batches)
@@ -228,7 +252,9 @@ def _weights(
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
         return uniform_tokens(keys, is_image)
     loss = BlockLoss(scheme, model.storage) if loss_of(recipe.importance) == "block" else AnswerLoss()
-    scores = score_tokens(model, batches, len(is_image), loss)
+    alone = Ranks(device=model.device)
+    refuse_impossible(plan_importance(model, batches, alone), scoring.folder, alone.device, 1, scoring.size())
+    scores = score_resumably(model, batches, len(is_image), loss, scoring, alone)
     if recipe.tokens == "set":
         return token_set(scores, is_image, recipe.importance, weighting, budget, seed, is_answer)
     return all_tokens(scores, is_image, recipe.importance, weighting, is_answer)

@@ -26,11 +26,11 @@ from tlq.activations import Activations, HostMemory, host_memory
 from tlq.architectures import Architecture, LinearGroup, check_linears, get_linear, linear_paths
 from tlq.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.equalization import Candidate, Fold, candidates
-from tlq.objective import Norm, Statistics
-from tlq.quantizer import QuantizedWeight, Scheme, fake_quantize, fake_quantize_activations, round_nearest
+from tlq.objective import Norm, ShardInputs, Statistics
+from tlq.quantizer import QuantizedWeight, Scheme, fake_quantize_activations, round_nearest
 from tlq.ranks import Ranks, shard_ranges
 from tlq.recipes import Recipe
-from tlq.rounding import inverse_factor, round_rows
+from tlq.rounding import Factor, round_compensated
 from tlq.samples import Batch
 from tlq.search import (
     Arguments,
@@ -38,7 +38,6 @@ from tlq.search import (
     GroupInputs,
     ParentError,
     ParentShard,
-    ShardInputs,
     StatisticsError,
     TokensError,
     least_error,
@@ -48,7 +47,7 @@ from tlq.weights import TokenWeights
 
 logger = logging.getLogger(__name__)
 
-_ROWS_TOGETHER = 512
+_LEAST_ROWS = 512
 _ROW_PARTS = 8
 
 
@@ -127,6 +126,7 @@ def calibrate_layers(
     storage: torch.dtype,
     ranks: Ranks | None = None,
     finished: Mapping[int, Callable[[], LayerResult]] | None = None,
+    memory: HostMemory | None = None,
 ) -> Iterator[LayerResult]:
     """Quantize one decoder layer after the other. ``ranks.clock`` tells what the time went into.
 
@@ -136,6 +136,7 @@ def calibrate_layers(
         storage: dtype in which the checkpoint keeps scales and norms.
         ranks: this process's place in a group; alone without it.
         finished: results of layers done before, the first ones in order; they are not computed again.
+        memory: where hidden states are kept.
 
     Raises:
         ValueError: a group size does not divide a layer's width, or data that the recipe needs is missing.
@@ -149,7 +150,7 @@ def calibrate_layers(
     finished = finished or {}
     if len(finished) == layers:
         return
-    loop = LayerLoop(model, batches, weights, recipe, scheme, storage, ranks)
+    loop = LayerLoop(model, batches, weights, recipe, scheme, storage, ranks, memory)
     order = range(layers) if recipe.needs_data else range(len(finished), layers)
     coming = model.layers(order)
     for _ in order:
@@ -422,18 +423,6 @@ class LayerLoop:
         if self.recipe.target == "exposed":
             x, x_parents = u, u_parents
         by_batch = [self._batch_weights(index, group, number) for number in range(len(self.calls))]
-        parent_error = None
-        if group.parent and self._by_parent:
-            shards = [self._by_shard(parts) for parts in (x_parents, u_parents, by_batch)]
-            parent_error = ParentError(
-                layer.get_submodule(group.parent),
-                [get_linear(layer, path) for path in group.linears],
-                weight,
-                [ParentShard(*parts) for parts in zip(*shards, strict=True)],
-                self.recipe.equalization.norm,
-                self.scheme,
-                self.storage,
-            )
         same = x is u
         own = []
         for x_parts, u_parts, w_parts in zip(*map(self._by_shard, (x, u, by_batch)), strict=True):
@@ -442,7 +431,19 @@ class LayerLoop:
             own.append(ShardInputs(exposed if same else torch.cat(x_parts), exposed, w))
         everywhere = torch.cat([part[part > 0] for part in self.weights[index, group.name]])
         inputs = GroupInputs(own, len(self.shards), everywhere, weight.shape[1], same, self.ranks)
-        return inputs, parent_error
+        if group.parent is None or not self._by_parent:
+            return inputs, None
+        shards = [self._by_shard(parts) for parts in (x_parents, u_parents, by_batch)]
+        return inputs, ParentError(
+            layer.get_submodule(group.parent),
+            [get_linear(layer, path) for path in group.linears],
+            weight,
+            [ParentShard(*parts) for parts in zip(*shards, strict=True)],
+            inputs,
+            self.recipe.equalization.norm,
+            self.scheme,
+            self.storage,
+        )
 
     def _solve(self, weight: Tensor, inputs: GroupInputs, fold: Fold, parent_error: ParentError | None) -> _Solution:
         error = _LinearsError(weight, inputs, self.scheme, self.storage)
@@ -453,7 +454,8 @@ class LayerLoop:
         with self.clock.phase("search"):
             total = float(inputs.w.sum())
             measured = error.cheapest
-            before = measured.total(fake_quantize(weight, self.scheme, self.storage), torch.ones_like(chosen.s))
+            neutral = Candidate(torch.ones_like(chosen.s), 0.0)
+            before = sum(measured.measure([(neutral, part) for part in range(measured.parts)]))
             after = measured.total(rounded.dequantize(), chosen.s)
         return _Solution(chosen, rounded, before / total, after / total, damping)
 
@@ -461,23 +463,30 @@ class LayerLoop:
         """Codes of W diag(s) as the recipe rounds, and the damping that took."""
         if self.recipe.rounding == "nearest":
             return round_nearest(scaled_weight, self.scheme, self.storage), None
-        statistics = error.scaled_statistics(s)
-        target, hessian, damping = statistics.shifted_target(scaled_weight, self.recipe.damping)
+        statistics, scales = error.statistics_behind(s)
+        factor, damping = statistics.factor(self.recipe.damping, scales)
         if damping > self.recipe.damping and self.ranks.leads:
             logger.warning("damping raised from %g to %g", self.recipe.damping, damping)
-        return self._round_compensated(target, inverse_factor(hessian)), damping
 
-    def _round_compensated(self, target: Tensor, factor: Tensor) -> QuantizedWeight:
+        def target(rows: slice) -> Tensor:
+            return statistics.shifted_target(scaled_weight[rows], factor, rows, scales)
+
+        return self._round_compensated(target, scaled_weight.shape, factor), damping
+
+    def _round_compensated(
+        self, target: Callable[[slice], Tensor], shape: torch.Size, factor: Factor
+    ) -> QuantizedWeight:
         """Codes of all output rows, a few at a time; which ones together depends on their number alone."""
-        rows = len(target)
-        count = min(_ROW_PARTS, max(1, rows // _ROWS_TOGETHER))
-        edges = [number * rows // count for number in range(count + 1)]
+        count = 1
+        while count < _ROW_PARTS and shape[0] >= 2 * count * _LEAST_ROWS:
+            count *= 2
+        edges = [number * shape[0] // count for number in range(count + 1)]
         parts = []
         for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
-            if number in self.ranks.dealt(count):
-                part = round_rows(target[start:stop], factor, self.scheme, self.storage)
+            if self.ranks.owner(number) == self.ranks.rank:
+                part = round_compensated(target(slice(start, stop)), factor, self.scheme, self.storage)
             else:
-                part = QuantizedWeight.empty(stop - start, target.shape[1], self.scheme, self.storage, target.device)
+                part = QuantizedWeight.empty(stop - start, shape[1], self.scheme, self.storage, factor.upper.device)
             parts.append(part)
         for number, part in enumerate(parts):
             for tensor in (part.codes, part.scale, part.zero_point):
@@ -502,7 +511,7 @@ class LayerLoop:
         errors: CandidateErrors = parent_error or (
             error.cheapest if method.norm == "l2" else error.by_token(method.norm)
         )
-        return least_error(errors, tried, inputs.shards, self.ranks)
+        return least_error(errors, tried)
 
     def _install(
         self,
@@ -573,7 +582,7 @@ class _LinearsError:
     @cached_property
     def cheapest(self) -> StatisticsError | TokensError:
         if self.scheme.activation_bits is None and len(self.inputs.w) > self.weight.shape[1]:
-            return StatisticsError(self.weight, self.statistics, self.scheme, self.storage)
+            return StatisticsError(self.weight, self.statistics, self.scheme, self.storage, self.inputs.ranks)
         return self.by_token("l2")
 
     def by_token(self, norm: Norm) -> TokensError:
@@ -581,20 +590,23 @@ class _LinearsError:
 
     @cached_property
     def statistics(self) -> Statistics:
-        return self.inputs.statistics()
+        return self.inputs.statistics(self.weight)
 
-    def scaled_statistics(self, s: Tensor) -> Statistics:
-        """Statistics of the inputs of V diag(s), activation quantization included."""
+    def statistics_behind(self, s: Tensor) -> tuple[Statistics, Tensor | None]:
+        """Statistics for the codes of V diag(s), and the scales that its inputs have yet to be divided by.
+
+        They are in the inputs already where these are quantized behind them.
+        """
         bits = self.scheme.activation_bits
         if bits is None:
-            return self.statistics.scaled(s)
+            return self.statistics, s
 
         def quantized(part: ShardInputs) -> ShardInputs:
             seen = fake_quantize_activations(part.u / s, bits)
             # A target on exposed inputs means the plain problem of GPTQ: the weight itself is the target.
             return ShardInputs(seen if self.inputs.same else part.x / s, seen, part.w)
 
-        return self.inputs.statistics(quantized)
+        return self.inputs.statistics(self.weight * s, quantized), None
 
 
 def _quantize_input(bits: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

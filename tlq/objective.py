@@ -3,17 +3,17 @@
 W [out, in] is the full-precision weight, x_t the full-precision input, u_t the quantization-exposed input, w_t the
 token's importance. Two forms give the same number:
 
-* ``Statistics``: with D = V - W,  E = tr(W F W') - 2 tr(W G D') + tr(D C D'),
-  F = sum w (x-u)(x-u)', G = sum w (x-u) u', C = sum w u u'. Three [in, in] matrices, additive over tokens; no search
-  step touches a token again. It equals tr(W A W') - 2 tr(W B V') + tr(V C V') with A = sum w x x', B = sum w x u', but
-  does not cancel when V is close to W.
+* ``Statistics``: with D = V - W,  E = sum w ||W (x-u)||^2 - 2 tr(W G D') + tr(D C D'),
+  G = sum w (x-u) u', C = sum w u u'. What does not depend on V is additive over tokens; no search step touches a token
+  again. It equals tr(W A W') - 2 tr(W B V') + tr(V C V') with A = sum w x x', B = sum w x u', but does not cancel when
+  V is close to W. W G is kept in G's place: the error and the target of compensated rounding need no more.
 * ``Tokens``: the sum itself. For fewer tokens than channels, other norms than L2, and quantized activations, which
   depend on the equalization scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,113 +22,142 @@ from torch import Tensor
 
 from tlq.quantizer import fake_quantize_activations
 from tlq.ranks import Ranks
+from tlq.rounding import Factor
 
 Norm = Literal["l1", "l2"]
 
 _LEAST_DAMPING = 1e-6
+_BLOCK_ROWS = 512
+
+
+@dataclass
+class ShardInputs:
+    """Inputs of one linear group at the tokens that count, from one virtual shard.
+
+    Attributes:
+        x: [tokens, in], inputs that the target is computed from.
+        u: [tokens, in], inputs of the quantized linear; the same tensor as ``x`` where the paths are one.
+        w: [tokens] float32, weights.
+    """
+
+    x: Tensor
+    u: Tensor
+    w: Tensor
 
 
 @dataclass
 class Statistics:
-    """Weighted second moments of a group's inputs, each [in, in] float32.
+    """E(V) of one weight W by output rows.
 
-    ``shift`` and ``cross`` are None where full-precision and exposed inputs are the same: they would be zero.
+    ``exposure`` and ``cross`` are None where full-precision and exposed inputs are the same: they would be zero.
+
+    Attributes:
+        exposure: sum w (W (x-u))^2 [out] float32.
+        cross: W G [out, in] float32.
+        hessian: C [in, in] float32.
     """
-
-    shift: Tensor | None
-    cross: Tensor | None
-    hessian: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, u: Tensor, w: Tensor) -> Statistics:
-        """From full-precision inputs x [tokens, in], exposed inputs u [tokens, in], weights w [tokens]."""
-        same = x is u
-        u = u.float()
-        weighted_u = u * w[:, None]
-        hessian = weighted_u.T @ u
-        if same:
-            return cls(None, None, hessian)
-        difference = x.float() - u
-        return cls((difference * w[:, None]).T @ difference, difference.T @ weighted_u, hessian)
-
-    @classmethod
-    def added(cls, parts: Iterable[Statistics], in_features: int, same: bool, ranks: Ranks) -> Statistics:
-        """The sum over all virtual shards, on every rank.
-
-        Args:
-            parts: of this rank's shards.
-            same: whether full-precision and exposed inputs are the same.
-        """
-        shape = (1 if same else 3, in_features, in_features)
-        total = ranks.ordered_sum((part.stacked() for part in parts), shape)
-        return cls(None, None, total[0]) if same else cls(total[0], total[1], total[2])
-
-    def stacked(self) -> Tensor:
-        """All matrices as one tensor, [1 or 3, in, in]."""
-        if self.shift is None or self.cross is None:
-            return self.hessian[None]
-        return torch.stack([self.shift, self.cross, self.hessian])
-
-    def scaled(self, s: Tensor) -> Statistics:
-        """Statistics of inputs divided by s [in]."""
-        outer = 1 / (s[:, None] * s[None, :])
-        shift = None if self.shift is None else self.shift * outer
-        return Statistics(shift, None if self.cross is None else self.cross * outer, self.hessian * outer)
-
-    def error(self, weight: Tensor, quantized: Tensor) -> float:
-        """E(V) for W = ``weight`` and V = ``quantized``, both [out, in]."""
-        return self.of_weight(weight).error(slice(None), quantized - weight)
-
-    def of_weight(self, weight: Tensor) -> WeightError:
-        """E(V) as a function of the rows of D = V - W, what does not depend on V computed once."""
-        if self.shift is None or self.cross is None:
-            return WeightError(None, None, self.hessian)
-        exposure = (weight @ self.shift).mul_(weight).sum(1, dtype=torch.float64)
-        return WeightError(exposure, weight @ self.cross, self.hessian)
-
-    def shifted_target(self, weight: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
-        """W* = W B C^-1, the full-precision weight that answers best to exposed inputs, and the damped C.
-
-        E(V) = const + tr((V - W*) C (V - W*)'), so error feedback with target W* and Hessian C solves the exposed
-        problem. With B = C + G:  W* = W + W G C^-1. Channels that no token excites get a unit diagonal.
-        The damping grows tenfold until the factorisation succeeds.
-
-        Returns:
-            W* [out, in], the damped Hessian [in, in], and the damping used (a share of C's mean diagonal).
-        """
-        diagonal = self.hessian.diagonal()
-        dead = diagonal == 0
-        mean = float(diagonal.mean()) or 1.0
-        while damping < 1e3:
-            hessian = self.hessian.clone()
-            hessian.diagonal().add_(damping * mean)
-            hessian.diagonal()[dead] = mean
-            factor, info = torch.linalg.cholesky_ex(hessian)
-            if int(info) == 0:
-                if self.cross is None:
-                    return weight, hessian, damping
-                correction = torch.cholesky_solve((weight @ self.cross).T, factor).T
-                return weight + correction, hessian, damping
-            damping = max(10 * damping, _LEAST_DAMPING)
-        raise FloatingPointError(
-            "the inputs' second moments cannot be factorised even with strong damping: they are not finite"
-        )
-
-
-@dataclass
-class WeightError:
-    """E(V) of one weight W by output rows: tr(W F W') [out] and W G [out, in], None where zero, and C [in, in]."""
 
     exposure: Tensor | None
     cross: Tensor | None
     hessian: Tensor
 
-    def error(self, rows: Tensor | slice, change: Tensor) -> float:
-        """The error of ``rows``, whose D = V - W is ``change`` [rows, in]."""
+    @classmethod
+    def of(cls, weight: Tensor, x: Tensor, u: Tensor, w: Tensor) -> Statistics:
+        """From W [out, in], full-precision inputs x [tokens, in], exposed inputs u [tokens, in], weights w [tokens]."""
+        return cls.added(weight, [ShardInputs(x, u, w)], x is u, Ranks(device=weight.device))
+
+    @classmethod
+    def added(cls, weight: Tensor, own: Sequence[ShardInputs], same: bool, ranks: Ranks) -> Statistics:
+        """The sum over all virtual shards, on every rank.
+
+        A few rows at a time, so that what shards contribute never takes much memory beside the sum.
+
+        Args:
+            own: inputs of this rank's shards.
+            same: whether full-precision and exposed inputs are the same.
+        """
+        hessian = _second_moments(own, weight.shape[1], ranks)
+        if same:
+            return cls(None, None, hessian)
+        exposure, cross = torch.empty(len(weight), device=weight.device), torch.empty_like(weight)
+        for rows in _row_blocks(len(weight)):
+            block = weight[rows]
+            gaps = [(part.x.float() - part.u.float()) @ block.T for part in own]
+            squares = (part.w @ gap.square() for part, gap in zip(own, gaps, strict=True))
+            exposure[rows] = ranks.ordered_sum(squares, (len(block),))
+            products = ((gap * part.w[:, None]).T @ part.u.float() for part, gap in zip(own, gaps, strict=True))
+            cross[rows] = ranks.ordered_sum(products, block.shape)
+        return cls(exposure, cross, hessian)
+
+    def error(self, rows: slice, change: Tensor) -> float:
+        """The error of the output rows ``rows``, whose D = V - W is ``change`` [rows, in]."""
         total = (change @ self.hessian).mul_(change).sum(dtype=torch.float64)
         if self.exposure is not None and self.cross is not None:
-            total = total + self.exposure[rows].sum() - 2 * (self.cross[rows] * change).sum(dtype=torch.float64)
+            linear = (self.cross[rows] * change).sum(dtype=torch.float64)
+            total = total + self.exposure[rows].sum(dtype=torch.float64) - 2 * linear
         return float(total)
+
+    def factor(self, damping: float, s: Tensor | None = None) -> tuple[Factor, float]:
+        """The damped C of inputs divided by s [in] in factors; the damping used, a share of its mean diagonal.
+
+        Channels that no token excites get a unit diagonal. The damping grows tenfold until the factorisation succeeds.
+
+        Raises:
+            FloatingPointError: it never does.
+        """
+        while damping < 1e3:
+            factor = Factor.of_reversed(self._damped(damping, s))
+            if factor is not None:
+                return factor, damping
+            damping = max(10 * damping, _LEAST_DAMPING)
+        raise FloatingPointError(
+            "the inputs' second moments cannot be factorised even with strong damping: they are not finite"
+        )
+
+    def _damped(self, damping: float, s: Tensor | None) -> Tensor:
+        """The damped C of inputs divided by s, rows and columns reversed."""
+        hessian = self.hessian.flip(0, 1)
+        if s is not None:
+            backwards = s.flip(0)
+            hessian.div_(backwards).div_(backwards[:, None])
+        diagonal = hessian.diagonal()
+        dead = diagonal == 0
+        mean = float(diagonal.mean()) or 1.0
+        diagonal.add_(damping * mean)
+        diagonal[dead] = mean
+        return hessian
+
+    def shifted_target(
+        self, weight: Tensor, factor: Factor, rows: slice = slice(None), s: Tensor | None = None
+    ) -> Tensor:
+        """W* = W B C^-1, the full-precision weight that answers best to exposed inputs; rows of it.
+
+        E(V) = const + tr((V - W*) C (V - W*)'), so error feedback with target W* and Hessian C solves the exposed
+        problem. With B = C + G:  W* = W + W G C^-1.
+
+        Args:
+            weight: W diag(s) [rows, in], its rows ``rows``.
+            factor: of the damped C of inputs divided by s.
+        """
+        if self.cross is None:
+            return weight
+        cross = self.cross[rows]
+        return weight + factor.solve(cross if s is None else cross / s)
+
+
+def _second_moments(own: Sequence[ShardInputs], in_features: int, ranks: Ranks) -> Tensor:
+    """C = sum w u u' [in, in] over all shards; its lower half is the mirrored upper one."""
+    total = torch.empty(in_features, in_features, device=ranks.device)
+    for rows in _row_blocks(in_features):
+        parts = ((part.u[:, rows] * part.w[:, None]).T @ part.u[:, rows.start :].float() for part in own)
+        shape = (rows.stop - rows.start, in_features - rows.start)
+        total[rows, rows.start :] = ranks.ordered_sum(parts, shape)
+        total[rows.stop :, rows] = total[rows, rows.stop :].T
+    return total
+
+
+def _row_blocks(rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + _BLOCK_ROWS, rows)) for start in range(0, rows, _BLOCK_ROWS))
 
 
 @dataclass
@@ -138,6 +167,10 @@ class Tokens:
     y: Tensor
     u: Tensor
     w: Tensor
+
+    def of_rows(self, rows: slice) -> Tokens:
+        """The same tokens for a part of the output channels."""
+        return Tokens(self.y[:, rows], self.u, self.w)
 
     def error(
         self,
@@ -152,9 +185,11 @@ class Tokens:
             quantized: V [out, in], or V diag(s) when ``s`` [in] is given, whose inputs are then u / s, quantized to
                 ``activation_bits``.
         """
-        inputs = self.u.float() if s is None else self.u / s
+        inputs = self.u.float()
         if activation_bits is not None:
-            inputs = fake_quantize_activations(inputs, activation_bits)
+            inputs = fake_quantize_activations(inputs if s is None else inputs / s, activation_bits)
+        elif s is not None:
+            quantized = quantized / s  # the same product, and the smaller of the two
         difference = self.y - inputs @ quantized.T
         per_token = difference.abs().sum(1) if norm == "l1" else difference.square().sum(1)
         return float((self.w.double() * per_token).sum())

@@ -1,7 +1,7 @@
-"""What a calibration will need, worked out before any long work: bytes per layer, tokens, memory, disk.
+"""What a job will need, worked out before any long work: bytes per layer, tokens, memory, disk.
 
-Everything follows from shapes: the model is never loaded. An impossible job is refused in seconds, with the number
-found and the number needed.
+Everything follows from shapes: no weight is read. An impossible job is refused in seconds, with the number found and
+the number needed. How near the expected peaks are to measured ones is in docs/scale.md.
 """
 
 from __future__ import annotations
@@ -14,142 +14,292 @@ from pathlib import Path
 import psutil
 import torch
 
-from tlq.architectures import LinearGroup, get_linear
+from tlq.activations import GIB, gib_of, host_budget
+from tlq.architectures import LinearGroup, get_linear, linear_paths
 from tlq.calibrate import check_shapes
 from tlq.quantizer import Scheme
 from tlq.ranks import Ranks, shard_ranges
 from tlq.recipes import Recipe
 from tlq.samples import Batch
+from tlq.scoring import WAVES, bytes_per_token
 from tlq.streaming import StreamedModel
-from tlq.weights import TokenWeights
 
 _FLOAT = 4
-_DOUBLE = 8
-#: Candidates and activations of one micro-batch at work beside what is counted below, measured on small models.
-_SLACK = 1.25
+#: Copies of a group's weight that solving it holds: original, scaled, W G, dequantized, temporaries.
+_WEIGHTS = 5
+#: Matrices of a group's width: second moments, their reversed copy, its factor.
+_MOMENTS = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Needs of one rank of a calibration, in bytes where not said otherwise.
+    """Needs of one rank, in bytes where not said otherwise.
 
     Attributes:
+        work: what is planned.
         layers: decoder layers.
-        tokens: tokens of all micro-batches, padding included.
-        counted: tokens of the largest group whose error counts.
         layer: weights of the largest decoder layer, as computed with.
         outside: weights of everything else.
-        hidden_states: of this rank's micro-batches on the paths that the recipe needs; host memory, or disk.
+        tokens: tokens of all micro-batches, padding included.
+        counted: most tokens whose error counts in a linear group.
         device: expected peak on the compute device.
-        export: size of the result and of the state beside it.
+        hidden_states: kept in host memory up to ``budget``, on disk beyond.
+        disk: the result, and what is kept beside it until it is complete.
     """
 
+    work: str
     layers: int
-    tokens: int
-    counted: int
     layer: int
     outside: int
-    hidden_states: int
+    tokens: int
+    counted: int
     device: int
-    export: int
+    hidden_states: int
+    budget: int
+    disk: int
+
+    @property
+    def host(self) -> int:
+        """Hidden states in host memory."""
+        return min(self.hidden_states, self.budget)
+
+    @property
+    def spilled(self) -> int:
+        """Hidden states on disk."""
+        return self.hidden_states - self.host
 
     def lines(self) -> list[str]:
         """The plan for a person to read."""
         return [
-            f"{self.layers} decoder layers of up to {gib(self.layer)}, {gib(self.outside)} outside them",
+            f"{self.work}: {self.layers} decoder layers of up to {gib(self.layer)}, {gib(self.outside)} outside them",
             f"{self.tokens} tokens, up to {self.counted} of them counted in a linear group",
-            f"expected peak per rank: {gib(self.device)} on the device, {gib(self.hidden_states)} of hidden states",
-            f"disk: {gib(self.export)} for the result and the state beside it",
+            f"expected peak per rank: {gib(self.device)} on the device, {gib(self.host)} of hidden states in host "
+            f"memory, {gib(self.spilled)} of them on disk",
+            f"disk: {gib(self.disk)} for the result and the state beside it",
         ]
 
 
 def gib(size: int) -> str:
     """Bytes for a person to read."""
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / GIB:.2f} GiB"
 
 
-def plan(
-    model: StreamedModel, batches: Sequence[Batch], weights: TokenWeights, recipe: Recipe, scheme: Scheme, ranks: Ranks
+def plan_calibration(
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    scheme: Scheme,
+    ranks: Ranks,
+    counted: int | None = None,
 ) -> Plan:
-    """What the job will need.
+    """What ``quantize_checkpoint`` will need.
+
+    Args:
+        batches: all micro-batches; none for a recipe that needs no data.
+        counted: most tokens whose error counts in a linear group; all of them if not given.
 
     Raises:
         ValueError: a group size does not divide a layer's width, an override matches nothing, a linear is missing.
     """
     check_shapes(model.skeleton, model.architecture, scheme)
-    count = len(model.architecture.decoder_layers(model.skeleton))
-    hidden = model.skeleton.config.get_text_config().hidden_size
-    item = model.dtype.itemsize
-    layer = max(_elements(model, model.layer_names(index)) for index in range(count)) * item
-    outside = _elements(model, model.outside_names) * item
-    tokens = sum(batch.valid.numel() for batch in batches)
+    sizes = _Sizes(model)
     own = _own_tokens(batches, ranks)
-    paths = (recipe.inputs_for(scheme) == "exposed") + ("full_precision" in (recipe.inputs_for(scheme), recipe.target))
-    counted = max((sum(int((part > 0).sum()) for part in parts) for parts in weights.values()), default=0)
-    work = max(_group_bytes(model, group, counted, own, recipe, item) for group in model.architecture.groups)
-    micro_batch = max((batch.valid.numel() for batch in batches), default=0) * hidden * item
+    tokens = sum(_all_tokens(batch) for batch in batches)
+    counted = tokens if counted is None else min(counted, tokens)
+    sees_original = "full_precision" in (recipe.inputs_for(scheme), recipe.target)
+    paths = sees_original + (recipe.inputs_for(scheme) == "exposed")
+    forward = 2 * sizes.layer + sizes.activations(batches, graph=False)
+    solving = 2 * sizes.layer + max(
+        sizes.group(group, min(counted, own), recipe, scheme, paths) for group in model.architecture.groups
+    )
     return Plan(
-        layers=count,
+        work="calibration",
+        layers=sizes.layers,
+        layer=sizes.layer,
+        outside=sizes.outside,
         tokens=tokens,
-        counted=counted,
-        layer=layer,
-        outside=outside,
-        hidden_states=own * hidden * item * paths if recipe.needs_data else 0,
-        device=int(_SLACK * max(2 * layer + work + 8 * micro_batch, outside + 8 * micro_batch)),
-        export=2 * sum(file.stat().st_size for file in {place.file for place in model.stored.values()}),
+        counted=counted if recipe.needs_data else 0,
+        device=sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
+        hidden_states=own * sizes.state * paths if recipe.needs_data else 0,
+        budget=host_budget(),
+        disk=exported_bytes(model, scheme),
     )
 
 
+def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks, losses: int = 1) -> Plan:
+    """What ``score_resumably`` will need.
+
+    Args:
+        losses: how many are scored, one after the other.
+    """
+    sizes = _Sizes(model)
+    own = _own_tokens(batches, ranks)
+    wave = -(-own // WAVES)
+    largest = max((_all_tokens(batch) for batch in batches), default=0)
+    tokens = sum(_all_tokens(batch) for batch in batches)
+    per_token = bytes_per_token(model)
+    backward = 2 * sizes.layer + sizes.activations(batches, graph=True) + wave * sizes.state
+    return Plan(
+        work="importance",
+        layers=sizes.layers,
+        layer=sizes.layer,
+        outside=sizes.outside,
+        tokens=tokens,
+        counted=tokens,
+        device=sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches)),
+        hidden_states=max(largest * per_token, min(wave * per_token, host_budget())),
+        budget=host_budget(),
+        disk=2 * losses * tokens * sizes.layers * len(model.architecture.groups) * _FLOAT,
+    )
+
+
+class _Sizes:
+    """Bytes of the parts of a model, and of what passes through it."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self.model = model
+        self.item = model.dtype.itemsize
+        self.text = model.skeleton.config.get_text_config()
+        self.layers = len(model.architecture.decoder_layers(model.skeleton))
+        self.layer = max(_elements(model, model.layer_names(index)) for index in range(self.layers)) * self.item
+        self.outside = _elements(model, model.outside_names) * self.item
+        self.state = self.text.hidden_size * self.item
+
+    def calls(self, batches: Sequence[Batch], own: int) -> int:
+        """Attention masks and rotary embeddings of all of this rank's micro-batches."""
+        heads = self.text.num_attention_heads
+        head_dim = getattr(self.text, "head_dim", None) or self.text.hidden_size // heads
+        longest = max((batch.valid.shape[1] for batch in batches), default=0)
+        return own * (longest + 2 * head_dim) * self.item
+
+    def activations(self, batches: Sequence[Batch], graph: bool) -> int:
+        """A micro-batch inside a decoder layer; with a graph, what backward needs and makes."""
+        layer = self.model.architecture.decoder_layers(self.model.skeleton)[0]
+        linears = [get_linear(layer, path) for path in self.model.architecture.linears]
+        width = sum(linear.out_features + (linear.in_features if graph else 0) for linear in linears)
+        width += 8 * int(self.text.hidden_size)
+        return max((_all_tokens(batch) for batch in batches), default=0) * width * self.item * (1 + graph)
+
+    def enter(self, batches: Sequence[Batch], own: int) -> int:
+        """All that is outside the decoder layers, with the vision tower at work and the states it has made."""
+        pixels = max((_bytes(batch) for batch in batches), default=0)
+        return self.outside + own * self.state + 8 * pixels if batches else 0
+
+    def head(self, batches: Sequence[Batch]) -> int:
+        """Output embeddings, and logits of a micro-batch's answers with their gradients."""
+        vocabulary = int(self.text.vocab_size)
+        answers = max((int(batch.is_answer.sum()) for batch in batches), default=0)
+        return vocabulary * (int(self.text.hidden_size) * self.item + 4 * answers * _FLOAT)
+
+    def group(self, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, paths: int) -> int:
+        """What solving a linear group holds beside the layers.
+
+        Args:
+            own: tokens of this rank whose error counts.
+            paths: 2 if inputs of both paths are kept.
+        """
+        architecture = self.model.architecture
+        layer = architecture.decoder_layers(self.model.skeleton)[0]
+        linears = [get_linear(layer, path) for path in group.linears]
+        width, rows = linears[0].in_features, sum(linear.out_features for linear in linears)
+        weights = _WEIGHTS * rows * width * _FLOAT
+        if not recipe.needs_data:
+            return weights
+        inputs = own * (2 * paths * width * self.item + rows * _FLOAT)
+        if paths == 2:  # the original inputs of all groups are noted in one pass
+            widths = [get_linear(layer, each.linears[0]).in_features for each in architecture.groups]
+            inputs += own * sum(widths) * self.item
+        if recipe.equalization.error == "parent" and group.parent:
+            inputs += own * 4 * self.state
+        moments = _MOMENTS * width * width * _FLOAT
+        needed = recipe.rounding == "compensated" or (scheme.activation_bits is None and own > width)
+        return weights + inputs + (moments if needed else 0)
+
+
+def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
+    """Size of the result's weights; the state beside it is the same files."""
+    skeleton, architecture = model.skeleton, model.architecture
+    layers = range(len(architecture.decoder_layers(skeleton)))
+    total = _elements(model, list(model.stored)) * model.storage.itemsize
+    for path in (path for index in layers for path in linear_paths(architecture, index)):
+        own = scheme.of(path)
+        if own is None:
+            continue
+        linear = skeleton.get_submodule(path)
+        rows, width = int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
+        groups = 1 if own.group_size is None else width // own.group_size
+        bits = 8 if own.activation_bits is not None else own.weight_bits  # integer kernels read whole bytes
+        zero_points = 0 if own.symmetric else rows * groups * own.weight_bits // 8
+        total += rows * width * bits // 8 + rows * groups * model.storage.itemsize + zero_points
+        total -= rows * width * model.storage.itemsize
+    return total
+
+
 def _elements(model: StreamedModel, names: Sequence[str]) -> int:
-    parameters = model.skeleton.state_dict()
-    return sum(parameters[name].numel() for name in names)
+    places = {model.stored[name]: name for name in names}  # tied weights count once
+    values = model.skeleton.state_dict()
+    return sum(values[name].numel() for name in places.values())
+
+
+def _all_tokens(batch: Batch) -> int:
+    return batch.valid.numel()
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(value.numel() * value.element_size() for value in batch.inputs.values())
 
 
 def _own_tokens(batches: Sequence[Batch], ranks: Ranks) -> int:
-    """Tokens of this rank's micro-batches, padding included."""
+    """Tokens of the micro-batches of the rank that has most, padding included."""
     shards = shard_ranges(len(batches))
-    own = [number for shard in ranks.own_shards(len(shards)) for number in shards[shard]]
-    return sum(batches[number].valid.numel() for number in own)
+    most = 0
+    for rank in range(ranks.size):
+        numbers = [number for shard in Ranks(rank, ranks.size).own_shards(len(shards)) for number in shards[shard]]
+        most = max(most, sum(_all_tokens(batches[number]) for number in numbers))
+    return most
 
 
-def _group_bytes(model: StreamedModel, group: LinearGroup, counted: int, own: int, recipe: Recipe, item: int) -> int:
-    """Working memory of one linear group: its inputs, a few copies of its weight, its second moments."""
-    linears = [get_linear(model.architecture.decoder_layers(model.skeleton)[0], path) for path in group.linears]
-    width, rows = linears[0].in_features, sum(linear.out_features for linear in linears)
-    weight = 4 * rows * width * _FLOAT
-    if not recipe.needs_data:
-        return weight
-    inputs = min(counted, own) * (2 * width * item + rows * _FLOAT)
-    compensated = recipe.rounding == "compensated"
-    moments = 5 * width * width * _FLOAT if compensated or counted > width else 0
-    if compensated:
-        moments += 3 * width * width * _DOUBLE
-    return weight + inputs + moments
+def refuse_impossible(needed: Plan, out: Path, device: torch.device, processes: int, there: int = 0) -> None:
+    """Compare a plan with what this machine has.
 
-
-def refuse_impossible(needed: Plan, out: Path, ranks: Ranks) -> None:
-    """Compare the plan with what this machine has.
+    Args:
+        out: where the result will be.
+        processes: ranks on this machine.
+        there: bytes of the result that an interrupted run has left.
 
     Raises:
-        MemoryError: the device is too small.
+        MemoryError: the device or the host is too small.
         OSError: the disk is.
     """
-    free = _device_memory(ranks.device)
-    if needed.device > free:
-        where = "the device" if ranks.device.type == "cuda" else "this host"
+    on_device, on_host = device_memory(device), psutil.virtual_memory().available
+    if needed.device > on_device:
         raise MemoryError(
-            f"one rank needs about {gib(needed.device)} on {where}, {gib(free)} are free; lower calibrate.batch_size, "
-            "use fewer samples or tokens_per_layer, or set model.dtype to bfloat16"
+            f"{needed.work}: one rank needs about {gib(needed.device)} on {device.type}, {gib(on_device)} are free; "
+            f"lower {_LEVERS}"
         )
-    folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    disk = shutil.disk_usage(folder).free
-    if needed.export > disk:
+    host = processes * (needed.host + (needed.device if device.type == "cpu" else 0))
+    if host > on_host:
+        raise MemoryError(
+            f"{needed.work}: {processes} rank(s) need about {gib(host)} of this host's memory, {gib(on_host)} are "
+            f"free; lower TLQ_RANKS or TLQ_HOST_MEMORY, or {_LEVERS}"
+        )
+    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    disk, on_disk = needed.disk + processes * needed.spilled - there, shutil.disk_usage(folder).free
+    if disk > on_disk:
         raise OSError(
-            f"{folder}: {gib(needed.export)} are needed for the result, {gib(disk)} are free; free some space"
+            f"{needed.work}: about {gib(disk)} are needed on the disk of {folder}, {gib(on_disk)} are free; free some"
         )
 
 
-def _device_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+_LEVERS = "batch_size, the number of samples or tokens_per_layer in params.yaml, or set model.dtype to bfloat16"
+
+
+def device_memory(device: torch.device) -> int:
+    """Free bytes of the compute device; ``TLQ_DEVICE_MEMORY`` (GiB) if less, to plan for a smaller one.
+
+    Raises:
+        ValueError: ``TLQ_DEVICE_MEMORY`` is no number.
+    """
+    on_gpu = device.type == "cuda"
+    free = int(torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available)
+    return min(free, gib_of("TLQ_DEVICE_MEMORY", free))

@@ -165,18 +165,28 @@ def weight_qparams(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> 
     return scale, zero_point
 
 
+def nearest_codes(values: Tensor, step: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Nearest codes as floats: of float32 values, with float32 scale ``step`` and zero-point ``offset``."""
+    low, high = code_range(bits)
+    return values.div(step).round_().add_(offset).clamp_(low, high)
+
+
+def values_of(codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+    """What codes given as floats stand for."""
+    return codes.sub(offset).mul_(step)
+
+
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Nearest codes: weight [out, in], scale and zero_point [out, groups] -> int8 [out, in]."""
-    low, high = code_range(bits)
     groups = weight.float().unflatten(1, (scale.shape[1], -1))
-    codes = torch.round(groups / scale.float()[:, :, None]) + zero_point.float()[:, :, None]
-    return codes.clamp(low, high).to(torch.int8).flatten(1)
+    codes = nearest_codes(groups, scale.float()[:, :, None], zero_point.float()[:, :, None], bits)
+    return codes.to(torch.int8).flatten(1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """The float32 weight that the codes stand for: (code - zero_point) * scale."""
     groups = codes.float().unflatten(1, (scale.shape[1], -1))
-    return ((groups - zero_point.float()[:, :, None]) * scale.float()[:, :, None]).flatten(1)
+    return values_of(groups, scale.float()[:, :, None], zero_point.float()[:, :, None]).flatten(1)
 
 
 def round_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
@@ -187,12 +197,10 @@ def round_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Q
 
 def fake_quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
     """``round_nearest`` followed by ``dequantize``, without the detour through int8."""
-    low, high = scheme.code_range
     scale, zero_point = weight_qparams(weight, scheme, scale_dtype)
     groups = weight.float().unflatten(1, (scale.shape[1], -1))
     step, offset = scale.float()[:, :, None], zero_point.float()[:, :, None]
-    codes = groups.div(step).round_().add_(offset).clamp_(low, high)
-    return codes.sub_(offset).mul_(step).flatten(1)
+    return values_of(nearest_codes(groups, step, offset, scheme.weight_bits), step, offset).flatten(1)
 
 
 def fake_quantize_activations(hidden_states: Tensor, bits: int) -> Tensor:

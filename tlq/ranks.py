@@ -78,30 +78,24 @@ class Ranks:
             dist.broadcast(total, self.size - 1)
         return total
 
-    def table(self, own: Sequence[float], shards: int) -> Tensor:
-        """One value per shard, [shards] float64, from those of this rank's shards."""
-        table = torch.zeros(shards, dtype=torch.float64)
-        table[list(self.own_shards(shards))] = torch.tensor(own, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(table)  # one rank has a value, the others zero: exact
-        return table
+    def table(self, own: Sequence[Sequence[float]], shards: int) -> Tensor:
+        """Rows with one value per shard, [rows, shards] float64, from those of this rank's shards."""
+        columns = self.own_shards(shards)
+        table = torch.zeros(len(own), shards, dtype=torch.float64)
+        table[:, columns.start : columns.stop] = torch.tensor(own, dtype=torch.float64).view(len(own), len(columns))
+        return self.sum(table)  # one rank has a value, the others zero: exact
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks in no stated order: for what must be equal on all ranks, but may depend on their number."""
         if self.size > 1:
-            dist.all_reduce(value)
+            with self.clock.phase("reduce"):
+                dist.all_reduce(value)
         return value
 
     def maximum(self, value: Tensor) -> Tensor:
         """Largest value over ranks, elementwise."""
         if self.size > 1:
             dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value
-
-    def minimum(self, value: Tensor) -> Tensor:
-        """Smallest value over ranks, elementwise."""
-        if self.size > 1:
-            dist.all_reduce(value, dist.ReduceOp.MIN)
         return value
 
     def dealt(self, count: int) -> Iterator[int]:

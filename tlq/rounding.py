@@ -1,71 +1,108 @@
-"""Compensated rounding: GPTQ's error feedback (arXiv 2210.17323, algorithm 1), columns in blocks.
+"""Compensated rounding: GPTQ's error feedback (arXiv 2210.17323), columns in blocks.
 
-Rounding a column leaves an error that the columns not yet rounded can partly make up for. With the upper Cholesky
-factor R of the inverse Hessian, rounding column j with error e_j = (w_j - q_j) / R_jj changes every later column k by
--e_j R_jk. Inside a block that is done column by column; the rest of the matrix is updated once per block. A block is
-one quantization group, whose range is taken when its turn comes.
+Rounding a column leaves an error that the columns not yet rounded can partly make up for. With the Hessian in the
+factors H = U diag(p) U', U unit upper triangular, the error of rows d = V - W is the sum over columns k of
+p_k ((d U)_k)^2, and (d U)_k holds columns up to k only. So column k, given the ones before it, is best rounded from
+w_k - sum_{j<k} d_j U_jk. These are the codes of GPTQ, which writes the same feedback with the Cholesky factor of the
+inverse Hessian; nothing is inverted here.
+
+Inside a block feedback is given column by column; the rest of the matrix is updated once per block. A block is one
+quantization group, whose range is taken when its turn comes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from tlq.quantizer import QuantizedWeight, Scheme, dequantize, quantize, weight_qparams
+from tlq.quantizer import QuantizedWeight, Scheme, nearest_codes, values_of, weight_qparams
 
 _BLOCK = 128
 
 
-def round_compensated(target: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Codes V that make tr((V - target) hessian (V - target)') small.
+@dataclass(frozen=True)
+class Factor:
+    """H = U diag(p) U'.
 
-    Args:
-        target: [out, in].
-        hessian: [in, in], positive definite (see ``Statistics.shifted_target``).
+    Attributes:
+        upper: U [in, in], unit upper triangular.
+        pivots: p [in], positive.
     """
-    return round_rows(target, inverse_factor(hessian), scheme, scale_dtype)
+
+    upper: Tensor
+    pivots: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor) -> Factor | None:
+        """Factors of a symmetric matrix [in, in], or None if it is not positive definite."""
+        return cls.of_reversed(hessian.flip(0, 1))
+
+    @classmethod
+    def of_reversed(cls, hessian: Tensor) -> Factor | None:
+        """``of`` for a matrix whose rows and columns come in reverse order; it is not kept.
+
+        Read backwards, the lower Cholesky factor of the reversed matrix is the upper one of the matrix itself.
+        """
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        del hessian  # the widest group of a 72B model needs gigabytes for each of these
+        if int(info):
+            return None
+        upper = lower.flip(0, 1)
+        diagonal = upper.diagonal().clone()
+        return cls(upper.div_(diagonal), diagonal.square())
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """rows H^-1, for rows [rows, in]."""
+        half = torch.linalg.solve_triangular(self.upper.T, rows, upper=False, left=False, unitriangular=True)
+        half /= self.pivots
+        return torch.linalg.solve_triangular(self.upper, half, upper=True, left=False, unitriangular=True)
 
 
-def round_rows(target: Tensor, factor: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Codes of some output rows, which do not depend on the other rows.
+def round_compensated(target: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Codes V that make tr((V - target) H (V - target)') small; rows do not depend on each other.
 
     Works on the transposed target: the values of one input channel then lie side by side in memory.
 
     Args:
         target: [rows, in].
-        factor: [in, in], from ``inverse_factor``.
+        factor: of H [in, in] (see ``Statistics.factor``).
     """
-    remaining = target.float().T.contiguous()
+    wanted = target.float().T.contiguous()
+    feedback = wanted.clone()
     block_size = scheme.group_size or _BLOCK
     whole_row = weight_qparams(target, scheme, scale_dtype) if scheme.group_size is None else None
     qparams = []
     blocks = []
-    for start in range(0, len(remaining), block_size):
-        columns = slice(start, min(start + block_size, len(remaining)))
-        block = remaining[columns]
-        scale, zero_point = whole_row or weight_qparams(block.T, scheme, scale_dtype)
-        codes, errors = _round_block(block, factor[columns, columns], scale, zero_point, scheme.weight_bits)
-        remaining[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
+    for start in range(0, len(wanted), block_size):
+        columns = slice(start, min(start + block_size, len(wanted)))
+        block, upper = feedback[columns], factor.upper[columns]
+        inside = (block, wanted[columns], upper[:, columns])
+        qparams.append(whole_row or weight_qparams(_ahead(*inside).T, scheme, scale_dtype))
+        codes, errors = _round_block(*inside, *qparams[-1], scheme.weight_bits)
+        feedback[columns.stop :].addmm_(upper[:, columns.stop :].T, errors, alpha=-1)
         blocks.append(codes.T)
-        qparams.append((scale, zero_point))
     scales, zero_points = zip(*(qparams[:1] if whole_row else qparams), strict=True)
     return QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
 
 
-def _round_block(block: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round ``block`` [columns, rows] column by column; returns its codes and the scaled errors, same shape."""
-    codes = torch.empty(block.shape, dtype=torch.int8, device=block.device)
-    errors = torch.empty_like(block)
+def _ahead(block: Tensor, wanted: Tensor, upper: Tensor) -> Tensor:
+    """What a block would be if its columns could still take any value: the error so far made up for in full.
+
+    The d of those columns that makes their (d U)_k vanish is that of a triangular system.
+    """
+    return wanted + torch.linalg.solve_triangular(upper.T, block - wanted, upper=False, unitriangular=True)
+
+
+def _round_block(
+    block: Tensor, wanted: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Round ``block`` [columns, rows], ``wanted`` with feedback, column by column; codes and V - W, same shape."""
+    codes, errors = torch.empty_like(block), torch.empty_like(block)
+    step, offset = scale[:, 0].float(), zero_point[:, 0].float()
     for column in range(len(block)):
-        wanted = block[column][:, None]
-        code = quantize(wanted, scale, zero_point, bits)
-        codes[column] = code[:, 0]
-        torch.div((wanted - dequantize(code, scale, zero_point))[:, 0], factor[column, column], out=errors[column])
-        block[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
-    return codes, errors
-
-
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular R with R' R = hessian^-1."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+        codes[column] = nearest_codes(block[column], step, offset, bits)
+        torch.sub(values_of(codes[column], step, offset), wanted[column], out=errors[column])
+        block[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
+    return codes.to(torch.int8), errors

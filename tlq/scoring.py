@@ -28,8 +28,10 @@ from tlq.importance import Importance
 from tlq.quantizer import Scheme, fake_quantize
 from tlq.ranks import Ranks
 from tlq.samples import Batch
-from tlq.state import WorkFolder, data_digest
-from tlq.streaming import LayeredModel
+from tlq.state import WorkFolder, data_digest, model_digest, versions
+from tlq.streaming import LayeredModel, StreamedModel
+
+WAVES = 4
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def by_sample(scores: Iterable[BatchScores], batches: Sequence[Batch], samples: 
 
 
 def score_resumably(
-    model: LayeredModel,
+    model: StreamedModel,
     batches: Sequence[Batch],
     samples: int,
     loss: Loss,
@@ -78,13 +80,28 @@ def score_resumably(
 ) -> Importance:
     """``score_tokens`` with the micro-batches dealt to ranks, each kept in ``work`` as soon as it is scored.
 
+    Args:
+        work: locked by the caller, who removes it once the scores are safe.
+
     Returns:
         All scores, on every rank.
+
+    Raises:
+        ValueError: ``work`` was begun with other samples, another model or another loss. Others as ``score_batches``.
     """
     if ranks.leads:
-        work.begin({"data": data_digest(batches, {}), "loss": repr(loss), "dtype": str(model.dtype)})
+        work.begin(
+            {
+                "model": model_digest(model.folder),
+                "dtype": str(model.dtype),
+                "data": data_digest(batches, {}),
+                "loss": repr(loss),
+                "versions": versions(),
+            }
+        )
     ranks.wait()
     missing = [number for number in ranks.dealt(len(batches)) if not work.part(number).exists()]
+    memory = memory or host_memory(work.folder)
     for part in score_batches(model, batches, missing, loss, memory, show=ranks.leads):
         tensors = {f"{layer} {group}": values.contiguous() for (layer, group), values in part.values.items()}
         with new_file(work.part(part.number)) as temporary:
@@ -128,17 +145,27 @@ def score_batches(
             bar.update(len(wave))
 
 
+def bytes_per_token(model: LayeredModel) -> int:
+    """Hidden states that scoring keeps for a token: the inputs of all layers, and what comes behind the last."""
+    text = model.skeleton.config.get_text_config()
+    return int((text.num_hidden_layers + 1) * text.hidden_size * model.dtype.itemsize)
+
+
 def _waves(
     model: LayeredModel, batches: Sequence[Batch], numbers: Sequence[int], budget: int
 ) -> Iterator[Sequence[int]]:
-    """Micro-batches to score together: as many as fit ``budget`` bytes, at least one."""
-    text = model.skeleton.config.get_text_config()
-    per_token = (text.num_hidden_layers + 1) * text.hidden_size * model.dtype.itemsize
+    """Micro-batches to score together: as many as fit ``budget`` bytes, at least one, at most a quarter of all.
+
+    The scores of a wave are known when it ends: an interruption loses no more than one. More waves would read the
+    model's weights more often.
+    """
+    most = -(-len(numbers) // WAVES)
+    per_token = bytes_per_token(model)
     wave: list[int] = []
     size = 0
     for number in numbers:
         needed = batches[number].valid.numel() * per_token
-        if wave and size + needed > budget:
+        if wave and (size + needed > budget or len(wave) == most):
             yield wave
             wave, size = [], 0
         wave.append(number)

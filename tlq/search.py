@@ -1,8 +1,8 @@
 """The search for equalization scales: the error of a candidate, in parts, and the candidate with the least.
 
-Every form of the error is a sum of parts that are not negative, over output channels, or over virtual shards of
-tokens. A candidate whose parts already exceed the best error so far has lost, and the rest of its parts is not
-computed: the same winner as an exhaustive search for less work.
+Every form of the error is a sum of parts that are not negative: over output channels, or over tokens. A candidate
+whose parts already exceed the error of one that is known in full has lost, and the rest of its parts is not computed:
+the same winner as an exhaustive search for less work.
 """
 
 from __future__ import annotations
@@ -16,29 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from tlq.equalization import Candidate
-from tlq.objective import Norm, Statistics, Tokens
+from tlq.objective import Norm, ShardInputs, Statistics, Tokens
 from tlq.quantizer import Scheme, fake_quantize, fake_quantize_activations
 from tlq.ranks import Ranks
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-_ROW_PARTS = 8
+_ROW_PARTS = 32
 _LEAST_ROWS = 64
-
-
-@dataclass
-class ShardInputs:
-    """Inputs of one linear group at the tokens that count, from one virtual shard.
-
-    Attributes:
-        x: [tokens, in], inputs that the target is computed from.
-        u: [tokens, in], inputs of the quantized linear; the same tensor as ``x`` where the paths are one.
-        w: [tokens] float32, weights.
-    """
-
-    x: Tensor
-    u: Tensor
-    w: Tensor
+_FEW_PARTS = 4
 
 
 @dataclass
@@ -74,123 +60,112 @@ class GroupInputs:
         parts = (part.w @ part.u.float().abs() for part in self.own)
         return self.ranks.ordered_sum(parts, shape) / float(self.w.sum())
 
-    def statistics(self, seen: Callable[[ShardInputs], ShardInputs] | None = None) -> Statistics:
-        """Second moments over all shards.
+    def statistics(self, weight: Tensor, seen: Callable[[ShardInputs], ShardInputs] | None = None) -> Statistics:
+        """Second moments over all shards, for W = ``weight`` [out, in].
 
         Args:
             seen: what the inputs of a shard are turned into first.
         """
-        shards = (part if seen is None else seen(part) for part in self.own)
-        parts = (Statistics.of(part.x, part.u, part.w) for part in shards)
-        return Statistics.added(parts, self.in_features, self.same, self.ranks)
+        own = self.own if seen is None else [seen(part) for part in self.own]
+        return Statistics.added(weight, own, self.same, self.ranks)
 
 
 class CandidateErrors(Protocol):
     """The error of any candidate, in parts.
 
     Attributes:
-        spread: whether ``parts`` gives this rank's parts only, the others' being on the other ranks.
+        parts: how many there are.
     """
 
-    spread: bool
+    parts: int
 
-    def parts(self, candidate: Candidate, start: int = 0) -> Iterator[float]:
-        """The parts from number ``start`` on, under nearest rounding."""
+    def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
+        """Parts by number of candidates under nearest rounding; all ranks ask for the same and get the same."""
         ...
 
 
-def least_error(errors: CandidateErrors, tried: Sequence[Candidate], shards: int, ranks: Ranks) -> Candidate:
-    """The candidate with the smallest error, the first of equals; the same for any number of ranks."""
-    search = _search_spread if errors.spread else _search_dealt
-    totals = search(errors, tried, shards, ranks)
-    return tried[int(torch.argmin(totals))]
+def least_error(errors: CandidateErrors, tried: Sequence[Candidate]) -> Candidate:
+    """The candidate with the smallest error, the first of equals; the same for any number of ranks.
 
-
-def _search_dealt(errors: CandidateErrors, tried: Sequence[Candidate], _shards: int, ranks: Ranks) -> Tensor:
-    """Errors [candidates], infinite for those that lost; every rank computes the candidates dealt to it."""
-    totals = torch.full((len(tried),), torch.inf, dtype=torch.float64)
-    first = {number: next(errors.parts(tried[number])) for number in ranks.dealt(len(tried))}
-    best = torch.inf
-    for number in sorted(first, key=first.__getitem__):
-        total = _sum_below([first[number]], errors.parts(tried[number], 1), best)
-        totals[number] = sum(total) if total is not None else torch.inf
-        best = min(best, float(totals[number]))
-    return ranks.minimum(totals)
-
-
-def _search_spread(errors: CandidateErrors, tried: Sequence[Candidate], shards: int, ranks: Ranks) -> Tensor:
-    """Errors [candidates], infinite for those that lost; all ranks work on one candidate at a time."""
-    totals = torch.full((len(tried),), torch.inf, dtype=torch.float64)
-    first = [next(errors.parts(candidate), 0.0) for candidate in tried]
-    ranking = ranks.sum(torch.tensor(first, dtype=torch.float64)).argsort(stable=True).tolist()
-    best = torch.inf
-    for number in ranking:
-        own = _sum_below([first[number]], errors.parts(tried[number], 1), best)
-        count = len(ranks.own_shards(shards))
-        table = ranks.table([torch.inf] * count if own is None else own[:count], shards)
-        totals[number] = table.sum()
-        best = min(best, float(totals[number]))
-    return totals
-
-
-def _sum_below(first: list[float], rest: Iterator[float], bound: float) -> list[float] | None:
-    """All parts, or None as soon as their sum exceeds ``bound``."""
-    parts, total = list(first), sum(first)
+    The first part of every candidate tells which is worth knowing in full first; the others go part by part for as
+    long as they stay below it.
+    """
+    totals = errors.measure([(candidate, 0) for candidate in tried])
+    rest = range(1, errors.parts)
+    likely = min(range(len(tried)), key=totals.__getitem__)
+    for value in errors.measure([(tried[likely], part) for part in rest]):
+        totals[likely] += value
+    left = [number for number in range(len(tried)) if number != likely]
     for part in rest:
-        if total > bound:
-            return None
-        parts.append(part)
-        total += part
-    return None if total > bound else parts
+        left = [number for number in left if totals[number] <= totals[likely]]
+        for number, value in zip(left, errors.measure([(tried[number], part) for number in left]), strict=True):
+            totals[number] += value
+    return tried[min(sorted([likely, *left]), key=totals.__getitem__)]
 
 
 class StatisticsError:
-    """E(V) on the group's own output from second moments; parts are every eighth output channel."""
+    """E(V) on the group's own output from second moments; parts are every so many-th output channel, dealt to ranks."""
 
-    spread = False
-
-    def __init__(self, weight: Tensor, statistics: Statistics, scheme: Scheme, storage: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, statistics: Statistics, scheme: Scheme, storage: torch.dtype, ranks: Ranks
+    ) -> None:
         self.weight, self.statistics, self.scheme, self.storage = weight, statistics, scheme, storage
-        self.of_weight = statistics.of_weight(weight)
-        rows = len(weight)
-        count = min(_ROW_PARTS, max(1, rows // _LEAST_ROWS))
-        self.rows = [torch.arange(part, rows, count, device=weight.device) for part in range(count)]
+        self.ranks = ranks
+        self.parts = _row_parts(len(weight))
 
-    def parts(self, candidate: Candidate, start: int = 0) -> Iterator[float]:
-        for rows in self.rows[start:]:
-            original = self.weight[rows]
-            quantized = fake_quantize(original * candidate.s, self.scheme, self.storage).div_(candidate.s)
-            yield self.of_weight.error(rows, quantized.sub_(original))
+    def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
+        def nearest(rows: slice, s: Tensor) -> Tensor:
+            return fake_quantize(self.weight[rows] * s, self.scheme, self.storage)
+
+        return self._dealt([(part, candidate.s) for candidate, part in pairs], nearest)
 
     def total(self, quantized: Tensor, s: Tensor) -> float:
         """Error of V diag(s) = ``quantized`` [out, in]."""
-        change = quantized / s - self.weight
-        return sum(self.of_weight.error(rows, change[rows]) for rows in self.rows)
+        return sum(self._dealt([(part, s) for part in range(self.parts)], lambda rows, _s: quantized[rows].clone()))
+
+    def _dealt(self, asked: Sequence[tuple[int, Tensor]], scaled: Callable[[slice, Tensor], Tensor]) -> list[float]:
+        """Parts of the error of V diag(s), whose rows ``scaled`` makes; each is computed on one rank."""
+        values = torch.zeros(len(asked), dtype=torch.float64)
+        for number in self.ranks.dealt(len(asked)):
+            part, s = asked[number]
+            rows = slice(part, None, self.parts)
+            values[number] = self.statistics.error(rows, scaled(rows, s).div_(s).sub_(self.weight[rows]))
+        return self.ranks.sum(values).tolist()
+
+
+def _row_parts(rows: int) -> int:
+    return min(_ROW_PARTS, max(1, rows // _LEAST_ROWS))
 
 
 class TokensError:
-    """E(V) on the group's own output, token by token; parts are virtual shards."""
-
-    spread = True
+    """E(V) on the group's own output, token by token; parts are output channels, every rank looks at its own tokens."""
 
     def __init__(
         self, weight: Tensor, inputs: GroupInputs, scheme: Scheme, storage: torch.dtype, norm: Norm = "l2"
     ) -> None:
         self.weight, self.scheme, self.storage, self.norm = weight, scheme, storage, norm
         self.inputs = inputs
+        self.parts = _row_parts(len(weight))
+        if scheme.activation_bits is not None:  # every part quantizes the activations once more
+            self.parts = min(_FEW_PARTS, self.parts)
         self.shards = [Tokens(part.x.float() @ weight.T, part.u, part.w) for part in inputs.own]
 
-    def parts(self, candidate: Candidate, start: int = 0) -> Iterator[float]:
-        quantized = fake_quantize(self.weight * candidate.s, self.scheme, self.storage)
-        return (self._error(shard, quantized, candidate.s, self.norm) for shard in self.shards[start:])
+    def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
+        own = []
+        for candidate, part in pairs:
+            rows = slice(part, None, self.parts)
+            quantized = fake_quantize(self.weight[rows] * candidate.s, self.scheme, self.storage)
+            own.append(self._by_shard(rows, quantized, candidate.s, self.norm))
+        return self.inputs.ranks.table(own, self.inputs.shards).sum(1).tolist()
 
     def total(self, quantized: Tensor, s: Tensor) -> float:
         """Squared error of V diag(s) = ``quantized`` [out, in]."""
-        own = [self._error(shard, quantized, s, "l2") for shard in self.shards]
-        return float(self.inputs.ranks.table(own, self.inputs.shards).sum())
+        own = self._by_shard(slice(None), quantized, s, "l2")
+        return float(self.inputs.ranks.table([own], self.inputs.shards).sum())
 
-    def _error(self, shard: Tokens, quantized: Tensor, s: Tensor, norm: Norm) -> float:
-        return shard.error(quantized, s, self.scheme.activation_bits, norm)
+    def _by_shard(self, rows: slice, quantized: Tensor, s: Tensor, norm: Norm) -> list[float]:
+        bits = self.scheme.activation_bits
+        return [shard.of_rows(rows).error(quantized, s, bits, norm) for shard in self.shards]
 
 
 @dataclass
@@ -203,30 +178,40 @@ class ParentShard:
 
 
 class ParentError:
-    """Error of the output of the module around a group (attention, MLP), as AWQ and MBQ measure it; by shard."""
+    """Error of the output of the module around a group (attention, MLP), as AWQ and MBQ measure it.
 
-    spread = True
+    Parts are every fourth virtual shard; every rank looks at its own.
+    """
 
     def __init__(
         self,
         parent: nn.Module,
         linears: list[nn.Linear],
         weight: Tensor,
-        shards: list[ParentShard],
+        own: list[ParentShard],
+        inputs: GroupInputs,
         norm: Norm,
         scheme: Scheme,
         storage: torch.dtype,
     ) -> None:
-        self.parent, self.linears, self.weight, self.shards = parent, linears, weight, shards
+        self.parent, self.linears, self.weight, self.own, self.inputs = parent, linears, weight, own, inputs
         self.norm, self.scheme, self.storage = norm, scheme, storage
-        self.wanted = [[_first(parent(*args, **named)) for args, named in shard.x] for shard in shards]
+        self.parts = min(_FEW_PARTS, inputs.shards)
+        self.wanted = [[_first(parent(*args, **named)) for args, named in shard.x] for shard in own]
 
-    def parts(self, candidate: Candidate, start: int = 0) -> Iterator[float]:
-        quantized = fake_quantize(self.weight * candidate.s, self.scheme, self.storage)
-        for shard, wanted in zip(self.shards[start:], self.wanted[start:], strict=True):
+    def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
+        numbers = self.inputs.ranks.own_shards(self.inputs.shards)
+        own = []
+        for candidate, part in pairs:
+            quantized = fake_quantize(self.weight * candidate.s, self.scheme, self.storage)
             with _trial(self.linears, quantized, candidate.s, self.scheme.activation_bits):
-                error = self._error(shard, wanted)
-            yield error
+                own.append(
+                    [
+                        self._error(shard, wanted) if number % self.parts == part else 0.0
+                        for number, shard, wanted in zip(numbers, self.own, self.wanted, strict=True)
+                    ]
+                )
+        return self.inputs.ranks.table(own, self.inputs.shards).sum(1).tolist()
 
     def _error(self, shard: ParentShard, wanted: list[Tensor]) -> float:
         total = 0.0

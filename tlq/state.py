@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,17 @@ class WorkFolder:
             found.append(json.loads(path.read_text()))
         return found
 
+    def size(self) -> int:
+        """Bytes of the parts that are there."""
+        return sum(file.stat().st_size for file in self.folder.glob("part-*")) if self.folder.exists() else 0
+
     def remove(self) -> None:
         shutil.rmtree(self.folder)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose release may change a result's bits."""
+    return {name: version(name) for name in ("torch", "transformers", "tlq")}
 
 
 def _differences(begun: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -22,7 +22,6 @@ from tlq.calibrate import calibrate
 from tlq.equalization import Candidate
 from tlq.importance import Importance, Weighting, token_weights
 from tlq.quantizer import get_scheme
-from tlq.ranks import Ranks
 from tlq.recipes import RECIPES
 from tlq.samples import Batch
 from tlq.search import CandidateErrors
@@ -150,10 +149,10 @@ def test_chooses_the_exponent_of_a_plain_implementation(
     found: dict[str, list[float]] = {}
     least = calibration.least_error
 
-    def noting(errors: CandidateErrors, tried: Sequence[Candidate], shards: int, ranks: Ranks) -> Candidate:
-        each = [sum(errors.parts(candidate)) for candidate in tried]
+    def noting(errors: CandidateErrors, tried: Sequence[Candidate]) -> Candidate:
+        each = [sum(errors.measure([(candidate, part) for part in range(errors.parts)])) for candidate in tried]
         found.setdefault(next(name for name in ("qkv", "o", "gate_up", "down") if name not in found), each)
-        return least(errors, tried, shards, ranks)
+        return least(errors, tried)
 
     monkeypatch.setattr(calibration, "least_error", noting)
     # The output projection's scales cannot fold into a narrower v_proj: nothing is searched there.

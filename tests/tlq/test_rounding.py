@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tlq.objective import Statistics
 from tlq.quantizer import Scheme, dequantize, quantize, round_nearest, weight_qparams
-from tlq.rounding import inverse_factor, round_compensated
+from tlq.rounding import Factor, round_compensated
 
 GROUPED = Scheme("grouped", 3, 16, symmetric=False)
 ROWS = Scheme("rows", 4, None, symmetric=True)
@@ -51,6 +51,12 @@ def slow_gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Tensor:
     return result
 
 
+def factor(hessian: Tensor) -> Factor:
+    found = Factor.of(hessian)
+    assert found is not None
+    return found
+
+
 def quadratic(change: Tensor, hessian: Tensor) -> float:
     change = change.double()
     return float((change @ hessian.double() * change).sum())
@@ -61,7 +67,7 @@ def quadratic(change: Tensor, hessian: Tensor) -> float:
 def test_equals_the_column_by_column_algorithm(scheme: Scheme, seed: int) -> None:
     """Same codes; where float32 and float64 fall on two sides of a rounding edge, the same error."""
     weight, hessian = problem(seed)
-    fast = round_compensated(weight, hessian, scheme, torch.bfloat16).dequantize()
+    fast = round_compensated(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
     slow = slow_gptq(weight, hessian, scheme).float()
     assert float((fast == slow).float().mean()) > 0.99
     assert quadratic(fast - weight, hessian) == pytest.approx(quadratic(slow - weight, hessian), rel=0.02)
@@ -70,7 +76,7 @@ def test_equals_the_column_by_column_algorithm(scheme: Scheme, seed: int) -> Non
 def test_equals_it_over_several_blocks() -> None:
     """One scale per row and more columns than a block: the lazy update of the columns behind it must arrive."""
     weight, hessian = problem(0, width=300, out=3, tokens=1500)
-    fast = round_compensated(weight, hessian, ROWS, torch.bfloat16).dequantize()
+    fast = round_compensated(weight, factor(hessian), ROWS, torch.bfloat16).dequantize()
     slow = slow_gptq(weight, hessian, ROWS).float()
     assert float((fast == slow).float().mean()) > 0.98
     assert quadratic(fast - weight, hessian) == pytest.approx(quadratic(slow - weight, hessian), rel=0.02)
@@ -81,7 +87,7 @@ def test_equals_it_over_several_blocks() -> None:
 def test_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
     """On correlated inputs and enough rows to average over; being greedy it may lose single rows."""
     weight, hessian = problem(seed, out=64)
-    compensated = round_compensated(weight, hessian, scheme, torch.bfloat16).dequantize()
+    compensated = round_compensated(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
     nearest = round_nearest(weight, scheme, torch.bfloat16).dequantize()
     assert quadratic(compensated - weight, hessian) < quadratic(nearest - weight, hessian)
 
@@ -90,7 +96,7 @@ def test_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
 def test_uncorrelated_inputs_leave_nearest_rounding(scheme: Scheme) -> None:
     weight, _ = problem(1)
     hessian = torch.diag(torch.logspace(-1, 1, weight.shape[1]))
-    compensated = round_compensated(weight, hessian, scheme, torch.bfloat16)
+    compensated = round_compensated(weight, factor(hessian), scheme, torch.bfloat16)
     nearest = round_nearest(weight, scheme, torch.bfloat16)
     assert torch.equal(compensated.codes, nearest.codes)
     assert torch.equal(compensated.scale, nearest.scale)
@@ -104,17 +110,20 @@ def test_shifted_target_beats_plain_gptq_on_exposed_inputs() -> None:
     u = x + 0.3 * torch.randn(600, 48, generator=generator)
     u[:, :8] *= 0.7
     weight = torch.randn(6, 48, generator=generator)
-    statistics = Statistics.of(x, u, torch.ones(600))
-    target, hessian, _ = statistics.shifted_target(weight, 0.01)
-    shifted = round_compensated(target, hessian, GROUPED, torch.bfloat16).dequantize()
-    plain = round_compensated(weight, hessian, GROUPED, torch.bfloat16).dequantize()
-    assert statistics.error(weight, shifted) < 0.9 * statistics.error(weight, plain)
+    statistics = Statistics.of(weight, x, u, torch.ones(600))
+    found, _ = statistics.factor(0.01)
+    target = statistics.shifted_target(weight, found)
+    shifted, plain = (
+        round_compensated(wanted, found, GROUPED, torch.bfloat16).dequantize() for wanted in (target, weight)
+    )
+    errors = [statistics.error(slice(None), rounded - weight) for rounded in (shifted, plain)]
+    assert errors[0] < 0.9 * errors[1]
 
 
 @both_schemes
 def test_shapes_and_ranges(scheme: Scheme) -> None:
     weight, hessian = problem(3)
-    result = round_compensated(weight, hessian, scheme, torch.bfloat16)
+    result = round_compensated(weight, factor(hessian), scheme, torch.bfloat16)
     low, high = scheme.code_range
     groups = 1 if scheme.group_size is None else weight.shape[1] // scheme.group_size
     assert result.codes.shape == weight.shape
@@ -125,13 +134,17 @@ def test_shapes_and_ranges(scheme: Scheme) -> None:
 def test_inputs_are_left_alone() -> None:
     weight, hessian = problem(4)
     copies = weight.clone(), hessian.clone()
-    round_compensated(weight, hessian, GROUPED, torch.bfloat16)
+    round_compensated(weight, factor(hessian), GROUPED, torch.bfloat16)
     assert torch.equal(weight, copies[0])
     assert torch.equal(hessian, copies[1])
 
 
-def test_inverse_factor() -> None:
+def test_factors() -> None:
     _, hessian = problem(5)
-    factor = inverse_factor(hessian)
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor @ hessian, torch.eye(len(hessian)), rtol=0, atol=1e-3)
+    found = factor(hessian)
+    assert torch.equal(found.upper, found.upper.triu())
+    assert torch.equal(found.upper.diagonal(), torch.ones(len(hessian)))
+    torch.testing.assert_close(found.upper * found.pivots @ found.upper.T, hessian, rtol=1e-4, atol=1e-3)
+    rows = torch.randn(5, len(hessian), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.solve(rows) @ hessian, rows, rtol=0, atol=1e-3)
+    assert Factor.of(hessian - 2 * hessian.diagonal().diag()) is None

@@ -157,7 +157,7 @@ def test_activations_beyond_the_budget_lie_on_disk_and_come_back(tmp_path: Path)
     values = [torch.arange(10.0) + number for number in range(4)]
     kept = Activations(memory, torch.device("cpu"), values)
     assert (memory.used, memory.spilled) == (80, 80)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert list(tmp_path.iterdir()) == []  # a file without a name: nothing is left when the process dies
     assert all(torch.equal(one, other) for one, other in zip(kept, values, strict=True))
     kept[3] = torch.zeros(1, dtype=torch.bfloat16)
     assert kept[3].dtype == torch.bfloat16

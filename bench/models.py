@@ -1,0 +1,157 @@
+"""Checkpoints with random weights for measurements, written layer by layer, and demo samples to calibrate them on.
+
+The architecture is Qwen2-VL, the processor the demo model's: time and memory depend on shapes, not on what the weights
+say.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from demo.make import calibration_rows
+from tlq.architectures import architecture_of
+from tlq.checkpoint import copy_processor_files
+from tlq.samples import IMAGE_MARK, Sample
+
+MODEL = Path("data/demo/model")
+
+_DEVIATION = 0.02
+_ROTARY_SECTIONS = {64: [3, 5, 24], 128: [16, 24, 24]}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2-VL: of its decoder, its vocabulary, and its vision tower.
+
+    Attributes:
+        heads, key_value_heads: heads of 64 or 128 channels.
+        pixels: largest area of a picture; bigger ones are shrunk.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int = 512
+    vision_depth: int = 3
+    vision_width: int = 192
+    vision_heads: int = 4
+    patch: int = 8
+    pixels: int = 256 * 256
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+_REAL = {"vocabulary": 152064, "vision_depth": 32, "vision_width": 1280, "vision_heads": 16, "patch": 14}
+
+SHAPES: dict[str, Shape] = {
+    "tiny": Shape(128, 256, 2, heads=2, key_value_heads=1),
+    "middle": Shape(1024, 4096, 8, heads=16, key_value_heads=4),
+    "qwen2-vl-7b": Shape(3584, 18944, 28, heads=28, key_value_heads=4, pixels=12845056, **_REAL),
+    "qwen2-vl-72b": Shape(8192, 29568, 80, heads=64, key_value_heads=8, pixels=12845056, **_REAL),
+}
+
+
+def write_random_model(folder: Path, shape: Shape, seed: int = 0) -> Path:
+    """A checkpoint with one safetensors file per decoder layer; no more than a layer is ever in memory."""
+    folder.mkdir(parents=True)
+    config = _config(shape)
+    with init_empty_weights():
+        model: Any = Qwen2VLForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(seed)
+    inside = f"{architecture_of(config).layers}."
+    by_file: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        number = name.removeprefix(inside).split(".")[0] if name.startswith(inside) else "outside"
+        by_file.setdefault(f"model-{number}.safetensors", []).append(name)
+    weight_map: dict[str, str] = {}
+    for file, names in by_file.items():
+        tensors = {name: _random(name, model.get_parameter(name).shape, generator) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    copy_processor_files(MODEL, folder)
+    _let_pictures_be(folder / "preprocessor_config.json", shape)
+    return folder
+
+
+def _config(shape: Shape) -> Any:
+    config: Any = Qwen2VLConfig.from_pretrained(MODEL)
+    text, vision = config.text_config, config.vision_config
+    text.vocab_size = shape.vocabulary
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = shape.hidden, shape.intermediate, shape.layers
+    text.num_attention_heads, text.num_key_value_heads = shape.heads, shape.key_value_heads
+    text.layer_types = ["full_attention"] * shape.layers
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": _ROTARY_SECTIONS[shape.head_dim]}
+    text.max_position_embeddings = 32768
+    vision.depth, vision.embed_dim, vision.num_heads = shape.vision_depth, shape.vision_width, shape.vision_heads
+    vision.patch_size, vision.hidden_size = shape.patch, shape.hidden
+    return config
+
+
+def _random(name: str, size: torch.Size, generator: torch.Generator) -> Tensor:
+    """Gains 1, biases 0, all else normal: as transformers initialises."""
+    if len(size) == 1:
+        return torch.full(size, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+    return (_DEVIATION * torch.randn(size, generator=generator)).bfloat16()
+
+
+def _let_pictures_be(path: Path, shape: Shape) -> None:
+    """Let the image processor cut pictures as the model's shape says."""
+    settings = json.loads(path.read_text())
+    settings["patch_size"] = shape.patch
+    settings["size"] = {"shortest_edge": 16 * (2 * shape.patch) ** 2, "longest_edge": shape.pixels}
+    path.write_text(json.dumps(settings))
+
+
+def of_layers(shape: Shape, layers: int) -> Shape:
+    return replace(shape, layers=layers)
+
+
+def demo_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Questions about rendered pictures, about 50 tokens each."""
+    return [
+        _sample(row["id"], row["image"]["bytes"], row["question"], row["answer"])
+        for row in calibration_rows(seed, count)
+    ]
+
+
+def large_samples(count: int, width: int = 640, height: int = 480, words: int = 100, seed: int = 0) -> Iterator[Sample]:
+    """Noise of the size of a photograph with an answer of so many words: as long as samples of LLaVA data."""
+    generator = np.random.default_rng(seed)
+    vocabulary = [sample.messages[-1]["content"] for sample in demo_samples(64, seed)]
+    for number in range(count):
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        answer = " ".join(generator.choice(vocabulary, words))
+        yield _sample(f"large-{number}", buffer.getvalue(), "Describe the picture.", answer)
+
+
+def _sample(identifier: str, image: bytes, question: str, answer: str) -> Sample:
+    return Sample(
+        identifier,
+        [image],
+        [
+            {"role": "user", "content": f"{IMAGE_MARK}{question}"},
+            {"role": "assistant", "content": answer},
+        ],
+    )
