@@ -82,8 +82,8 @@ class EvaluateParams:
         for source in self.benchmarks:
             if self.data and source.data and not Path(source.data).is_relative_to(self.data):
                 raise ValueError(
-                    f"{source.task}: {source.data} is outside evaluate.data = {self.data}, the folder that DVC watches; "
-                    "move it there, or set evaluate.data to a folder that holds all local benchmark files"
+                    f"{source.task}: {source.data} is outside evaluate.data = {self.data}, the folder that DVC "
+                    "watches; move it there, or set evaluate.data to a folder that holds all local benchmark files"
                 )
         for name in ("limit", "batch_size", "max_new_tokens", "divergence_limit", "resamples"):
             value = getattr(self, name)

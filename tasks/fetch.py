@@ -99,10 +99,14 @@ def _load(download: Download, folder: Path, files: Sequence[str], dry_run: bool 
         )
     except (OSError, HTTPError) as error:
         raise OSError(
-            f"{download.repo} at {download.revision[:12]} cannot be downloaded "
-            f"({type(error).__name__}: {str(error)[:200]}); check the hub id, the commit, the network and, for a gated "
+            f"{download.repo} at {download.revision[:12]} cannot be downloaded ({reason_of(error)}); check the hub id, the commit, the network and, for a gated "
             "repository, `hf auth login`; the same command continues"
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What a client of the hub says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def _refuse_small_disk(files: Sequence[Any], download: Download, folder: Path) -> None:

@@ -232,7 +232,7 @@ def _image_names(row: dict[str, Any]) -> list[str]:
 
 
 def _has_prefix(row: Any, prefix: str) -> bool:
-    """Whether all images of a row are of the source that ``prefix`` names; with a prefix, rows without images are not."""
+    """Whether a row's images, of which a prefix asks for one at least, are of the source that ``prefix`` names."""
     if not prefix:
         return True
     names = _image_names(row) if isinstance(row, dict) else []

@@ -2,7 +2,7 @@
 
     python -m tasks.preset                               lists them
     python -m tasks.preset qwen2-vl-7b sharegpt4v        writes them into params.yaml
-    python -m tasks.preset demo                          goes back to the demo
+    python -m tasks.preset demo                          goes back to the demo; with others: where they say nothing
     python -m tasks.preset --model OWNER/NAME            any model of the hub
     python -m tasks.preset --dataset OWNER/NAME --columns answer=answers
 
@@ -27,12 +27,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
 from tasks.cli import run
-from tasks.fetch import Download, repo_type
+from tasks.fetch import Download, reason_of, repo_type
 from tasks.params import PARAMS, ParamsError, parse
 from tlq.files import write_text
 
 PRESETS = Path("presets")
 KINDS = ("model", "calibration", "benchmarks")
+DEMO = "demo"
 
 #: Sections that presets touch and what parses them: what a stage would refuse is refused before it is written.
 SECTIONS = {
@@ -74,18 +75,21 @@ def _read(kind: str, path: Path) -> Preset:
 
 
 def named(names: Sequence[str], presets: Sequence[Preset]) -> list[Preset]:
-    """The presets of these names; `demo` names one of each kind.
+    """The presets of these names; `demo` is one of each kind that no other name is of.
 
     Raises:
-        ParamsError: there is no preset of a name, or two of one kind.
+        ParamsError: there is no preset of a name.
     """
-    chosen: list[Preset] = []
+    known = dict.fromkeys(preset.name for preset in presets)
     for name in names:
-        found = [preset for preset in presets if preset.name == name]
-        if not found:
-            known = ", ".join(dict.fromkeys(preset.name for preset in presets))
-            raise ParamsError(f"unknown preset {name!r}; choose of {known}, or give a hub id with --model or --dataset")
-        chosen += found
+        if name not in known:
+            raise ParamsError(
+                f"unknown preset {name!r}; choose of {', '.join(known)}, or give a hub id with --model or --dataset"
+            )
+    chosen = [preset for preset in presets if preset.name in names and preset.name != DEMO]
+    if DEMO in names:
+        taken = {preset.kind for preset in chosen}
+        chosen += [preset for preset in presets if preset.name == DEMO and preset.kind not in taken]
     return chosen
 
 
@@ -163,7 +167,7 @@ def newest_commit(repo: str, kind: str) -> str:
         info = api.model_info(repo) if kind == "model" else api.dataset_info(repo)
     except (OSError, HTTPError) as error:
         raise ConnectionError(
-            f"{repo}: the hub cannot be asked for its newest commit ({type(error).__name__}: {str(error)[:120]}); go "
+            f"{repo}: the hub cannot be asked for its newest commit ({reason_of(error)}); go "
             f"online or correct the hub id, or name the commit yourself: --revision {repo}=COMMIT"
         ) from error
     return str(info.sha)
@@ -193,19 +197,23 @@ def applied(text: str, presets: Sequence[Preset], fetched: Mapping[str, Mapping[
 
 
 def _set(target: CommentedMap, values: Mapping[str, Any], drop: bool = False) -> None:
-    """Write ``values`` into a mapping, nested mappings into theirs; new keys go before the last one, whose trailing
-    comment belongs to what follows. With ``drop`` other keys go."""
+    """Write ``values`` into a mapping, nested mappings into theirs; with ``drop`` other keys go.
+
+    A new key goes behind the one it follows in ``values``, but before the last one of the mapping, whose trailing
+    comment belongs to what follows.
+    """
     for key in [key for key in target if drop and key not in values]:
         _delete(target, key)
+    place = len(target)
     for key, value in values.items():
         old = target.get(key)
-        if key in target and isinstance(value, dict) and isinstance(old, CommentedMap) and not drop:
+        if key not in target:
+            target.insert(min(place, max(len(target) - 1, 0)), key, value)
+        elif isinstance(value, dict) and isinstance(old, CommentedMap) and not drop:
             _set(old, value)
-        elif key in target:
-            if old != value:
-                target[key] = value
-        else:
-            target.insert(max(len(target) - 1, 0), key, value)
+        elif old != value:
+            target[key] = value
+        place = list(target).index(key) + 1
 
 
 def _delete(target: CommentedMap, key: str) -> None:
