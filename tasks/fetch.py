@@ -99,8 +99,8 @@ def _load(download: Download, folder: Path, files: Sequence[str], dry_run: bool 
         )
     except (OSError, HTTPError) as error:
         raise OSError(
-            f"{download.repo} at {download.revision[:12]} cannot be downloaded ({reason_of(error)}); check the hub id, the commit, the network and, for a gated "
-            "repository, `hf auth login`; the same command continues"
+            f"{download.repo} at {download.revision[:12]} cannot be downloaded ({reason_of(error)}); check the hub id, "
+            "the commit, the network and, for a gated repository, `hf auth login`; the same command continues"
         ) from error
 
 
