@@ -50,6 +50,7 @@ class PrepareParams:
         image_root: folder that `llava_json` image names are relative to.
         image_prefix: leave out `llava_json` rows whose image names begin otherwise; a file may describe the images of
             several sources, of which one is at hand.
+        prompt: question asked of every image of a table that has no column of questions (captions).
         samples: how many to keep, drawn without replacement.
         max_rejected: share of the rows looked at that may be unusable before the stage stops.
     """
@@ -64,6 +65,7 @@ class PrepareParams:
     image_root: str | None = None
     image_prefix: str = ""
     columns: Columns = field(default_factory=Columns)
+    prompt: str | None = None
     max_rejected: float = 0.1
 
     def __post_init__(self) -> None:
@@ -143,7 +145,8 @@ def read_table(params: PrepareParams) -> Reader:
     else:
         dataset = load_dataset(params.path, params.name, split=params.split, revision=params.revision)
     columns = params.columns
-    wanted = [columns.image, columns.question, columns.answer, *filter(None, (columns.id, columns.source))]
+    asked = columns.question if params.prompt is None else None
+    wanted = [columns.image, columns.answer, *filter(None, (asked, columns.id, columns.source))]
     missing = [name for name in wanted if name not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -159,7 +162,7 @@ def read_table(params: PrepareParams) -> Reader:
         answer = row[columns.answer]
         if isinstance(answer, list):
             answer = answer[0] if answer else ""
-        question = f"{IMAGE_MARK * len(encoded)}{_text(row[columns.question])}"
+        question = f"{IMAGE_MARK * len(encoded)}{_text(row[asked] if asked else params.prompt)}"
         messages = [
             Message(role="user", content=question),
             Message(role="assistant", content=_text(answer)),

@@ -114,22 +114,23 @@ def model_of_hub(repo: str) -> Preset:
     return Preset("model", name, repo, params, {name: CommentedMap(repo=repo, revision=None, out=out)})
 
 
-def dataset_of_hub(
-    repo: str, split: str, subset: str | None, columns: Mapping[str, str], files: Sequence[str], samples: int
-) -> Preset:
-    """A preset for any data set of the hub that has an image, a question and an answer column."""
+def dataset_of_hub(arguments: argparse.Namespace) -> Preset:
+    """A preset for any data set of the hub that has a column of images and columns of text."""
+    repo, columns = arguments.dataset, _pairs(arguments.columns, "--columns")
     name = repo.split("/")[-1].lower()
     out = f"data/calibration/{name}"
-    prepare = CommentedMap(kind="hub", path=out, split=split)
-    if subset is not None:
-        prepare["name"] = subset
+    prepare = CommentedMap(kind="hub", path=out, split=arguments.split)
+    if arguments.subset is not None:
+        prepare["name"] = arguments.subset
     if columns:
         prepare["columns"] = _flow(**columns)
-    prepare.update(samples=samples, seed=0)
+    if arguments.prompt is not None:
+        prepare["prompt"] = arguments.prompt
+    prepare.update(samples=arguments.samples, seed=0)
     entry = CommentedMap(repo=repo, revision=None, out=out)
-    if files:
-        entry["files"] = list(files)
-    params = {"prepare": prepare, "importance": _flow(samples=samples)}
+    if arguments.files:
+        entry["files"] = arguments.files
+    params = {"prepare": prepare, "importance": _flow(samples=arguments.samples)}
     return Preset("calibration", name, repo, params, {name: entry})
 
 
@@ -295,6 +296,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="of image, question, answer, id"
     )
+    parser.add_argument("--prompt", help="question asked of every image, where the data set has captions only")
     parser.add_argument("--files", nargs="+", default=[], help="patterns: fetch these files of the data set only")
     parser.add_argument("--samples", type=int, default=256, help="of the data set")
     parser.add_argument(
@@ -309,12 +311,7 @@ def _chosen(arguments: argparse.Namespace, presets: Sequence[Preset]) -> list[Pr
     if arguments.model:
         chosen.append(model_of_hub(arguments.model))
     if arguments.dataset:
-        columns = _pairs(arguments.columns, "--columns")
-        chosen.append(
-            dataset_of_hub(
-                arguments.dataset, arguments.split, arguments.subset, columns, arguments.files, arguments.samples
-            )
-        )
+        chosen.append(dataset_of_hub(arguments))
     one_of_each_kind(chosen)
     return chosen
 

@@ -58,16 +58,18 @@ class QuickProject:
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", "--message", message)
 
-    def dvc(self, *arguments: str) -> str:
-        return self.run(sys.executable, "-m", "dvc", *arguments)
+    def dvc(self, *arguments: str, **variables: str) -> str:
+        return self.run(sys.executable, "-m", "dvc", *arguments, **variables)
 
-    def run(self, *command: str) -> str:
-        """Output of a command in the project; fails the test if it fails."""
+    def run(self, *command: str, **variables: str) -> str:
+        """Output of a command in the project, with more environment variables; fails the test if it fails."""
         identity = {
             f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
         }
         path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, **identity, "PATH": path, "COLUMNS": "400"}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        environment = {**os.environ, **identity, "PATH": path, **variables}
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout

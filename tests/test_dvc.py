@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from documents import blocks, run_shell
 from quick_project import ROOT, QuickProject
 
 from tasks.preset import PRESETS, applied, available, named, pin
@@ -91,13 +94,36 @@ def test_what_a_stage_depends_on_is_there(stage: str) -> None:
             assert (ROOT / dep).exists() or any(out.startswith(dep) for out in outs) or dep == "evaluation", dep
 
 
+@dataclass(frozen=True)
+class Reproduced:
+    """A quick project in which docs/reproduce.md was followed, and what its commands printed."""
+
+    project: QuickProject
+    outputs: dict[str, str]
+
+    def output(self, part: str) -> str:
+        """Of the only command that ``part`` is in."""
+        (found,) = [output for command, output in self.outputs.items() if part in command]
+        return found
+
+
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> QuickProject:
-    """A quick project that has run once, its lock file committed."""
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Reproduced:
     project = QuickProject.made(tmp_path_factory.mktemp("quick"))
-    project.dvc("repro")
-    project.commit("run")
-    return project
+    outputs: dict[str, str] = {}
+    for block in blocks("sh", documents=[ROOT / "docs/reproduce.md"]):
+        if block.needs is None:
+            outputs |= run_shell(block, project)
+    return Reproduced(project, outputs)
+
+
+@pytest.fixture
+def project(reproduced: Reproduced) -> Iterator[QuickProject]:
+    """The project as it was last committed."""
+    reproduced.project.run("git", "checkout", "--quiet", ".")
+    reproduced.project.dvc("checkout")
+    yield reproduced.project
+    reproduced.project.run("git", "checkout", "--quiet", ".")
 
 
 def test_only_what_decides_a_result_makes_a_stage_stale(project: QuickProject) -> None:
@@ -106,7 +132,6 @@ def test_only_what_decides_a_result_makes_a_stage_stale(project: QuickProject) -
     assert "up to date" in project.dvc("status")
     (project.folder / "tlq/scoring.py").write_text("changed\n")
     stale = set(yaml.safe_load(project.dvc("status", "--json")))
-    project.run("git", "checkout", "--quiet", ".")
     assert "importance" in stale
     assert not stale & {"demo", "prepare", "calibset", "baseline"}
 
@@ -125,41 +150,40 @@ def test_presets_put_downloads_before_the_stages_that_need_them(tmp_path: Path) 
         assert ("fetch@qwen2.5-vl-7b", stage) in edges
     for benchmark in ("textvqa", "chartqa", "mmmu", "ocrbench"):
         assert (f"fetch@{benchmark}", "evaluate@tlq-w3a16") in edges
-    project.dvc("repro", "importance")
-    assert "up to date" in project.dvc("status", "importance", "fetch@qwen2.5-vl-7b", "prepare")
 
 
-TABLE = re.search(r"exp show (--only-changed.*?)\n", (ROOT / "docs/reproduce.md").read_text())
-
-
-def test_experiments_are_a_table_one_can_read(project: QuickProject) -> None:
-    """The command of docs/reproduce.md: one row per experiment, what was changed, KL and retention of the variants."""
-    project.dvc("exp", "run", "--name", "other-seed", "--set-param", "calibset.seed=1", "evaluate@tlq-w3a16")
-    project.run("git", "checkout", "--quiet", ".")
-    project.dvc("exp", "run", "--queue", "--name", "fewer", "-S", "calibset.budget.tokens_per_layer=64", "evaluate")
-    project.dvc("exp", "run", "--run-all")
-    assert TABLE is not None
-    options = [option.strip("'") for option in re.findall(r"'[^']*'|\S+", TABLE.group(1))]
-    lines = project.dvc("exp", "show", "--md", *options).splitlines()
-    columns = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert columns == [
+def test_experiments_are_a_table_one_can_read(reproduced: Reproduced) -> None:
+    """One row per experiment, the parameters that differ, KL and retention of the variants they touch."""
+    lines = reproduced.output("exp show").splitlines()
+    header, *rows = [line.split() for line in lines if line.strip() and "\u2500" * 10 not in line]
+    assert header == [
         "Experiment",
         "evaluation/tlq-w3a16/summary.json:retention",
         "evaluation/tlq-w3a16/summary.json:kl",
         "calibset.budget.tokens_per_layer",
         "calibset.seed",
     ]
-    rows = {line.split("|")[1].strip().split("[")[-1].rstrip("]"): line for line in lines[2:] if line}
-    assert list(rows) == ["main", "fewer", "other-seed"]
-    assert rows["fewer"].split("|")[4].strip() == "64"
-    assert len({line.split("|")[3] for line in rows.values()}) == 3
+    assert rows[0][0] == "main"
+    named = {row[2]: row[-4:] for row in rows[1:]}
+    assert named["[other-tokens]"][2:] == ["4096", "1"]
+    assert sorted(row[2] for row in named.values()) == ["1024", "2048", "4096"]
+    assert len({tuple(row[:2]) for row in [rows[0][-4:], *named.values()]}) == 4
+
+
+def test_metrics_are_a_row_for_each_variant(reproduced: Reproduced) -> None:
+    rows = [line.split()[0] for line in reproduced.output("metrics show").splitlines() if line.strip()]
+    assert rows == ["Path", *(f"evaluation/{name}/summary.json" for name in ("full", "rtn-w3a16", "tlq-w3a16"))]
+
+
+def test_the_second_repro_of_a_stage_runs_nothing(reproduced: Reproduced) -> None:
+    assert "Running stage" not in reproduced.output("repro calibset")
+    assert "Running stage" not in reproduced.output("calibrate@tlq-w3a16")
 
 
 def test_a_clone_pulls_the_results_and_computes_nothing(project: QuickProject, tmp_path: Path) -> None:
-    project.dvc("remote", "add", "--default", "storage", str(tmp_path / "storage"))
-    project.commit("remote")
-    project.dvc("push")
     clone = project.clone(tmp_path / "clone")
+    shutil.copytree(project.folder.parent / "storage", tmp_path / "storage")  # the remote is named relative to a clone
+    assert "deleted" in clone.dvc("status")
     clone.dvc("pull")
     assert (clone.folder / "models/tlq-w3a16/config.json").is_file()
     assert "up to date" in clone.dvc("status")

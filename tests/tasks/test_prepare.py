@@ -108,6 +108,15 @@ def test_answers_may_be_numbers_or_lists(table: Table, tmp_path: Path) -> None:
     assert [sample.messages[-1]["content"] for sample in found] == ["stop", "stop"]
 
 
+def test_captions_get_one_question(tmp_path: Path) -> None:
+    pd.DataFrame({"image": [png(0)], "caption": ["A red square."]}).to_parquet(tmp_path / "captions.parquet")
+    params = PrepareParams(
+        "parquet", str(tmp_path / "captions.parquet"), 1, columns=Columns(answer="caption"), prompt="Describe it."
+    )
+    (found,), _ = run(params, tmp_path)
+    assert [message["content"] for message in found.messages] == ["<image>Describe it.", "A red square."]
+
+
 def test_tables_written_by_pandas_work_too(tmp_path: Path) -> None:
     frame = pd.DataFrame({"image": [png(0), png(1)], "question": ["a?", "b?"], "answer": ["x", "y"]})
     frame.to_parquet(tmp_path / "plain.parquet")
