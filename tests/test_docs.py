@@ -7,6 +7,7 @@ demo model. Which blocks are run, and why others are only checked, is in the nam
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 import subprocess
@@ -157,3 +158,58 @@ def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text())
     absent = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
     assert not absent
+
+
+def messages_of_code() -> set[str]:
+    """What the project raises and warns of: literal texts, variable parts as `…`."""
+    found = set()
+    for folder in PROJECT:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr | ast.Constant):
+                    found.add(template(node))
+    return found
+
+
+def template(node: ast.JoinedStr | ast.Constant) -> str:
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+    return " ".join(re.sub(r"%[-.\d]*[a-z]", "…", text).split())
+
+
+def documented_messages() -> list[str]:
+    """First cells of the tables of docs/troubleshooting.md about this project's own messages."""
+    text = (ROOT / "docs/troubleshooting.md").read_text().split("## DVC, Prefect")[0]
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+def says(message: str, documented: str) -> bool:
+    """Whether the parts of a documented message occur in a message of the code, in their order."""
+    parts = [re.escape(part.strip()) for part in documented.split("…") if part.strip()]
+    return re.search(".*".join(parts), message) is not None
+
+
+def test_documented_messages_are_those_of_the_code() -> None:
+    code_messages = messages_of_code()
+    unknown = [each for each in documented_messages() if not any(says(message, each) for message in code_messages)]
+    assert len(documented_messages()) > 60
+    assert not unknown, f"docs/troubleshooting.md: no longer raised: {unknown}"
+
+
+def test_a_message_says_what_to_do_or_is_documented() -> None:
+    """A raised text holds its next step (behind a semicolon or colon), the value needed, or has a row in the docs."""
+    documented = documented_messages()
+    silent = []
+    for folder in ("tlq", "tasks", "flows"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                    argument = node.exc.args[0]
+                    if isinstance(argument, ast.JoinedStr | ast.Constant):
+                        message = template(argument)
+                        plain = not re.search("[a-z]", message) or re.search(
+                            r"; |: |must |choose|needs ", message.replace("`", "")
+                        )
+                        if not plain and not any(says(message, each) for each in documented):
+                            silent.append(f"{path.relative_to(ROOT)}:{node.lineno}: {message}")
+    assert not silent, "neither a next step nor a row in docs/troubleshooting.md:\n" + "\n".join(silent)
