@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -22,7 +23,8 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class BenchmarkSource:
     """Which benchmark to run, and where its rows are if not where the YAML says.
 
-    `data` is a local parquet file and excludes the hub fields; `limit` overrides the evaluation's own;
+    `data` is a local parquet file, or a folder whose parquet files are taken together in the order of their names; it
+    excludes the hub fields. `limit` overrides the evaluation's own;
     `suffix` replaces the instruction after the question.
     """
 
@@ -154,10 +156,13 @@ def _read_local(source: BenchmarkSource) -> datasets.Dataset:
     path = Path(str(source.data))
     if source.hub or source.revision or source.split or source.subset:
         raise BenchmarkError(f"{source.task}: give either `data` or hub, subset, revision and split, not both.")
-    if not path.is_file():
-        raise BenchmarkError(f"{source.task}: {path} is missing; run the stage that makes it or correct `data`.")
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise BenchmarkError(
+            f"{source.task}: {path} is missing or holds no parquet file; run the stage that makes it or correct `data`."
+        )
     try:
-        return datasets.Dataset(pq.read_table(path))
+        return datasets.Dataset(pa.concat_tables(pq.read_table(file) for file in files))
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"{source.task}: {path} is no readable parquet file ({error}).") from error
 

@@ -34,6 +34,8 @@ def quantize() -> str:
     variants = section("variants", VariantParams, ROOT / "params.yaml").names
     check_tracking()
     stage("demo")
+    for name in section("fetch", dict, ROOT / "params.yaml"):
+        stage(f"fetch@{name}")
     baseline = stage.submit("baseline")
     for name in ("prepare", "importance", "calibset"):
         stage.submit(name).result()

@@ -48,6 +48,7 @@ class EvaluateParams:
 
     Attributes:
         benchmarks: what to run, see BenchmarkSource.
+        data: folder that all local benchmark files are in: what DVC watches; None where DVC does not run the stage.
         limit: items per benchmark, None for all; `seed` chooses them, the same ones for every variant.
         batch_size: items at a time, halved when memory runs out; `auto` starts with 32 on a CPU and 256 on a GPU.
         max_new_tokens: upper bound on the tokens that a benchmark lets a reply have, None for the benchmark's own.
@@ -61,6 +62,7 @@ class EvaluateParams:
     """
 
     benchmarks: tuple[BenchmarkSource, ...]
+    data: str | None = None
     limit: int | None = None
     seed: int = 0
     batch_size: int | Literal["auto"] = "auto"
@@ -77,6 +79,12 @@ class EvaluateParams:
     def __post_init__(self) -> None:
         if not self.benchmarks:
             raise ValueError("benchmarks is empty; name at least one")
+        for source in self.benchmarks:
+            if self.data and source.data and not Path(source.data).is_relative_to(self.data):
+                raise ValueError(
+                    f"{source.task}: {source.data} is outside evaluate.data = {self.data}, the folder that DVC "
+                    "watches; move it there, or set evaluate.data to a folder that holds all local benchmark files"
+                )
         for name in ("limit", "batch_size", "max_new_tokens", "divergence_limit", "resamples"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:

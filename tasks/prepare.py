@@ -46,8 +46,11 @@ class PrepareParams:
 
     Attributes:
         kind: `parquet` and `hub` read a table of questions, `llava_json` conversations with an image folder.
-        path: file, or hub id of the data set.
+        path: file; for `hub` a data set's folder as the stage `fetch` makes it, or its hub id.
         image_root: folder that `llava_json` image names are relative to.
+        image_prefix: leave out `llava_json` rows whose image names begin otherwise; a file may describe the images of
+            several sources, of which one is at hand.
+        prompt: question asked of every image of a table that has no column of questions (captions).
         samples: how many to keep, drawn without replacement.
         max_rejected: share of the rows looked at that may be unusable before the stage stops.
     """
@@ -60,7 +63,9 @@ class PrepareParams:
     name: str | None = None
     revision: str | None = None
     image_root: str | None = None
+    image_prefix: str = ""
     columns: Columns = field(default_factory=Columns)
+    prompt: str | None = None
     max_rejected: float = 0.1
 
     def __post_init__(self) -> None:
@@ -140,7 +145,8 @@ def read_table(params: PrepareParams) -> Reader:
     else:
         dataset = load_dataset(params.path, params.name, split=params.split, revision=params.revision)
     columns = params.columns
-    wanted = [columns.image, columns.question, columns.answer, *filter(None, (columns.id, columns.source))]
+    asked = columns.question if params.prompt is None else None
+    wanted = [columns.image, columns.answer, *filter(None, (asked, columns.id, columns.source))]
     missing = [name for name in wanted if name not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -156,7 +162,7 @@ def read_table(params: PrepareParams) -> Reader:
         answer = row[columns.answer]
         if isinstance(answer, list):
             answer = answer[0] if answer else ""
-        question = f"{IMAGE_MARK * len(encoded)}{_text(row[columns.question])}"
+        question = f"{IMAGE_MARK * len(encoded)}{_text(row[asked] if asked else params.prompt)}"
         messages = [
             Message(role="user", content=question),
             Message(role="assistant", content=_text(answer)),
@@ -211,16 +217,29 @@ def read_llava_json(params: PrepareParams) -> Reader:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: must be a list of conversations")
+    rows = [row for row in rows if _has_prefix(row, params.image_prefix)]
 
     def read(index: int) -> Sample:
         row = rows[index]
         if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
             raise ValueError("it has no list of `conversations`")
-        names = row.get("image") or []
-        images = [_read_image_file(root / name) for name in ([names] if isinstance(names, str) else names)]
+        images = [_read_image_file(root / name) for name in _image_names(row)]
         return Sample(str(row.get("id", index)), images, [_message(turn) for turn in row["conversations"]], path.name)
 
     return len(rows), read
+
+
+def _image_names(row: dict[str, Any]) -> list[str]:
+    names = row.get("image") or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _has_prefix(row: Any, prefix: str) -> bool:
+    """Whether a row's images, of which a prefix asks for one at least, are of the source that ``prefix`` names."""
+    if not prefix:
+        return True
+    names = _image_names(row) if isinstance(row, dict) else []
+    return bool(names) and all(name.startswith(prefix) for name in names)
 
 
 def _message(turn: Any) -> Message:

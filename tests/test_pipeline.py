@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from documents import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = (
@@ -101,6 +102,13 @@ def test_every_variant_is_registered_with_answers_per_item(project: Path) -> Non
     items = pq.read_table(project / "evaluation/tlq-w3a16/items.parquet").to_pandas()
     assert len(items) == 4 * 6
     assert {"reply", "target", "score", "kl", "nll"} <= set(items.columns)
+
+
+def test_the_readmes_registered_model_answers(project: Path) -> None:
+    (block,) = [block for block in blocks("python", documents=[ROOT / "README.md"]) if "models:/" in block.code]
+    question = pq.read_table(project / "data/demo/world/textvqa.parquet").to_pylist()[0]
+    (project / "sign.png").write_bytes(question["image"]["bytes"])
+    run(project, sys.executable, "-c", block.code)
 
 
 def test_prefect_has_named_tasks_and_the_table(project: Path) -> None:

@@ -44,6 +44,15 @@ def test_parquet_written_by_pandas(textvqa: Make, tmp_path: Path) -> None:
     assert rows[1]["image"].decode().size == (48, 32)
 
 
+def test_a_folder_is_all_its_parquet_files(textvqa: Make, tmp_path: Path) -> None:
+    """As a data set of the hub is downloaded: shards in a folder."""
+    whole = pd.read_parquet(str(textvqa(5).data))
+    (tmp_path / "set/data").mkdir(parents=True)
+    for number, part in enumerate((whole[:3], whole[3:])):
+        part.to_parquet(tmp_path / f"set/data/validation-0000{number}-of-00002.parquet")
+    assert load(BenchmarkSource("demo_textvqa", data=str(tmp_path / "set"))).ids == ["0", "1", "2", "3", "4"]
+
+
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 5))
 def test_a_limit_picks_the_same_rows_every_time(count: int, limit: int, seed: int) -> None:
     names = [f"q{index}" for index in range(count)]
@@ -119,6 +128,7 @@ def test_missing_column(textvqa: Make) -> None:
     [
         (BenchmarkSource("textvqa"), "Unknown benchmark 'textvqa'; there are .*textvqa_vlm"),
         (BenchmarkSource("demo_textvqa", data="nowhere.parquet"), "nowhere.parquet is missing"),
+        (BenchmarkSource("demo_textvqa", data="docs"), "docs is missing or holds no parquet file"),
         (BenchmarkSource("demo_textvqa", data="a.parquet", split="test"), "either `data` or hub"),
     ],
 )

@@ -203,3 +203,12 @@ def test_command_line(
 def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="evaluation.*full.*--variant full` first|--variant full"):
         evaluate.evaluate_variant("rtn-w3a16", str(tiny_checkpoint), params, tmp_path)
+
+
+def test_benchmark_files_lie_where_dvc_watches() -> None:
+    inside = BenchmarkSource("demo_textvqa", data="data/demo/world/textvqa.parquet")
+    outside = BenchmarkSource("demo_chartqa", data="elsewhere/chartqa.parquet")
+    on_hub = BenchmarkSource("mmmu_vlm")
+    assert EvaluateParams((inside, on_hub), data="data/demo/world").benchmarks == (inside, on_hub)
+    with pytest.raises(ValueError, match=r"demo_chartqa: elsewhere/.* is outside evaluate\.data = data/demo/world"):
+        EvaluateParams((inside, outside), data="data/demo/world")

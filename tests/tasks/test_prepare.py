@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def test_answers_may_be_numbers_or_lists(table: Table, tmp_path: Path) -> None:
     assert [sample.messages[-1]["content"] for sample in found] == ["stop", "stop"]
 
 
+def test_captions_get_one_question(tmp_path: Path) -> None:
+    pd.DataFrame({"image": [png(0)], "caption": ["A red square."]}).to_parquet(tmp_path / "captions.parquet")
+    params = PrepareParams(
+        "parquet", str(tmp_path / "captions.parquet"), 1, columns=Columns(answer="caption"), prompt="Describe it."
+    )
+    (found,), _ = run(params, tmp_path)
+    assert [message["content"] for message in found.messages] == ["<image>Describe it.", "A red square."]
+
+
 def test_tables_written_by_pandas_work_too(tmp_path: Path) -> None:
     frame = pd.DataFrame({"image": [png(0), png(1)], "question": ["a?", "b?"], "answer": ["x", "y"]})
     frame.to_parquet(tmp_path / "plain.parquet")
@@ -186,7 +196,9 @@ def llava(tmp_path: Path) -> Callable[..., PrepareParams]:
     def write(content: Any, **changes: Any) -> PrepareParams:
         (tmp_path / "pictures").mkdir(exist_ok=True)
         for number in range(10):
-            (tmp_path / "pictures" / f"{number}.png").write_bytes(png(number))
+            for folder in (tmp_path / "pictures", tmp_path / "pictures/coco"):
+                folder.mkdir(exist_ok=True)
+                (folder / f"{number}.png").write_bytes(png(number))
         path = tmp_path / "conversations.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         root = str(tmp_path / "pictures")
@@ -212,6 +224,21 @@ def test_llava_conversations(llava: Callable[..., PrepareParams], tmp_path: Path
     assert by_id["c0"].images == [png(0)]
     assert [message["role"] for message in by_id["c1"].messages] == ["user", "assistant"] * 2
     assert by_id["c2"].images == []
+
+
+def test_a_prefix_leaves_out_the_images_of_other_sources(llava: Callable[..., PrepareParams], tmp_path: Path) -> None:
+    elsewhere = [conversation(number, image=f"sam/{number}.png") for number in range(5)]
+    without = [conversation(6, image=None), "no conversation"]
+    params = llava(
+        [*elsewhere, conversation(7, image="coco/7.png"), *without, conversation(8, image="coco/8.png")],
+        samples=2,
+        image_prefix="",
+    )
+    with pytest.raises(ValueError, match="rows are unusable"):
+        run(params, tmp_path)
+    found, rejected = run(replace(params, image_prefix="coco/"), tmp_path)
+    assert {sample.id for sample in found} == {"c7", "c8"}
+    assert rejected.empty
 
 
 @pytest.mark.parametrize(

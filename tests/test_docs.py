@@ -1,0 +1,215 @@
+"""README.md and docs/ as written: blocks of shell and Python are run, or checked where they need what a test has not.
+
+What a block needs stands in a comment before it, ``<!-- needs: the hub -->``. Blocks without one run in the order of
+their document: shell in a copy of the project whose stages take no time (quick_project), Python in a folder with the
+demo model. Which blocks are run, and why others are only checked, is in the names of the tests (``pytest -v``).
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from documents import DOCUMENTS, ROOT, Block, blocks, run_shell, words_of
+from quick_project import QuickProject
+
+from demo.world import random_scene, render
+
+PROJECT = ("tlq", "tasks", "flows", "benchmarks", "demo", "bench")
+
+#: Programs that are never run here: why.
+NEVER_RUN = {"make": "builds an environment", "pip": "changes the environment"}
+
+#: Programs that documents call and that are not of the project's environment.
+OUTSIDE = {"aws", "cd", "curl", "docker", "export", "git", "kill", "mkdir", "nvidia-smi", "scp", "ssh", "unzip", "vllm"}
+
+
+def why_not_run(block: Block) -> str | None:
+    """Why a block is checked and not run; None if it is run here."""
+    if block.needs is not None:
+        return f"needs {block.needs}"
+    if block.document == "docs/reproduce.md":
+        return "run by test_dvc"
+    if block.language == "python":
+        return "run by test_pipeline" if "models:/" in block.code else None
+    programs = {program(command) for command in block.commands} & set(NEVER_RUN)
+    return f"{min(programs)} {NEVER_RUN[min(programs)]}" if programs else None
+
+
+def program(command: str) -> str:
+    return Path(words_of(command)[1][0]).name
+
+
+def label(block: Block) -> str:
+    return f"{block.place} {why_not_run(block) or 'run'}"
+
+
+ALL = list(blocks("sh", "python"))
+
+
+SHELL = [block for block in ALL if block.language == "sh"]
+RUNNING = [block for block in SHELL if why_not_run(block) is None]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> QuickProject:
+    return QuickProject.made(tmp_path_factory.mktemp("quick"))
+
+
+@pytest.mark.parametrize("document", dict.fromkeys(block.document for block in RUNNING))
+def test_shell_of_a_document_runs(document: str, project: QuickProject) -> None:
+    project.run("git", "checkout", "--quiet", ".")
+    for block in RUNNING:
+        if block.document == document:
+            run_shell(block, project)
+
+
+@pytest.mark.parametrize("block", SHELL, ids=label)
+def test_commands_are_such_as_there_are(block: Block) -> None:
+    """The program, module or make target exists and has the options used; variables of this project are read by it."""
+    for command in block.commands:
+        assignments, words = words_of(command)
+        for name in assignments:
+            assert not name.startswith("TLQ_") or name in code(), f"{block.place}: nothing reads {name}"
+        if words:
+            check_command(words, block.place)
+
+
+def check_command(words: list[str], place: str) -> None:
+    name, options = Path(words[0]).name, [word.split("=")[0] for word in words if re.match(r"--[a-z]", word)]
+    if name == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert set(words[1:]) <= targets | {word for word in words[1:] if "=" in word}, f"{place}: {words}"
+    elif name == "python":
+        assert words[1] == "-m", f"{place}: {' '.join(words)}: run modules, not files"
+        check_module(words[2], options, place)
+    elif name in OUTSIDE:
+        return
+    else:
+        assert (Path(sys.executable).parent / name).exists(), f"{place}: there is no program {name}"
+        text = help_of(name, *(word for word in words[1:] if re.fullmatch(r"[a-z][a-z-]*", word)))
+        absent = [option for option in options if option not in text]
+        assert not absent, f"{place}: {name} knows no {', '.join(absent)}"
+
+
+def check_module(module: str, options: list[str], place: str) -> None:
+    assert find_spec(module) is not None, f"{place}: there is no module {module}"
+    if module.split(".")[0] in PROJECT:
+        source = ROOT / f"{module.replace('.', '/')}.py"
+        text = (source if source.exists() else source.with_suffix("") / "__main__.py").read_text()
+        absent = [option for option in options if f'"{option}"' not in text]
+        assert not absent, f"{place}: {module} knows no {', '.join(absent)}"
+
+
+@cache
+def help_of(name: str, *words: str) -> str:
+    """What a program says of itself, of a subcommand if the first words are one."""
+    command = [str(Path(sys.executable).parent / name)]
+    for count in (3, 2, 1, 0):
+        done = subprocess.run([*command, *words[:count], "--help"], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout
+    raise AssertionError(f"{name} {' '.join(words)} --help fails: {done.stderr[-500:]}")
+
+
+@cache
+def code() -> str:
+    """All Python of the project, and the Makefile."""
+    files = [path for folder in PROJECT for path in (ROOT / folder).rglob("*.py")]
+    return "\n".join(path.read_text() for path in [*files, ROOT / "Makefile"])
+
+
+PYTHON = [block for block in ALL if block.language == "python" and why_not_run(block) is None]
+
+
+@pytest.mark.parametrize("document", dict.fromkeys(block.document for block in PYTHON))
+def test_python_of_a_document_runs(document: str, tmp_path: Path) -> None:
+    """All blocks of a document in one process: importing the project takes longer than they do."""
+    (tmp_path / "data/demo").mkdir(parents=True)
+    (tmp_path / "data/demo/model").symlink_to(ROOT / "data/demo/model")
+    render(random_scene("signs", "test", random.Random(0))).save(tmp_path / "sign.png")
+    code = [block.code for block in PYTHON if block.document == document]
+    script = f"for code in {code!r}:\n    exec(compile(code, 'block', 'exec'), {{'__name__': 'block'}})\n"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{document}: {done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("block", list(blocks("yaml", "json")), ids=lambda block: block.place)
+def test_examples_of_parameters_have_the_names_of_parameters(block: Block) -> None:
+    content = yaml.safe_load(block.code)
+    known = yaml.safe_load((ROOT / "params.yaml").read_text())
+    if block.language == "yaml":
+        assert set(content) <= set(known), f"{block.place}: no such section of params.yaml"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text())
+    absent = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+    assert not absent
+
+
+def messages_of_code() -> set[str]:
+    """What the project raises and warns of: literal texts, variable parts as `…`."""
+    found = set()
+    for folder in PROJECT:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr | ast.Constant):
+                    found.add(template(node))
+    return found
+
+
+def template(node: ast.JoinedStr | ast.Constant) -> str:
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+    return " ".join(re.sub(r"%[-.\d]*[a-z]", "…", text).split())
+
+
+def documented_messages() -> list[str]:
+    """First cells of the tables of docs/troubleshooting.md about this project's own messages."""
+    text = (ROOT / "docs/troubleshooting.md").read_text().split("## DVC, Prefect")[0]
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+def says(message: str, documented: str) -> bool:
+    """Whether the parts of a documented message occur in a message of the code, in their order."""
+    parts = [re.escape(part.strip()) for part in documented.split("…") if part.strip()]
+    return re.search(".*".join(parts), message) is not None
+
+
+def test_documented_messages_are_those_of_the_code() -> None:
+    code_messages = messages_of_code()
+    unknown = [each for each in documented_messages() if not any(says(message, each) for message in code_messages)]
+    assert len(documented_messages()) > 60
+    assert not unknown, f"docs/troubleshooting.md: no longer raised: {unknown}"
+
+
+def test_a_message_says_what_to_do_or_is_documented() -> None:
+    """A raised text holds its next step (behind a semicolon or colon), the value needed, or has a row in the docs."""
+    documented = documented_messages()
+    silent = []
+    for folder in ("tlq", "tasks", "flows"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                    argument = node.exc.args[0]
+                    if isinstance(argument, ast.JoinedStr | ast.Constant):
+                        message = template(argument)
+                        plain = not re.search("[a-z]", message) or re.search(
+                            r"; |: |must |choose|needs ", message.replace("`", "")
+                        )
+                        if not plain and not any(says(message, each) for each in documented):
+                            silent.append(f"{path.relative_to(ROOT)}:{node.lineno}: {message}")
+    assert not silent, "neither a next step nor a row in docs/troubleshooting.md:\n" + "\n".join(silent)
