@@ -31,6 +31,7 @@ from tasks.files import (
 )
 from tasks.launch import on_ranks
 from tasks.params import ModelParams, ParamsError, recipe, section
+from tasks.tracking import tracked_calibration
 from tlq.api import quantize_checkpoint
 from tlq.importance import loss_of
 from tlq.quantizer import get_scheme
@@ -107,9 +108,12 @@ def quantize() -> None:
 
     model = StreamedModel(model_params.path, model_params.torch_dtype, device())
     out = MODELS / f"{row.name}-{scheme.name}"
-    with joined_ranks(device()) as ranks:
+    with (
+        joined_ranks(device()) as ranks,
+        tracked_calibration(out, model.folder, row, scheme, ranks.leads) as on_layer,
+    ):
         quantize_checkpoint(
-            model, out, samples, row, scheme, lambda _model, _batches: weights, params.batch_size, longest, ranks
+            model, out, samples, row, scheme, lambda _m, _b: weights, params.batch_size, longest, ranks, on_layer
         )
     if ranks.leads:
         logger.info("%s-%s exported", row.name, scheme.name)
