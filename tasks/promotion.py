@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tasks.gate import CannotCompare, Contender, Difference, Verdict, paired_difference, succession
-from tasks.tracking import first_line, pages
+from tasks.tracking import CHECKPOINT, first_line, pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -102,7 +102,9 @@ def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelV
     for number, outcome in outcomes.items():
         _tag(client, found[number], {_OUTCOME: outcome.state, _WHY: outcome.reason})
         if outcome.state == "not_compared":
-            logger.warning("%s: version %d %s", name, number, outcome.reason)
+            logger.warning("%s: version %d is not compared: %s", name, number, outcome.reason)
+        elif outcome.state == "not_better":
+            logger.info("%s: version %d is no better than the champion: %s", name, number, outcome.reason)
 
 
 def _choose_candidate(client: MlflowClient, name: str, found: Mapping[int, ModelVersion]) -> None:
@@ -119,7 +121,7 @@ def _contender(version: ModelVersion) -> Contender:
     scores: dict[str, Any] = json.loads(version.tags.get("scores", "{}"))
     return Contender(
         int(version.version),
-        version.tags.get("digest", ""),
+        version.tags.get(CHECKPOINT, ""),
         version.tags.get("evaluation", ""),
         version.tags.get(_GATE) == "passed",
         scores.get("kl"),

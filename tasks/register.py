@@ -117,7 +117,7 @@ def read_result(variant: str, evaluation: EvaluateParams) -> Result:
         return Result(variant, metrics, {}, items, identity)
     checkpoint = MODELS / variant
     calibration = json.loads(_existing(checkpoint / "calibration.json", f"calibrate@{variant}").read_text())
-    return Result(variant, metrics, calibration, items, identity | {"digest": digest(checkpoint)})
+    return Result(variant, metrics, calibration, items, identity | {CHECKPOINT: digest(checkpoint)})
 
 
 def evaluation_digest(params: EvaluateParams) -> str:
@@ -178,7 +178,7 @@ class Registrar:
 
     def _new_version(self, name: str, result: Result, verdict: Verdict) -> ModelVersion:
         """Continue the run of the calibration with scores and artifacts, and make a version of its checkpoint."""
-        run_id = self._calibration_run(result.variant, result.identity["digest"])
+        run_id = self._calibration_run(result.variant, result.identity[CHECKPOINT])
         tags = {**result.identity, **verdict_tags(verdict)}
         with running(self.client, run_id):
             self._log_calibration(run_id, result)
@@ -240,7 +240,7 @@ class Registrar:
                 pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
                 model_config={
                     "checkpoint": str((MODELS / result.variant).resolve()),
-                    "digest": result.identity["digest"],
+                    "digest": result.identity[CHECKPOINT],
                     "commit": lineage(result.variant)["git_commit"],
                     "dtype": self.model.dtype,
                     "max_new_tokens": self.params.max_new_tokens,
