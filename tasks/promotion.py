@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tasks.gate import CannotCompare, Contender, Difference, Verdict, paired_difference, succession
+from tasks.gate import CannotCompare, Contender, Difference, Outcome, Verdict, paired_difference, succession
 from tasks.tracking import CHECKPOINT, first_line, pages
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def verdict_tags(verdict: Verdict) -> dict[str, str]:
 def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -> bool:
     """Put a verdict on a registered version in place of another; tells whether there was another.
 
-    A verdict turned round makes the version a challenger again. Where a champion fails now, all others of its model
-    get another turn: they lost to something that may not be used.
+    A verdict turned round makes the version a challenger again.
     """
     tags = verdict_tags(verdict)
     had = {key: value for key, value in version.tags.items() if key == _GATE or key.startswith(_REASON)}
@@ -53,11 +52,8 @@ def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -
     for key in had.keys() - tags.keys():
         client.delete_model_version_tag(version.name, version.version, key)
     _tag(client, version, tags)
-    if had.get(_GATE) != tags[_GATE]:
-        fallen = not verdict.passed and aliases(client, version.name).get(CHAMPION) == int(version.version)
-        for each in versions(client, version.name) if fallen else [version]:
-            if _OUTCOME in each.tags:
-                client.delete_model_version_tag(each.name, each.version, _OUTCOME)
+    if had.get(_GATE) != tags[_GATE] and _OUTCOME in version.tags:
+        client.delete_model_version_tag(version.name, version.version, _OUTCOME)
     return True
 
 
@@ -89,22 +85,39 @@ def aliases(client: MlflowClient, name: str) -> dict[str, int]:
 def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelVersion], appeared: set[int]) -> None:
     holder = aliases(client, name).get(CHAMPION)
     champion = None if holder is None else _contender(found.get(holder) or client.get_model_version(name, str(holder)))
+    undecided = {number for number, version in found.items() if version.tags.get(_OUTCOME) in _UNDECIDED} | appeared
+    contenders = {number: _contender(version) for number, version in found.items()}
+    lapsed = _lapsed(champion, [contenders[number] for number in undecided])
     challengers = [
-        _contender(version)
-        for number, version in found.items()
-        if number != holder and (version.tags.get(_OUTCOME) in _UNDECIDED or number in appeared)
+        each
+        for number, each in contenders.items()
+        if number != holder and (number in undecided or each.evaluation in lapsed)
     ]
     scores = _ItemScores(client, name)
     winner, outcomes = succession(champion, challengers, scores.difference)
     if winner is not None and winner.version != holder:
         client.set_registered_model_alias(name, CHAMPION, str(winner.version))
         logger.info("%s: version %d is champion: %s", name, winner.version, outcomes[winner.version].reason)
+    if holder in undecided and not contenders[holder].passed:
+        outcomes.setdefault(holder, Outcome("failed", "it does not pass the gate; champion until another one does"))
     for number, outcome in outcomes.items():
         _tag(client, found[number], {_OUTCOME: outcome.state, _WHY: outcome.reason})
         if outcome.state == "not_compared":
             logger.warning("%s: version %d is not compared: %s", name, number, outcome.reason)
         elif outcome.state == "not_better":
             logger.info("%s: version %d is no better than the champion: %s", name, number, outcome.reason)
+
+
+def _lapsed(champion: Contender | None, undecided: Iterable[Contender]) -> set[str]:
+    """Evaluations in which the champion, or its checkpoint scored again, is newly found to fail.
+
+    All versions of such an evaluation get another turn: they lost to something that may not be used.
+    """
+    return {
+        each.evaluation
+        for each in undecided
+        if champion is not None and each.checkpoint == champion.checkpoint and not each.passed
+    }
 
 
 def _choose_candidate(client: MlflowClient, name: str, found: Mapping[int, ModelVersion]) -> None:

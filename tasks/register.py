@@ -231,7 +231,10 @@ class Registrar:
 
     def _log_model(self, run_id: str, result: Result) -> ModelInfo:
         """The model that MLflow loads: code, and where the checkpoint is; the checkpoint itself is not copied."""
-        with mlflow.start_run(run_id=run_id, experiment_id=self.client.get_run(run_id).info.experiment_id):
+        experiment = self.client.get_run(run_id).info.experiment_id
+        with mlflow.start_run(run_id=run_id, experiment_id=experiment), warnings.catch_warnings():
+            # An example would cost a run of the model.
+            warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
             return mlflow.pyfunc.log_model(
                 name=result.variant,
                 python_model=str(Path(__file__).with_name("served_model.py")),
@@ -331,9 +334,6 @@ def main() -> None:
         if "evaluate" in yaml.safe_load(PARAMS.read_text()):
             _check_floors(params, section("evaluate", EvaluateParams))
         return
-    warnings.filterwarnings(
-        "ignore", message=".*An input example was not provided.*"
-    )  # it would cost a run of the model
     registrar = Registrar(client, params, section("evaluate", EvaluateParams), section("model", ModelParams))
     rows = register_all(registrar, section("variants", VariantParams).names)
     write_text(json.dumps(rows, indent=2) + "\n", REGISTRY)

@@ -6,6 +6,7 @@ MLflow is imported where it is first needed: it takes two seconds, which other r
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -84,14 +85,28 @@ def connect() -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # a new database is made in seventy logged steps
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient()
     try:
-        client.search_experiments(max_results=1)
+        with _alone_in_database(uri):
+            client = mlflow.MlflowClient()
+            client.search_experiments(max_results=1)
     except MlflowException as error:
         raise ConnectionError(
             f"MLflow at {uri} does not answer ({first_line(error)}); start it, or correct MLFLOW_TRACKING_URI"
         ) from error
     return client
+
+
+@contextmanager
+def _alone_in_database(uri: str) -> Iterator[None]:
+    """MLflow 3.17 makes the tables of a new SQLite database without a lock: of two processes at once one would fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
