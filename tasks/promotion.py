@@ -11,13 +11,14 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from tasks.gate import CannotCompare, Contender, Difference, Outcome, Verdict, paired_difference, succession
-from tasks.tracking import CHECKPOINT, first_line, pages
+from tasks.tracking import CHECKPOINT, again_if_beaten, first_line, pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,6 +60,10 @@ def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -
 
 def promote(client: MlflowClient, name: str) -> None:
     """Decide who is champion and candidate among the versions of model ``name``, and move the aliases."""
+    again_if_beaten(partial(_promote, client, name))
+
+
+def _promote(client: MlflowClient, name: str) -> None:
     seen: set[int] = set()
     while True:
         found = {int(each.version): each for each in versions(client, name)}

@@ -160,8 +160,26 @@ def log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> 
 
 
 def log_inputs(client: MlflowClient, run_id: str, inputs: Sequence[DatasetInput]) -> None:
+    """Data sets that the run has already are not logged twice."""
     if inputs:
-        client.log_inputs(run_id, datasets=list(inputs))
+        again_if_beaten(lambda: client.log_inputs(run_id, datasets=list(inputs)))
+
+
+def again_if_beaten(action: Callable[[], None], attempts: int = 5) -> None:
+    """Do what may be done twice again if another process was faster with a part of it.
+
+    MLflow's stores look whether a row is there and insert it if not. What somebody else inserts in between breaks a
+    constraint of the database (BAD_REQUEST), and is found at the next look.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for left in reversed(range(attempts)):
+        try:
+            return action()
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST" or not left:
+                raise
+    raise ValueError(f"attempts is {attempts}; it must be at least 1")
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
