@@ -46,8 +46,8 @@ def quantize() -> str:
     ]
     for future in [*calibrated, *scored]:
         future.result()
-    stage("register")
     stage("report")
+    stage("register")
     return publish_scores(["full", *variants])
 
 

@@ -31,6 +31,7 @@ from tasks.files import (
 )
 from tasks.launch import on_ranks, ranks_wanted
 from tasks.params import ModelParams, ParamsError, recipe, section
+from tasks.tracking import tracked_calibration
 from tlq.api import calibration_batches, quantize_checkpoint
 from tlq.importance import loss_of
 from tlq.plan import plan_calibration
@@ -123,7 +124,10 @@ def quantize() -> None:
         ranks = Ranks(size=ranks_wanted(), device=model.device)
         show_plan(plan_calibration(model, batches, row, scheme, ranks, counted), out, ranks)
         return
-    with joined_ranks(device()) as ranks:
+    with (
+        joined_ranks(device()) as ranks,
+        tracked_calibration(out, model.folder, row, scheme, ranks.leads) as on_layer,
+    ):
         quantize_checkpoint(
             model,
             out,
@@ -134,6 +138,7 @@ def quantize() -> None:
             params.batch_size,
             longest,
             ranks,
+            on_layer,
             counted=counted,
         )
     if ranks.leads:

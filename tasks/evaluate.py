@@ -34,6 +34,7 @@ from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cli import device, run
 from tasks.files import EVALUATION, MODELS
 from tasks.params import ModelParams, section
+from tasks.tracking import recorded_failure
 from tlq.checkpoint import load_model
 from tlq.processor import load_processor
 
@@ -269,9 +270,10 @@ def main() -> None:
     variant = parser.parse_args().variant
     params = section("evaluate", EvaluateParams)
     path = section("model", ModelParams).path if variant == FULL else str(MODELS / variant)
-    if variant != FULL and not Path(path).is_dir():
-        raise FileNotFoundError(f"{path}: not found; run the calibrate stage of {variant} first")
-    metrics = evaluate_variant(variant, path, params)
+    with recorded_failure("evaluate", variant):
+        if variant != FULL and not Path(path).is_dir():
+            raise FileNotFoundError(f"{path}: not found; run the calibrate stage of {variant} first")
+        metrics = evaluate_variant(variant, path, params)
     mean = metrics["mean"]
     logger.info("%s: mean score %.1f over %d items", variant, mean["score"], mean["n"])
 

@@ -1,195 +1,327 @@
 """Stage `register`: one MLflow run and one registered model version per quantized variant, with its scores.
 
-Reads models/<variant> and evaluation/<variant>; writes registry.json (variant, run, model, version). A variant whose
-checkpoint and scores are registered already is left as it is. `--check` only tells whether MLflow can be reached.
+Reads models/<variant>, evaluation/<variant> and report/; writes registry.json: variant, model, version, run, verdict
+of the gate, aliases. The run is the one that stage `calibrate` showed the layers in, if it can be found, else a new
+one. A variant whose checkpoint and scores are registered already is left as it is. `--check` only tells whether MLflow
+can be reached.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
-import os
-import subprocess
+import tempfile
+import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, Schema
 
 import tlq
+from benchmarks.compare import FULL, scores_table
 from tasks.cli import run
-from tasks.files import EVALUATION, MODELS
-from tasks.params import PARAMS, ModelParams, VariantParams, section
+from tasks.evaluate import EvaluateParams
+from tasks.files import EVALUATION, MODELS, REPORT
+from tasks.gate import Verdict, judge
+from tasks.params import PARAMS, ModelParams, VariantParams, parse, section
+from tasks.promotion import ITEM_SCORES, aliases, judge_again, promote, verdict_tags, versions
+from tasks.provenance import benchmark_digest, benchmark_inputs, calibration_inputs, lineage, machine
+from tasks.tracking import (
+    CHECKPOINT,
+    RegisterParams,
+    connect,
+    fill_in_layers,
+    find_runs,
+    log_inputs,
+    log_metrics,
+    log_params,
+    new_run,
+    numbers,
+    recorded_failure,
+    running,
+    set_tags,
+)
 from tlq.checkpoint import digest
 from tlq.files import write_text
+from tlq.recipes import Recipe
 
 logger = logging.getLogger("tlq.register")
 
 REGISTRY = Path("registry.json")
-DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("binary", "image"), ColSpec("string", "question")]),
     outputs=Schema([ColSpec("string")]),
 )
+#: What the registered model imports.
+_PACKAGES = ("mlflow", "torch", "transformers", "compressed-tensors", "accelerate", "safetensors", "pandas", "pillow")
+#: Parameters of the evaluation that no score of an item depends on.
+_NOT_SCORES = ("batch_size", "resamples", "max_skipped", "benchmarks")
 
 
 @dataclass(frozen=True)
-class RegisterParams:
-    """Attributes:
-    model_name: registered models are called <model_name>-<scheme>, their versions are the variants.
-    experiment: MLflow experiment of the runs.
-    max_new_tokens: longest answer of the registered model.
+class Result:
+    """What evaluation, and calibration where there was one, left of a variant.
+
+    Attributes:
+        metrics: evaluation/<variant>/metrics.json.
+        calibration: models/<variant>/calibration.json, empty for full precision.
+        items: task, doc and score of every item.
+        identity: tags that say what was scored, how, and with which result.
     """
 
-    model_name: str
-    experiment: str = "tlq"
-    max_new_tokens: int = 64
+    variant: str
+    metrics: dict[str, Any]
+    calibration: dict[str, Any]
+    items: pd.DataFrame
+    identity: dict[str, str]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Every number, as <benchmark>.<name> and mean.<name>."""
+        return dict(numbers({**self.metrics["benchmarks"], "mean": self.metrics["mean"]}))
+
+    @property
+    def headline(self) -> dict[str, str]:
+        """The few numbers that a list of versions has room for, as tags."""
+        mean = self.metrics["mean"]
+        return {name: f"{mean[name]:.4g}" for name in ("score", "retention", "kl") if name in mean}
 
 
-def connect() -> MlflowClient:
-    """A client of ``MLFLOW_TRACKING_URI``, or of mlflow.db in this folder.
-
-    Raises:
-        ConnectionError: MLflow does not answer.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    mlflow.set_tracking_uri(uri)
-    client = MlflowClient()
-    try:
-        client.search_experiments(max_results=1)
-    except MlflowException as error:
-        raise ConnectionError(
-            f"MLflow at {uri} does not answer ({str(error).splitlines()[0][:200]}); start it, or correct "
-            "MLFLOW_TRACKING_URI"
-        ) from error
-    return client
-
-
-def register(variant: str, params: RegisterParams, model: ModelParams, client: MlflowClient) -> dict[str, Any]:
-    """Record one variant; returns its row of registry.json."""
-    checkpoint = MODELS / variant
-    metrics = json.loads(_existing(EVALUATION / variant / "metrics.json").read_text())
-    identity = {"variant": variant, "digest": digest(checkpoint), "scores": json.dumps(metrics["mean"], sort_keys=True)}
-    name = f"{params.model_name}-{variant.rsplit('-', 1)[1]}"
-    found = _registered(client, name, identity)
-    if found is not None:
-        logger.info("%s is already version %s of %s", variant, found["version"], name)
-        return found
-    with mlflow.start_run(run_name=variant) as active:
-        _log_run(variant, metrics, identity)
-        mlflow.log_artifact(str(checkpoint / "calibration.json"))
-        info = mlflow.pyfunc.log_model(
-            name=variant,
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            code_paths=[str(Path(tlq.__file__).parent)],
-            signature=SIGNATURE,
-            pip_requirements=[f"{package}=={version(package)}" for package in ("torch", "transformers", "mlflow")],
-            model_config={
-                "checkpoint": str(checkpoint.resolve()),
-                "digest": identity["digest"],
-                "commit": _git("rev-parse", "HEAD"),
-                "dtype": model.dtype,
-                "max_new_tokens": params.max_new_tokens,
-            },
-        )
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        created = client.create_model_version(
-            name, info.model_uri, run_id=active.info.run_id, tags=identity, model_id=info.model_id
-        )
-    logger.info("%s registered as version %s of %s", variant, created.version, name)
-    return _row(variant, name, created.version, active.info.run_id)
-
-
-def record_baseline(client: MlflowClient) -> dict[str, Any]:
-    """A run with the full-precision model's scores, so that variants can be compared with it in the MLflow UI."""
-    metrics = json.loads(_existing(EVALUATION / "full" / "metrics.json").read_text())
-    with mlflow.start_run(run_name="full") as active:
-        _log_run("full", metrics, {"variant": "full"})
-    return _row("full", None, None, active.info.run_id)
-
-
-def _log_run(variant: str, metrics: dict[str, Any], identity: dict[str, str]) -> None:
-    """Parameters, scores and lineage into the active run."""
-    mlflow.log_params(dict(flatten(_all_params())))
-    mlflow.log_metrics(dict(_numbers(metrics)))
-    mlflow.set_tags({**provenance(variant), **identity})
-    mlflow.log_artifact(str(EVALUATION / variant / "metrics.json"))
-
-
-def _row(variant: str, name: str | None, number: Any, run_id: str) -> dict[str, Any]:
-    return {
+def read_result(variant: str, evaluation: EvaluateParams) -> Result:
+    """Raises: FileNotFoundError, with what to run, if the variant is not here or has not been scored."""
+    metrics = json.loads(_existing(EVALUATION / variant / "metrics.json", "evaluate").read_text())
+    items = pd.read_parquet(
+        _existing(EVALUATION / variant / "items.parquet", "evaluate"), columns=["task", "doc", "score"]
+    )
+    identity = {
         "variant": variant,
-        "model": name,
-        "version": None if number is None else int(number),
-        "run_id": run_id,
+        "evaluation": evaluation_digest(evaluation),
+        "scores": json.dumps(metrics["mean"], sort_keys=True),
     }
+    if variant == FULL:
+        return Result(variant, metrics, {}, items, identity)
+    checkpoint = MODELS / variant
+    calibration = json.loads(_existing(checkpoint / "calibration.json", f"calibrate@{variant}").read_text())
+    return Result(variant, metrics, calibration, items, identity | {CHECKPOINT: digest(checkpoint)})
 
 
-def _registered(client: MlflowClient, name: str, identity: dict[str, str]) -> dict[str, Any] | None:
+def evaluation_digest(params: EvaluateParams) -> str:
+    """Two scores may be compared if this is equal: the items, full precision's answers to them, data and parameters."""
+    path = _existing(EVALUATION / FULL / "items.parquet", "baseline")
+    full = pd.read_parquet(path, columns=["task", "doc", "target", "reply"])
+    total = hashlib.sha256(full.sort_values(["task", "doc"]).to_csv(index=False).encode())
+    choices = {name: value for name, value in asdict(params).items() if name not in _NOT_SCORES}
+    asked = [{**asdict(source), "data": benchmark_digest(source)} for source in params.benchmarks]
+    total.update(json.dumps([choices, asked], sort_keys=True).encode())
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Registrar:
+    """Puts results into MLflow, each one once."""
+
+    client: MlflowClient
+    params: RegisterParams
+    evaluation: EvaluateParams
+    model: ModelParams
+
+    def register(self, variant: str) -> ModelVersion:
+        """The registered version of a variant, made if there is none with this checkpoint and these scores.
+
+        Aliases are left as they are.
+        """
+        with recorded_failure("register", variant):
+            result = read_result(variant, self.evaluation)
+        name = f"{self.params.model_name}-{variant.rsplit('-', 1)[1]}"
+        verdict = judge(result.metrics, self.params)
+        for reason in verdict.reasons:
+            logger.warning("%s does not pass the gate: %s", variant, reason)
+        found = _registered(self.client, name, result.identity)
+        if found is None:
+            found = self._new_version(name, result, verdict)
+            logger.info("%s registered as version %s of %s", variant, found.version, name)
+        else:
+            logger.info("%s is already version %s of %s", variant, found.version, name)
+            if judge_again(self.client, found, verdict):
+                set_tags(self.client, str(found.run_id), verdict_tags(verdict))
+        self._attach_report(str(found.run_id), variant)
+        return found
+
+    def record_baseline(self) -> str:
+        """Id of a run with full precision's scores, so that variants can be compared with it in the MLflow UI."""
+        with recorded_failure("register", FULL):
+            result = read_result(FULL, self.evaluation)
+        for found in find_runs(self.client, self.params.experiment, {"variant": FULL, "registered": "baseline"}):
+            if all(found.data.tags.get(key) == value for key, value in result.identity.items()):
+                return str(found.info.run_id)
+        tags = {"stage": "register", **result.identity, **machine(), **lineage(FULL)}
+        run_id = new_run(self.client, self.params.experiment, FULL, tags)
+        with running(self.client, run_id):
+            self._log_scores(run_id, result)
+            set_tags(self.client, run_id, {"registered": "baseline"})
+        return run_id
+
+    def _new_version(self, name: str, result: Result, verdict: Verdict) -> ModelVersion:
+        """Continue the run of the calibration with scores and artifacts, and make a version of its checkpoint."""
+        run_id = self._calibration_run(result.variant, result.identity[CHECKPOINT])
+        tags = {**result.identity, **verdict_tags(verdict)}
+        with running(self.client, run_id):
+            self._log_calibration(run_id, result)
+            logged = self._log_model(run_id, result)
+            self._log_scores(run_id, result, logged.model_id)
+            _ensure_model(self.client, name)
+            created = self.client.create_model_version(
+                name,
+                logged.model_uri,
+                run_id=run_id,
+                tags={**tags, **result.headline},
+                description=f"```\n{scores_table([result.metrics])}\n```",
+                model_id=logged.model_id,
+            )
+            set_tags(self.client, run_id, {**tags, "registered": f"{name} version {created.version}"})
+        return created
+
+    def _calibration_run(self, variant: str, checkpoint: str) -> str:
+        """The run that the checkpoint was made in, if it has no version yet; else a new one."""
+        for made in find_runs(self.client, self.params.experiment, {"variant": variant, CHECKPOINT: checkpoint}):
+            if "registered" not in made.data.tags:
+                return str(made.info.run_id)
+        tags = {"stage": "register", "variant": variant, CHECKPOINT: checkpoint, **machine(), **lineage(variant)}
+        return new_run(self.client, self.params.experiment, variant, tags)
+
+    def _log_calibration(self, run_id: str, result: Result) -> None:
+        """Every layer that the run does not show yet, and the data that the recipe calibrated on."""
+        filled = fill_in_layers(self.client, run_id, result.calibration)
+        if filled:
+            logger.info("%s: metrics of %d layers taken from calibration.json", result.variant, filled)
+        if "recipe" in result.calibration:
+            recipe = parse("recipe", result.calibration["recipe"], Recipe, MODELS / result.variant / "calibration.json")
+            log_inputs(self.client, run_id, calibration_inputs(recipe))
+        self.client.log_artifact(run_id, str(MODELS / result.variant / "calibration.json"))
+
+    def _log_scores(self, run_id: str, result: Result, model_id: str | None = None) -> None:
+        """Parameters, data, scores of benchmarks and items, and what DVC knows by now, for a run and a logged model."""
+        log_params(self.client, run_id, yaml.safe_load(PARAMS.read_text()))
+        log_inputs(self.client, run_id, benchmark_inputs(self.evaluation.benchmarks))
+        now = int(1000 * time.time())
+        metrics = [Metric(name, value, now, 0, model_id, run_id=run_id) for name, value in result.scores.items()]
+        log_metrics(self.client, run_id, metrics)
+        hashes = {name: tag for name, tag in lineage(result.variant).items() if name.startswith("dvc.")}
+        set_tags(self.client, run_id, hashes)
+        self.client.log_artifact(run_id, str(EVALUATION / result.variant / "metrics.json"))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / ITEM_SCORES
+            result.items.to_parquet(path, index=False)
+            self.client.log_artifact(run_id, str(path))
+
+    def _log_model(self, run_id: str, result: Result) -> ModelInfo:
+        """The model that MLflow loads: code, and where the checkpoint is; the checkpoint itself is not copied."""
+        experiment = self.client.get_run(run_id).info.experiment_id
+        with mlflow.start_run(run_id=run_id, experiment_id=experiment), warnings.catch_warnings():
+            # An example would cost a run of the model.
+            warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
+            return mlflow.pyfunc.log_model(
+                name=result.variant,
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                code_paths=[str(Path(tlq.__file__).parent)],
+                signature=SIGNATURE,
+                pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
+                model_config={
+                    "checkpoint": str((MODELS / result.variant).resolve()),
+                    "digest": result.identity[CHECKPOINT],
+                    "commit": lineage(result.variant)["git_commit"],
+                    "dtype": self.model.dtype,
+                    "max_new_tokens": self.params.max_new_tokens,
+                },
+            )
+
+    def _attach_report(self, run_id: str, variant: str) -> None:
+        """The report page and the variant's card as the run's artifacts; replaced when stage `report` made others."""
+        files = [path for path in (REPORT / "index.html", REPORT / "cards" / f"{variant}.md") if path.exists()]
+        state = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        if files and self.client.get_run(run_id).data.tags.get("report") != state:
+            for path in files:
+                self.client.log_artifact(run_id, str(path), "report")
+            set_tags(self.client, run_id, {"report": state})
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
+    """A registered model called ``name``; another process may make it at the same moment."""
+    try:
+        client.create_registered_model(name, description=f"Versions are variants of scheme {name.rsplit('-', 1)[1]}.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _registered(client: MlflowClient, name: str, identity: Mapping[str, str]) -> ModelVersion | None:
     """The version of ``name`` that has exactly this checkpoint and these scores, if there is one."""
-    for candidate in client.search_model_versions(f"name = '{name}'"):
+    for candidate in versions(client, name):
         if all(candidate.tags.get(key) == value for key, value in identity.items()):
-            return _row(identity["variant"], name, candidate.version, str(candidate.run_id))
+            return candidate
     return None
 
 
-def provenance(variant: str) -> dict[str, str]:
-    """Git commit, DVC hashes of what the variant was made from, and package versions."""
-    tags = {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": str(bool(_git("status", "--porcelain")))}
-    for package in ("torch", "transformers", "compressed-tensors", "lm-eval"):
-        tags[f"version.{package}"] = version(package)
-    lock = Path("dvc.lock")
-    stages = yaml.safe_load(lock.read_text())["stages"] if lock.exists() else {}
-    for name, stage in stages.items():
-        if "@" not in name or name.endswith(f"@{variant}"):
-            for out in stage.get("outs", []):
-                tags[f"dvc.{out['path']}"] = out["md5"]
-    return tags
+def registry_row(variant: str, version: ModelVersion, names: Mapping[str, int]) -> dict[str, Any]:
+    """A variant's entry in registry.json; ``names`` are the aliases of its model."""
+    reasons = {int(key.rsplit(".", 1)[1]): text for key, text in version.tags.items() if key.startswith("gate.reason.")}
+    return {
+        "variant": variant,
+        "model": version.name,
+        "version": int(version.version),
+        "run_id": version.run_id,
+        "gate": {"passed": version.tags["gate"] == "passed", "reasons": [reasons[key] for key in sorted(reasons)]},
+        "aliases": sorted(alias for alias, number in names.items() if number == int(version.version)),
+    }
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as dotted names."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{name}.")
-        else:
-            yield name, value
+def register_all(registrar: Registrar, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Register full precision and every variant, then move the aliases; returns the rows of registry.json."""
+    client = registrar.client
+    full = {"variant": FULL, "model": None, "version": None, "run_id": registrar.record_baseline()}
+    made = {variant: registrar.register(variant) for variant in variants}
+    models = dict.fromkeys(each.name for each in made.values())
+    for name in models:
+        promote(client, name)
+    names = {name: aliases(client, name) for name in models}
+    rows = [
+        registry_row(variant, client.get_model_version(each.name, each.version), names[each.name])
+        for variant, each in made.items()
+    ]
+    return [{**full, "gate": None, "aliases": []}, *rows]
 
 
-def _numbers(metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in flatten(metrics):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, float(value)
-
-
-def _all_params() -> dict[str, Any]:
-    params: dict[str, Any] = yaml.safe_load(PARAMS.read_text())
-    return params
-
-
-def _existing(path: Path) -> Path:
+def _existing(path: Path, stage: str) -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; run `dvc repro evaluate` first")
+        raise FileNotFoundError(f"{path}: not found; run `dvc repro {stage}` first")
     return path
 
 
-def _git(*arguments: str) -> str:
-    """Output of a git command, or "" outside a repository."""
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
+def _check_floors(params: RegisterParams, evaluation: EvaluateParams) -> None:
+    """Say before the long work that a floor holds something that is not measured."""
+    scored = ["mean", *(source.task for source in evaluation.benchmarks)]
+    for name in params.floors.keys() - set(scored):
+        logger.warning(
+            "register.floors.%s: not among evaluate.benchmarks (%s): no version will pass the gate; correct or remove "
+            "the floor",
+            name,
+            ", ".join(scored[1:]),
+        )
 
 
 def main() -> None:
@@ -199,14 +331,12 @@ def main() -> None:
     params = section("register", RegisterParams)
     client = connect()
     if check_only:
+        if "evaluate" in yaml.safe_load(PARAMS.read_text()):
+            _check_floors(params, section("evaluate", EvaluateParams))
         return
-    warnings.filterwarnings(
-        "ignore", message=".*An input example was not provided.*"
-    )  # it would cost a run of the model
-    mlflow.set_experiment(params.experiment)
-    model = section("model", ModelParams)
-    rows = [register(variant, params, model, client) for variant in section("variants", VariantParams).names]
-    write_text(json.dumps([record_baseline(client), *rows], indent=2) + "\n", REGISTRY)
+    registrar = Registrar(client, params, section("evaluate", EvaluateParams), section("model", ModelParams))
+    rows = register_all(registrar, section("variants", VariantParams).names)
+    write_text(json.dumps(rows, indent=2) + "\n", REGISTRY)
 
 
 if __name__ == "__main__":

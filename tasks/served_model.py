@@ -17,10 +17,11 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
+from PIL.Image import Image
 
 from tlq.checkpoint import digest, load_model
 from tlq.processor import load_processor
-from tlq.samples import chat, decode_image
+from tlq.samples import decode_image
 
 
 class VisionQuestionAnswering(PythonModel):
@@ -30,7 +31,10 @@ class VisionQuestionAnswering(PythonModel):
         config = context.model_config
         checkpoint = Path(config["checkpoint"])
         if not checkpoint.is_dir():
-            raise FileNotFoundError(f"{checkpoint} is gone; bring it back with `dvc checkout` or `dvc pull`")
+            raise FileNotFoundError(
+                f"{checkpoint} is gone; bring it back with `dvc checkout` or `dvc pull`, or say where it is with "
+                'SERVING_MODEL_CONFIG=\'{"checkpoint": "..."}\''
+            )
         if digest(checkpoint) != config["digest"]:
             raise ValueError(
                 f"{checkpoint} is not the checkpoint that was registered; check out commit {config['commit']} "
@@ -43,20 +47,60 @@ class VisionQuestionAnswering(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         columns = zip(model_input["image"], model_input["question"], strict=True)
-        return [self._answer(image, question) for image, question in columns]
+        return [self._answer(row, image, question) for row, (image, question) in enumerate(columns)]
 
-    def _answer(self, image: bytes | str, question: str) -> str:
-        try:
-            picture = decode_image(base64.b64decode(image, validate=True) if isinstance(image, str) else image)
-        except (ValueError, binascii.Error) as error:
-            raise MlflowException(f"column image: {error}", error_code=INVALID_PARAMETER_VALUE) from error
-        turns = chat([{"role": "user", "content": f"<image>{question}"}])
-        prompt = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = self.processor(text=[prompt], images=[picture], return_tensors="pt").to(self.model.device)
+    def _answer(self, row: int, image: Any, question: Any) -> str:
+        inputs = self._encode(row, _picture(row, image), _words(row, question))
         with torch.no_grad():
             output = cast(Any, self.model).generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         reply = output[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.tokenizer.decode(reply, skip_special_tokens=True)).strip()
+
+    def _encode(self, row: int, picture: Image, question: str) -> Any:
+        """Inputs of the model; what it cannot take (an image of one pixel's height, a whole book) is refused."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        try:
+            inputs = self.processor(text=[prompt], images=[picture], return_tensors="pt")
+        except (ValueError, IndexError) as error:  # IndexError: image tokens written into the question
+            raise _refusal(row, f"the model cannot take this image and question: {error}") from error
+        length = inputs["input_ids"].shape[1]
+        most = self.model.config.get_text_config().max_position_embeddings - self.max_new_tokens
+        if length > most:
+            raise _refusal(
+                row, f"image and question are {length} tokens, more than the {most} that leave room to answer"
+            )
+        return inputs.to(self.model.device)
+
+
+def _picture(row: int, image: Any) -> Image:
+    """The image from a file's bytes, or from their base64."""
+    try:
+        data = base64.b64decode(image, validate=True) if isinstance(image, str) else image
+    except (ValueError, binascii.Error) as error:
+        raise _refusal(row, f"column image: not base64 ({error})") from error
+    if not isinstance(data, bytes) or not data:
+        raise _refusal(row, "column image: empty; give the bytes of a PNG or JPEG file, in JSON as base64")
+    try:
+        return decode_image(data)
+    except ValueError as error:
+        raise _refusal(
+            row,
+            f"column image: {error}; give the bytes of a PNG or JPEG file, in JSON as base64 without `data:` before it",
+        ) from error
+
+
+def _words(row: int, question: Any) -> str:
+    if not isinstance(question, str) or not question.strip():
+        raise _refusal(row, "column question: empty; ask something")
+    return question
+
+
+def _refusal(row: int, reason: str) -> MlflowException:
+    """What the scoring server answers with HTTP 400."""
+    return MlflowException(f"row {row}: {reason}", error_code=INVALID_PARAMETER_VALUE)
 
 
 mlflow.models.set_model(VisionQuestionAnswering())

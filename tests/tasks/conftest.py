@@ -1,4 +1,4 @@
-"""A project whose report stage has run."""
+"""A project whose report stage has run, and an MLflow database to copy."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def reported(
         patch.chdir(folder)
         main()
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_tracking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without content: making one takes seconds, copying it none."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
