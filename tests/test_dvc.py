@@ -21,11 +21,13 @@ STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages
 PACKAGES = ("tlq", "tasks", "benchmarks", "demo")
 
 #: Code that no result depends on: it decides where and how a stage runs, reads its parameters (which are dependencies
-#: themselves), keeps what is unfinished, takes times. What it imports counts no more than itself.
+#: themselves), keeps what is unfinished, takes times, records. What it imports counts no more than itself.
 BESIDE_RESULTS = {
     "tasks/cli.py",
     "tasks/launch.py",
     "tasks/params.py",
+    "tasks/provenance.py",
+    "tasks/tracking.py",
     "tlq/activations.py",
     "tlq/clock.py",
     "tlq/files.py",
