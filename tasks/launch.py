@@ -1,4 +1,4 @@
-"""Run a stage on several ranks: one process per GPU of this machine, ``TLQ_RANKS`` of them, or workers of a Prefect pool.
+"""Run a stage on several ranks: one process per GPU here, ``TLQ_RANKS`` of them, or workers of a Prefect pool.
 
 Here, the stage's own process starts the ranks through torch elastic and waits. A rank that dies takes the group down,
 the group forms again and goes on from what is on disk. An error that trying again cannot cure ends the stage at once.
