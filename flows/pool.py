@@ -79,6 +79,7 @@ def deploy(pool: str) -> None:
                 "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS)},
             },
         )
+        deployment.entrypoint = f"flows.pool.{pool_worker.fn.__name__}"  # this module may be __main__ now, never there
         _end_silent_runs(client, pool, cast(UUID, deployment.apply()))
 
 

@@ -50,6 +50,8 @@ _GATHER_SECONDS = 15.0
 #: A run whose process starts has this many times TLQ_POOL_SILENCE until its first sign of life.
 _START_FACTOR = 4
 _END_SECONDS = 15.0
+#: Runs in a row that never gave a sign of life: more would not either.
+_STILLBORN = 5
 #: Longer than an agent that has lost its stage can live.
 _LEFTOVER_SECONDS = 45.0
 
@@ -291,7 +293,9 @@ class Watch:
         self._store = store
         self._runs: list[WorkerRun] = []
         self._wanted = 0
+        self._submitted = 0
         self._lost = 0
+        self._stillborn = 0
         self._silence = positive("TLQ_POOL_SILENCE", 30)
         self._gathering: float | None = None
         self._deadline = time.monotonic() + wait_seconds()
@@ -304,7 +308,8 @@ class Watch:
             self._submit_one()
 
     def _submit_one(self) -> None:
-        name = f"{self._job.name} {len(self._runs) + 1}"
+        self._submitted += 1
+        name = f"{self._job.name} {self._submitted}"
         run = self._pool.submit(self._job, name, self._store.endpoint, self._wanted)
         self._runs.append(WorkerRun(run.id, name))
 
@@ -334,7 +339,9 @@ class Watch:
 
     def _look(self) -> None:
         """Read states from the server and signs of life from the store."""
-        states = {run.id: run for run in self._try(lambda: self._pool.runs([run.id for run in self._unended]), [])}
+        ids = [run.id for run in self._unended]
+        nothing: list[FlowRun] = []
+        states = {run.id: run for run in self._try(lambda: self._pool.runs(ids), nothing)}
         for run in self._unended:
             found = states.get(run.id)
             state = found.state_type if found is not None and found.state_type is not None else run.state
@@ -346,11 +353,7 @@ class Watch:
 
     def _replace_lost(self) -> None:
         """Submit another run for every one that has ended before its time, or of which nothing is heard."""
-        for run in self._unended:
-            if run.silent(self._silence):
-                message = f"no sign of life for {time.monotonic() - run.changed:.0f} s"
-                self._store.stop(str(run.id))  # in case it lives, and only its connection was slow
-                self._try(lambda run=run, message=message: self._crash(run, message), None)  # type: ignore[misc]
+        self._crash_silent()
         lost = [run for run in self._runs if run.ended]
         self._runs = self._unended
         cancelled = [run for run in lost if run.state == StateType.CANCELLED]
@@ -360,12 +363,23 @@ class Watch:
             if run.state != StateType.CANCELLED:
                 self._replace(run)
 
-    def _crash(self, run: WorkerRun, message: str) -> None:
-        self._pool.set_state(run.id, Crashed(message=message), force=True)
-        run.state, run.message = StateType.CRASHED, message
+    def _crash_silent(self) -> None:
+        """Nobody else may be left to say that these runs have ended, and they would keep their slot for ever."""
+        for run in self._unended:
+            if run.silent(self._silence):
+                message = f"no sign of life for {time.monotonic() - run.changed:.0f} s"
+                self._store.stop(str(run.id))  # in case it lives, and only its connection was slow
+                if self._set(run, Crashed(message=message), force=True):
+                    run.state, run.message = StateType.CRASHED, message
 
     def _replace(self, run: WorkerRun) -> None:
         self._lost += 1
+        self._stillborn = 0 if run.beats else self._stillborn + 1
+        if self._stillborn == _STILLBORN:
+            raise RuntimeError(
+                f"{self._job.name}: {_STILLBORN} worker runs in a row ended before they began; the log of flow run "
+                f"{run.name} on pool {self._pool.name} says why ({run.state.value}: {run.message})"
+            )
         if self._lost > restarts_allowed():
             raise RuntimeError(
                 f"{self._job.name}: {self._lost} worker runs were lost, more than TLQ_RESTARTS = {restarts_allowed()}; "
@@ -405,14 +419,17 @@ class Watch:
         return answer
 
     def end(self) -> None:
-        """Let no run outlive the stage: wait for those that are about to end, stop and then cancel the others."""
-        if self._store.finished():
-            self._wait_for_end(_END_SECONDS)
-        self._store.stop()
+        """Let no run outlive the stage: those of a finished job end by themselves, others are told to.
+
+        Who does not listen to the store is cancelled through the server, and at last set to Cancelled by force.
+        """
+        if not self._store.finished():
+            self._store.stop()
         for run in self._unended:
             if run.state == StateType.SCHEDULED:
                 self._set(run, Cancelled(message="the stage has ended"))
         self._wait_for_end(_END_SECONDS)
+        self._store.stop()
         for run in self._unended:
             self._set(run, Cancelling(message="the stage has ended"))
         self._wait_for_end(_END_SECONDS / 2)
@@ -423,9 +440,16 @@ class Watch:
         deadline = time.monotonic() + seconds
         self._look()
         while self._unended and time.monotonic() < deadline:
+            self._crash_silent()
             time.sleep(_POLL_SECONDS / 2)
             self._show_lines()
             self._look()
 
-    def _set(self, run: WorkerRun, state: State, force: bool = False) -> None:
-        self._try(lambda: self._pool.set_state(run.id, state, force), None)
+    def _set(self, run: WorkerRun, state: State, force: bool = False) -> bool:
+        """Whether the server has heard it."""
+
+        def ask() -> bool:
+            self._pool.set_state(run.id, state, force)
+            return True
+
+        return self._try(ask, False)
