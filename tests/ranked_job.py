@@ -94,7 +94,7 @@ def job_environment(job: Path) -> dict[str, str]:
 
 
 def finish(process: subprocess.Popen[str], folder: Path) -> dict[str, torch.Tensor]:
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output[-3000:]
     return read_tensors(folder / "out")
 
@@ -117,7 +117,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 def wait_until_gone(folder: Path) -> None:
     """No process of the job may outlive the one that started it."""
-    for _ in range(100):
+    for _ in range(400):
         if not processes_of(folder):
             return
         time.sleep(0.1)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -54,6 +55,7 @@ class Site:
     api: str
     server: subprocess.Popen[bytes]
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    stages: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -66,7 +68,7 @@ class Site:
             "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
             "TLQ_POOL": "gpu",
             "TLQ_POOL_WORKERS": str(WORKERS),
-            "TLQ_POOL_SILENCE": "10",
+            "TLQ_POOL_SILENCE": "15",
         }
 
     def client(self) -> SyncPrefectClient:
@@ -88,7 +90,9 @@ class Site:
         )
 
     def start(self, name: str, scheme: str = "w3a16", **environment: str) -> subprocess.Popen[str]:
-        return ranked_job.start(self.job, name, "tlq-c", scheme, {**self.environment, **environment})
+        stage = ranked_job.start(self.job, name, "tlq-c", scheme, {**self.environment, **environment})
+        self.stages.append(stage)
+        return stage
 
     def busy(self) -> list[FlowRun]:
         """Flow runs that occupy a slot of the pool."""
@@ -120,11 +124,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         server = subprocess.Popen([*command, "--no-ui"], env=environment, stdout=log, stderr=log)
     site = Site(job, home, f"http://127.0.0.1:{port}/api", server)
     try:
-        wait_until(lambda: answers(site.api), 120)
+        wait_until(lambda: answers(site.api))
         subprocess.run([sys.executable, "-m", "flows.pool", "--deploy"], cwd=ROOT, env=site.environment, check=True)
         yield site
     finally:
-        for process in [*site.workers, server]:
+        for process in [*site.stages, *site.workers, server]:
             end_tree(process)
 
 
@@ -147,14 +151,14 @@ def answers(api: str) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.1)
 
 
-def end_tree(process: subprocess.Popen[bytes]) -> None:
+def end_tree(process: subprocess.Popen[Any]) -> None:
     if process.poll() is not None:
         return
     children = psutil.Process(process.pid).children(recursive=True)
@@ -189,7 +193,7 @@ def test_a_cancelled_stage_cancels_its_runs_and_can_be_run_again(
     process = workers.start("cancelled")
     wait_until(lambda: layers_done(folder))
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert output.count("interrupted; run the same command again to continue") == 1
     assert [run.state_type for run in workers.runs("cancelled")] == [StateType.CANCELLED] * WORKERS
@@ -225,12 +229,12 @@ def test_a_killed_stage_leaves_no_process_and_no_slot(workers: Site) -> None:
     process.kill()
     process.communicate()
     wait_until_gone(folder)
-    wait_until(lambda: not workers.busy(), 60)
+    wait_until(lambda: not workers.busy())
     assert {run.state_type for run in workers.runs("orphaned")} == {StateType.CANCELLED}
 
 
 def test_a_mistake_is_told_once(workers: Site) -> None:
-    output, _ = (process := workers.start("refused", "w9")).communicate(timeout=120)
+    output, _ = (process := workers.start("refused", "w9")).communicate(timeout=400)
     assert process.returncode == 1
     errors = [line for line in output.splitlines() if line.startswith("ERROR")]
     assert len(errors) == 1
@@ -253,7 +257,7 @@ def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path)
         subprocess.Popen([*dvc, "repro", "--single-item", f"evaluate-{name}"], cwd=tmp_path, env=environment)
         for name in names
     ]
-    assert [process.wait(180) for process in running] == [0, 0, 0]
+    assert [process.wait(400) for process in running] == [0, 0, 0]
     lock = (tmp_path / "dvc.lock").read_text()
     assert all(f"evaluate-{name}:" in lock for name in names)
     assert {(tmp_path / name).read_text()[:6] for name in names} == {"True 1"}
@@ -287,7 +291,7 @@ def test_random_kills_of_everything_change_no_bit(workers: Site, expected: dict[
         workers.start_workers()
     assert_equal(finish(process, folder), expected)
     wait_until_gone(folder)
-    wait_until(lambda: not workers.busy(), 180)
+    wait_until(lambda: not workers.busy())
 
 
 def victims_of(
