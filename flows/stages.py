@@ -18,6 +18,9 @@ from tlq.ranks import SHARDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: A stage is made with this; stages that run side by side wait while another one saves its result.
+REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")
+
 #: Lines of DVC that say nothing about the work.
 _NOISE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`", "Updating lock")
 
@@ -36,7 +39,7 @@ def stage(stage: str) -> None:
     Raises:
         StageFailed: the stage's command failed.
     """
-    run_command([sys.executable, "-m", "dvc", "repro", "--single-item", stage], stage)
+    run_command([*REPRO, stage], stage)
 
 
 @task(task_run_name="check MLflow")

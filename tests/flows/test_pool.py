@@ -24,6 +24,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, Fl
 from prefect.client.schemas.objects import FlowRun, StateType
 from ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
 
+from flows.stages import REPRO
+
 WORKERS = 2
 BUSY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
@@ -251,12 +253,9 @@ def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path)
     environment = workers.environment
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
-    dvc = [sys.executable, "-m", "dvc"]
-    subprocess.run([*dvc, "init", "--no-scm", "--quiet"], cwd=tmp_path, env=environment, check=True)
-    running = [
-        subprocess.Popen([*dvc, "repro", "--single-item", f"evaluate-{name}"], cwd=tmp_path, env=environment)
-        for name in names
-    ]
+    init = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
+    subprocess.run(init, cwd=tmp_path, env=environment, check=True)
+    running = [subprocess.Popen([*REPRO, f"evaluate-{name}"], cwd=tmp_path, env=environment) for name in names]
     assert [process.wait(400) for process in running] == [0, 0, 0]
     lock = (tmp_path / "dvc.lock").read_text()
     assert all(f"evaluate-{name}:" in lock for name in names)
