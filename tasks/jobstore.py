@@ -55,8 +55,9 @@ class JobStore:
         store = TCPStore(
             address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
         )
-        store.set(_JOB, job)
-        return cls(store, f"{address}:{port}")
+        hosted = cls(store, f"{address}:{port}")
+        hosted._set(_JOB, job)
+        return hosted
 
     @classmethod
     def join(cls, endpoint: str, seconds: float = ANSWER_SECONDS) -> JobStore:
@@ -79,6 +80,11 @@ class JobStore:
         except RuntimeError as error:
             raise StageGoneError(f"the stage at {self.endpoint} is gone") from error
 
+    def _set(self, key: str, value: str = "1") -> None:
+        """Set, and wait until the store has it: the question comes after it on the same connection."""
+        self._ask(lambda: self._store.set(key, value))
+        self._has(key)
+
     def _has(self, key: str) -> bool:
         return self._ask(lambda: self._store.check([key]))
 
@@ -96,21 +102,21 @@ class JobStore:
 
     def finish(self) -> None:
         """Say that the job's result is complete."""
-        self._ask(lambda: self._store.set(_FINISHED, "1"))
+        self._set(_FINISHED)
 
     def finished(self) -> bool:
         return self._has(_FINISHED)
 
     def begin(self) -> None:
         """Let the agents that are here form a group."""
-        self._store.set(_BEGUN, "1")
+        self._set(_BEGUN)
 
     def begun(self) -> bool:
         return self._has(_BEGUN)
 
     def stop(self, agent: str = "") -> None:
         """Ask an agent to end, or all of them."""
-        self._store.set(_STOPPED + agent, "1")
+        self._set(_STOPPED + agent)
 
     def stopped(self, agent: str) -> bool:
         """Whether ``agent``, or every agent, is to end."""
@@ -127,7 +133,7 @@ class JobStore:
     def tell(self, line: str) -> None:
         """Give the stage a line for its log."""
         number = self._ask(lambda: self._store.add(_LINES, 1))
-        self._ask(lambda: self._store.set(f"{_LINES}/{number}", line))
+        self._set(f"{_LINES}/{number}", line)
 
     def lines(self) -> list[str]:
         """The lines told since the last call, as far as they are complete; each is returned once."""

@@ -294,6 +294,7 @@ class Watch:
         self._runs: list[WorkerRun] = []
         self._wanted = 0
         self._submitted = 0
+        self._owed = 0
         self._lost = 0
         self._stillborn = 0
         self._silence = positive("TLQ_POOL_SILENCE", 30)
@@ -307,11 +308,12 @@ class Watch:
         for _ in range(count):
             self._submit_one()
 
-    def _submit_one(self) -> None:
+    def _submit_one(self) -> bool:
         self._submitted += 1
         name = f"{self._job.name} {self._submitted}"
         run = self._pool.submit(self._job, name, self._store.endpoint, self._wanted)
         self._runs.append(WorkerRun(run.id, name))
+        return True
 
     @property
     def _unended(self) -> list[WorkerRun]:
@@ -361,7 +363,9 @@ class Watch:
             raise RuntimeError(f"{self._job.name}: its runs on pool {self._pool.name} were cancelled")
         for run in lost:
             if run.state != StateType.CANCELLED:
-                self._replace(run)
+                self._count_lost(run)
+        while self._owed and self._try(self._submit_one, False):
+            self._owed -= 1
 
     def _crash_silent(self) -> None:
         """Nobody else may be left to say that these runs have ended, and they would keep their slot for ever."""
@@ -372,8 +376,14 @@ class Watch:
                 if self._set(run, Crashed(message=message), force=True):
                     run.state, run.message = StateType.CRASHED, message
 
-    def _replace(self, run: WorkerRun) -> None:
+    def _count_lost(self, run: WorkerRun) -> None:
+        """Owe the job another run, unless enough were lost.
+
+        Raises:
+            RuntimeError: too many were, or none of the last came to life.
+        """
         self._lost += 1
+        self._owed += 1
         self._stillborn = 0 if run.beats else self._stillborn + 1
         if self._stillborn == _STILLBORN:
             raise RuntimeError(
@@ -387,7 +397,6 @@ class Watch:
                 "command again"
             )
         logger.warning("worker run %s is lost (%s: %s); another is submitted", run.name, run.state.value, run.message)
-        self._submit_one()
 
     def _let_begin(self) -> None:
         """Open the meeting when all agents are here, or the first has waited long enough: later ones can still join."""
@@ -449,7 +458,11 @@ class Watch:
         """Whether the server has heard it."""
 
         def ask() -> bool:
-            self._pool.set_state(run.id, state, force)
+            try:
+                self._pool.set_state(run.id, state, force)
+            except ObjectNotFound:
+                logger.warning("flow run %s has been deleted", run.name)
+                run.state = StateType.CANCELLED
             return True
 
         return self._try(ask, False)
