@@ -76,7 +76,10 @@ def deploy(pool: str) -> None:
             job_variables={
                 "working_dir": str(ROOT),
                 "stream_output": False,  # else a run crashes at its next line when its worker has died
-                "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS)},
+                "env": {
+                    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # lost connections are told in one line, not by stack traces
+                },
             },
         )
         deployment.entrypoint = f"flows.pool.{pool_worker.fn.__name__}"  # this module may be __main__ now, never there

@@ -24,9 +24,7 @@ from tasks.launch import die_with_parent, run_agent
 logger = logging.getLogger("tlq.agent")
 
 _BEAT_SECONDS = 1.0
-#: A stage that does not answer for so long is gone, even if its connection seems to stand.
-_SILENT_SECONDS = 30
-_KILL_SECONDS = 20.0
+_KILL_SECONDS = 20
 
 
 def main() -> None:
@@ -53,10 +51,12 @@ def _serve(store: JobStore, arguments: argparse.Namespace) -> None:
         SignalException: told to stop.
     """
     signal.signal(signal.SIGTERM, _told_to_stop)
-    threading.Thread(target=_beat, args=(store, arguments.name), daemon=True, name="beat").start()
-    while not store.begun():
-        time.sleep(_BEAT_SECONDS / 4)
+    leaving = threading.Event()
+    beat = threading.Thread(target=_beat, args=(store, arguments.name, leaving), daemon=True, name="beat")
+    beat.start()
     try:
+        while not store.begun():
+            time.sleep(_BEAT_SECONDS / 4)
         run_agent(store.endpoint, arguments.module, arguments.arguments, 1, (1, arguments.agents))
     except (SignalException, StageGoneError):
         raise
@@ -65,20 +65,24 @@ def _serve(store: JobStore, arguments: argparse.Namespace) -> None:
         if not store.finished():
             store.fail(" ".join(str(error).split()))
         raise
+    finally:
+        leaving.set()
+        beat.join()  # a thread inside the store when the interpreter ends would abort the process
 
 
-def _beat(store: JobStore, name: str) -> None:
+def _beat(store: JobStore, name: str, leaving: threading.Event) -> None:
     """Give a sign of life every second, until the stage says stop, does not answer, or its store is closed."""
     try:
         while not store.stopped(name):
-            signal.alarm(_SILENT_SECONDS)  # ends the process, whatever it waits for, unless it is set again
             store.beat(name)
-            time.sleep(_BEAT_SECONDS)
+            if leaving.wait(_BEAT_SECONDS):
+                return
         logger.info("the stage needs this agent no longer")
     except StageGoneError as error:
         logger.info("%s", error)
-    os.kill(os.getpid(), signal.SIGTERM)
-    signal.alarm(int(_KILL_SECONDS))  # a rank that does not let go must not keep this process
+    if not leaving.is_set():
+        signal.alarm(_KILL_SECONDS)  # a rank that does not let go must not keep this process
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _told_to_stop(number: int, _frame: object) -> None:

@@ -6,7 +6,9 @@ The stage's own process holds the store. It is gone when that process is, and th
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TypeVar
 
@@ -69,15 +71,16 @@ class JobStore:
         host, port = endpoint.rsplit(":", 1)
         try:
             socket.create_connection((host, int(port)), seconds).close()  # refused at once, where the store would retry
-            store = TCPStore(host, int(port), wait_for_workers=False, timeout=timedelta(seconds=seconds))
+            limit = timedelta(seconds=seconds)
+            store = _in_time(lambda: TCPStore(host, int(port), wait_for_workers=False, timeout=limit), seconds)
         except (OSError, RuntimeError) as error:
             raise StageGoneError(f"nobody answers at {endpoint}") from error
         return cls(store, endpoint)
 
     def _ask(self, question: Callable[[], T]) -> T:
         try:
-            return question()
-        except RuntimeError as error:
+            return _in_time(question, ANSWER_SECONDS)
+        except (TimeoutError, RuntimeError) as error:
             raise StageGoneError(f"the stage at {self.endpoint} is gone") from error
 
     def _set(self, key: str, value: str = "1") -> None:
@@ -143,3 +146,21 @@ class JobStore:
             self._store.delete_key(key)
             self._lines_read += 1
         return found
+
+
+def _in_time(question: Callable[[], T], seconds: float) -> T:
+    """The answer to a question that may wait for ever, as those to the store of a machine without power do.
+
+    Raises:
+        TimeoutError: there is none after ``seconds``; the thread that waits for it is left behind.
+    """
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True, name="question to the store").start()
+    return answer.result(seconds)

@@ -272,7 +272,10 @@ def test_random_kills_of_everything_change_no_bit(workers: Site, expected: dict[
     kills = dict.fromkeys(("rank", "agent", "flow run", "worker", "worker and flow run", "stage"), 0)
     process = workers.start("everything")
     while sum(kills.values()) < wanted:
-        time.sleep(chance.uniform(1, 12))
+        if chance.random() < 0.5:  # kills that follow each other closely, and kills in the middle of the work
+            done = layers_done(folder)
+            wait_until(lambda done=done, stage=process: stage.poll() is not None or layers_done(folder) > done)
+        time.sleep(chance.uniform(0, 8))
         if process.poll() == 0:  # finished before its time: again from the start
             assert_equal(finish(process, folder), expected)
             process = workers.start("everything")
