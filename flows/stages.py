@@ -14,7 +14,12 @@ from pathlib import Path
 import torch
 from prefect import get_run_logger, task
 
+from tlq.ranks import SHARDS
+
 ROOT = Path(__file__).resolve().parent.parent
+
+#: A stage is made with this; stages that run side by side wait while another one saves its result.
+REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")
 
 #: Lines of DVC that say nothing about the work.
 _NOISE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`", "Updating lock")
@@ -34,7 +39,7 @@ def stage(stage: str) -> None:
     Raises:
         StageFailed: the stage's command failed.
     """
-    run_command([sys.executable, "-m", "dvc", "repro", "--single-item", stage], stage)
+    run_command([*REPRO, stage], stage)
 
 
 @task(task_run_name="check MLflow")
@@ -47,13 +52,13 @@ def check_tracking() -> None:
     run_command([sys.executable, "-m", "tasks.register", "--check"], "check MLflow")
 
 
-def run_command(command: list[str], name: str) -> None:
-    """Run a command in the project's folder and log its lines; stop it when this process is interrupted."""
+def run_command(command: list[str], name: str, folder: Path = ROOT, tell: Callable[[str], None] | None = None) -> None:
+    """Run a command in ``folder``, log its lines and ``tell`` them; stop it when this process is interrupted."""
     logger = get_run_logger()
     last: deque[str] = deque(maxlen=8)
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=folder,
         env=_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -65,6 +70,8 @@ def run_command(command: list[str], name: str) -> None:
         for text in worth_logging(process.stdout):
             last.append(text)
             logger.info(text)
+            if tell is not None:
+                tell(text)
     except BaseException:
         process.terminate()
         process.wait()
@@ -89,7 +96,17 @@ def worth_logging(lines: Iterable[str], clock: Callable[[], float] = time.monoto
 
 
 def stages_at_once() -> int:
-    """How many variants are worked on side by side: ``TLQ_PARALLEL``, else 2 without a GPU and 1 with one."""
+    """How many variants are worked on side by side: ``TLQ_PARALLEL``, else 2 without a GPU and 1 with one.
+
+    On a pool it is the workers that share them: stages only wait here, as many as could keep the largest pool busy.
+    """
+    if os.environ.get("TLQ_POOL") and "TLQ_PARALLEL" not in os.environ:
+        return SHARDS
+    return _shares()
+
+
+def _shares() -> int:
+    """How many processes that compute share the cores of this machine."""
     if "TLQ_PARALLEL" in os.environ:
         return max(1, int(os.environ["TLQ_PARALLEL"]))
     return 1 if torch.cuda.is_available() else 2
@@ -98,6 +115,6 @@ def stages_at_once() -> int:
 def _environment() -> dict[str, str]:
     """This process's environment with its Python first on the path (dvc.yaml says `python`) and its cores shared."""
     folder = str(Path(sys.executable).parent)
-    threads = max(1, (os.cpu_count() or 1) // stages_at_once())
+    threads = max(1, (os.cpu_count() or 1) // _shares())
     path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path}

@@ -12,7 +12,7 @@ from types import FrameType
 
 import torch
 
-from tasks.launch import failed_already, report_failure
+from tasks.launch import failed_already, is_rank, report_failure
 from tlq.plan import Plan, refuse_impossible
 from tlq.ranks import Ranks
 
@@ -44,7 +44,8 @@ def run(main: Callable[[], None]) -> None:
         logger.error("%s", message)
         sys.exit(1)
     except KeyboardInterrupt:
-        logger.error("interrupted; run the same command again to continue")
+        if not is_rank():  # ranks are also interrupted when their group forms anew
+            logger.error("interrupted; run the same command again to continue")
         sys.exit(130)
 
 

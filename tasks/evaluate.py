@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from benchmarks.journal import Journal
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cli import device, run
 from tasks.files import EVALUATION, MODELS
+from tasks.launch import on_ranks
 from tasks.params import ModelParams, section
 from tasks.tracking import recorded_failure
 from tlq.checkpoint import load_model
@@ -265,6 +267,11 @@ def _write(
 
 
 def main() -> None:
+    on_ranks("tasks.evaluate", sys.argv[1:], evaluate, most=1)
+
+
+def evaluate() -> None:
+    """Score one variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", required=True, help=f"{FULL}, or a folder of {MODELS}/ such as tlq-w3a16")
     variant = parser.parse_args().variant

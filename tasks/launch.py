@@ -1,7 +1,8 @@
-"""Run a stage on several ranks of this machine: one process per GPU, or ``TLQ_RANKS`` of them.
+"""Run a stage on several ranks: one process per GPU here, ``TLQ_RANKS`` of them, or workers of a Prefect pool.
 
-The stage's own process starts the ranks through torch elastic and waits. A rank that dies takes the group down, the
-group forms again and goes on from what is on disk. An error that trying again cannot cure ends the stage at once.
+Here, the stage's own process starts the ranks through torch elastic and waits. A rank that dies takes the group down,
+the group forms again and goes on from what is on disk. An error that trying again cannot cure ends the stage at once.
+With ``TLQ_POOL`` set it is the workers of that pool that start the ranks, see ``tasks.pool``.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tasks.jobstore import JobStore
+from tlq.ranks import SHARDS
+
 logger = logging.getLogger("tlq.ranks")
 
-#: File into which a rank writes an error that trying again cannot cure.
-FAILURE = "TLQ_FAILURE_FILE"
+#: Tells a rank where the store is.
+STORE = "TLQ_STORE"
 
-_PARENT_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 5
 
 
 def ranks_wanted() -> int:
@@ -35,47 +37,72 @@ def ranks_wanted() -> int:
     Raises:
         ValueError: ``TLQ_RANKS`` is no positive number.
     """
-    stated = os.environ.get("TLQ_RANKS")
-    if stated is not None:
-        if not stated.isdigit() or int(stated) < 1:
-            raise ValueError(f"TLQ_RANKS is {stated!r}, must be a positive number")
-        return int(stated)
+    if "TLQ_RANKS" in os.environ:
+        return positive("TLQ_RANKS", 1)
     return 1 if os.environ.get("TLQ_DEVICE") else max(1, torch.cuda.device_count())
 
 
+def positive(variable: str, default: int) -> int:
+    """The number that an environment variable holds.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    stated = os.environ.get(variable, str(default))
+    if not stated.isdigit() or int(stated) < 1:
+        raise ValueError(f"{variable} is {stated!r}, must be a positive number")
+    return int(stated)
+
+
+def restarts_allowed() -> int:
+    """``TLQ_RESTARTS``: how often ranks, or worker runs, may be lost before a stage gives up."""
+    return positive("TLQ_RESTARTS", 20)
+
+
+def own_address() -> str:
+    """``TLQ_HOST``: the address under which other machines reach this one."""
+    return os.environ.get("TLQ_HOST", "127.0.0.1")
+
+
 def is_rank() -> bool:
-    """Whether this process is one of several ranks."""
+    """Whether this process is a rank: one of those that an elastic agent keeps alive."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None]) -> None:
+def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], most: int = SHARDS) -> None:
     """Do ``work`` here, or on the ranks that the environment asks for by running ``module`` in each.
 
+    Args:
+        most: ranks that can share this work.
+
     Raises:
+        ValueError: what a rank reported, or the environment asks for something that cannot be.
         RuntimeError: the ranks failed for good.
+        TimeoutError: no worker of the pool came.
     """
     if is_rank():
-        _die_with_parent()
-        work()
-    elif ranks_wanted() == 1:
+        die_with_parent()
+        _as_rank(work)
+    elif os.environ.get("TLQ_POOL"):
+        from tasks.pool import run_on_pool  # slow to import: only stages on a pool should wait for it
+
+        run_on_pool(module, arguments, most)
+    elif min(ranks_wanted(), most) == 1:
         work()
     else:
-        _launch_local(module, arguments, ranks_wanted())
+        _launch_local(module, arguments, min(ranks_wanted(), most))
 
 
 def _launch_local(module: str, arguments: Sequence[str], ranks: int) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory(prefix="tlq-") as folder:
-        failure = Path(folder) / "failure"
-        os.environ[FAILURE] = str(failure)
-        run_agent(f"127.0.0.1:{store.port}", module, arguments, ranks)
-        raise_failure(failure)
+    store = JobStore.host("127.0.0.1")
+    run_agent(store.endpoint, module, arguments, ranks)
+    raise_failure(store)
 
 
-def raise_failure(failure: Path) -> None:
-    """Raises ValueError with what a rank wrote to ``failure``, if one did."""
-    if failure.exists():
-        raise ValueError(failure.read_text())
+def raise_failure(store: JobStore) -> None:
+    """Raises ValueError with what a rank reported, if one did."""
+    if (message := store.failure()) is not None:
+        raise ValueError(message)
 
 
 def run_agent(
@@ -98,11 +125,21 @@ def run_agent(
         run_id=run,
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
-        rdzv_configs={"is_host": False, "last_call_timeout": 1},
-        max_restarts=int(os.environ.get("TLQ_RESTARTS", "20")),
+        # An agent that is silent for 8 seconds is dead; the others wait so long before they go on without it.
+        rdzv_configs={
+            "is_host": False,
+            "last_call_timeout": 1,
+            "keep_alive_interval": 1,
+            "keep_alive_max_attempt": 8,
+        },
+        max_restarts=restarts_allowed(),
         monitor_interval=0.2,
-        local_addr=os.environ.get("TLQ_HOST", "127.0.0.1"),
+        local_addr=own_address(),
+        shutdown_timeout=_STOP_SECONDS,
     )
+    os.environ[STORE] = endpoint
+    # Otherwise agents keep the address of the first leading agent when another takes the lead (torch 2.13).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
@@ -114,32 +151,39 @@ def run_agent(
         ) from error
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End this process when the one that started it is gone: nobody else would stop it."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="parent watch").start()
 
 
+def _as_rank(work: Callable[[], None]) -> None:
+    """Do ``work``, and stay until the leading rank has done its own, which may take longer.
+
+    A rank that left earlier could not be called back if the leading one died before the end. Started once more after
+    the end, for instance because a rank was killed on its way out, there is nothing left to do.
+    """
+    store = JobStore.join(os.environ[STORE])
+    if store.finished():
+        return
+    work()
+    if os.environ["RANK"] == "0":
+        store.finish()
+    while not store.finished() and store.failure() is None:
+        time.sleep(_POLL_SECONDS)
+
+
 def report_failure(message: str) -> bool:
     """Tell the stage that trying again is of no use; False if this process is no rank, or another one was first."""
-    path = os.environ.get(FAILURE)
-    if path is None or not is_rank():
-        return False
-    try:
-        with Path(path).open("x") as stream:
-            stream.write(message)
-    except FileExistsError:
-        return False
-    return True
+    return is_rank() and JobStore.join(os.environ[STORE]).fail(message)
 
 
 def failed_already() -> bool:
     """Whether another rank has reported such a failure."""
-    path = os.environ.get(FAILURE)
-    return path is not None and is_rank() and Path(path).exists()
+    return is_rank() and JobStore.join(os.environ[STORE]).failure() is not None

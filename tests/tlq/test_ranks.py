@@ -7,60 +7,16 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
-from exporting import read_tensors
+import ranked_job
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_samples, write_tiny_qwen2_vl
+from ranked_job import assert_equal, finish, processes_of, wait_until_gone, write_job
 
-from tasks.files import write_samples
 from tlq.ranks import SHARDS, Ranks, shard_ranges
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-from tasks.cli import run
-from tasks.files import read_samples
-from tasks.launch import on_ranks
-from tlq.api import quantize_checkpoint
-from tlq.quantizer import get_scheme
-from tlq.ranks import joined_ranks
-from tlq.recipes import get_recipe
-from tlq.scoring import AnswerLoss, score_resumably
-from tlq.state import WorkFolder
-from tlq.streaming import StreamedModel
-from tlq.importance import Weighting
-from tlq.samples import encode_batches, image_token_id
-from tlq.processor import load_processor
-from tlq.tokens import TokenBudget
-from tlq.weights import token_set
-
-folder, recipe, scheme = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-
-def work():
-    torch.set_num_threads(1)
-    samples = read_samples(folder / "samples.parquet")
-    model = StreamedModel(folder / "model")
-    with joined_ranks(torch.device("cpu")) as ranks:
-        def weigh(model, batches):
-            scores = score_resumably(model, batches, len(samples), AnswerLoss(), WorkFolder(folder / "scores"), ranks)
-            marks = {s: b.is_image[r, b.valid[r]].numpy() for b in batches for r, s in enumerate(b.samples)}
-            is_image = [marks[s] for s in range(len(samples))]
-            return token_set(scores, is_image, "token", Weighting(), TokenBudget(300), 0)
-        quantize_checkpoint(
-            model, folder / "out", samples, get_recipe(recipe), get_scheme(scheme), weigh, 2, 512, ranks
-        )
-
-run(lambda: on_ranks("ranks_worker", sys.argv[1:], work))
-"""
 
 
 @given(batches=st.integers(0, 300), size=st.integers(1, 20))
@@ -77,48 +33,11 @@ def test_every_micro_batch_belongs_to_one_shard_and_every_shard_to_one_rank(batc
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of four layers and 24 samples, which make 12 micro-batches."""
-    folder = tmp_path_factory.mktemp("job")
-    write_tiny_qwen2_vl(folder / "model", layers=4)
-    write_samples(random_samples(24), folder / "samples.parquet")
-    (folder / "ranks_worker.py").write_text(WORKER)
-    return folder
+    return write_job(tmp_path_factory.mktemp("job"))
 
 
 def start(job: Path, name: str, ranks: int, recipe: str, scheme: str) -> subprocess.Popen[str]:
-    """The job in a folder of its own, as a process."""
-    folder = job / name
-    folder.mkdir(exist_ok=True)
-    for part in ("model", "samples.parquet"):
-        if not (folder / part).exists():
-            (folder / part).symlink_to(job / part)
-    environment = {
-        **os.environ,
-        "TLQ_RANKS": str(ranks),
-        "TLQ_RESTARTS": "100",
-        "TLQ_DEVICE": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{job}{os.pathsep}{ROOT}",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "ranks_worker", str(folder), recipe, scheme],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], folder: Path) -> dict[str, torch.Tensor]:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    return read_tensors(folder / "out")
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    return ranked_job.start(job, name, recipe, scheme, {"TLQ_RANKS": str(ranks)})
 
 
 @pytest.mark.parametrize(
@@ -133,16 +52,6 @@ def test_any_number_of_ranks_gives_the_same_bits(job: Path, recipe: str, scheme:
         assert_equal(results[ranks], results[1])
     report = json.loads((job / f"{recipe}-{scheme}-3" / "out/calibration.json").read_text())
     assert {layer["ranks"] for layer in report["layers"]} == {3}
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """Processes of the job in ``folder``, the stage's own first, then its ranks."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "create_time"]):
-        line = process.info["cmdline"] or []
-        if "ranks_worker" in line and str(folder) in line:
-            found.append(process)
-    return sorted(found, key=lambda process: process.info["create_time"])
 
 
 def test_random_kills_change_no_bit(job: Path) -> None:
@@ -173,15 +82,6 @@ def test_random_kills_change_no_bit(job: Path) -> None:
     assert sum(kills.values()) == wanted, kills
     wait_until_gone(folder)
     assert not [entry for entry in folder.iterdir() if entry.name.endswith(".work") and "out" in entry.name]
-
-
-def wait_until_gone(folder: Path) -> None:
-    """No process of the job may outlive the one that started it."""
-    for _ in range(100):
-        if not processes_of(folder):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"orphans: {processes_of(folder)}")
 
 
 def test_an_error_that_trying_again_cannot_cure_is_told_once(job: Path) -> None:

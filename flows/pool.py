@@ -1,0 +1,132 @@
+"""The work pool: the flow that its workers run for a stage, and what the server must know of both.
+
+    python -m flows.pool --deploy
+
+makes the work pool `TLQ_POOL` (default `gpu`), the deployment of the worker flow, and an automation that ends runs of
+which nothing is heard. docs/cluster.md tells the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+from prefect import flow
+from prefect.automations import AutomationCore, EventTrigger, Posture
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import State, StateType
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+
+from flows.stages import ROOT, StageFailed, run_command
+from tasks.jobstore import JobStore, StageGoneError
+from tasks.pool import FLOW
+
+_HEARTBEAT_SECONDS = 30
+_SILENT_SECONDS = 120
+
+
+@flow(name=FLOW)
+def pool_worker(store: str, agents: int, module: str, arguments: list[str], folder: str) -> State[Any] | None:
+    """Work for a stage with this worker's GPU, until its result is complete or it needs no more help.
+
+    Args:
+        store: host and port where the stage holds its store.
+        agents: most workers that share the stage.
+        module, arguments: what every rank runs.
+        folder: where it runs: the stage's own folder, on a file system that all workers share.
+    """
+    name = str(flow_run.id)
+    command = [sys.executable, "-m", "tasks.agent", "--store", store, "--name", name]
+    command += ["--agents", str(agents), module, *arguments]
+    try:
+        meeting = JobStore.join(store)
+        try:
+            run_command(command, module, Path(folder), meeting.tell)
+        except StageFailed:
+            if not meeting.stopped(name):
+                raise
+            return Cancelled(message="the stage needs this worker no longer")
+    except StageGoneError as error:
+        return Cancelled(message=str(error))
+    return None
+
+
+def deploy(pool: str) -> None:
+    """Make, or bring up to date, the pool, its deployment and its automation at the server of ``PREFECT_API_URL``."""
+    with get_client(sync_client=True) as client:
+        with suppress(ObjectAlreadyExists):  # it stays as it is, with a limit that somebody may have given it
+            client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        deployment = RunnerDeployment.from_flow(
+            pool_worker,
+            name=pool,
+            work_pool_name=pool,
+            entrypoint_type=EntrypointType.MODULE_PATH,
+            job_variables={
+                "working_dir": str(ROOT),
+                "stream_output": False,  # else a run crashes at its next line when its worker has died
+                "env": {
+                    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # lost connections are told in one line, not by stack traces
+                },
+            },
+        )
+        deployment.entrypoint = f"flows.pool.{pool_worker.fn.__name__}"  # this module may be __main__ now, never there
+        _end_silent_runs(client, pool, cast(UUID, deployment.apply()))
+
+
+def _end_silent_runs(client: SyncPrefectClient, pool: str, deployment: UUID) -> None:
+    """A run whose worker, process and stage all died would hold its slot for ever: the server sets it to Crashed."""
+    name = f"{FLOW}/{pool}: nothing heard"
+    ends = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled")]
+    automation = AutomationCore(
+        name=name,
+        description="Worker flow runs that have given no heartbeat are set to Crashed and free their slot.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *ends},
+            match=ResourceSpecification.model_validate({"prefect.resource.id": "prefect.flow-run.*"}),
+            match_related=ResourceSpecification.model_validate(
+                {"prefect.resource.id": f"prefect.deployment.{deployment}"}
+            ),
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=timedelta(seconds=_SILENT_SECONDS),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED, name="Crashed", force=True, message=f"silent for {_SILENT_SECONDS} s"
+            )
+        ],
+    )
+    for old in client.read_automations_by_name(name):
+        client.delete_automation(old.id)
+    client.create_automation(automation)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deploy", action="store_true", required=True, help="make the pool and its deployment")
+    parser.parse_args()
+    if not os.environ.get("PREFECT_API_URL"):
+        sys.exit("PREFECT_API_URL names no Prefect server; start one with `prefect server start` and set it")
+    pool = os.environ.get("TLQ_POOL", "gpu")
+    deploy(pool)
+    sys.stdout.write(f"work pool {pool} and deployment {FLOW}/{pool} are ready; start one worker per GPU:\n")
+    sys.stdout.write(f"  CUDA_VISIBLE_DEVICES=0 prefect worker start --pool {pool} --limit 1\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A small calibration as a process of its own, for tests that run it on ranks, kill it and look at what is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+from exporting import read_tensors
+from tiny import random_samples, write_tiny_qwen2_vl
+
+from tasks.files import write_samples
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+from tasks.cli import run
+from tasks.files import read_samples
+from tasks.launch import on_ranks
+from tlq.api import quantize_checkpoint
+from tlq.quantizer import get_scheme
+from tlq.ranks import joined_ranks
+from tlq.recipes import get_recipe
+from tlq.scoring import AnswerLoss, score_resumably
+from tlq.state import WorkFolder
+from tlq.streaming import StreamedModel
+from tlq.importance import Weighting
+from tlq.samples import encode_batches, image_token_id
+from tlq.processor import load_processor
+from tlq.tokens import TokenBudget
+from tlq.weights import token_set
+
+folder, recipe, scheme = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def work():
+    torch.set_num_threads(1)
+    samples = read_samples(folder / "samples.parquet")
+    model = StreamedModel(folder / "model")
+    with joined_ranks(torch.device("cpu")) as ranks:
+        def weigh(model, batches):
+            scores = score_resumably(model, batches, len(samples), AnswerLoss(), WorkFolder(folder / "scores"), ranks)
+            marks = {s: b.is_image[r, b.valid[r]].numpy() for b in batches for r, s in enumerate(b.samples)}
+            is_image = [marks[s] for s in range(len(samples))]
+            return token_set(scores, is_image, "token", Weighting(), TokenBudget(300), 0)
+        quantize_checkpoint(
+            model, folder / "out", samples, get_recipe(recipe), get_scheme(scheme), weigh, 2, 512, ranks
+        )
+
+run(lambda: on_ranks("ranks_worker", sys.argv[1:], work))
+"""
+
+
+def write_job(folder: Path) -> Path:
+    """A model of four layers and 24 samples, which make 12 micro-batches, and the module that calibrates it."""
+    write_tiny_qwen2_vl(folder / "model", layers=4)
+    write_samples(random_samples(24), folder / "samples.parquet")
+    (folder / "ranks_worker.py").write_text(WORKER)
+    return folder
+
+
+def start(job: Path, name: str, recipe: str, scheme: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """The job in a folder of its own, as a process with more ``environment``."""
+    folder = job / name
+    folder.mkdir(exist_ok=True)
+    for part in ("model", "samples.parquet"):
+        if not (folder / part).exists():
+            (folder / part).symlink_to(job / part)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ranks_worker", str(folder), recipe, scheme],
+        env={**job_environment(job), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def job_environment(job: Path) -> dict[str, str]:
+    """One thread per rank, on the CPU; nothing of this process that would change where the job runs."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TLQ_", "PREFECT_"))}
+    return {
+        **kept,
+        "TLQ_RESTARTS": "100",
+        "TLQ_DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{job}{os.pathsep}{ROOT}",
+    }
+
+
+def finish(process: subprocess.Popen[str], folder: Path) -> dict[str, torch.Tensor]:
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-3000:]
+    return read_tensors(folder / "out")
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Processes of the job in ``folder``, the stage's own first, then its ranks."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "create_time"]):
+        line = process.info["cmdline"] or []
+        if "ranks_worker" in line and str(folder) in line:
+            found.append(process)
+    return sorted(found, key=lambda process: process.info["create_time"])
+
+
+def wait_until_gone(folder: Path) -> None:
+    """No process of the job may outlive the one that started it."""
+    for _ in range(400):
+        if not processes_of(folder):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"orphans: {processes_of(folder)}")
