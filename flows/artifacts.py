@@ -23,7 +23,11 @@ from flows.stages import ROOT
 #: Pictures of the report that a run shows: artifact key, file, description.
 PICTURES = (
     ("scores-picture", "scores.png", "Scores by variant, with 95 % intervals"),
-    ("importance-picture", "importance.png", "Which tokens matter: importance over samples, beside the token-level set"),
+    (
+        "importance-picture",
+        "importance.png",
+        "Which tokens matter: importance over samples, beside the token-level set",
+    ),
 )
 
 _WIDTH = 1200  # pixels; artifacts live in Prefect's database

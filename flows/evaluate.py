@@ -1,6 +1,6 @@
 """Flow `evaluate`: score registered models again, for instance on more items or on another benchmark.
 
-    python -m flows.evaluate
+python -m flows.evaluate
 """
 
 from __future__ import annotations

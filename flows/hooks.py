@@ -22,8 +22,8 @@ _FAILED = """## {what}
 ```
 
 1. {cure}
-2. Start the flow again, or press *Retry*: stages that are done are not done again, and a stage that was interrupted goes
-   on from its last finished layer or batch.
+2. Start the flow again, or press *Retry*: stages that are done are not done again, and a stage that was interrupted
+   goes on from its last finished layer or batch.
 
 Parameters filled in for this run are not in params.yaml any more; fill them in again.
 """
@@ -33,8 +33,8 @@ _CRASHED = """## The process of this run ended without saying why
 Usually it was killed: by hand, by a restart of the machine, or for want of memory (`dmesg` says so). {stopped} of its
 stages' processes were still at work and have been stopped.
 
-1. Look at `git diff params.yaml`: values that were filled in for this run may still be there. `git checkout params.yaml`
-   puts back what was committed.
+1. Look at `git diff params.yaml`: values that were filled in for this run may still be there.
+   `git checkout params.yaml` puts back what was committed.
 2. Start the flow again: stages that are done are not done again, and the interrupted one goes on where it was.
 3. If memory was short, lower `calibrate.batch_size`, `importance.batch_size` or `evaluate.batch_size`, or set
    `TLQ_PARALLEL=1`.

@@ -1,8 +1,8 @@
 """What can be filled in when a flow is started, and how it gets into params.yaml.
 
-params.yaml is the truth: a run without parameters does what it says. Whatever is filled in replaces values of params.yaml
-for that run, as `dvc exp run -S` would; the run is saved as a DVC experiment under its own name, and then params.yaml is
-as it was.
+params.yaml is the truth: a run without parameters does what it says. Whatever is filled in replaces values of
+params.yaml for that run, as `dvc exp run -S` would; the run is saved as a DVC experiment under its own name, and then
+params.yaml is as it was.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Flow `sweep`: every model with every recipe and scheme.
 
-Recipes and schemes are a matrix inside the pipeline, so a sweep is one run of flow `quantize` per model, one after the other:
-they share the workspace. Each is saved as a DVC experiment, whose dvc.lock is the model's own.
+Recipes and schemes are a matrix inside the pipeline, so a sweep is one run of flow `quantize` per model, one after the
+other: they share the workspace. Each is saved as a DVC experiment, whose dvc.lock is the model's own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def sweep(
         if state.is_completed():
             rows += [{"model": Path(model).name, **row} for row in score_rows(variants_registered())]
         else:
-            failed[model] = state.message or state.name
+            failed[model] = state.message or str(state.name)
         create_table_artifact(rows, key="sweep", description="Scores of every model and variant so far")
     if failed:
         reasons = "; ".join(f"{model}: {reason}" for model, reason in failed.items())
