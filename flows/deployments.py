@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
@@ -17,6 +19,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed
 from prefect.workers.process import ProcessWorker
 
@@ -29,6 +32,13 @@ logger = logging.getLogger("tlq.services")
 POOL = "local"
 _ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 _CANCEL_SECONDS = 60.0
+
+
+@contextmanager
+def server() -> Iterator[SyncPrefectClient]:
+    """A client of PREFECT_API_URL as it is now: Prefect itself reads it once, at import."""
+    with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+        yield client
 
 
 def create_pool(client: SyncPrefectClient) -> None:
@@ -96,7 +106,7 @@ def cancel_runs(worker: Iterable[psutil.Process]) -> None:
     if not runs:
         return
     logger.info("cancelling %d running flow", len(runs))
-    with get_client(sync_client=True) as client:
+    with server() as client:
         for run in runs:
             client.set_flow_run_state(run, Cancelling(message="The services are being stopped."))
         until = time.monotonic() + _CANCEL_SECONDS

@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
+from dvc.repo import Repo
 from dvc.utils.serialize import parse_yaml_for_update
 from prefect import get_run_logger
 from prefect.runtime import flow_run
@@ -119,8 +120,17 @@ def save_experiment(name: str) -> None:
     Raises:
         ParametersError: DVC cannot save it, for instance because this is no git repository.
     """
-    command = [sys.executable, "-m", "dvc", "exp", "save", "--quiet", "--force", "--name", name]
+    command = [sys.executable, "-m", "dvc", "exp", "save", "--force", "--name", name]
+    for metrics in _metric_files():  # `exp save` takes only what git knows
+        command += ["--include-untracked", metrics]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ParametersError(f"experiment {name} cannot be saved: {done.stderr.strip() or done.stdout.strip()}")
     get_run_logger().info("Saved as experiment %s: `dvc exp show`, `dvc exp apply %s`", name, name)
+
+
+def _metric_files() -> list[str]:
+    """Files with metrics that exist, relative to the project's folder."""
+    with Repo(str(ROOT)) as repo:
+        paths = [Path(out.fs_path) for out in repo.index.outs if out.metric and not out.use_cache]
+    return [str(path.relative_to(ROOT)) for path in paths if path.exists()]

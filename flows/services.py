@@ -24,7 +24,7 @@ import torch
 from sqlalchemy.engine import URL
 
 from flows import database
-from flows.deployments import POOL, apply_deployments, cancel_runs, create_pool, release_lost_runs
+from flows.deployments import POOL, apply_deployments, cancel_runs, create_pool, release_lost_runs, server
 from flows.processes import tree
 from flows.stages import ROOT
 from flows.supervisor import HOST, Service, ServiceError, Supervisor, check_port
@@ -98,11 +98,9 @@ class Machine:
 
     def serve(self) -> None:
         """Both servers, the deployments of prefect.yaml, and the worker that runs them."""
-        from prefect.client.orchestration import get_client
-
         own = "PREFECT_API_URL" not in os.environ
         self._start_servers(with_mlflow=True)
-        with get_client(sync_client=True) as client:
+        with server() as client:
             create_pool(client)
             if own:
                 for name in release_lost_runs(client):
@@ -166,6 +164,15 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _log_to_terminal() -> None:
+    """A handler of our own: Prefect configures the root logger for itself."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["serve", "pool"])
@@ -178,8 +185,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _log_to_terminal()
     signal.signal(signal.SIGTERM, _interrupt)
     machine = Machine(arguments.prefect_port, arguments.mlflow_port)
     try:
