@@ -52,8 +52,8 @@ def score_rows(variants: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
             "variant": name,
-            **json.loads((ROOT / "evaluation" / name / "summary.json").read_text()),
             "registered": _version(registered.get(name, {})),
+            **json.loads((ROOT / "evaluation" / name / "summary.json").read_text()),
         }
         for name in variants
     ]

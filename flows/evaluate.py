@@ -23,7 +23,7 @@ from tasks.params import VariantParams, section
 
 @flow(name="evaluate", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()), **HOOKS)  # type: ignore[arg-type]
 def evaluate(
-    models: list[str] | None = None,
+    models: tuple[str, ...] = (),
     limit: Limit | None = None,
     settings: dict[str, Any] | None = None,
     again: bool = False,
@@ -64,7 +64,7 @@ def score(variants: Sequence[str], again: bool) -> None:
 
 
 @task(task_run_name="find registered models")
-def find_models(models: list[str], variants: list[str]) -> list[str]:
+def find_models(models: Sequence[str], variants: Sequence[str]) -> list[str]:
     """Variants that the given names stand for."""
     from tasks.register import connect
     from tasks.registered import find_variants

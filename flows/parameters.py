@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -46,10 +46,10 @@ class ParametersError(ValueError):
 
 
 def overrides(
-    model: str | None = None,
-    name: str | None = None,
-    recipes: list[str] | None = None,
-    schemes: list[str] | None = None,
+    model: str = "",
+    name: str = "",
+    recipes: Sequence[str] = (),
+    schemes: Sequence[str] = (),
     limit: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def overrides(
     chosen: dict[str, Any] = {
         "model.path": model,
         "register.model_name": name,
-        "variants.recipes": recipes,
-        "variants.schemes": schemes,
+        "variants.recipes": list(recipes),
+        "variants.schemes": list(schemes),
     }
     chosen = {key: value for key, value in chosen.items() if value}
     if limit is not None:

@@ -32,13 +32,13 @@ lineage       dvc dag, dvc metrics show, dvc plots show"""
 
 @flow(name="quantize", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()), **HOOKS)  # type: ignore[arg-type]
 def quantize(
-    model: str | None = None,
-    name: str | None = None,
-    recipes: list[RecipeName] | None = None,
-    schemes: list[SchemeName] | None = None,
+    model: str = "",
+    name: str = "",
+    recipes: tuple[RecipeName, ...] = (),
+    schemes: tuple[SchemeName, ...] = (),
     limit: Limit | None = None,
     settings: dict[str, Any] | None = None,
-    force: list[StageName] | None = None,
+    force: tuple[StageName, ...] = (),
 ) -> str:
     """Prepare data, score tokens, choose the token set, then calibrate, evaluate and register every variant.
 
@@ -47,7 +47,7 @@ def quantize(
 
     Args:
         model: Folder of the checkpoint to quantize. Empty: `model.path` of params.yaml.
-        name: Registered models are called <name>-<scheme>. Empty: the folder's name if a model is given, else
+        name: Registered models are called `<name>-<scheme>`. Empty: the folder's name if a model is given, else
             `register.model_name` of params.yaml.
         recipes: Quantization methods. Empty: `variants.recipes` of params.yaml.
         schemes: Number formats, each made with every recipe. Empty: `variants.schemes` of params.yaml.
@@ -59,7 +59,7 @@ def quantize(
     publish_overrides(values, flow_run.name)
     with stopping_stages(), parameters.overridden(values):
         variants = section("variants", VariantParams, parameters.PARAMS).names
-        run_stages(variants, force or [])
+        run_stages(variants, force)
         return publish_results(["full", *variants])
 
 

@@ -25,15 +25,15 @@ from flows.stages import ROOT, StageFailed
 @flow(name="sweep", **HOOKS)
 def sweep(
     models: list[str],
-    recipes: list[RecipeName] | None = None,
-    schemes: list[SchemeName] | None = None,
+    recipes: tuple[RecipeName, ...] = (),
+    schemes: tuple[SchemeName, ...] = (),
     limit: Limit | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Quantize, score and register several models; one that fails does not keep the others from it.
 
     Each model is a run of flow `quantize` and a DVC experiment of that run's name, see `dvc exp show`. Its models are
-    registered as <folder>-<scheme>.
+    registered as `<folder>-<scheme>`.
 
     Args:
         models: Folders of checkpoints.

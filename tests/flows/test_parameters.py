@@ -28,7 +28,7 @@ calibset:
 
 def test_empty_parameters_change_nothing() -> None:
     assert overrides() == {}
-    assert overrides(model="", recipes=[], schemes=None, settings={}) == {}
+    assert overrides(model="", recipes=(), schemes=(), settings={}) == {}
 
 
 def test_a_model_names_its_registered_models() -> None:
