@@ -1,4 +1,4 @@
-"""What happens when a flow run fails, crashes or is cancelled."""
+"""What happens when a flow run fails, crashes or is cancelled. Prefect passes a hook's arguments by these names."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ stages' processes were still at work and have been stopped.
 """
 
 
-def advise(flow: Flow[Any, Any], run: FlowRun, state: State) -> None:
+def advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
     """A markdown artifact, and a line in the log, that say what failed and what to do next."""
     text = advice(state.message or "")
-    flow_run_logger(run, flow).error("%s", "What to do next is in the artifact what-to-do of this run")
-    _publish(text, run)
+    flow_run_logger(flow_run, flow).error("%s", "What to do next is in the artifact what-to-do of this run")
+    _publish(text, flow_run)
 
 
-def clean_up_and_advise(flow: Flow[Any, Any], run: FlowRun, state: State) -> None:
+def clean_up_and_advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
     """After a crash nobody else stops the stages that the flow's process had started."""
-    stopped = stop_stages(str(run.id))
-    flow_run_logger(run, flow).error("Crashed; what to do next is in the artifact what-to-do of this run")
-    _publish(_CRASHED.format(stopped=stopped or "None"), run)
+    stopped = stop_stages(str(flow_run.id))
+    flow_run_logger(flow_run, flow).error("Crashed; what to do next is in the artifact what-to-do of this run")
+    _publish(_CRASHED.format(stopped=stopped or "None"), flow_run)
 
 
-def stop_its_stages(flow: Flow[Any, Any], run: FlowRun, state: State) -> None:
+def stop_its_stages(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
     """A cancelled run leaves nothing at work."""
-    stopped = stop_stages(str(run.id))
-    flow_run_logger(run, flow).info("Cancelled; %d processes of its stages were still at work", stopped)
+    stopped = stop_stages(str(flow_run.id))
+    flow_run_logger(flow_run, flow).info("Cancelled; %d processes of its stages were still at work", stopped)
 
 
 def advice(message: str) -> str:
@@ -79,9 +79,9 @@ def _cure(stage: str, reason: str) -> str:
     )
 
 
-def _publish(text: str, run: FlowRun) -> None:
+def _publish(text: str, flow_run: FlowRun) -> None:
     """Hooks run outside the flow's context, so the run is named here."""
-    artifact = ArtifactCreate(key="what-to-do", type="markdown", data=text, flow_run_id=run.id)
+    artifact = ArtifactCreate(key="what-to-do", type="markdown", data=text, flow_run_id=flow_run.id)
     with get_client(sync_client=True) as client:
         client.create_artifact(artifact)
 

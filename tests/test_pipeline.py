@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,18 @@ import pytest
 import yaml
 from tiny_project import VARIANTS, Services, dvc, make_project, run, serving
 
+from flows.deployments import apply_deployments, server
+from flows.processes import FLOW_RUN, with_environment
+
 CHROMIUM = os.environ.get("TLQ_CHROMIUM") or shutil.which("chromium") or ""
-FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--no-proxy-server",
+    "--disable-background-networking",
+    "--disable-sync",
+)
 RUN_SECONDS = 900.0
 
 
@@ -145,7 +155,7 @@ def test_the_run_shows_scores_pictures_and_the_way_to_mlflow(
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium, or set TLQ_CHROMIUM to its path")
 def test_the_prefect_ui_lists_deployments_and_the_finished_run(
-    services: Services, project: Path, scheduled_run: dict[str, Any], tmp_path: Path
+    services: Services, prefect: Prefect, project: Path, scheduled_run: dict[str, Any], tmp_path: Path
 ) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install '.[dev]'")
     with playwright.sync_playwright() as started:
@@ -153,20 +163,67 @@ def test_the_prefect_ui_lists_deployments_and_the_finished_run(
         page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
         page.set_default_timeout(60_000)
 
-        def shot(name: str) -> None:
-            page.screenshot(path=tmp_path / f"{name}.png")
-
         page.goto(f"{services.prefect}/deployments")
         for name in ("quantize", "evaluate", "sweep"):
-            page.get_by_role("link", name=name, exact=True).first.wait_for()
-        shot("deployments")
+            page.get_by_text(name, exact=True).first.wait_for()
+        page.screenshot(path=tmp_path / "deployments.png")
         page.goto(f"{services.prefect}/runs/flow-run/{scheduled_run['id']}")
         page.get_by_text("Completed").first.wait_for()
-        page.get_by_role("tab", name="Artifacts").click()
-        for key in ("scores", "scores-picture", "importance-picture", "mlflow"):
+        page.get_by_text("Artifacts", exact=True).click()
+        for key in ("scores", "scores-text", "scores-picture", "importance-picture", "mlflow"):
             page.get_by_text(key, exact=True).first.wait_for()
-        shot("artifacts")
+        page.screenshot(path=tmp_path / "artifacts.png")
+        for key in ("scores-picture", "importance-picture"):
+            picture = prefect.artifacts(scheduled_run["id"])[key]["id"]
+            page.goto(f"{services.prefect}/artifacts/artifact/{picture}")
+            page.wait_for_function("[...document.images].some(each => each.complete && each.naturalWidth > 400)")
         browser.close()
+
+
+def test_a_cancelled_run_leaves_no_process_and_params_yaml_as_it_was(
+    project: Path, prefect: Prefect, services: Services
+) -> None:
+    before = (project / "params.yaml").read_text()
+    deployment = prefect.get("/deployments/name/quantize/quantize")["id"]
+    parameters = {"settings": {"calibset.seed": 5}, "force": ["baseline"]}
+    run_id = prefect.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"]
+    wait_for(lambda: any("tasks.evaluate" in each for each in commands_of(run_id)))
+    assert "seed: 5" in (project / "params.yaml").read_text()
+    prefect.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
+    assert prefect.finished(run_id)["state_type"] == "CANCELLED"
+    assert commands_of(run_id) == []
+    assert (project / "params.yaml").read_text() == before
+
+
+def commands_of(run_id: str) -> list[str]:
+    """Command lines of the processes that work for a flow run."""
+    return [" ".join(each.cmdline()) for each in with_environment(FLOW_RUN, run_id)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
+def test_applying_the_deployments_again_keeps_schedules_as_the_ui_left_them(
+    services: Services, prefect: Prefect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"{services.prefect}/api")
+    deployment = prefect.get("/deployments/name/quantize/quantize")
+    weekly = next(each for each in deployment["schedules"] if each["slug"] == "weekly")
+    path = f"/deployments/{deployment['id']}/schedules/{weekly['id']}"
+    prefect.client.patch(path, json={"active": True}).raise_for_status()
+    with server() as client:
+        assert apply_deployments(services.folder, tmp_path / "prefect.yaml", client) == [
+            "quantize",
+            "evaluate",
+            "sweep",
+        ]
+    after = prefect.get("/deployments/name/quantize/quantize")["schedules"]
+    assert [each["active"] for each in after if each["slug"] == "weekly"] == [True]
+    prefect.client.patch(path, json={"active": False}).raise_for_status()
 
 
 def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(project: Path) -> None:
