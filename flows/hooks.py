@@ -71,8 +71,12 @@ def advice(message: str) -> str:
 
 
 def _cure(stage: str, reason: str) -> str:
-    if "is busy" in reason or "lock" in reason.lower():
+    if "is busy" in reason:
         return "Another `dvc` command is at work in this folder. Wait until it is done."
+    if "No such file or directory" in reason:
+        return (
+            "Something an earlier stage makes is missing, as after a run that was interrupted: start `quantize` first."
+        )
     return (
         f"Correct what the message names. `dvc repro --single-item {stage}` in the project's folder shows the same "
         "failure in a terminal, with `TLQ_LOG=debug` its traceback too."

@@ -61,11 +61,12 @@ def worker(name: str, pool: str, environment: dict[str, str]) -> Service:
 
 
 def gpu_workers(count: int) -> Iterator[Service]:
-    """``count`` workers of the pool `gpu`, each with a GPU of its own where there are any.
+    """``count`` workers of the pool ``TLQ_POOL`` (default `gpu`), each with a GPU of its own where there are any.
 
     Raises:
         ServiceError: more workers than GPUs.
     """
+    pool = os.environ.get("TLQ_POOL", "gpu")
     gpus = visible_gpus()
     if gpus and count > len(gpus):
         raise ServiceError(
@@ -73,7 +74,7 @@ def gpu_workers(count: int) -> Iterator[Service]:
         )
     for index in range(count):
         environment = {"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}
-        yield worker(f"gpu-{index}", "gpu", environment)
+        yield worker(f"{pool}-{index}", pool, environment)
 
 
 def visible_gpus() -> list[str]:
@@ -186,7 +187,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     _log_to_terminal()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job starts with it ignored
+        signal.signal(number, _interrupt)
     machine = Machine(arguments.prefect_port, arguments.mlflow_port)
     try:
         if arguments.what == "serve":
