@@ -11,7 +11,7 @@ export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW ?= ignore
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: setup demo test lint peers-env clean
+.PHONY: setup demo serve pool test lint peers-env clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,15 @@ $(STAMP): pyproject.toml requirements.lock
 
 demo: setup
 	$(BIN)/python -m flows.quantize
+
+# Prefect, MLflow, a worker and the deployments on this machine, see docs/operate.md. Ctrl-C stops everything.
+serve: setup
+	$(BIN)/python -m flows.services serve
+
+# Workers of the GPU pool, and a Prefect server unless PREFECT_API_URL names one.
+WORKERS ?= 2
+pool: setup
+	$(BIN)/python -m flows.services pool --workers $(WORKERS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,14 +8,19 @@ PREFECT_API_URL set the run shows there.
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.stages import ROOT, StageFailed, check_tracking, stage, stages_at_once
+from flows import parameters
+from flows.artifacts import publish_overrides, publish_results
+from flows.hooks import HOOKS
+from flows.parameters import Limit, RecipeName, SchemeName, StageName
+from flows.stages import StageFailed, check_tracking, stage, stages_at_once, stopping_stages
 from tasks.params import VariantParams, section
 
 WHERE = """pictures      report/scores.png, report/tokens.png
@@ -25,43 +30,61 @@ Prefect       PREFECT_HOME=.prefect prefect server start
 lineage       dvc dag, dvc metrics show, dvc plots show"""
 
 
-@flow(name="quantize", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()))  # type: ignore[arg-type]
-def quantize() -> str:
+@flow(name="quantize", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()), **HOOKS)  # type: ignore[arg-type]
+def quantize(
+    model: str = "",
+    name: str = "",
+    recipes: tuple[RecipeName, ...] = (),
+    schemes: tuple[SchemeName, ...] = (),
+    limit: Limit | None = None,
+    settings: dict[str, Any] | None = None,
+    force: tuple[StageName, ...] = (),
+) -> str:
     """Prepare data, score tokens, choose the token set, then calibrate, evaluate and register every variant.
 
-    The stages' parameters come from params.yaml. Returns the table of scores.
+    Without parameters it does what params.yaml says, and only what is stale. What is filled in replaces values of
+    params.yaml for this run, which is saved as a DVC experiment. Returns the table of scores.
+
+    Args:
+        model: Folder of the checkpoint to quantize. Empty: `model.path` of params.yaml.
+        name: Registered models are called `<name>-<scheme>`. Empty: the folder's name if a model is given, else
+            `register.model_name` of params.yaml.
+        recipes: Quantization methods. Empty: `variants.recipes` of params.yaml.
+        schemes: Number formats, each made with every recipe. Empty: `variants.schemes` of params.yaml.
+        limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.
+        settings: Any other values of params.yaml by dotted name, for instance {"calibset.seed": 1}.
+        force: Stages to run again although nothing they depend on has changed.
     """
-    variants = section("variants", VariantParams, ROOT / "params.yaml").names
+    values = parameters.overrides(model, name, recipes, schemes, limit, settings)
+    publish_overrides(values, flow_run.name)
+    with stopping_stages(), parameters.overridden(values):
+        variants = section("variants", VariantParams, parameters.PARAMS).names
+        run_stages(variants, force)
+        return publish_results(["full", *variants])
+
+
+def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
+    """Every stage in order, variants side by side.
+
+    Raises:
+        StageFailed: a stage failed.
+    """
     check_tracking()
-    stage("demo")
-    for name in section("fetch", dict, ROOT / "params.yaml"):
-        stage(f"fetch@{name}")
-    baseline = stage.submit("baseline")
+    stage("demo", "demo" in force)
+    for name in section("fetch", dict, parameters.PARAMS):
+        stage(f"fetch@{name}", "fetch" in force)
+    baseline = stage.submit("baseline", "baseline" in force)
     for name in ("prepare", "importance", "calibset"):
-        stage.submit(name).result()
-    calibrated = [stage.submit(f"calibrate@{variant}") for variant in variants]
+        stage.submit(name, name in force).result()
+    calibrated = [stage.submit(f"calibrate@{variant}", "calibrate" in force) for variant in variants]
     scored = [
-        stage.submit(f"evaluate@{variant}", wait_for=[done, baseline], return_state=False)
+        stage.submit(f"evaluate@{variant}", "evaluate" in force, wait_for=[done, baseline], return_state=False)
         for variant, done in zip(variants, calibrated, strict=True)
     ]
     for future in [*calibrated, *scored]:
         future.result()
-    stage("report")
-    stage("register")
-    return publish_scores(["full", *variants])
-
-
-def publish_scores(variants: list[str]) -> str:
-    """The scores as a table for the terminal, and as an artifact of the flow run."""
-    table = (ROOT / "report" / "scores.txt").read_text().rstrip("\n")
-    rows = [json.loads((ROOT / "evaluation" / name / "summary.json").read_text()) for name in variants]
-    create_table_artifact(
-        [{"variant": name, **row} for name, row in zip(variants, rows, strict=True)],
-        key="scores",
-        description="Scores by variant; retention is the percentage of full precision.",
-    )
-    create_markdown_artifact(f"```\n{table}\n```", key="scores-text", description="Scores with intervals")
-    return table
+    stage("report", "report" in force)
+    stage("register", "register" in force)
 
 
 def main() -> None:

@@ -9,11 +9,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from prefect import get_run_logger, task
+from prefect.client.schemas.objects import State
 
+from flows.processes import OWNER, owner, stop, stop_stages, tree
+from tasks.cli import TRY_AGAIN
 from tlq.ranks import SHARDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,17 +37,27 @@ class StageFailed(RuntimeError):
     """A stage ended with an error; the message holds its last lines."""
 
 
-@task(task_run_name="{stage}")
-def stage(stage: str) -> None:
-    """Reproduce one DVC stage, if it is stale, with its output in this task's log.
+class StageUnavailable(StageFailed):
+    """A stage ended because something outside (the hub, MLflow) did not answer; another try may work."""
+
+
+def may_pass(_task: Any, _run: Any, state: State) -> bool:
+    """Only what another try can cure is tried again: a stage that computes fails the same way every time."""
+    return isinstance(state.result(raise_on_failure=False), StageUnavailable)
+
+
+@task(task_run_name="{stage}", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=may_pass)
+def stage(stage: str, force: bool = False) -> None:
+    """Reproduce one DVC stage, if it is stale or ``force`` is given, with its output in this task's log.
 
     Raises:
         StageFailed: the stage's command failed.
     """
-    run_command([*REPRO, stage], stage)
+    again = ["--force"] if force else []
+    run_command([*REPRO, *again, stage], stage)
 
 
-@task(task_run_name="check MLflow")
+@task(task_run_name="check MLflow", retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=may_pass)
 def check_tracking() -> None:
     """Fail before the long work, not after it, when MLflow cannot be reached.
 
@@ -73,11 +88,32 @@ def run_command(command: list[str], name: str, folder: Path = ROOT, tell: Callab
             if tell is not None:
                 tell(text)
     except BaseException:
-        process.terminate()
+        stop(tree(process.pid))  # DVC does not pass a signal on to the stage's command
         process.wait()
         raise
-    if process.wait():
-        raise StageFailed(f"{name} failed: {' | '.join(last) or 'no output'}")
+    if status := process.wait():
+        raise _failure(status, last)(f"{name} failed: {' | '.join(last) or 'no output'}")
+
+
+def _failure(status: int, lines: Iterable[str]) -> type[StageFailed]:
+    """What kind of failure it was: DVC has a status of its own and tells the command's in its last line."""
+    outside = status == TRY_AGAIN or any(line.endswith(f"exited with {TRY_AGAIN}") for line in lines)
+    return StageUnavailable if outside else StageFailed
+
+
+@contextmanager
+def stopping_stages() -> Iterator[None]:
+    """Stop stages that run in other threads when this flow is interrupted, cancelled or terminated.
+
+    Threads never hear of signals, and Prefect waits for them: without this a stage would go on until it is done.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        stop_stages(owner())
+        raise
 
 
 def worth_logging(lines: Iterable[str], clock: Callable[[], float] = time.monotonic) -> Iterator[str]:
@@ -117,4 +153,4 @@ def _environment() -> dict[str, str]:
     folder = str(Path(sys.executable).parent)
     threads = max(1, (os.cpu_count() or 1) // _shares())
     path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path}
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path, OWNER: owner()}

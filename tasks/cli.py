@@ -21,9 +21,14 @@ logger = logging.getLogger("tlq")
 #: Mistakes of input or surroundings; anything else is a defect and keeps its traceback.
 EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError)
 
+#: Exit status of a stage that failed because something outside did not answer (EX_TEMPFAIL of sysexits.h).
+TRY_AGAIN = 75
+
+_BUSY = (429, 500, 502, 503, 504)  # HTTP statuses of a server that may answer later
+
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage: log to stderr, turn an expected error into one line and exit status 1.
+    """Run a stage: log to stderr, turn an expected error into one line and exit status 1, or ``TRY_AGAIN``.
 
     ``TLQ_LOG=debug`` shows more, tracebacks of expected errors included. SIGTERM ends a stage the way Ctrl-C does, so
     that temporary files are removed.
@@ -42,11 +47,27 @@ def run(main: Callable[[], None]) -> None:
         if report_failure(message):
             return  # a rank: the stage's own process says it, once
         logger.error("%s", message)
-        sys.exit(1)
+        sys.exit(TRY_AGAIN if is_transient(error) else 1)
     except KeyboardInterrupt:
         if not is_rank():  # ranks are also interrupted when their group forms anew
             logger.error("interrupted; run the same command again to continue")
         sys.exit(130)
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether a server (the hub, MLflow) did not answer, here or in what caused ``error``: another try may work."""
+    import httpx
+    import requests
+
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError, httpx.TransportError)):
+            return True
+        if isinstance(error, (requests.ConnectionError, requests.Timeout)):
+            return True
+        if getattr(getattr(error, "response", None), "status_code", None) in _BUSY:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def quiet_libraries() -> None:

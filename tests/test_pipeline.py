@@ -1,86 +1,237 @@
-"""The whole pipeline in a fresh copy of the project: flow, stages, registry, report, and what DVC thinks of it."""
+"""The whole pipeline in a fresh copy of the project: servers, a schedule that fires, registry, report, DVC's view."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import sqlite3
-import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from documents import blocks
+from tiny_project import VARIANTS, Services, dvc, make_project, run, serving
 
-ROOT = Path(__file__).resolve().parent.parent
-CODE = (
-    "benchmarks",
-    "demo",
-    "flows",
-    "tasks",
-    "tlq",
-    ".dvc/config",
-    ".dvcignore",
-    ".gitignore",
-    "dvc.yaml",
-    "params.yaml",
+from flows.deployments import apply_deployments, server
+from flows.processes import FLOW_RUN, with_environment
+
+CHROMIUM = os.environ.get("TLQ_CHROMIUM") or shutil.which("chromium") or ""
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--no-proxy-server",
+    "--disable-background-networking",
+    "--disable-sync",
 )
-VARIANTS = ("rtn-w3a16", "tlq-w3a16")
+RUN_SECONDS = 900.0
 
 
-def run(folder: Path, *command: str) -> str:
-    """Output of a command of this Python in ``folder``; fails the test if it fails."""
-    environment = {
-        **os.environ,
-        "PREFECT_HOME": str(folder / ".prefect"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),
-    }
-    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
-        environment.pop(name, None)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
+class Prefect:
+    """What the tests ask a Prefect server."""
 
+    def __init__(self, address: str) -> None:
+        self.client = httpx.Client(
+            base_url=f"{address}/api", timeout=60, trust_env=False, transport=httpx.HTTPTransport(retries=3)
+        )
 
-def dvc(folder: Path, *arguments: str) -> str:
-    return run(folder, sys.executable, "-m", "dvc", *arguments)
+    def get(self, path: str) -> Any:
+        return self.client.get(path).raise_for_status().json()
+
+    def post(self, path: str, **content: Any) -> Any:
+        return self.send(path, content)
+
+    def send(self, path: str, content: Any) -> Any:
+        """POST; 503 means that SQLite was busy and the request may be repeated."""
+        until = time.monotonic() + 60
+        while True:
+            answer = self.client.post(path, json=content)
+            if answer.status_code != 503 or time.monotonic() > until:
+                return answer.raise_for_status().json()
+            time.sleep(0.5)
+
+    def finished(self, run_id: str) -> dict[str, Any]:
+        """The flow run, when it is in a final state."""
+        until = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < until:
+            found = self.get(f"/flow_runs/{run_id}")
+            if found["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+                return dict(found)
+            time.sleep(0.5)
+        raise AssertionError(f"not finished after {RUN_SECONDS} s: {found['state']}")
+
+    def scheduled(self, deployment: str, seconds: float = 60) -> dict[str, Any]:
+        """The run that a schedule has made."""
+        until = time.monotonic() + seconds
+        filters = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+        while time.monotonic() < until:
+            runs = self.post("/flow_runs/filter", **filters)
+            if runs:
+                return dict(runs[0])
+            time.sleep(0.5)
+        raise AssertionError(f"no run was scheduled within {seconds} s")
+
+    def artifacts(self, run_id: str) -> dict[str, dict[str, Any]]:
+        found = self.post("/artifacts/filter", flow_runs={"id": {"any_": [run_id]}})
+        return {artifact["key"]: artifact for artifact in found}
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with small parameters, after one run of the flow."""
-    folder = tmp_path_factory.mktemp("project")
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in CODE:
-        source, target = ROOT / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=ignore)
-        else:
-            shutil.copyfile(source, target)
-    shutil.copytree(ROOT / "data/demo/model", folder / "data/demo/model")
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["prepare"]["samples"] = params["importance"]["samples"] = 16
-    params["calibset"]["budget"]["tokens_per_layer"] = 512
-    params["variants"] = {"recipes": ["rtn", "tlq"], "schemes": ["w3a16"]}
-    params["evaluate"]["limit"] = 6
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    run(folder, "git", "init", "--quiet", ".")
-    run(folder, "git", "add", "--all")
-    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "project")
-    table = run(folder, sys.executable, "-m", "flows.quantize")
-    (folder / "output.txt").write_text(table)
-    return folder
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """Servers, deployments and a worker of a fresh copy of the project."""
+    folder = make_project(tmp_path_factory.mktemp("project"))
+    with serving(folder, {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1"}) as started:
+        yield started
 
 
-def test_the_flow_prints_every_variant(project: Path) -> None:
-    lines = (project / "output.txt").read_text().splitlines()
+@pytest.fixture(scope="module")
+def prefect(services: Services) -> Prefect:
+    return Prefect(services.prefect)
+
+
+@pytest.fixture(scope="module")
+def scheduled_run(prefect: Prefect) -> dict[str, Any]:
+    """The run of the pipeline that a schedule started, finished."""
+    deployment = prefect.get("/deployments/name/quantize/quantize")
+    soon = datetime.now(UTC) + timedelta(seconds=5)
+    schedule = {"interval": 7 * 86400, "anchor_date": soon.isoformat()}
+    prefect.send(f"/deployments/{deployment['id']}/schedules", [{"active": True, "schedule": schedule}])
+    return prefect.finished(prefect.scheduled(deployment["id"])["id"])
+
+
+@pytest.fixture(scope="module")
+def project(services: Services, scheduled_run: dict[str, Any]) -> Path:
+    """The copy of the project after the scheduled run."""
+    assert scheduled_run["state_type"] == "COMPLETED", scheduled_run["state"]["message"]
+    return services.folder
+
+
+def test_deployments_can_be_filled_in_and_ship_with_a_paused_schedule(prefect: Prefect) -> None:
+    for name in ("quantize", "evaluate", "sweep"):
+        deployment = prefect.get(f"/deployments/name/{name}/{name}")
+        fields = deployment["parameter_openapi_schema"]["properties"]
+        assert all(field.get("description") for field in fields.values()), name
+        assert deployment["global_concurrency_limit"]["limit"] == 1
+        assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        assert "tlq" in deployment["tags"]
+    weekly = prefect.get("/deployments/name/quantize/quantize")["schedules"]
+    assert [(each["schedule"]["cron"], each["active"]) for each in weekly if each["slug"] == "weekly"] == [
+        ("0 3 * * 0", False)
+    ]
+
+
+def test_a_schedule_runs_the_pipeline_and_a_version_is_registered(
+    project: Path, services: Services, scheduled_run: dict[str, Any]
+) -> None:
+    assert scheduled_run["auto_scheduled"]
+    found = httpx.get(
+        f"{services.mlflow}/api/2.0/mlflow/model-versions/search", params={"max_results": 10}, trust_env=False
+    )
+    versions = {version["version"]: version for version in found.json()["model_versions"]}
+    assert {version["name"] for version in versions.values()} == {"demo-w3a16"}
+    assert set(versions) == {"1", "2"}
+
+
+def test_the_run_shows_scores_pictures_and_the_way_to_mlflow(
+    services: Services, prefect: Prefect, project: Path, scheduled_run: dict[str, Any]
+) -> None:
+    artifacts = prefect.artifacts(scheduled_run["id"])
+    rows = json.loads(artifacts["scores"]["data"])
+    assert [row["variant"] for row in rows] == ["full", *VARIANTS]
+    assert rows[1]["registered"] == "demo-w3a16/1"
+    assert services.mlflow in artifacts["mlflow"]["data"]
+    for key in ("scores-picture", "importance-picture"):
+        assert artifacts[key]["type"] == "image"
+        assert artifacts[key]["data"].startswith("data:image/png;base64,")
+    assert "variant" in artifacts["scores-text"]["data"]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium, or set TLQ_CHROMIUM to its path")
+def test_the_prefect_ui_lists_deployments_and_the_finished_run(
+    services: Services, prefect: Prefect, project: Path, scheduled_run: dict[str, Any], tmp_path: Path
+) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install '.[dev]'")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
+        page.set_default_timeout(60_000)
+
+        page.goto(f"{services.prefect}/deployments")
+        for name in ("quantize", "evaluate", "sweep"):
+            page.get_by_text(name, exact=True).first.wait_for()
+        page.screenshot(path=tmp_path / "deployments.png")
+        page.goto(f"{services.prefect}/runs/flow-run/{scheduled_run['id']}")
+        page.get_by_text("Completed").first.wait_for()
+        page.get_by_text("Artifacts", exact=True).click()
+        for key in ("scores", "scores-text", "scores-picture", "importance-picture", "mlflow"):
+            page.get_by_text(key, exact=True).first.wait_for()
+        page.screenshot(path=tmp_path / "artifacts.png")
+        for key in ("scores-picture", "importance-picture"):
+            picture = prefect.artifacts(scheduled_run["id"])[key]["id"]
+            page.goto(f"{services.prefect}/artifacts/artifact/{picture}")
+            page.wait_for_function("[...document.images].some(each => each.complete && each.naturalWidth > 400)")
+        browser.close()
+
+
+def test_a_cancelled_run_leaves_no_process_and_params_yaml_as_it_was(
+    project: Path, prefect: Prefect, services: Services
+) -> None:
+    before = (project / "params.yaml").read_text()
+    deployment = prefect.get("/deployments/name/quantize/quantize")["id"]
+    parameters = {"settings": {"calibset.seed": 5}, "force": ["baseline"]}
+    run_id = prefect.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"]
+    wait_for(lambda: any("tasks.evaluate" in each for each in commands_of(run_id)))
+    assert "seed: 5" in (project / "params.yaml").read_text()
+    prefect.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
+    assert prefect.finished(run_id)["state_type"] == "CANCELLED"
+    assert commands_of(run_id) == []
+    assert (project / "params.yaml").read_text() == before
+
+
+def commands_of(run_id: str) -> list[str]:
+    """Command lines of the processes that work for a flow run."""
+    return [" ".join(each.cmdline()) for each in with_environment(FLOW_RUN, run_id)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
+def test_applying_the_deployments_again_keeps_schedules_as_the_ui_left_them(
+    services: Services, prefect: Prefect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"{services.prefect}/api")
+    deployment = prefect.get("/deployments/name/quantize/quantize")
+    weekly = next(each for each in deployment["schedules"] if each["slug"] == "weekly")
+    path = f"/deployments/{deployment['id']}/schedules/{weekly['id']}"
+    prefect.client.patch(path, json={"active": True}).raise_for_status()
+    with server() as client:
+        assert apply_deployments(services.folder, tmp_path / "prefect.yaml", client) == [
+            "quantize",
+            "evaluate",
+            "sweep",
+        ]
+    after = prefect.get("/deployments/name/quantize/quantize")["schedules"]
+    assert [each["active"] for each in after if each["slug"] == "weekly"] == [True]
+    prefect.client.patch(path, json={"active": False}).raise_for_status()
+
+
+def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(project: Path) -> None:
+    lines = run(project, sys.executable, "-m", "flows.quantize").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("variant "))
     assert [line.split()[0] for line in lines[start + 2 : start + 5]] == ["full", *VARIANTS]
+    assert not [line for line in lines if "Running stage" in line]
 
 
 def test_nothing_is_stale_afterwards(project: Path) -> None:
@@ -111,12 +262,9 @@ def test_the_readmes_registered_model_answers(project: Path) -> None:
     run(project, sys.executable, "-c", block.code)
 
 
-def test_prefect_has_named_tasks_and_the_table(project: Path) -> None:
-    with sqlite3.connect(project / ".prefect/prefect.db") as database:
-        names = {name for (name,) in database.execute("select name from task_run")}
-        artifacts = {key for (key,) in database.execute("select key from artifact")}
-    assert {"prepare", "calibrate@tlq-w3a16", "evaluate@rtn-w3a16", "register"} <= names
-    assert "scores" in artifacts
+def test_prefect_has_named_tasks(prefect: Prefect, scheduled_run: dict[str, Any]) -> None:
+    runs = prefect.post("/task_runs/filter", flow_runs={"id": {"any_": [scheduled_run["id"]]}})
+    assert {"prepare", "calibrate@tlq-w3a16", "evaluate@rtn-w3a16", "register"} <= {each["name"] for each in runs}
 
 
 def test_pictures_are_drawn(project: Path) -> None:

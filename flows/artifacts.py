@@ -1,0 +1,96 @@
+"""What a finished run shows in the Prefect UI: tables, pictures, links."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+
+from flows.stages import ROOT
+
+#: Pictures of the report that a run shows: artifact key, file, description.
+PICTURES = (
+    ("scores-picture", "scores.png", "Scores by variant, with 95 % intervals"),
+    (
+        "importance-picture",
+        "importance.png",
+        "Which tokens matter: importance over samples, beside the token-level set",
+    ),
+)
+
+_WIDTH = 1200  # pixels; artifacts live in Prefect's database
+
+
+def publish_results(variants: Sequence[str]) -> str:
+    """Everything that a run of the pipeline made, as artifacts; returns the table of scores for the terminal."""
+    table = (ROOT / "report" / "scores.txt").read_text().rstrip("\n")
+    create_table_artifact(
+        score_rows(variants), key="scores", description="Scores by variant; retention is in percent of full precision."
+    )
+    create_markdown_artifact(f"```\n{table}\n```", key="scores-text", description="Scores with intervals")
+    for key, file, description in PICTURES:
+        create_image_artifact(data_url(ROOT / "report" / file), key=key, description=description)
+    link_registry(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    return table
+
+
+def score_rows(variants: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per variant: its summary, and under which name and version it is registered."""
+    registered = {row["variant"]: row for row in json.loads((ROOT / "registry.json").read_text())}
+    return [
+        {
+            "variant": name,
+            "registered": _version(registered.get(name, {})),
+            **json.loads((ROOT / "evaluation" / name / "summary.json").read_text()),
+        }
+        for name in variants
+    ]
+
+
+def _version(row: Mapping[str, Any]) -> str:
+    return f"{row['model']}/{row['version']}" if row.get("model") else ""
+
+
+def link_registry(tracking_uri: str) -> None:
+    """A link to the registered models, or how to look at them where no MLflow server is named."""
+    if tracking_uri.startswith(("http://", "https://")):
+        create_link_artifact(
+            f"{tracking_uri.rstrip('/')}/#/models", "Registered models in MLflow", key="mlflow", description="MLflow"
+        )
+        return
+    store = tracking_uri or "sqlite:///mlflow.db"
+    text = f"`mlflow ui --backend-store-uri {store}` in the project's folder shows runs and registered models."
+    create_markdown_artifact(text, key="mlflow", description="MLflow")
+
+
+def data_url(picture: Path) -> str:
+    """A picture as an address that holds the picture itself: the UI shows it without a file server."""
+    with Image.open(picture) as image:
+        image.thumbnail((_WIDTH, 4 * _WIDTH))
+        buffer = io.BytesIO()
+        image.convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def publish_overrides(values: Mapping[str, Any], experiment: str) -> None:
+    """What was filled in for this run, and how to come back to it."""
+    if not values:
+        return
+    rows = "\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in values.items())
+    text = (
+        f"| params.yaml | this run |\n|---|---|\n{rows}\n\n"
+        f"Saved as experiment `{experiment}`: `dvc exp show` lists it, `dvc exp apply {experiment}` brings it back."
+    )
+    create_markdown_artifact(text, key="parameters", description="Values that differ from params.yaml")

@@ -1,0 +1,84 @@
+"""Flow `evaluate`: score registered models again, for instance on more items or on another benchmark.
+
+python -m flows.evaluate
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import flow, task
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import parameters
+from flows.artifacts import publish_overrides, publish_results
+from flows.hooks import HOOKS
+from flows.parameters import Limit
+from flows.stages import ROOT, StageFailed, check_tracking, stage, stages_at_once, stopping_stages
+from tasks.params import VariantParams, section
+
+
+@flow(name="evaluate", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()), **HOOKS)  # type: ignore[arg-type]
+def evaluate(
+    models: tuple[str, ...] = (),
+    limit: Limit | None = None,
+    settings: dict[str, Any] | None = None,
+    again: bool = False,
+) -> str:
+    """Score models again and register their new scores; nothing is calibrated.
+
+    What is filled in replaces values of params.yaml for this run, which is saved as a DVC experiment. Returns the table
+    of scores.
+
+    Args:
+        models: Registered models (demo-w3a16, demo-w3a16/2, demo-w3a16@champion) or variants (tlq-w3a16). Empty: every
+            variant of params.yaml.
+        limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.
+        settings: Other values of params.yaml by dotted name, for instance {"evaluate.seed": 1}.
+        again: Score even if neither model nor benchmarks have changed.
+    """
+    values = parameters.overrides(limit=limit, settings=settings)
+    publish_overrides(values, flow_run.name)
+    with stopping_stages(), parameters.overridden(values):
+        variants = section("variants", VariantParams, parameters.PARAMS).names
+        check_tracking()
+        score(find_models(models, variants) if models else variants, again)
+        return publish_results(["full", *variants])
+
+
+def score(variants: Sequence[str], again: bool) -> None:
+    """The full-precision model if it is stale, the variants, then registry and report.
+
+    Raises:
+        StageFailed: a stage failed.
+    """
+    stage("baseline")
+    futures = [stage.submit(f"evaluate@{variant}", again) for variant in variants]
+    for future in futures:
+        future.result()
+    stage("register")
+    stage("report")
+
+
+@task(task_run_name="find registered models")
+def find_models(models: Sequence[str], variants: Sequence[str]) -> list[str]:
+    """Variants that the given names stand for."""
+    from tasks.register import connect
+    from tasks.registered import find_variants
+
+    return find_variants(models, variants, connect(), ROOT)
+
+
+def main() -> None:
+    try:
+        table = evaluate()
+    except StageFailed as error:
+        sys.exit(f"\n{error}")
+    sys.stdout.write(f"\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What happens when a flow run fails, crashes or is cancelled. Prefect passes a hook's arguments by these names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from prefect import Flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.logging.loggers import flow_run_logger
+
+from flows.processes import stop_stages
+
+_STAGE = re.compile(r"\b(?P<stage>[a-z]+(?:@[\w-]+)?) failed: (?P<reason>.*)", re.DOTALL)
+
+_FAILED = """## {what}
+
+```
+{reason}
+```
+
+1. {cure}
+2. Start the flow again, or press *Retry*: stages that are done are not done again, and a stage that was interrupted
+   goes on from its last finished layer or batch.
+
+Parameters filled in for this run are not in params.yaml any more; fill them in again.
+"""
+
+_CRASHED = """## The process of this run ended without saying why
+
+Usually it was killed: by hand, by a restart of the machine, or for want of memory (`dmesg` says so). {stopped} of its
+stages' processes were still at work and have been stopped.
+
+1. Look at `git diff params.yaml`: values that were filled in for this run may still be there.
+   `git checkout params.yaml` puts back what was committed.
+2. Start the flow again: stages that are done are not done again, and the interrupted one goes on where it was.
+3. If memory was short, lower `calibrate.batch_size`, `importance.batch_size` or `evaluate.batch_size`, or set
+   `TLQ_PARALLEL=1`.
+"""
+
+
+def advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
+    """A markdown artifact, and a line in the log, that say what failed and what to do next."""
+    text = advice(state.message or "")
+    flow_run_logger(flow_run, flow).error("%s", "What to do next is in the artifact what-to-do of this run")
+    _publish(text, flow_run)
+
+
+def clean_up_and_advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
+    """After a crash nobody else stops the stages that the flow's process had started."""
+    stopped = stop_stages(str(flow_run.id))
+    flow_run_logger(flow_run, flow).error("Crashed; what to do next is in the artifact what-to-do of this run")
+    _publish(_CRASHED.format(stopped=stopped or "None"), flow_run)
+
+
+def stop_its_stages(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
+    """A cancelled run leaves nothing at work."""
+    stopped = stop_stages(str(flow_run.id))
+    flow_run_logger(flow_run, flow).info("Cancelled; %d processes of its stages were still at work", stopped)
+
+
+def advice(message: str) -> str:
+    """Markdown about a failed run, from its state's message."""
+    found = _STAGE.search(message)
+    if not found:
+        return _FAILED.format(what="The flow failed", reason=message, cure="Correct what the message names.")
+    stage = found["stage"]
+    return _FAILED.format(what=f"Stage {stage} failed", reason=found["reason"], cure=_cure(stage, found["reason"]))
+
+
+def _cure(stage: str, reason: str) -> str:
+    if "is busy" in reason:
+        return "Another `dvc` command is at work in this folder. Wait until it is done."
+    if "No such file or directory" in reason:
+        return (
+            "Something an earlier stage makes is missing, as after a run that was interrupted: start `quantize` first."
+        )
+    return (
+        f"Correct what the message names. `dvc repro --single-item {stage}` in the project's folder shows the same "
+        "failure in a terminal, with `TLQ_LOG=debug` its traceback too."
+    )
+
+
+def _publish(text: str, flow_run: FlowRun) -> None:
+    """Hooks run outside the flow's context, so the run is named here."""
+    artifact = ArtifactCreate(key="what-to-do", type="markdown", data=text, flow_run_id=flow_run.id)
+    with get_client(sync_client=True) as client:
+        client.create_artifact(artifact)
+
+
+#: The hooks of every flow here, as arguments of ``@flow``.
+HOOKS: dict[str, Any] = {
+    "on_failure": [advise],
+    "on_crashed": [clean_up_and_advise],
+    "on_cancellation": [stop_its_stages],
+}

@@ -1,0 +1,63 @@
+"""Flow `sweep`: every model with every recipe and scheme.
+
+Recipes and schemes are a matrix inside the pipeline, so a sweep is one run of flow `quantize` per model, one after the
+other: they share the workspace. Each is saved as a DVC experiment, whose dvc.lock is the model's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.client.schemas.objects import State
+
+from flows.artifacts import score_rows
+from flows.hooks import HOOKS
+from flows.parameters import Limit, RecipeName, SchemeName
+from flows.quantize import quantize
+from flows.stages import ROOT, StageFailed
+
+
+@flow(name="sweep", **HOOKS)
+def sweep(
+    models: list[str],
+    recipes: tuple[RecipeName, ...] = (),
+    schemes: tuple[SchemeName, ...] = (),
+    limit: Limit | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Quantize, score and register several models; one that fails does not keep the others from it.
+
+    Each model is a run of flow `quantize` and a DVC experiment of that run's name, see `dvc exp show`. Its models are
+    registered as `<folder>-<scheme>`.
+
+    Args:
+        models: Folders of checkpoints.
+        recipes: Quantization methods. Empty: `variants.recipes` of params.yaml.
+        schemes: Number formats, each made with every recipe. Empty: `variants.schemes` of params.yaml.
+        limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.
+        settings: Other values of params.yaml by dotted name, for every model, for instance {"calibset.seed": 1}.
+    """
+    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for model in models:
+        state: State = quantize(
+            model=model, recipes=recipes, schemes=schemes, limit=limit, settings=settings, return_state=True
+        )
+        if state.is_completed():
+            rows += [{"model": Path(model).name, **row} for row in score_rows(variants_registered())]
+        else:
+            failed[model] = state.message or str(state.name)
+        create_table_artifact(rows, key="sweep", description="Scores of every model and variant so far")
+    if failed:
+        reasons = "; ".join(f"{model}: {reason}" for model, reason in failed.items())
+        raise StageFailed(f"{len(failed)} of {len(models)} models failed. {reasons}")
+
+
+def variants_registered() -> Sequence[str]:
+    """Variants of the last run, full precision first."""
+    return [row["variant"] for row in json.loads((ROOT / "registry.json").read_text())]

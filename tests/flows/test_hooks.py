@@ -1,0 +1,87 @@
+"""What a failed run tells, and which failures are tried again."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+
+import pytest
+from prefect.states import Failed
+
+from flows import stages
+from flows.hooks import HOOKS, advice
+from flows.stages import StageFailed, StageUnavailable, may_pass
+from tasks.cli import TRY_AGAIN, is_transient
+
+
+def test_a_failed_stage_is_named_with_the_command_that_shows_it() -> None:
+    text = advice(
+        "Flow run encountered an exception: StageFailed: calibrate@tlq-w3a16 failed: ERROR tlq: no space left"
+    )
+    assert text.startswith("## Stage calibrate@tlq-w3a16 failed\n\n```\nERROR tlq: no space left\n```")
+    assert "`dvc repro --single-item calibrate@tlq-w3a16`" in text
+    assert "Start the flow again" in text
+
+
+def test_a_lock_held_by_another_command_has_another_cure() -> None:
+    assert "Another `dvc` command is at work" in advice("StageFailed: demo failed: ERROR: '/p/dvc.yaml' is busy")
+
+
+def test_other_failures_show_their_message() -> None:
+    assert "limit: no such section" in advice(
+        "Flow run encountered an exception: ParametersError: limit: no such section"
+    )
+
+
+def test_hooks_take_the_names_that_prefect_passes() -> None:
+    for hook in [hook for hooks in HOOKS.values() for hook in hooks]:
+        assert list(inspect.signature(hook).parameters) == ["flow", "flow_run", "state"]
+
+
+@pytest.fixture
+def _plain_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("flow-test"))
+
+
+@pytest.mark.usefixtures("_plain_logger")
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (f"raise SystemExit({TRY_AGAIN})", StageUnavailable),
+        (
+            f"print('failed to run: python -m tasks.prepare, exited with {TRY_AGAIN}'); raise SystemExit(255)",
+            StageUnavailable,
+        ),
+        ("print('failed to run: python -m tasks.prepare, exited with 1'); raise SystemExit(255)", StageFailed),
+    ],
+)
+def test_only_what_did_not_answer_is_tried_again(code: str, kind: type[StageFailed]) -> None:
+    with pytest.raises(StageFailed) as caught:
+        stages.run_command([sys.executable, "-c", code], "prepare")
+    assert type(caught.value) is kind
+    state = Failed(data=caught.value)
+    assert may_pass(None, None, state) == (kind is StageUnavailable)
+
+
+def raised_from(cause: Exception) -> Exception:
+    try:
+        try:
+            raise cause
+        except Exception as error:
+            raise OSError("data set cannot be read") from error
+    except OSError as error:
+        return error
+
+
+def test_what_is_transient_may_hide_in_the_cause() -> None:
+    import httpx
+    import requests
+
+    busy = httpx.HTTPStatusError("busy", request=httpx.Request("GET", "http://h"), response=httpx.Response(503))
+    missing = httpx.HTTPStatusError("gone", request=httpx.Request("GET", "http://h"), response=httpx.Response(404))
+    for error in (ConnectionError("MLflow"), httpx.ConnectError("hub"), requests.ConnectionError("hub"), busy):
+        assert is_transient(error)
+        assert is_transient(raised_from(error))
+    for error in (missing, OSError("disk full"), ValueError("bad key"), FileNotFoundError("model.path")):
+        assert not is_transient(raised_from(error))
