@@ -62,7 +62,7 @@ class HostMemory:
         offset = free.pop() if free else self._end
         self._end = max(self._end, offset + data.nbytes)
         self._file.seek(offset)
-        rest = memoryview(data)
+        rest = data.data
         while rest:
             try:
                 rest = rest[self._file.write(rest) :]
@@ -76,7 +76,7 @@ class HostMemory:
 
     def read(self, slot: _Slot) -> Tensor:
         data = torch.empty(slot.size, dtype=torch.uint8)
-        rest = memoryview(data.numpy())
+        rest = data.numpy().data
         self._file.seek(slot.offset)
         while rest:
             rest = rest[self._file.readinto(rest) :]

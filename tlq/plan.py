@@ -226,7 +226,7 @@ def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
         if own is None:
             continue
         linear = skeleton.get_submodule(path)
-        rows, width = int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
+        rows, width = int(linear.out_features), int(linear.in_features)
         groups = 1 if own.group_size is None else width // own.group_size
         bits = 8 if own.activation_bits is not None else own.weight_bits  # integer kernels read whole bytes
         zero_points = 0 if own.symmetric else rows * groups * own.weight_bits // 8
