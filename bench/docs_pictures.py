@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from tasks.files import IMPORTANCE, MODELS, read_importance
@@ -42,12 +43,14 @@ def draw_concentration(scores: Importance) -> Figure:
     """How few tokens hold most of the importance, by linear group, mean over layers."""
     figure = new_figure(5.2, 3.4)
     axes = figure.subplots()
-    points = np.linspace(0, 1, 201)
+    points = np.geomspace(5e-4, 1, 300)
     for color, group in zip(GROUPS, dict.fromkeys(group for _, group in scores), strict=False):
         layers = [np.concatenate(parts).astype(np.float64) for (_, name), parts in scores.items() if name == group]
         curve = np.mean([concentration(values, points) for values in layers], axis=0)
         axes.plot(100 * points, 100 * curve, color=color, linewidth=2, label=group)
-    axes.plot([0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1, label="all alike")
+    axes.plot(100 * points, 100 * points, color=MUTED, linestyle="--", linewidth=1, label="all alike")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("tokens, % (most important first)")
     axes.set_ylabel("importance that they hold, %")
     axes.set_ylim(0, 102)
@@ -93,7 +96,7 @@ def main() -> None:
         }
         for name, figure in pictures.items():
             if figure is not None:
-                figure.savefig(DOCS / f"{name}.png", dpi=110, metadata={"Software": None})
+                figure.savefig(DOCS / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
                 sys.stdout.write(f"{DOCS / name}.png\n")
 
 
