@@ -101,6 +101,11 @@ class Result:
         mean = self.metrics["mean"]
         return {name: f"{mean[name]:.4g}" for name in ("score", "retention", "kl") if name in mean}
 
+    @property
+    def summary(self) -> str:
+        """One line for where a list of versions shows no more."""
+        return f"{self.variant}: " + ", ".join(f"{name} {text}" for name, text in self.headline.items())
+
 
 def read_result(variant: str, evaluation: EvaluateParams) -> Result:
     """Raises: FileNotFoundError, with what to run, if the variant is not here or has not been scored."""
@@ -189,8 +194,8 @@ class Registrar:
                 name,
                 logged.model_uri,
                 run_id=run_id,
-                tags={**tags, **result.headline},
-                description=f"```\n{scores_table([result.metrics])}\n```",
+                tags={**result.headline, **tags},
+                description=f"{result.summary}\n\n```\n{scores_table([result.metrics])}\n```",
                 model_id=logged.model_id,
             )
             set_tags(self.client, run_id, {**tags, "registered": f"{name} version {created.version}"})

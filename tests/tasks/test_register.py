@@ -96,7 +96,7 @@ def test_a_version_refers_to_its_checkpoint_and_shows_its_scores(workspace: Path
     assert row["aliases"] == ["candidate", "champion"]
     version = connect().get_model_version(NAME, "1")
     assert (version.tags["score"], version.tags["retention"]) == ("96", "96")
-    assert "rtn-w3a16" in version.description
+    assert version.description.startswith("rtn-w3a16: score 96, retention 96, kl 0.1\n")
     model = mlflow.models.Model.load(version.source)
     assert model.flavors["python_function"]["config"]["checkpoint"] == str(workspace / "models/rtn-w3a16")
 
