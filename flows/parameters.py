@@ -28,6 +28,10 @@ from tlq.quantizer import SCHEMES
 from tlq.recipes import RECIPES
 
 PARAMS = ROOT / "params.yaml"
+PRESETS = ROOT / "presets"
+
+#: Stands among the overrides for the preset of a model; everything the preset sets is below the other overrides.
+PRESET = "preset"
 
 #: Stages by the names that `force` takes; `calibrate` and `evaluate` stand for all their variants.
 STAGES = ("demo", "baseline", "prepare", "importance", "calibset", "calibrate", "evaluate", "register", "report")
@@ -53,11 +57,25 @@ def overrides(
     limit: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Values of params.yaml by dotted name, from a flow's parameters; those left empty are not in it."""
-    if model and not name:
-        name = Path(model).name
+    """Values of params.yaml by dotted name, from a flow's parameters; those left empty are not in it.
+
+    Args:
+        model: name of a preset, which also says what its models are registered as, or folder of a checkpoint.
+
+    Raises:
+        ParametersError: ``model`` is neither.
+    """
+    preset = model if (PRESETS / "model" / f"{model}.yaml").is_file() else ""
+    path = "" if preset else model
+    if path and not (ROOT / path).is_dir():
+        raise ParametersError(
+            f"model {model}: neither a preset nor a folder; give one of presets/model, or a checkpoint"
+        )
+    if path and not name:
+        name = Path(path).name
     chosen: dict[str, Any] = {
-        "model.path": model,
+        PRESET: preset,
+        "model.path": path,
         "register.model_name": name,
         "variants.recipes": list(recipes),
         "variants.schemes": list(schemes),
@@ -74,6 +92,9 @@ def with_overrides(text: str, values: Mapping[str, Any]) -> str:
     Raises:
         ParametersError: a section that the file does not have, or a name that goes on below a plain value.
     """
+    values = dict(values)
+    if preset := values.pop(PRESET, ""):
+        text = with_preset(text, preset)
     params = parse_yaml_for_update(text, PARAMS)
     for name, value in values.items():
         *path, key = name.split(".")
@@ -90,6 +111,14 @@ def with_overrides(text: str, values: Mapping[str, Any]) -> str:
     writer.width = _LINE_WIDTH
     writer.dump(params, stream)
     return stream.getvalue()
+
+
+def with_preset(text: str, name: str) -> str:
+    """A params file's text with a model's preset in it, download at the preset's commit included."""
+    from tasks.preset import applied, available, named, newest_commit, pin
+
+    chosen = [preset for preset in named([name], available(PRESETS)) if preset.kind == "model"]
+    return applied(text, chosen, {preset.kind: pin(preset, {}, newest_commit) for preset in chosen})
 
 
 @contextmanager

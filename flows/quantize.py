@@ -46,8 +46,8 @@ def quantize(
     params.yaml for this run, which is saved as a DVC experiment. Returns the table of scores.
 
     Args:
-        model: Folder of the checkpoint to quantize. Empty: `model.path` of params.yaml.
-        name: Registered models are called `<name>-<scheme>`. Empty: the folder's name if a model is given, else
+        model: Preset (`qwen2-vl-2b`) or folder of the checkpoint to quantize. Empty: `model.path` of params.yaml.
+        name: Registered models are called `<name>-<scheme>`. Empty: the model's name if one is given, else
             `register.model_name` of params.yaml.
         recipes: Quantization methods. Empty: `variants.recipes` of params.yaml.
         schemes: Number formats, each made with every recipe. Empty: `variants.schemes` of params.yaml.

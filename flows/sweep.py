@@ -33,10 +33,10 @@ def sweep(
     """Quantize, score and register several models; one that fails does not keep the others from it.
 
     Each model is a run of flow `quantize` and a DVC experiment of that run's name, see `dvc exp show`. Its models are
-    registered as `<folder>-<scheme>`.
+    registered as `<model>-<scheme>`.
 
     Args:
-        models: Folders of checkpoints.
+        models: Presets (`qwen2-vl-2b`) or folders of checkpoints.
         recipes: Quantization methods. Empty: `variants.recipes` of params.yaml.
         schemes: Number formats, each made with every recipe. Empty: `variants.schemes` of params.yaml.
         limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.

@@ -31,12 +31,30 @@ def test_empty_parameters_change_nothing() -> None:
     assert overrides(model="", recipes=(), schemes=(), settings={}) == {}
 
 
-def test_a_model_names_its_registered_models() -> None:
+def test_a_model_names_its_registered_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameters, "ROOT", tmp_path)
+    (tmp_path / "data/models/qwen2-vl-2b").mkdir(parents=True)
     assert overrides(model="data/models/qwen2-vl-2b") == {
         "model.path": "data/models/qwen2-vl-2b",
         "register.model_name": "qwen2-vl-2b",
     }
     assert overrides(model="data/models/qwen2-vl-2b", name="mine")["register.model_name"] == "mine"
+
+
+def test_a_model_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ParametersError, match="model qwen9: neither a preset nor a folder"):
+        overrides(model="qwen9")
+
+
+def test_a_preset_of_a_model_is_named_by_its_name() -> None:
+    pytest.importorskip("tasks.preset", reason="no presets in this checkout")
+    values = overrides(model="qwen2-vl-2b", limit=8)
+    assert values == {"preset": "qwen2-vl-2b", "evaluate.limit": 8}
+    params = yaml.safe_load(with_overrides(parameters.PARAMS.read_text(), values))
+    assert params["model"]["path"] == "data/models/qwen2-vl-2b"
+    assert params["register"]["model_name"] == "qwen2-vl-2b"
+    assert params["fetch"]["qwen2-vl-2b"]["revision"]
+    assert params["evaluate"]["limit"] == 8
 
 
 def test_limit_zero_means_all_items() -> None:
