@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from prefect import get_run_logger, task
 
+from flows.progress import with_progress
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Lines of DVC that say nothing about the work.
@@ -62,7 +64,7 @@ def run_command(command: list[str], name: str) -> None:
     )
     try:
         assert process.stdout is not None
-        for text in worth_logging(process.stdout):
+        for text in worth_logging(with_progress(process.stdout, name)):
             last.append(text)
             logger.info(text)
     except BaseException:

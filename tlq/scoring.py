@@ -264,6 +264,7 @@ class Loss(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class AnswerLoss:
     """The cross-entropy of the answer (TLQ)."""
 
