@@ -21,6 +21,8 @@ from flows.processes import OWNER, owner, stop, stop_stages, tree
 from tasks.cli import TRY_AGAIN
 from tlq.ranks import SHARDS
 
+from flows.progress import with_progress
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: A stage is made with this; stages that run side by side wait while another one saves its result.
@@ -82,7 +84,7 @@ def run_command(command: list[str], name: str, folder: Path = ROOT, tell: Callab
     )
     try:
         assert process.stdout is not None
-        for text in worth_logging(process.stdout):
+        for text in worth_logging(with_progress(process.stdout, name)):
             last.append(text)
             logger.info(text)
             if tell is not None:

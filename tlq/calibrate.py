@@ -446,7 +446,7 @@ class LayerLoop:
         )
 
     def _solve(self, weight: Tensor, inputs: GroupInputs, fold: Fold, parent_error: ParentError | None) -> _Solution:
-        error = _LinearsError(weight, inputs, self.scheme, self.storage)
+        error = _LinearsError(weight, inputs, self.scheme, self.storage, self.recipe.rounding == "compensated")
         with self.clock.phase("search"):
             chosen = self._search(weight, inputs, fold, error, parent_error)
         with self.clock.phase("round"):
@@ -576,12 +576,17 @@ class _Solution:
 class _LinearsError:
     """E(V) on the group's own output, in whichever form is cheaper; each form is made when first asked for."""
 
-    def __init__(self, weight: Tensor, inputs: GroupInputs, scheme: Scheme, storage: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, inputs: GroupInputs, scheme: Scheme, storage: torch.dtype, compensated: bool
+    ) -> None:
+        """``compensated``: whether rounding will need the statistics anyway."""
         self.weight, self.inputs, self.scheme, self.storage = weight, inputs, scheme, storage
+        self.compensated = compensated
 
     @cached_property
     def cheapest(self) -> StatisticsError | TokensError:
-        if self.scheme.activation_bits is None and len(self.inputs.w) > self.weight.shape[1]:
+        tokens = len(self.inputs.w) * (2 if self.compensated else 1)
+        if self.scheme.activation_bits is None and tokens > self.weight.shape[1]:
             return StatisticsError(self.weight, self.statistics, self.scheme, self.storage, self.inputs.ranks)
         return self.by_token("l2")
 

@@ -24,6 +24,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _ROW_PARTS = 32
 _LEAST_ROWS = 64
+_TOKENS_PARTS = 8
 _FEW_PARTS = 4
 
 
@@ -145,9 +146,9 @@ class TokensError:
     ) -> None:
         self.weight, self.scheme, self.storage, self.norm = weight, scheme, storage, norm
         self.inputs = inputs
-        self.parts = _row_parts(len(weight))
-        if scheme.activation_bits is not None:  # every part quantizes the activations once more
-            self.parts = min(_FEW_PARTS, self.parts)
+        # Every part goes through all tokens, and quantizes them once more where activations are quantized.
+        most = _TOKENS_PARTS if scheme.activation_bits is None else _FEW_PARTS
+        self.parts = min(most, _row_parts(len(weight)))
         self.shards = [Tokens(part.x.float() @ weight.T, part.u, part.w) for part in inputs.own]
 
     def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
