@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 from uuid import UUID
 
 import httpx
@@ -85,8 +86,10 @@ def _show(bar: Bar, stage: str, artifact: UUID | None) -> UUID | None:
     """Progress is told, not needed: a server that is away for a while must not end hours of work."""
     try:
         if artifact is None:
-            return create_progress_artifact(bar.percent, key=_key(stage), description=bar.text)
-        return update_progress_artifact(artifact, bar.percent, description=bar.text)
+            made = create_progress_artifact(bar.percent, key=_key(stage), description=bar.text)
+        else:
+            made = update_progress_artifact(artifact, bar.percent, description=bar.text)
+        return cast(UUID | None, made)  # a coroutine only where an event loop runs
     except (PrefectException, httpx.HTTPError) as error:
         logger.warning("progress of %s could not be shown: %s", stage, error)
         return artifact

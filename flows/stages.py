@@ -18,10 +18,9 @@ from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
 
 from flows.processes import OWNER, owner, stop, stop_stages, tree
+from flows.progress import with_progress
 from tasks.cli import TRY_AGAIN
 from tlq.ranks import SHARDS
-
-from flows.progress import with_progress
 
 ROOT = Path(__file__).resolve().parent.parent
 

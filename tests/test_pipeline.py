@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from documents import blocks
-from tiny_project import VARIANTS, Services, dvc, make_project, run, serving
+from tiny_project import ROOT, VARIANTS, Services, dvc, make_project, run, serving
 
 from flows.deployments import apply_deployments, server
 from flows.processes import FLOW_RUN, with_environment
