@@ -39,6 +39,7 @@ from tasks.files import read_samples, write_samples
 from tasks.prepare import Columns, PrepareParams, draw, read_table
 from tlq.api import quantize
 from tlq.checkpoint import load_model
+from tlq.files import write_text
 from tlq.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
 from tlq.tokens import TokenBudget
@@ -47,6 +48,8 @@ logger = logging.getLogger("bench.peers")
 
 OURS = ("awq", "gptq", "tlq", "tlq-c")
 PEERS = ("awq", "gptq")
+#: Whose speed is held against whose.
+RIVALS = (("tlq", "llm-compressor awq"), ("tlq-c", "llm-compressor gptq"))
 BATCH = 8
 
 
@@ -72,14 +75,16 @@ def ours(model: Path, samples: Path, recipe: str, scheme: str, out: Path) -> Non
     (out / "measured.json").write_text(json.dumps({"seconds": seconds, "peak_mib": peak}))
 
 
-def contenders(model: Path, work: Path, bits: int, group_size: int, python: Path) -> Iterator[tuple[str, list[str]]]:
-    """Name and command of every contender; they write to work/<name>."""
+def contenders(
+    model: Path, work: Path, bits: int, group_size: int, python: Path, recipes: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Name and command of every contender, ``recipes`` being ours; they write to work/<name>."""
     scheme = f"w{bits}a16"
     for method in PEERS:
         command = [str(python), "bench/peer_llmcompressor.py", "--model", str(model), "--method", method]
         command += ["--inputs", str(work / "inputs.pt"), "--bits", str(bits), "--group-size", str(group_size)]
         yield f"llm-compressor {method}", [*command, "--out", str(work / f"peer-{method}")]
-    for recipe in OURS:
+    for recipe in recipes:
         command = [sys.executable, "-m", "bench.peers", "--ours", recipe, "--model", str(model), "--scheme", scheme]
         yield recipe, [*command, "--samples", str(work / "samples.parquet"), "--out", str(work / recipe)]
 
@@ -105,9 +110,16 @@ def load_dequantized(folder: Path) -> None:
 
 
 def compare(
-    model: Path, samples: list[Sample], bits: int, group_size: int, python: Path, repeats: int, lab: Laboratory | None
-) -> list[dict[str, Any]]:
-    """Rows of the table: contender, seconds (median, min, max), peak MiB, KL and NLL gap."""
+    model: Path,
+    samples: list[Sample],
+    bits: int,
+    group_size: int,
+    python: Path,
+    repeats: int,
+    lab: Laboratory | None,
+    recipes: Sequence[str] = OURS,
+) -> list[str]:
+    """A table with a row per contender: seconds (median, min, max), peak MiB, KL and NLL gap; and who is faster."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_samples(samples, work / "samples.parquet")
@@ -116,14 +128,21 @@ def compare(
         measured: dict[str, list[dict[str, float]]] = {}
         quality: dict[str, dict[str, float]] = {}
         for repeat in range(repeats):
-            for name, command in contenders(model, work, bits, group_size, python):
+            for name, command in contenders(model, work, bits, group_size, python, recipes):
                 figures, out = run_contender(name, command)
                 measured.setdefault(name, []).append(figures)
                 if lab is not None and repeat == 0:
                     if name.startswith("llm-compressor"):
                         load_dequantized(out)
                     quality[name] = lab.measure(load_model(out, torch.float32), lab.reader)
-    return [_row(name, runs, quality.get(name), lab) for name, runs in measured.items()]
+    rows = [_row(name, runs, quality.get(name), lab) for name, runs in measured.items()]
+    return [*table(rows), "", *(_ratio(measured, *rivals) for rivals in RIVALS)]
+
+
+def _ratio(measured: dict[str, list[dict[str, float]]], own: str, peer: str) -> str:
+    """How many times faster ``own`` was than ``peer``, run by run."""
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(measured[own], measured[peer], strict=True)]
+    return f"- {peer} took {np.median(ratios):.2f} times as long as {own} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _config(model: Path) -> Any:
@@ -171,14 +190,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab = Laboratory(arguments.items, Path(folder))
         for bits, group_size in ((3, 128), (2, 64)):
+            title = f"Demo model, W{bits}A16 in groups of {group_size}"
             rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
-            lines += ["", f"## Demo model, W{bits}A16 in groups of {group_size}", "", *table(rows)]
+            _write(lines, title, rows)
         middle = Path(folder) / "middle"
         write_random_model(middle, SHAPES["middle"])
-        rows = compare(middle, samples, 3, 128, arguments.python, arguments.repeats, None)
-        lines += ["", "## Random weights, hidden size 1024, 8 layers, W3A16 in groups of 128", "", *table(rows)]
+        title = "Random weights, hidden size 1024, 8 layers, W3A16 in groups of 128"
+        recipes = [recipe for recipe in OURS if recipe != "awq"]  # half an hour that no figure needs
+        _write(lines, title, compare(middle, samples, 3, 128, arguments.python, arguments.repeats, None, recipes))
+
+
+def _write(lines: list[str], title: str, rows: list[str]) -> None:
+    """Add a section and write what there is: the next one may take long."""
+    lines += ["", f"## {title}", "", *rows]
     Path("docs").mkdir(exist_ok=True)
-    Path("docs/peers.md").write_text("\n".join([*lines, ""]))
+    write_text("\n".join([*lines, ""]), Path("docs/peers.md"))
 
 
 def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample]) -> str:
