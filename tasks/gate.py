@@ -118,6 +118,7 @@ class Contender:
 
     Attributes:
         version: its number.
+        variant: what it was made as; the checkpoint is in models/<variant>, and the next one of that name in its place.
         checkpoint: digest of its checkpoint.
         evaluation: digest of what it was asked: items, data, and parameters that scores depend on.
         passed: whether it passed the gate.
@@ -125,6 +126,7 @@ class Contender:
     """
 
     version: int
+    variant: str
     checkpoint: str
     evaluation: str
     passed: bool
@@ -204,6 +206,10 @@ def challenge(challenger: Contender, champion: Contender, measure: Measure) -> O
     kl = f"KL {_nats(challenger.kl)} against {_nats(champion.kl)}"
     if known and challenger.kl < champion.kl:  # type: ignore[operator]
         return Outcome("champion", f"{against} does not tell them apart; {kl}")
+    if challenger.variant == champion.variant and challenger.version > champion.version:
+        return Outcome(
+            "champion", f"{against} does not tell them apart; it is the same variant, made again in its place"
+        )
     return Outcome("not_better", f"{against} does not tell them apart; {kl}")
 
 

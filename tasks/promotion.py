@@ -139,6 +139,7 @@ def _contender(version: ModelVersion) -> Contender:
     scores: dict[str, Any] = json.loads(version.tags.get("scores", "{}"))
     return Contender(
         int(version.version),
+        version.tags.get("variant", ""),
         version.tags.get(CHECKPOINT, ""),
         version.tags.get("evaluation", ""),
         version.tags.get(_GATE) == "passed",

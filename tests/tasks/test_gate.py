@@ -106,7 +106,8 @@ def items(*right: int, tasks: tuple[str, ...] = ("a", "b")) -> pd.DataFrame:
 
 
 def contender(version: int, kl: float | None = 0.1, passed: bool = True, **more: str) -> Contender:
-    return Contender(version, more.get("checkpoint", f"c{version}"), more.get("evaluation", "e"), passed, kl)
+    variant, checkpoint = more.get("variant", f"v{version}"), more.get("checkpoint", f"c{version}")
+    return Contender(version, variant, checkpoint, more.get("evaluation", "e"), passed, kl)
 
 
 def always(value: float, low: float, high: float) -> Callable[[Contender, Contender], Difference]:
@@ -157,6 +158,13 @@ def test_a_difference_seen_from_the_other_side_has_the_other_sign(right: list[bo
 )
 def test_better_by_score_then_by_kl(measure: Any, kl: float | None, state: str) -> None:
     assert challenge(contender(2, kl), contender(1, 0.1), measure).state == state
+
+
+@pytest.mark.parametrize(("measure", "state"), [(EVEN, "champion"), (WORSE, "not_better")])
+def test_a_variant_made_again_takes_its_own_place_unless_it_is_worse(measure: Any, state: str) -> None:
+    """The version before it refers to a checkpoint that is not there any more."""
+    old, new = contender(1, 0.1, variant="tlq-w3a16"), contender(2, 0.1, variant="tlq-w3a16")
+    assert challenge(new, old, measure).state == state
 
 
 @given(st.floats(-5, 5), st.floats(0, 5), st.none() | st.floats(0, 1), st.none() | st.floats(0, 1))

@@ -43,7 +43,8 @@ def add_version(client: MlflowClient, right: int, kl: float = 0.1) -> int:
     run_id = new_run(client, "tlq", "made", {})
     answers(right, kl)[["task", "doc", "score"]].to_parquet(ITEM_SCORES)
     client.log_artifact(run_id, ITEM_SCORES)
-    tags = verdict_tags(Verdict()) | {"evaluation": "e", CHECKPOINT: run_id, "scores": json.dumps({"kl": kl})}
+    identity = {"variant": run_id, "evaluation": "e", CHECKPOINT: run_id, "scores": json.dumps({"kl": kl})}
+    tags = verdict_tags(Verdict()) | identity
     return int(client.create_model_version(NAME, "file:///nowhere", run_id=run_id, tags=tags).version)
 
 

@@ -159,6 +159,13 @@ def test_equal_scores_are_told_apart_by_kl(workspace: Path) -> None:
     assert register("tlq-w3a16")["tlq-w3a16"]["aliases"] == ["candidate", "champion"]
 
 
+def test_a_variant_made_again_stays_champion_as_its_new_version(workspace: Path) -> None:
+    assert register("rtn-w3a16")["rtn-w3a16"]["aliases"] == ["candidate", "champion"]
+    write_variant(workspace, "rtn-w3a16", salt="made again")
+    row = register("rtn-w3a16")["rtn-w3a16"]
+    assert (row["version"], row["aliases"]) == (2, ["candidate", "champion"])
+
+
 def test_a_version_that_fails_keeps_the_reasons_and_gets_no_alias(workspace: Path) -> None:
     write_variant(workspace, "tlq-w3a16", right=20)
     rows = register("tlq-w3a16", "rtn-w3a16")
