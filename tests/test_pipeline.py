@@ -226,6 +226,18 @@ def test_applying_the_deployments_again_keeps_schedules_as_the_ui_left_them(
     prefect.client.patch(path, json={"active": False}).raise_for_status()
 
 
+def test_prefect_has_named_tasks(prefect: Prefect, scheduled_run: dict[str, Any]) -> None:
+    runs = prefect.post("/task_runs/filter", flow_runs={"id": {"any_": [scheduled_run["id"]]}})
+    assert {"prepare", "calibrate@tlq-w3a16", "evaluate@rtn-w3a16", "register"} <= {each["name"] for each in runs}
+
+
+def test_stopping_ends_every_process(services: Services) -> None:
+    processes = services.descendants()
+    assert len(processes) > 3
+    assert services.stop() == 0
+    assert not [each for each in processes if each.is_running()]
+
+
 def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(project: Path) -> None:
     lines = run(project, sys.executable, "-m", "flows.quantize").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("variant "))
@@ -252,11 +264,6 @@ def test_every_variant_is_registered_with_answers_per_item(project: Path) -> Non
     items = pq.read_table(project / "evaluation/tlq-w3a16/items.parquet").to_pandas()
     assert len(items) == 4 * 6
     assert {"reply", "target", "score", "kl", "nll"} <= set(items.columns)
-
-
-def test_prefect_has_named_tasks(prefect: Prefect, scheduled_run: dict[str, Any]) -> None:
-    runs = prefect.post("/task_runs/filter", flow_runs={"id": {"any_": [scheduled_run["id"]]}})
-    assert {"prepare", "calibrate@tlq-w3a16", "evaluate@rtn-w3a16", "register"} <= {each["name"] for each in runs}
 
 
 def test_pictures_are_drawn(project: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,9 +106,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     for command in (
         ["git", "init", "--quiet", "."],
+        ["git", "config", "user.name", "t"],
+        ["git", "config", "user.email", "t@localhost"],
         [sys.executable, "-m", "dvc", "init", "--quiet"],
         ["git", "add", "--all"],
-        ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "start"],
+        ["git", "commit", "--quiet", "-m", "start"],
     ):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     monkeypatch.setattr(parameters, "ROOT", tmp_path)
@@ -140,6 +143,15 @@ def test_a_failed_run_leaves_params_yaml_as_before_and_no_experiment(workspace: 
         raise RuntimeError("stage failed")
     assert (workspace / "params.yaml").read_text() == TEXT
     assert "brave-newt" not in dvc(workspace, "exp", "list")
+
+
+def test_without_a_name_for_commits_nothing_is_started(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    subprocess.run(["git", "config", "--unset", "user.email"], cwd=workspace, check=True)
+    with pytest.raises(ParametersError, match="git has no user.email"), overridden({"evaluate.limit": 8}):
+        pytest.fail("nothing may run")
+    assert (workspace / "params.yaml").read_text() == TEXT
 
 
 def test_what_somebody_changes_meanwhile_stays(
