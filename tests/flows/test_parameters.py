@@ -47,8 +47,8 @@ def test_a_model_that_is_not_there_is_refused() -> None:
         overrides(model="qwen9")
 
 
+@pytest.mark.skipif(not parameters.PRESETS.is_dir(), reason="no presets in this checkout")
 def test_a_preset_of_a_model_is_named_by_its_name() -> None:
-    pytest.importorskip("tasks.preset", reason="no presets in this checkout")
     values = overrides(model="qwen2-vl-2b", limit=8)
     assert values == {"preset": "qwen2-vl-2b", "evaluate.limit": 8}
     params = yaml.safe_load(with_overrides(parameters.PARAMS.read_text(), values))
