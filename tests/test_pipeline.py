@@ -138,6 +138,14 @@ def test_a_schedule_runs_the_pipeline_and_a_version_is_registered(
     assert set(versions) == {"1", "2"}
 
 
+def test_runs_through_the_server_and_without_it_share_their_files(project: Path, services: Services) -> None:
+    path = f"{services.mlflow}/api/2.0/mlflow/experiments/get-by-name"
+    found = httpx.get(path, params={"experiment_name": "tlq"}, trust_env=False).raise_for_status().json()
+    location = Path(found["experiment"]["artifact_location"].removeprefix("file://"))
+    assert location.parent == project / "mlruns"
+    assert list(location.rglob("metrics.json"))
+
+
 def test_the_run_shows_scores_pictures_and_the_way_to_mlflow(
     services: Services, prefect: Prefect, project: Path, scheduled_run: dict[str, Any]
 ) -> None:
