@@ -91,6 +91,7 @@ def publish_overrides(values: Mapping[str, Any], experiment: str) -> None:
     rows = "\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in values.items())
     text = (
         f"| params.yaml | this run |\n|---|---|\n{rows}\n\n"
-        f"Saved as experiment `{experiment}`: `dvc exp show` lists it, `dvc exp apply {experiment}` brings it back."
+        f"When it has ended well it is the experiment `{experiment}`: `dvc exp show` lists it, "
+        f"`dvc exp apply {experiment}` brings it back."
     )
     create_markdown_artifact(text, key="parameters", description="Values that differ from params.yaml")

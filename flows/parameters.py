@@ -130,6 +130,7 @@ def overridden(values: Mapping[str, Any]) -> Iterator[None]:
     if not values:
         yield
         return
+    check_identity()
     before = PARAMS.read_text()
     during = with_overrides(before, values)
     write_text(during, PARAMS)
@@ -141,6 +142,21 @@ def overridden(values: Mapping[str, Any]) -> Iterator[None]:
             write_text(before, PARAMS)
         else:
             get_run_logger().warning("params.yaml was changed during the run and stays as it is")
+
+
+def check_identity() -> None:
+    """Refuse before the long work what saving the experiment would refuse after it.
+
+    Raises:
+        ParametersError: git has no name and email for commits.
+    """
+    for name in ("user.name", "user.email"):
+        found = subprocess.run(["git", "config", name], cwd=ROOT, capture_output=True, text=True, check=False)
+        if not found.stdout.strip():
+            raise ParametersError(
+                f"git has no {name}, without which a run with other values cannot be saved as an experiment; "
+                f"set it with `git config {name} ...`"
+            )
 
 
 def save_experiment(name: str) -> None:

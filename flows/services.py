@@ -44,11 +44,15 @@ def prefect_server(port: int, url: URL | None) -> Service:
 
 
 def mlflow_server(port: int, url: URL | None) -> Service:
-    """Artifacts are where `make demo` puts them; one process, because SQLite has one writer."""
+    """One process, because SQLite has one writer.
+
+    Artifacts are files that clients write themselves, where `make demo` puts them: a place that only this server could
+    resolve would be none for a run without it.
+    """
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     return Service(
         "mlflow",
-        [*command, "--artifacts-destination", str(ROOT / "mlruns")],
+        [*command, "--no-serve-artifacts", "--default-artifact-root", str(ROOT / "mlruns")],
         {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **database.mlflow_environment(url, ROOT)},
         f"http://{HOST}:{port}/health",
     )

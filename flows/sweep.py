@@ -52,7 +52,8 @@ def sweep(
             rows += [{"model": Path(model).name, **row} for row in score_rows(variants_registered())]
         else:
             failed[model] = state.message or str(state.name)
-        create_table_artifact(rows, key="sweep", description="Scores of every model and variant so far")
+        if rows:
+            create_table_artifact(rows, key="sweep", description="Scores of every model and variant so far")
     if failed:
         reasons = "; ".join(f"{model}: {reason}" for model, reason in failed.items())
         raise StageFailed(f"{len(failed)} of {len(models)} models failed. {reasons}")

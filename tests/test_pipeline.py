@@ -139,6 +139,14 @@ def test_a_schedule_runs_the_pipeline_and_a_version_is_registered(
     assert set(versions) == {"1", "2"}
 
 
+def test_runs_through_the_server_and_without_it_share_their_files(project: Path, services: Services) -> None:
+    path = f"{services.mlflow}/api/2.0/mlflow/experiments/get-by-name"
+    found = httpx.get(path, params={"experiment_name": "tlq"}, trust_env=False).raise_for_status().json()
+    location = Path(found["experiment"]["artifact_location"].removeprefix("file://"))
+    assert location.parent == project / "mlruns"
+    assert list(location.rglob("metrics.json"))
+
+
 def test_the_run_shows_scores_pictures_and_the_way_to_mlflow(
     services: Services, prefect: Prefect, project: Path, scheduled_run: dict[str, Any]
 ) -> None:
@@ -227,6 +235,18 @@ def test_applying_the_deployments_again_keeps_schedules_as_the_ui_left_them(
     prefect.client.patch(path, json={"active": False}).raise_for_status()
 
 
+def test_prefect_has_named_tasks(prefect: Prefect, scheduled_run: dict[str, Any]) -> None:
+    runs = prefect.post("/task_runs/filter", flow_runs={"id": {"any_": [scheduled_run["id"]]}})
+    assert {"prepare", "calibrate@tlq-w3a16", "evaluate@rtn-w3a16", "register"} <= {each["name"] for each in runs}
+
+
+def test_stopping_ends_every_process(services: Services) -> None:
+    processes = services.descendants()
+    assert len(processes) > 3
+    assert services.stop() == 0
+    assert not [each for each in processes if each.is_running()]
+
+
 def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(project: Path) -> None:
     lines = run(project, sys.executable, "-m", "flows.quantize").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("variant "))
@@ -260,11 +280,6 @@ def test_the_readmes_registered_model_answers(project: Path) -> None:
     question = pq.read_table(project / "data/demo/world/textvqa.parquet").to_pylist()[0]
     (project / "sign.png").write_bytes(question["image"]["bytes"])
     run(project, sys.executable, "-c", block.code)
-
-
-def test_prefect_has_named_tasks(prefect: Prefect, scheduled_run: dict[str, Any]) -> None:
-    runs = prefect.post("/task_runs/filter", flow_runs={"id": {"any_": [scheduled_run["id"]]}})
-    assert {"prepare", "calibrate@tlq-w3a16", "evaluate@rtn-w3a16", "register"} <= {each["name"] for each in runs}
 
 
 def test_pictures_are_drawn(project: Path) -> None:

@@ -55,8 +55,10 @@ def make_project(folder: Path) -> Path:
     params["evaluate"]["limit"] = 6
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     run(folder, "git", "init", "--quiet", ".")
+    run(folder, "git", "config", "user.name", "t")
+    run(folder, "git", "config", "user.email", "t@localhost")
     run(folder, "git", "add", "--all")
-    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "project")
+    run(folder, "git", "commit", "--quiet", "-m", "project")
     return folder
 
 
@@ -66,6 +68,7 @@ def environment(folder: Path) -> dict[str, str]:
     return own | {
         "PREFECT_HOME": str(folder / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,8 @@ def test_a_model_that_is_not_there_is_refused() -> None:
         overrides(model="qwen9")
 
 
+@pytest.mark.skipif(not parameters.PRESETS.is_dir(), reason="no presets in this checkout")
 def test_a_preset_of_a_model_is_named_by_its_name() -> None:
-    pytest.importorskip("tasks.preset", reason="no presets in this checkout")
     values = overrides(model="qwen2-vl-2b", limit=8)
     assert values == {"preset": "qwen2-vl-2b", "evaluate.limit": 8}
     params = yaml.safe_load(with_overrides(parameters.PARAMS.read_text(), values))
@@ -105,9 +106,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     for command in (
         ["git", "init", "--quiet", "."],
+        ["git", "config", "user.name", "t"],
+        ["git", "config", "user.email", "t@localhost"],
         [sys.executable, "-m", "dvc", "init", "--quiet"],
         ["git", "add", "--all"],
-        ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "start"],
+        ["git", "commit", "--quiet", "-m", "start"],
     ):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     monkeypatch.setattr(parameters, "ROOT", tmp_path)
@@ -140,6 +143,15 @@ def test_a_failed_run_leaves_params_yaml_as_before_and_no_experiment(workspace: 
         raise RuntimeError("stage failed")
     assert (workspace / "params.yaml").read_text() == TEXT
     assert "brave-newt" not in dvc(workspace, "exp", "list")
+
+
+def test_without_a_name_for_commits_nothing_is_started(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    subprocess.run(["git", "config", "--unset", "user.email"], cwd=workspace, check=True)
+    with pytest.raises(ParametersError, match="git has no user.email"), overridden({"evaluate.limit": 8}):
+        pytest.fail("nothing may run")
+    assert (workspace / "params.yaml").read_text() == TEXT
 
 
 def test_what_somebody_changes_meanwhile_stays(
