@@ -32,6 +32,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from tasks.jobstore import JobStore, StageGoneError
@@ -130,18 +131,23 @@ class Pool:
         """
         if not os.environ.get("PREFECT_API_URL"):
             raise ValueError(f"TLQ_POOL is {name!r}, but PREFECT_API_URL names no server; set it, or unset TLQ_POOL")
-        with get_client(sync_client=True) as client:
+        # The watch must not stand still while a client tries again for a minute, as it does by default.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
             try:
-                client.read_work_pool(name)
-                deployment = client.read_deployment_by_name(f"{FLOW}/{name}")
-            except ObjectNotFound as error:
-                raise ValueError(
-                    f"work pool {name!r} or its deployment {FLOW}/{name} is not at {client.api_url}; "
-                    f"make both with `TLQ_POOL={name} python -m flows.pool --deploy`"
-                ) from error
+                yield cls(name, client, cls._deployment_of(name, client))
             except httpx.TransportError as error:
                 raise ConnectionError(f"Prefect server {client.api_url} does not answer: {error}") from error
-            yield cls(name, client, deployment.id)
+
+    @staticmethod
+    def _deployment_of(name: str, client: SyncPrefectClient) -> UUID:
+        try:
+            client.read_work_pool(name)
+            return client.read_deployment_by_name(f"{FLOW}/{name}").id
+        except ObjectNotFound as error:
+            raise ValueError(
+                f"work pool {name!r} or its deployment {FLOW}/{name} is not at {client.api_url}; make both with "
+                f"`TLQ_POOL={name} python -m flows.pool --deploy`"
+            ) from error
 
     def online(self) -> int:
         """Workers that have been heard of lately."""
@@ -301,6 +307,7 @@ class Watch:
         self._gathering: float | None = None
         self._deadline = time.monotonic() + wait_seconds()
         self._answers = True
+        self._ending = False
 
     def submit(self, count: int) -> None:
         """Submit the first ``count`` runs."""
@@ -416,7 +423,12 @@ class Watch:
             raise no_worker(self._pool, self._wanted)
 
     def _try(self, ask: Callable[[], T], otherwise: T) -> T:
-        """An answer of the server; ``otherwise`` while it is away, which the ranks do not mind."""
+        """An answer of the server; ``otherwise`` while it is away, which the ranks do not mind.
+
+        At the end it is asked no more once it has not answered: runs also learn from the store that the stage is over.
+        """
+        if self._ending and not self._answers:
+            return otherwise
         try:
             answer = ask()
         except (httpx.HTTPError, OSError) as error:
@@ -432,6 +444,7 @@ class Watch:
 
         Who does not listen to the store is cancelled through the server, and at last set to Cancelled by force.
         """
+        self._ending = True
         if not self._store.finished():
             self._store.stop()
         for run in self._unended:

@@ -25,6 +25,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
 
 from flows.stages import REPRO
+from tasks.pool import Pool
 
 WORKERS = 2
 BUSY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -37,7 +38,7 @@ from tasks.cli import run
 from tasks.launch import is_rank, on_ranks
 
 def work():
-    time.sleep(2)
+    time.sleep(1)
     Path(sys.argv[1]).write_text(f"{is_rank()} {os.environ.get('WORLD_SIZE')} {time.time()}")
 
 run(lambda: on_ranks("side", sys.argv[1:], work, most=1))
@@ -180,6 +181,15 @@ def agents_of(folder: Path) -> list[psutil.Process]:
     return [process for process in processes_of(folder) if "tasks.agent" in process.cmdline()]
 
 
+def test_a_pool_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(ValueError, match="TLQ_POOL is 'gpu', but PREFECT_API_URL names no server"), Pool.connect("gpu"):
+        pass
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    with pytest.raises(ConnectionError, match="does not answer"), Pool.connect("gpu"):
+        pass
+
+
 def test_without_workers_a_stage_says_so(site: Site) -> None:
     output, _ = (process := site.start("waiting", TLQ_POOL_WAIT="3")).communicate(timeout=120)
     assert process.returncode == 1
@@ -188,12 +198,9 @@ def test_without_workers_a_stage_says_so(site: Site) -> None:
     assert [run.state_type for run in site.runs("waiting")] == [StateType.CANCELLED] * WORKERS
 
 
-def test_a_cancelled_stage_cancels_its_runs_and_can_be_run_again(
-    workers: Site, expected: dict[str, torch.Tensor]
-) -> None:
-    folder = workers.job / "cancelled"
+def test_a_cancelled_stage_cancels_its_runs(workers: Site) -> None:
     process = workers.start("cancelled")
-    wait_until(lambda: layers_done(folder))
+    wait_until(lambda: agents_of(workers.job / "cancelled"))
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -201,14 +208,19 @@ def test_a_cancelled_stage_cancels_its_runs_and_can_be_run_again(
     assert [run.state_type for run in workers.runs("cancelled")] == [StateType.CANCELLED] * WORKERS
     workers.assert_nothing_left("cancelled")
 
-    assert_equal(finish(workers.start("cancelled"), folder), expected)
-    workers.assert_nothing_left("cancelled")
 
-
-def test_a_worker_and_its_run_are_killed_and_the_bits_are_the_same(
+def test_stage_worker_and_run_are_killed_and_the_bits_are_the_same(
     workers: Site, expected: dict[str, torch.Tensor]
 ) -> None:
     folder = workers.job / "killed"
+    process = workers.start("killed")
+    wait_until(lambda: len(processes_of(folder)) > WORKERS + 1)  # the first rank is there
+    process.kill()
+    process.communicate()
+    wait_until_gone(folder)
+    wait_until(lambda: not workers.busy())
+    assert {run.state_type for run in workers.runs("killed")} == {StateType.CANCELLED}
+
     process = workers.start("killed")
     wait_until(lambda: layers_done(folder))
     victim = workers.workers[0]
@@ -220,19 +232,7 @@ def test_a_worker_and_its_run_are_killed_and_the_bits_are_the_same(
     assert_equal(finish(process, folder), expected)
     workers.assert_nothing_left("killed")
     states = [run.state_type for run in workers.runs("killed")]
-    assert StateType.CRASHED in states
-    assert StateType.COMPLETED in states
-
-
-def test_a_killed_stage_leaves_no_process_and_no_slot(workers: Site) -> None:
-    folder = workers.job / "orphaned"
-    process = workers.start("orphaned")
-    wait_until(lambda: len(processes_of(folder)) > WORKERS + 1)
-    process.kill()
-    process.communicate()
-    wait_until_gone(folder)
-    wait_until(lambda: not workers.busy())
-    assert {run.state_type for run in workers.runs("orphaned")} == {StateType.CANCELLED}
+    assert {StateType.CRASHED, StateType.COMPLETED} <= set(states)
 
 
 def test_a_mistake_is_told_once(workers: Site) -> None:
@@ -246,7 +246,7 @@ def test_a_mistake_is_told_once(workers: Site) -> None:
 
 def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
     """As the flow does with evaluations: each is a DVC stage here, and one flow run of the pool there."""
-    names = ["a", "b", "c"]
+    names = ["a", "b"]
     (tmp_path / "side.py").write_text(SIDE)
     stages = "\n".join(f"  evaluate-{name}:\n    cmd: python -m side {name}\n    outs: [{name}]" for name in names)
     (tmp_path / "dvc.yaml").write_text(f"stages:\n{stages}\n")
@@ -256,7 +256,7 @@ def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path)
     init = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
     subprocess.run(init, cwd=tmp_path, env=environment, check=True)
     running = [subprocess.Popen([*REPRO, f"evaluate-{name}"], cwd=tmp_path, env=environment) for name in names]
-    assert [process.wait(400) for process in running] == [0, 0, 0]
+    assert [process.wait(400) for process in running] == [0] * len(names)
     lock = (tmp_path / "dvc.lock").read_text()
     assert all(f"evaluate-{name}:" in lock for name in names)
     assert {(tmp_path / name).read_text()[:6] for name in names} == {"True 1"}
