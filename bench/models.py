@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,6 @@ def _let_pictures_be(path: Path, shape: Shape) -> None:
     settings["patch_size"] = shape.patch
     settings["size"] = {"shortest_edge": 16 * (2 * shape.patch) ** 2, "longest_edge": shape.pixels}
     path.write_text(json.dumps(settings))
-
-
-def of_layers(shape: Shape, layers: int) -> Shape:
-    return replace(shape, layers=layers)
 
 
 def demo_samples(count: int, seed: int = 0) -> list[Sample]:

@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from tasks.prepare import Columns, PrepareParams, draw, read_table
 from tlq.api import quantize
 from tlq.checkpoint import load_model
 from tlq.files import write_text
+from tlq.memory import peak_resident
 from tlq.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
 from tlq.tokens import TokenBudget
@@ -71,7 +71,7 @@ def ours(model: Path, samples: Path, recipe: str, scheme: str, out: Path) -> Non
     read = read_samples(samples)
     quantize(model, out, read, recipe, scheme, budget=TokenBudget(4096), batch_size=BATCH)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_resident() / 2**20
     (out / "measured.json").write_text(json.dumps({"seconds": seconds, "peak_mib": peak}))
 
 

@@ -7,7 +7,6 @@ quantize("Qwen2-VL-2B-Instruct", "Qwen2-VL-2B-Instruct-w3a16", samples, recipe="
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from tlq.calibrate import LayerResult, calibrate_layers
 from tlq.export import finish_checkpoint, read_layer, write_layer
 from tlq.files import new_directory, write_text
 from tlq.importance import Weighting, loss_of
+from tlq.memory import peak_resident
 from tlq.plan import plan_calibration, plan_importance, refuse_impossible
 from tlq.processor import load_processor
 from tlq.quantizer import Scheme, get_scheme
@@ -201,7 +201,7 @@ def _calibrate_into(
 def _layer_report(result: LayerResult, ranks: Ranks) -> dict[str, Any]:
     """What is kept of a finished layer beside its weights; times and peaks of memory are the leading rank's."""
     phases = ranks.clock.take()
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = peak_resident()
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
     return {
         "layer": result.index,

@@ -1,0 +1,69 @@
+"""One job in a process that holds nothing else, for bench.memory: writes how much memory it took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pickle
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from tlq.api import quantize
+from tlq.memory import peak_resident
+from tlq.plan import plan_calibration, plan_importance
+from tlq.processor import load_processor
+from tlq.quantizer import get_scheme
+from tlq.ranks import Ranks
+from tlq.recipes import get_recipe
+from tlq.samples import encode_batches, image_token_id
+from tlq.scoring import score_tokens
+from tlq.streaming import StreamedModel
+from tlq.tokens import TokenBudget
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", choices=("importance", "quantize"), help="importance alone, or with all that follows")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--samples", type=Path, required=True, help="pickled samples")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--measured", type=Path, required=True)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per layer")
+    arguments = parser.parse_args()
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+    samples = pickle.loads(arguments.samples.read_bytes())
+    # Four points of the grid: how many there are takes time and no memory.
+    recipe = get_recipe("tlq-c")
+    recipe = replace(recipe, equalization=replace(recipe.equalization, points=4))
+    scheme, alone = get_scheme("w3a16"), Ranks()
+    started = time.perf_counter()
+    model = StreamedModel(arguments.model)
+    batches = encode_batches(
+        samples, load_processor(model.folder), image_token_id(model.config), arguments.batch_size, 4096
+    )
+    start = peak_resident()
+    plans = [plan_importance(model, batches, alone)]
+    if arguments.job == "importance":
+        score_tokens(model, batches, len(samples))
+    else:
+        plans.append(plan_calibration(model, batches, recipe, scheme, alone, arguments.tokens))
+        del model, batches
+        budget = TokenBudget(arguments.tokens)
+        quantize(
+            arguments.model, arguments.out, samples, recipe, scheme, budget=budget, batch_size=arguments.batch_size
+        )
+    measured = {
+        "start": start,
+        "peak": peak_resident(),
+        "planned": max(plan.device + plan.host for plan in plans),
+        "seconds": time.perf_counter() - started,
+    }
+    arguments.measured.write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""How calibration with importance scales: over ranks, and to real sizes on one GPU.
+
+    python -m bench.scaling                                              # 2 ranks of a thread each against 1
+    python -m bench.scaling --shape qwen2-vl-7b --device-memory 24       # on a GPU of which 24 GiB may be used
+    python -m bench.scaling --shape qwen2-vl-72b --layers 2 --device-memory 24
+
+Models have random weights. Runs with different numbers of ranks take turns, and must end in the same bits. With
+``--device-memory`` one rank works alone; time for layers that were left out is extrapolated, and labelled so. Writes a
+section of docs/scale.md each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.models import SHAPES, Shape, demo_samples, large_samples, write_random_model
+from bench.sections import table, write_section
+from tasks.cli import quiet_libraries
+from tlq.checkpoint import digest
+
+logger = logging.getLogger("bench.scaling")
+
+#: In the order of the work; `importance` comes before the layers, `enter` once.
+PHASES = ("importance", "enter", "load", "forward", "reduce", "search", "round", "write")
+_ONCE = ("importance", "enter")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        seconds: of the work itself, starting Python not included.
+        layers: reports of ``quantize_checkpoint``, with seconds by phase of the leading rank.
+        bits: digest of the checkpoint that was made.
+        device: what it ran on.
+    """
+
+    ranks: int
+    seconds: float
+    layers: list[dict[str, Any]]
+    bits: str
+    device: str
+
+    def phase(self, name: str) -> float:
+        return sum(layer["phases"].get(name, 0.0) for layer in self.layers)
+
+    @property
+    def per_layer(self) -> float:
+        """Seconds of a layer: the median, so that what the first one does once does not count."""
+        return median(
+            sum(seconds for name, seconds in layer["phases"].items() if name not in _ONCE) for layer in self.layers
+        )
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of the leading rank in bytes: of the device, or of the host without one."""
+        return max(layer["peak_device_bytes"] or layer["peak_host_bytes"] for layer in self.layers)
+
+
+def run_job(arguments: argparse.Namespace, ranks: int, folder: Path) -> Run:
+    """A run in processes of their own."""
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "bench.scaling_job", "--model", str(folder / "model"), "--out", str(out)]
+    command += ["--samples", str(folder / "samples"), "--measured", str(folder / "measured")]
+    command += ["--recipe", arguments.recipe, "--tokens", str(arguments.tokens)]
+    command += ["--batch-size", str(arguments.batch_size)]
+    environment = {**os.environ, "TLQ_RANKS": str(ranks)}
+    if arguments.device_memory:
+        command += ["--device-memory", str(arguments.device_memory)]
+        environment["TLQ_DEVICE_MEMORY"] = str(arguments.device_memory)
+    else:
+        environment |= {"TLQ_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{ranks} rank(s) failed: {done.stderr[-1500:]}")
+    measured = json.loads((folder / "measured").read_text())
+    (out / "calibration.json").unlink()  # it tells times
+    found = Run(ranks, measured["seconds"], measured["layers"], digest(out), measured["device"])
+    logger.info("%d rank(s): %.1f s", ranks, found.seconds)
+    return found
+
+
+def scaling_lines(runs: Sequence[Run], shape: Shape, conditions: str) -> list[str]:
+    """The section on ranks.
+
+    Raises:
+        ValueError: runs ended in different bits.
+    """
+    if len({run.bits for run in runs}) > 1:
+        raise ValueError("the checkpoints of these runs differ; the same bits must come out for any number of ranks")
+    few, many = min(run.ranks for run in runs), max(run.ranks for run in runs)
+    slow, fast = ([run for run in runs if run.ranks == ranks] for ranks in (few, many))
+    ratios = [one.seconds / other.seconds for one, other in zip(slow, fast, strict=True)]
+    rows = [_phase_row(name, [run.phase(name) for run in slow], [run.phase(name) for run in fast]) for name in PHASES]
+    rows.append(_phase_row("all", [run.seconds for run in slow], [run.seconds for run in fast]))
+    renamed = [dict(zip(("phase", f"{few} rank(s), s", f"{many} ranks, s", "ratio"), row, strict=True)) for row in rows]
+    return [
+        f"{conditions} {len(slow)} pairs of runs in turn, every rank one thread; medians, seconds by phase of the "
+        "leading rank (`reduce` is exchange between ranks, waiting for the others included). All runs ended in the "
+        "same bits. Made by `python -m bench.scaling`.",
+        "",
+        *table(renamed),
+        "",
+        f"{many} ranks are {median(ratios):.2f} times faster than {few} (pairs: {min(ratios):.2f} to "
+        f"{max(ratios):.2f}); a layer takes {median(run.per_layer for run in slow):.1f} s on {few}.",
+    ]
+
+
+def _phase_row(name: str, slow: Iterable[float], fast: Iterable[float]) -> tuple[str, str, str, str]:
+    one, other = median(slow), median(fast)
+    return name, f"{one:.2f}", f"{other:.2f}", f"{one / other:.2f}" if other > 0.005 and one > 0.005 else ""
+
+
+def device_lines(run: Run, shape: Shape, layers: int, memory: float, conditions: str) -> list[str]:
+    """The section on one device of limited memory."""
+    rows = [{"phase": name, "seconds": f"{run.phase(name):.1f}"} for name in PHASES]
+    lines = [
+        f"{conditions} One rank on {run.device}, of which {memory:g} GiB may be used. Made by "
+        "`python -m bench.scaling`.",
+        "",
+        *table(rows),
+        "",
+        f"{layers} layers: {run.seconds:.0f} s in all, {run.per_layer:.1f} s a layer; peak memory "
+        f"{run.peak / _GIB:.2f} GiB.",
+    ]
+    if layers < shape.layers:
+        importance = run.phase("importance") / layers * shape.layers
+        whole = importance + run.phase("enter") + run.per_layer * shape.layers
+        lines.append(f"Extrapolated, not measured: {whole / 60:.0f} minutes for all {shape.layers} layers.")
+    return lines
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="middle")
+    parser.add_argument("--layers", type=int, help="decoder layers; 3 of a small shape, all of a real one")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per layer")
+    parser.add_argument("--recipe", default="tlq-c")
+    parser.add_argument("--ranks", type=int, nargs=2, default=[1, 2], help="numbers of ranks to compare")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--device-memory", type=float, help="GiB; one rank alone, with samples of real size")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are for a while")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    arguments = parser.parse_args(words)
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    shape, alone = SHAPES[arguments.shape], bool(arguments.device_memory)
+    layers = arguments.layers or (shape.layers if alone else 3)
+    samples = list(large_samples(arguments.samples)) if alone else demo_samples(arguments.samples)
+    conditions = (
+        f"{arguments.shape}: hidden size {shape.hidden}, intermediate size {shape.intermediate}, {layers} layers with "
+        f"random weights; recipe {arguments.recipe}, W3A16, {arguments.samples} samples, {arguments.tokens} tokens per "
+        "layer."
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        write_random_model(folder / "model", replace(shape, layers=layers))
+        (folder / "samples").write_bytes(pickle.dumps(samples))
+        if alone:
+            run = run_job(arguments, 1, folder)
+            lines = device_lines(run, shape, layers, arguments.device_memory, conditions)
+            write_section(arguments.docs / "scale.md", f"One device, {arguments.shape}", lines, "Scale")
+            return
+        runs = [run_job(arguments, ranks, folder) for _ in range(arguments.pairs) for ranks in arguments.ranks]
+    write_section(arguments.docs / "scale.md", "Ranks", scaling_lines(runs, shape, conditions), "Scale")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""One calibration with importance on this process's share of the work, for bench.scaling: writes seconds by phase."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tasks.cli import device, run
+from tasks.launch import on_ranks
+from tlq.api import quantize_checkpoint
+from tlq.importance import Weighting
+from tlq.quantizer import get_scheme
+from tlq.ranks import Ranks, joined_ranks
+from tlq.recipes import get_recipe
+from tlq.samples import Batch, Sample, token_rows
+from tlq.scoring import AnswerLoss, score_resumably
+from tlq.state import WorkFolder
+from tlq.streaming import StreamedModel
+from tlq.tokens import TokenBudget
+from tlq.weights import SampleWeights, token_set
+
+
+def main() -> None:
+    on_ranks("bench.scaling_job", sys.argv[1:], calibrate)
+
+
+def calibrate() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--samples", type=Path, required=True, help="pickled samples")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--measured", type=Path, required=True)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--tokens", type=int, required=True, help="tokens per layer")
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--device-memory", type=float, help="GiB that this process may have of its GPU")
+    arguments = parser.parse_args()
+    where = device()
+    if where.type == "cuda" and arguments.device_memory:
+        total = torch.cuda.get_device_properties(where).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.device_memory * 2**30 / total), where)
+    samples: list[Sample] = pickle.loads(arguments.samples.read_bytes())
+    model = StreamedModel(arguments.model, torch.bfloat16 if where.type == "cuda" else torch.float32, where)
+    with joined_ranks(where) as ranks:
+
+        def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
+            with ranks.clock.phase("importance"):
+                return _weights(model, batches, arguments, ranks)
+
+        ranks.wait()
+        started = time.perf_counter()
+        layers = quantize_checkpoint(
+            model,
+            arguments.out,
+            samples,
+            get_recipe(arguments.recipe),
+            get_scheme("w3a16"),
+            weigh,
+            arguments.batch_size,
+            10**6,
+            ranks,
+            counted=arguments.tokens,
+        )
+        if ranks.leads:
+            seconds = time.perf_counter() - started
+            device_name = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
+            measured = {"seconds": seconds, "layers": layers, "device": device_name}
+            arguments.measured.write_text(json.dumps(measured))
+
+
+def _weights(
+    model: StreamedModel, batches: Sequence[Batch], arguments: argparse.Namespace, ranks: Ranks
+) -> SampleWeights:
+    """As the stages importance and calibset."""
+    work = WorkFolder(arguments.out.with_name("scores"))
+    marks = {sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(batches)}
+    is_image = [marks[sample] for sample in sorted(marks)]
+    scores = score_resumably(model, batches, len(is_image), AnswerLoss(), work, ranks)
+    ranks.wait()
+    if ranks.leads:
+        work.remove()
+    return token_set(scores, is_image, "token", Weighting(), TokenBudget(arguments.tokens), 0)
+
+
+if __name__ == "__main__":
+    run(main)
