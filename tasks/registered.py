@@ -10,6 +10,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from tasks.files import MODELS
+from tasks.tracking import CHECKPOINT
 from tlq.checkpoint import digest
 
 
@@ -71,4 +72,4 @@ def _versions(name: str, client: MlflowClient) -> list[ModelVersion]:
 
 def _is_here(version: ModelVersion, folder: Path) -> bool:
     checkpoint = folder / MODELS / version.tags.get("variant", "?")
-    return checkpoint.is_dir() and digest(checkpoint) == version.tags.get("digest")
+    return checkpoint.is_dir() and digest(checkpoint) == version.tags.get(CHECKPOINT)

@@ -42,20 +42,21 @@ class Prefect:
             base_url=f"{address}/api", timeout=60, trust_env=False, transport=httpx.HTTPTransport(retries=3)
         )
 
-    def get(self, path: str) -> Any:
-        return self.client.get(path).raise_for_status().json()
-
-    def post(self, path: str, **content: Any) -> Any:
-        return self.send(path, content)
-
-    def send(self, path: str, content: Any) -> Any:
-        """POST; 503 means that SQLite was busy and the request may be repeated."""
+    def request(self, method: str, path: str, content: Any = None) -> Any:
+        """The answer's content; 503 means that SQLite was busy and the request may be repeated."""
         until = time.monotonic() + 60
         while True:
-            answer = self.client.post(path, json=content)
+            answer = self.client.request(method, path, json=content)
             if answer.status_code != 503 or time.monotonic() > until:
-                return answer.raise_for_status().json()
+                answer.raise_for_status()
+                return answer.json() if answer.content else None
             time.sleep(0.5)
+
+    def get(self, path: str) -> Any:
+        return self.request("GET", path)
+
+    def post(self, path: str, **content: Any) -> Any:
+        return self.request("POST", path, content)
 
     def finished(self, run_id: str) -> dict[str, Any]:
         """The flow run, when it is in a final state."""
@@ -102,7 +103,7 @@ def scheduled_run(prefect: Prefect) -> dict[str, Any]:
     deployment = prefect.get("/deployments/name/quantize/quantize")
     soon = datetime.now(UTC) + timedelta(seconds=5)
     schedule = {"interval": 7 * 86400, "anchor_date": soon.isoformat()}
-    prefect.send(f"/deployments/{deployment['id']}/schedules", [{"active": True, "schedule": schedule}])
+    prefect.request("POST", f"/deployments/{deployment['id']}/schedules", [{"active": True, "schedule": schedule}])
     return prefect.finished(prefect.scheduled(deployment["id"])["id"])
 
 
@@ -223,7 +224,7 @@ def test_applying_the_deployments_again_keeps_schedules_as_the_ui_left_them(
     deployment = prefect.get("/deployments/name/quantize/quantize")
     weekly = next(each for each in deployment["schedules"] if each["slug"] == "weekly")
     path = f"/deployments/{deployment['id']}/schedules/{weekly['id']}"
-    prefect.client.patch(path, json={"active": True}).raise_for_status()
+    prefect.request("PATCH", path, {"active": True})
     with server() as client:
         assert apply_deployments(services.folder, tmp_path / "prefect.yaml", client) == [
             "quantize",
@@ -232,7 +233,7 @@ def test_applying_the_deployments_again_keeps_schedules_as_the_ui_left_them(
         ]
     after = prefect.get("/deployments/name/quantize/quantize")["schedules"]
     assert [each["active"] for each in after if each["slug"] == "weekly"] == [True]
-    prefect.client.patch(path, json={"active": False}).raise_for_status()
+    prefect.request("PATCH", path, {"active": False})
 
 
 def test_prefect_has_named_tasks(prefect: Prefect, scheduled_run: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.registered import RegisteredError, find_variants
+from tasks.tracking import CHECKPOINT
 from tlq.checkpoint import digest
 
 VARIANTS = ("rtn-w3a16", "tlq-w3a16")
@@ -29,7 +30,7 @@ def client(folder: Path) -> MlflowClient:
     client.create_registered_model("demo-w3a16")
     digests = ["of an earlier checkpoint", *(digest(folder / "models" / variant) for variant in VARIANTS)]
     for variant, found in zip(("rtn-w3a16", *VARIANTS), digests, strict=True):
-        client.create_model_version("demo-w3a16", str(folder), tags={"variant": variant, "digest": found})
+        client.create_model_version("demo-w3a16", str(folder), tags={"variant": variant, CHECKPOINT: found})
     client.set_registered_model_alias("demo-w3a16", "champion", "3")
     return client
 
