@@ -1,0 +1,99 @@
+"""The plan of a job: what it counts, and that an impossible job is refused with the numbers before any work."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from exporting import read_tensors
+
+import tlq
+from tlq.plan import Plan, exported_bytes, plan_calibration, plan_importance, refuse_impossible
+from tlq.quantizer import get_scheme
+from tlq.ranks import Ranks
+from tlq.recipes import RECIPES
+from tlq.samples import Batch, Sample
+from tlq.streaming import StreamedModel
+
+CPU = torch.device("cpu")
+GIB = 2**30
+SMALL = Plan("calibration", 2, 0, 0, 8, 8, device=3 * GIB, hidden_states=2 * GIB, budget=GIB, disk=5 * GIB)
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny_checkpoint: Path) -> StreamedModel:
+    return StreamedModel(tiny_checkpoint)
+
+
+def test_it_counts_weights_and_tokens(streamed: StreamedModel, batches: list[Batch]) -> None:
+    found = plan_calibration(streamed, batches, RECIPES["tlq"], get_scheme("w3a16"), Ranks(), counted=40)
+    layer = streamed.architecture.decoder_layers(streamed.skeleton)[0]
+    assert found.layer == 4 * sum(parameter.numel() for parameter in layer.parameters())
+    assert found.outside == 4 * sum(parameter.numel() for parameter in streamed.skeleton.parameters()) - 2 * found.layer
+    assert found.tokens == sum(batch.valid.numel() for batch in batches)
+    assert found.counted == 40
+    assert found.hidden_states == 2 * found.tokens * 128 * 4  # both paths
+    assert any("2 decoder layers" in line for line in found.lines())
+
+
+def test_more_of_anything_needs_more(streamed: StreamedModel, batches: list[Batch]) -> None:
+    scheme = get_scheme("w3a16")
+
+    def device(recipe: str, ranks: Ranks | None = None, own: list[Batch] = batches) -> int:
+        return plan_calibration(streamed, own, RECIPES[recipe], scheme, ranks or Ranks()).device
+
+    assert device("tlq-c", own=batches[:1]) < device("tlq-c", own=batches) < device("tlq-c", own=batches * 20)
+    assert device("tlq-c", Ranks(size=2), batches * 20) < device("tlq-c", Ranks(), batches * 20)
+    assert device("rtn", own=[]) < device("gptq") <= device("tlq-c")
+    one, two = (plan_importance(streamed, batches, Ranks(), losses) for losses in (1, 2))
+    assert two.disk == 2 * one.disk
+
+
+@pytest.mark.parametrize("scheme", ["w2a16", "w3a16", "w4a8"])
+def test_the_size_of_the_result_is_that_of_its_tensors(
+    streamed: StreamedModel, tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path, scheme: str
+) -> None:
+    tlq.quantize(tiny_checkpoint, tmp_path / "out", samples, "rtn", scheme)
+    written = sum(value.numel() * value.element_size() for value in read_tensors(tmp_path / "out").values())
+    assert exported_bytes(streamed, get_scheme(scheme)) == pytest.approx(written, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("free", "disk", "error", "message"),
+    [
+        (2, 99, MemoryError, r"one rank needs about 3\.00 GiB on cpu, 2\.00 GiB are free; lower batch_size"),
+        (7, 99, MemoryError, r"2 rank\(s\) need about 8\.00 GiB of this host's memory, 7\.00 GiB are free; lower TLQ_"),
+        (99, 6, OSError, r"about 7\.00 GiB are needed on the disk of .*, 6\.00 GiB are free"),
+    ],
+)
+def test_an_impossible_job_is_refused_with_the_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, disk: int, error: type[Exception], message: str
+) -> None:
+    memory, usage = namedtuple("memory", "available"), namedtuple("usage", "free")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(free * GIB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(disk * GIB))
+    with pytest.raises(error, match=message):
+        refuse_impossible(SMALL, tmp_path / "out", CPU, processes=2)
+
+
+def test_what_is_there_already_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(4 * GIB))
+    needed = replace(SMALL, device=1, hidden_states=0)
+    with pytest.raises(OSError, match=r"about 5\.00 GiB are needed"):
+        refuse_impossible(needed, tmp_path, CPU, processes=1)
+    refuse_impossible(needed, tmp_path, CPU, processes=1, there=2 * GIB)
+
+
+def test_a_smaller_device_can_be_planned_for(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TLQ_DEVICE_MEMORY", "0.0001")
+    with pytest.raises(MemoryError, match=r"calibration: one rank needs about .* on cpu, 0\.00 GiB are free"):
+        tlq.quantize(tiny_checkpoint, tmp_path / "out", samples, "tlq", "w3a16")
+    assert not (tmp_path / "out").exists()
