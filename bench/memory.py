@@ -54,7 +54,7 @@ class Measured:
     seconds: float
 
 
-def measure(shape: Shape, jobs: Sequence[str], samples: int, folder: Path) -> list[Measured]:
+def measure(shape: Shape, jobs: Sequence[str], samples: int, recipe: str, folder: Path) -> list[Measured]:
     """Write a checkpoint, do each job on it, remove it."""
     model = folder / "model"
     logger.info("%d layers", shape.layers)
@@ -65,7 +65,7 @@ def measure(shape: Shape, jobs: Sequence[str], samples: int, folder: Path) -> li
     for job in jobs:
         command = [sys.executable, "-m", "bench.memory_job", job, "--model", str(model)]
         command += ["--samples", str(folder / "samples"), "--out", str(folder / "out")]
-        command += ["--measured", str(folder / "measured")]
+        command += ["--measured", str(folder / "measured"), "--recipe", recipe]
         done = subprocess.run(
             command, env={**os.environ, "TLQ_HOST_MEMORY": HOST_MEMORY}, stderr=subprocess.PIPE, text=True, check=False
         )
@@ -79,13 +79,13 @@ def measure(shape: Shape, jobs: Sequence[str], samples: int, folder: Path) -> li
     return found
 
 
-def report(found: Sequence[Measured], shape: Shape, samples: int, docs: Path) -> None:
+def report(found: Sequence[Measured], shape: Shape, samples: int, recipe: str, docs: Path) -> None:
     """Write the section and the picture."""
     whole = [each for each in found if each.job == "quantize"]
     deepest, shallowest = max(whole, key=lambda each: each.layers), min(whole, key=lambda each: each.layers)
     lines = [
         f"Qwen2-VL's architecture with random weights, hidden size {shape.hidden}, intermediate size "
-        f"{shape.intermediate}, bfloat16 on disk and float32 in computation; {samples} samples, recipe tlq-c, scheme "
+        f"{shape.intermediate}, bfloat16 on disk and float32 in computation; {samples} samples, recipe {recipe}, scheme "
         f"W3A16, {HOST_MEMORY} GiB of host memory for hidden states, the rest of them on disk. Peak resident memory "
         f"of the process, of which {deepest.start / _MIB:.0f} MiB are there before the work begins (Python, torch, "
         "transformers, the model without weights); expected is what the plan says on top of them. Made by "
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--deepest", type=int, default=192, help="layers of the checkpoint that dwarfs the memory")
     parser.add_argument("--shape", choices=SHAPES, default="middle")
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--recipe", default="tlq-c")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written for a while (tens of GiB)")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
@@ -146,11 +147,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for layers in arguments.layers:
             jobs = ["importance", "quantize"]
-            found += measure(replace(shape, layers=layers), jobs, arguments.samples, Path(folder))
+            found += measure(replace(shape, layers=layers), jobs, arguments.samples, arguments.recipe, Path(folder))
         if arguments.deepest:
             deepest = replace(shape, layers=arguments.deepest)
-            found += measure(deepest, ["quantize"], arguments.samples, Path(folder))
-    report(found, shape, arguments.samples, arguments.docs)
+            found += measure(deepest, ["quantize"], arguments.samples, arguments.recipe, Path(folder))
+    report(found, shape, arguments.samples, arguments.recipe, arguments.docs)
 
 
 if __name__ == "__main__":
