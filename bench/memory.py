@@ -87,8 +87,8 @@ def report(found: Sequence[Measured], shape: Shape, samples: int, recipe: str, d
         f"Qwen2-VL's architecture with random weights, hidden size {shape.hidden}, intermediate size "
         f"{shape.intermediate}, bfloat16 on disk and float32 in computation; {samples} samples, recipe {recipe}, "
         f"scheme W3A16, {HOST_MEMORY} GiB of host memory for hidden states, the rest of them on disk. Peak resident "
-        f"memory of the process, of which {deepest.start / _MIB:.0f} MiB are there before the work begins (Python, torch, "
-        "transformers, the model without weights); expected is what the plan says on top of them. Made by "
+        f"memory of the process, of which {deepest.start / _MIB:.0f} MiB are there before the work begins (Python, "
+        "torch, transformers, the model without weights); expected is what the plan says on top of them. Made by "
         "`python -m bench.memory`.",
         "",
         *table([_row(each) for each in found]),
