@@ -60,6 +60,10 @@ _BUSY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 _ALIVE = (StateType.SCHEDULED, *_BUSY)
 
 
+class NoWorkerError(OSError):
+    """Nobody came in time; somebody has to start a worker, trying again does not."""
+
+
 def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
     """Run ``module`` as ranks on the workers of the pool ``TLQ_POOL`` until its result is complete.
 
@@ -69,7 +73,7 @@ def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
     Raises:
         ValueError: no such pool or server, or what a rank reported.
         BlockingIOError: another process does the same work.
-        TimeoutError: no worker came within ``TLQ_POOL_WAIT`` seconds.
+        NoWorkerError: no worker came within ``TLQ_POOL_WAIT`` seconds.
         RuntimeError: more runs were lost than ``TLQ_RESTARTS``.
     """
     with Pool.connect(os.environ["TLQ_POOL"]) as pool:
@@ -194,7 +198,7 @@ def workers_wanted(pool: Pool, most: int) -> int:
     """How many flow runs to submit: ``TLQ_POOL_WORKERS``, else as many as workers are online, at most ``most``.
 
     Raises:
-        TimeoutError: none is online within ``TLQ_POOL_WAIT`` seconds.
+        NoWorkerError: none is online within ``TLQ_POOL_WAIT`` seconds.
     """
     online, busy = pool.online(), pool.busy()
     stated = positive("TLQ_POOL_WORKERS", 1) if "TLQ_POOL_WORKERS" in os.environ else None
@@ -220,9 +224,9 @@ def wait_seconds() -> int:
     return positive("TLQ_POOL_WAIT", 600)
 
 
-def no_worker(pool: Pool, wanted: int) -> TimeoutError:
+def no_worker(pool: Pool, wanted: int) -> NoWorkerError:
     """What a user is told when nobody comes."""
-    return TimeoutError(
+    return NoWorkerError(
         f"pool {pool.name}: no worker took up a run within {wait_seconds()} s; found {pool.online()} online, needed at "
         f"least 1 ({wanted} wanted). Start one per GPU with `prefect worker start --pool {pool.name} --limit 1`, or "
         "raise TLQ_POOL_WAIT"
@@ -330,7 +334,7 @@ class Watch:
         """Watch until the result is complete.
 
         Raises:
-            ValueError, TimeoutError, RuntimeError: see ``run_on_pool``.
+            ValueError, NoWorkerError, RuntimeError: see ``run_on_pool``.
         """
         while not self._store.finished():
             self._show_lines()
