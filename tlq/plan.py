@@ -25,6 +25,8 @@ from tlq.scoring import WAVES, bytes_per_token
 from tlq.streaming import StreamedModel
 
 _FLOAT = 4
+#: What thread pools, matrix kernels and the allocator take beside tensors, in bytes: measured (docs/scale.md).
+_RUNTIME = 256 * 2**20
 #: Copies of a group's weight that solving it holds: original, scaled, W G, dequantized, temporaries.
 _WEIGHTS = 5
 #: Matrices of a group's width: second moments, their reversed copy, its factor.
@@ -119,7 +121,7 @@ def plan_calibration(
         outside=sizes.outside,
         tokens=tokens,
         counted=counted if recipe.needs_data else 0,
-        device=sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
+        device=_RUNTIME + sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
         hidden_states=own * sizes.state * paths if recipe.needs_data else 0,
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
@@ -146,7 +148,7 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
         outside=sizes.outside,
         tokens=tokens,
         counted=tokens,
-        device=sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches)),
+        device=_RUNTIME + sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches)),
         hidden_states=max(largest * per_token, min(wave * per_token, host_budget())),
         budget=host_budget(),
         disk=2 * losses * tokens * sizes.layers * len(model.architecture.groups) * _FLOAT,
