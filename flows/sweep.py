@@ -56,7 +56,7 @@ def sweep(
             create_table_artifact(rows, key="sweep", description="Scores of every model and variant so far")
     if failed:
         reasons = "; ".join(f"{model}: {reason}" for model, reason in failed.items())
-        raise StageFailed(f"{len(failed)} of {len(models)} models failed. {reasons}")
+        raise StageFailed(f"{len(failed)} of {len(models)} models failed: {reasons}")
 
 
 def variants_registered() -> Sequence[str]:

@@ -86,7 +86,7 @@ def _beat(store: JobStore, name: str, leaving: threading.Event) -> None:
 
 
 def _told_to_stop(number: int, _frame: object) -> None:
-    raise SignalException(f"received signal {number}", signal.Signals(number))
+    raise SignalException(f"told to stop: signal {number}", signal.Signals(number))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,9 @@ def paired_difference(challenger: pd.DataFrame, champion: pd.DataFrame, seed: in
     """
     both = challenger.merge(champion, on=["task", "doc"], suffixes=("", "_champion"))
     if both.empty or not len(both) == len(challenger) == len(champion):
-        raise CannotCompare(f"{len(challenger)} and {len(champion)} items were scored, {len(both)} of them the same")
+        raise CannotCompare(
+            f"{len(challenger)} and {len(champion)} items were scored, {len(both)} of them the same; all must be"
+        )
     rng = np.random.default_rng(seed)
     values, means = [], []
     for _, rows in both.sort_values(["task", "doc"]).groupby("task"):

@@ -51,7 +51,9 @@ class JobStore:
             family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
             listener = socket.create_server((address, 0), family=family)
         except OSError as error:
-            raise OSError(f"TLQ_HOST is {address!r}, no address of this machine ({error})") from error
+            raise OSError(
+                f"TLQ_HOST is {address!r}, no address of this machine ({error}); set it to one under which the workers reach this machine"
+            ) from error
         port = listener.getsockname()[1]
         # The store closes the descriptor that it is given. Left to itself it would listen on every interface.
         store = TCPStore(
@@ -74,14 +76,14 @@ class JobStore:
             limit = timedelta(seconds=seconds)
             store = _in_time(lambda: TCPStore(host, int(port), wait_for_workers=False, timeout=limit), seconds)
         except (OSError, RuntimeError) as error:
-            raise StageGoneError(f"nobody answers at {endpoint}") from error
+            raise StageGoneError(f"nobody answers at {endpoint}: the stage has ended") from error
         return cls(store, endpoint)
 
     def _ask(self, question: Callable[[], T]) -> T:
         try:
             return _in_time(question, ANSWER_SECONDS)
         except (TimeoutError, RuntimeError) as error:
-            raise StageGoneError(f"the stage at {self.endpoint} is gone") from error
+            raise StageGoneError(f"the stage is gone: {self.endpoint} does not answer") from error
 
     def _set(self, key: str, value: str = "1") -> None:
         """Set, and wait until the store has it: the question comes after it on the same connection."""

@@ -20,4 +20,4 @@ def __getattr__(name: str) -> Any:
         from tlq.api import quantize
 
         return quantize
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has quantize")
