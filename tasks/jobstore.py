@@ -52,7 +52,7 @@ class JobStore:
             listener = socket.create_server((address, 0), family=family)
         except OSError as error:
             raise OSError(
-                f"TLQ_HOST is {address!r}, no address of this machine ({error}); set it to one under which the workers reach this machine"
+                f"TLQ_HOST is {address!r}, no address of this machine ({error}); set it to one that the workers reach"
             ) from error
         port = listener.getsockname()[1]
         # The store closes the descriptor that it is given. Left to itself it would listen on every interface.
