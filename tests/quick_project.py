@@ -69,7 +69,7 @@ class QuickProject:
         path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, **identity, "PATH": path, **variables}
         done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=900
         )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout

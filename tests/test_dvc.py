@@ -31,6 +31,7 @@ BESIDE_RESULTS = {
     "tlq/activations.py",
     "tlq/clock.py",
     "tlq/files.py",
+    "tlq/memory.py",
     "tlq/plan.py",
     "tlq/state.py",
 }

@@ -18,6 +18,7 @@ from registry_results import BENCHMARKS, layer_report, write_params, write_proje
 
 import tasks
 from tasks import promotion
+from tasks.cli import TRY_AGAIN
 from tasks.evaluate import EvaluateParams
 from tasks.params import ModelParams, VariantParams, section
 from tasks.register import Registrar, main, register_all
@@ -285,7 +286,7 @@ def test_an_unreachable_server_is_one_line_within_seconds(workspace: Path, monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     started = time.monotonic()
     done = check()
-    assert done.returncode == 1
+    assert done.returncode == TRY_AGAIN
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
     assert len(errors) == 1
     assert "http://127.0.0.1:9 does not answer" in errors[0]
