@@ -1,7 +1,7 @@
 """What a job will need, worked out before any long work: bytes per layer, tokens, memory, disk.
 
 Everything follows from shapes: no weight is read. An impossible job is refused in seconds, with the number found and
-the number needed. How near the expected peaks are to measured ones is in docs/scale.md.
+the number needed. `python -m bench.memory` holds the expected peaks against measured ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tlq.scoring import WAVES, bytes_per_token
 from tlq.streaming import StreamedModel
 
 _FLOAT = 4
-#: What thread pools, matrix kernels and the allocator take beside tensors, in bytes: measured (docs/scale.md).
+#: What thread pools, matrix kernels and the allocator take beside tensors, in bytes: measured by bench.memory.
 _RUNTIME = 256 * 2**20
 #: Copies of a group's weight that solving it holds: original, scaled, W G, dequantized, temporaries.
 _WEIGHTS = 5
