@@ -33,6 +33,7 @@ from transformers import Qwen2VLConfig
 
 from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.models import SHAPES, write_random_model
+from bench.sections import table
 from tasks.cli import quiet_libraries
 from tasks.files import read_samples, write_samples
 from tasks.prepare import Columns, PrepareParams, draw, read_table
@@ -151,9 +152,9 @@ def _config(model: Path) -> Any:
 
 def _row(
     name: str, runs: list[dict[str, float]], quality: dict[str, float] | None, lab: Laboratory | None
-) -> dict[str, Any]:
+) -> dict[str, str]:
     seconds = [run["seconds"] for run in runs]
-    row: dict[str, Any] = {
+    row = {
         "contender": name,
         "seconds": f"{np.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
         "peak MiB": f"{max(run['peak_mib'] for run in runs):.0f}",
@@ -161,12 +162,6 @@ def _row(
     if quality is not None and lab is not None:
         row |= {"KL": f"{quality['kl']:.4f}", "NLL gap": f"{quality['nll'] - lab.full['nll']:+.4f}"}
     return row
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    return lines + [f"| {' | '.join(str(row[name]) for name in names)} |" for row in rows]
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bench import ablation
-from bench.peers import equal_length_inputs, table
+from bench.peers import equal_length_inputs
+from bench.sections import table
 from tlq.samples import Sample
 
 

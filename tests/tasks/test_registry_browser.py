@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from registry_results import write_project, write_variant
+from servers import wait_until_ready
+from tiny_project import free_port
 
 from tasks.evaluate import EvaluateParams
 from tasks.params import ModelParams, section
@@ -30,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium, or set TLQ_CHROMIUM to its path"),
 ]
 
-_SERVER_SECONDS, _PAGE_MILLISECONDS = 300, 120_000
+_PAGE_MILLISECONDS = 120_000
 
 
 @pytest.fixture(scope="module")
@@ -52,31 +51,18 @@ def rows(empty_tracking: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def server(rows: list[dict[str, Any]]) -> Iterator[str]:
     """`mlflow server` on the project's database; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(port)]
     store = ["--backend-store-uri", os.environ["MLFLOW_TRACKING_URI"], "--workers", "1"]
     with Path("server.log").open("w") as log:
         process = subprocess.Popen([*command, *store], stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(f"{address}/health", process)
+        wait_until_ready(f"{address}/health", process, Path("server.log"))
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _SERVER_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError(f"no server within {_SERVER_SECONDS} s:\n{Path('server.log').read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="module")

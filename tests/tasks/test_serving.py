@@ -6,10 +6,8 @@ import base64
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +19,9 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 from registry_results import write_project, write_scores
+from servers import wait_until_ready
 from tiny import png
+from tiny_project import free_port
 
 from tasks.evaluate import EvaluateParams
 from tasks.params import ModelParams, section
@@ -53,9 +53,7 @@ def registered(tiny_checkpoint: Path, empty_tracking: Path, tmp_path_factory: py
 @pytest.fixture(scope="module")
 def server(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`mlflow models serve` of the champion, in a folder of its own; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mlflow_command = str(Path(sys.executable).with_name("mlflow"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     folder = tmp_path_factory.mktemp("elsewhere")
@@ -82,22 +80,11 @@ def server(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(f"{address}/ping", process, folder / "log")
+        wait_until_ready(f"{address}/ping", process, folder / "log")
         yield address
     finally:
         os.killpg(process.pid, 15)
         process.wait(30)
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError(f"no server within {seconds} s:\n{log.read_text()[-3000:]}")
 
 
 def post(server: str, body: Any) -> tuple[int, Any]:
