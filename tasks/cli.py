@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -31,27 +32,58 @@ def run(main: Callable[[], None]) -> None:
     """Run a stage: log to stderr, turn an expected error into one line and exit status 1, or ``TRY_AGAIN``.
 
     ``TLQ_LOG=debug`` shows more, tracebacks of expected errors included. SIGTERM ends a stage the way Ctrl-C does, so
-    that temporary files are removed.
+    that temporary files are removed. A library that was interrupted may raise an error of its own in place of
+    KeyboardInterrupt: what follows a signal is an interruption, whatever it is called.
     """
     level = os.environ.get("TLQ_LOG", "info").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     quiet_libraries()
-    signal.signal(signal.SIGTERM, _interrupt)
     if failed_already():
         return
     try:
+        with _interruptions() as interruptions:
+            _run(main, interruptions)
+    except KeyboardInterrupt:
+        if not is_rank():  # ranks are also interrupted when their group forms anew
+            logger.error("interrupted; run the same command again to continue")
+        sys.exit(130)
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """SIGINT, unless this process was started to ignore it, and SIGTERM raise KeyboardInterrupt and are noted."""
+    received: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if handlers[signal.SIGINT] is signal.SIG_IGN:
+        del handlers[signal.SIGINT]
+    for number in handlers:
+        signal.signal(number, interrupt)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _run(main: Callable[[], None], interruptions: list[int]) -> None:
+    try:
         main()
-    except EXPECTED as error:
+    except Exception as error:
+        if interruptions:
+            raise KeyboardInterrupt from error
+        if not isinstance(error, EXPECTED):
+            raise
         logger.debug("traceback", exc_info=True)
         message = " ".join(str(error).split())
         if report_failure(message):
             return  # a rank: the stage's own process says it, once
         logger.error("%s", message)
         sys.exit(TRY_AGAIN if is_transient(error) else 1)
-    except KeyboardInterrupt:
-        if not is_rank():  # ranks are also interrupted when their group forms anew
-            logger.error("interrupted; run the same command again to continue")
-        sys.exit(130)
 
 
 def is_transient(error: BaseException | None) -> bool:
@@ -81,10 +113,6 @@ def quiet_libraries() -> None:
     for name in ("httpx", "fsspec", "datasets", "compressed_tensors"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def device() -> torch.device:

@@ -7,7 +7,6 @@ import io
 import re
 import runpy
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,7 +92,6 @@ def _run_module(module: str, arguments: list[str], folder: Path) -> str:
     """What ``python -m module`` prints in ``folder``."""
     printed = io.StringIO()
     status: object = None
-    handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [module, *arguments])
@@ -102,7 +100,5 @@ def _run_module(module: str, arguments: list[str], folder: Path) -> str:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as stopped:
             status = stopped.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
     assert not status, f"{module} {' '.join(arguments)}: exit status {status}"
     return printed.getvalue()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ from tasks.cli import device, run
 from tlq.files import new_directory
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _keep_the_signal_handler() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 def fail(error: BaseException) -> None:
@@ -54,6 +46,23 @@ def test_an_interruption_has_its_own_status(caplog: pytest.LogCaptureFixture) ->
         run(lambda: fail(KeyboardInterrupt()))
     assert stopped.value.code == 130
     assert "interrupted; run the same command again" in caplog.text
+
+
+def test_an_interruption_that_a_library_renames_is_still_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Extension code may raise an error of its own where it finds KeyboardInterrupt set."""
+
+    def stage() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ValueError("could not determine the shape") from error
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run(stage)
+    assert stopped.value.code == 130
+    assert "could not determine" not in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_termination_leaves_nothing_half_written(tmp_path: Path) -> None:
