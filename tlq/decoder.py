@@ -61,21 +61,24 @@ def enter_decoder(
             noted.clear()
             with _stop_before_head(model):
                 model(**to_device(batch.inputs, device), use_cache=False)
-            injected = [None, *(hidden if bool(hidden.any()) else None for hidden, _ in noted[1:])]
-            calls.append(LayerCalls(noted[0][0], [kwargs for _, kwargs in noted], injected))
+            hidden_states, *injected = [hidden for hidden, _ in noted]
+            assert hidden_states is not None
+            calls.append(LayerCalls(hidden_states, [kwargs for _, kwargs in noted], [None, *injected]))
     return calls
 
 
 @contextmanager
-def _layers_noting_arguments(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+def _layers_noting_arguments(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor | None, dict[str, Any]]]]:
     """Replace every layer's forward by one that notes its arguments and returns zeros.
 
-    With zeros for outputs, the next layer's input is exactly what the model adds on the way there.
+    With zeros for outputs, the next layer's input is exactly what the model adds on the way there; where it adds
+    nothing, None is noted and no memory held.
     """
-    noted: list[tuple[Tensor, dict[str, Any]]] = []
+    noted: list[tuple[Tensor | None, dict[str, Any]]] = []
 
     def note(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        noted.append((hidden_states, kwargs))
+        needed = not noted or bool(hidden_states.any())
+        noted.append((hidden_states if needed else None, kwargs))
         return torch.zeros_like(hidden_states)
 
     for layer in layers:
