@@ -27,6 +27,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from tlq.architectures import Architecture, architecture_of
 from tlq.checkpoint import local_folder, read_config, storage_dtype
+from tlq.memory import give_back
 
 _INDEX = "model.safetensors.index.json"
 
@@ -181,6 +182,7 @@ class StreamedModel:
                 with self._filled(tensors):
                     del tensors
                     yield index, modules[index]
+                give_back()
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors by name on the compute device; floating-point ones in the dtype of computation, or ``dtype``."""
