@@ -15,9 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """A matrix of the same shape with singular values near 1 (quintic Newton-Schulz, in bf16)."""
+    """A matrix of the same shape with singular values near 1 (quintic Newton-Schulz; in bf16 on a GPU).
+
+    Many CPUs only emulate bf16, many times slower than float32.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not (MODEL / "config.json").exists(), reason=f"n
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
-    return Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.bfloat16).eval(), load_processor(MODEL)
+    return Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval(), load_processor(MODEL)
 
 
 @pytest.fixture(scope="module")
