@@ -5,7 +5,6 @@ python -m flows.evaluate
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from flows import parameters
 from flows.artifacts import publish_overrides, publish_results
 from flows.hooks import HOOKS
 from flows.parameters import Limit
-from flows.stages import ROOT, StageFailed, check_tracking, stage, stages_at_once, stopping_stages
+from flows.stages import ROOT, check_tracking, main, stage, stages_at_once, stopping_stages
 from tasks.params import VariantParams, section
 
 
@@ -72,13 +71,5 @@ def find_models(models: Sequence[str], variants: Sequence[str]) -> list[str]:
     return find_variants(models, variants, connect(), ROOT)
 
 
-def main() -> None:
-    try:
-        table = evaluate()
-    except StageFailed as error:
-        sys.exit(f"\n{error}")
-    sys.stdout.write(f"\n{table}\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(evaluate, __doc__)

@@ -8,7 +8,6 @@ PREFECT_API_URL set the run shows there.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +19,11 @@ from flows import parameters
 from flows.artifacts import publish_overrides, publish_results
 from flows.hooks import HOOKS
 from flows.parameters import Limit, RecipeName, SchemeName, StageName
-from flows.stages import StageFailed, check_tracking, stage, stages_at_once, stopping_stages
+from flows.stages import check_tracking, main, stage, stages_at_once, stopping_stages
 from tasks.params import VariantParams, section
 
-WHERE = """pictures      report/scores.png, report/tokens.png
+WHERE = """report        report/index.html
+pictures      report/scores.png, report/tokens.png
 checkpoints   models/
 MLflow        mlflow ui --backend-store-uri sqlite:///mlflow.db
 Prefect       PREFECT_HOME=.prefect prefect server start
@@ -87,13 +87,5 @@ def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
     stage("register", "register" in force)
 
 
-def main() -> None:
-    try:
-        table = quantize()
-    except StageFailed as error:
-        sys.exit(f"\n{error}")
-    sys.stdout.write(f"\n{table}\n\n{WHERE}\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(quantize, __doc__, WHERE)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,21 @@ class StageFailed(RuntimeError):
 
 class StageUnavailable(StageFailed):
     """A stage ended because something outside (the hub, MLflow) did not answer; another try may work."""
+
+
+def main(flow: Callable[[], str], description: str | None, where: str = "") -> None:
+    """`python -m flows.<name>`: run a flow as params.yaml says, print its table and ``where`` to look further."""
+    parser = ArgumentParser(
+        prog=f"python -m flows.{flow.__name__}",
+        description=f"{(description or '').strip()}\n\nWhat it does is said in params.yaml.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.parse_args()
+    try:
+        table = flow()
+    except StageFailed as error:
+        sys.exit(f"\n{error}")
+    sys.stdout.write("\n".join(["", table, "", *([where, ""] if where else [])]))
 
 
 def may_pass(_task: Any, _run: Any, state: State) -> bool:
