@@ -53,6 +53,8 @@ def make_project(folder: Path) -> Path:
     params["calibset"]["budget"]["tokens_per_layer"] = 512
     params["variants"] = {"recipes": ["rtn", "tlq"], "schemes": ["w3a16"]}
     params["evaluate"]["limit"] = 6
+    # So few items say nothing about quality: whatever is made passes the gate.
+    params["register"].update(min_retention=0, max_flips=100, floors={})
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     run(folder, "git", "init", "--quiet", ".")
     run(folder, "git", "config", "user.name", "t")
