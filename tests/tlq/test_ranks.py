@@ -8,10 +8,13 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import ranked_job
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranked_job import assert_equal, finish, processes_of, wait_until_gone, write_job
@@ -36,6 +39,18 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_job(tmp_path_factory.mktemp("job"))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(job: Path) -> Callable[[str, str], dict[str, torch.Tensor]]:
+    """What one rank makes of a recipe and a scheme, computed once."""
+
+    @cache
+    def made(recipe: str, scheme: str) -> dict[str, torch.Tensor]:
+        folder = job / f"{recipe}-{scheme}-1"
+        return finish(start(job, folder.name, 1, recipe, scheme), folder)
+
+    return made
+
+
 def start(job: Path, name: str, ranks: int, recipe: str, scheme: str) -> subprocess.Popen[str]:
     return ranked_job.start(job, name, recipe, scheme, {"TLQ_RANKS": str(ranks)})
 
@@ -43,23 +58,29 @@ def start(job: Path, name: str, ranks: int, recipe: str, scheme: str) -> subproc
 @pytest.mark.parametrize(
     ("recipe", "scheme", "counts"), [("tlq-c", "w3a16", (2, 3)), ("tlq", "w4a8", (3,)), ("mbq", "w3a16", (3,))]
 )
-def test_any_number_of_ranks_gives_the_same_bits(job: Path, recipe: str, scheme: str, counts: tuple[int, ...]) -> None:
+def test_any_number_of_ranks_gives_the_same_bits(
+    job: Path,
+    undisturbed: Callable[[str, str], dict[str, torch.Tensor]],
+    recipe: str,
+    scheme: str,
+    counts: tuple[int, ...],
+) -> None:
     """Second moments, token by token, and through the parent module: every way that errors are added up."""
-    runs = {ranks: start(job, f"{recipe}-{scheme}-{ranks}", ranks, recipe, scheme) for ranks in (1, *counts)}
-    results = {ranks: finish(process, job / f"{recipe}-{scheme}-{ranks}") for ranks, process in runs.items()}
-    assert len(results[1]) > 50
-    for ranks in counts:
-        assert_equal(results[ranks], results[1])
+    runs = {ranks: start(job, f"{recipe}-{scheme}-{ranks}", ranks, recipe, scheme) for ranks in counts}
+    expected = undisturbed(recipe, scheme)
+    assert len(expected) > 50
+    for ranks, process in runs.items():
+        assert_equal(finish(process, job / f"{recipe}-{scheme}-{ranks}"), expected)
     report = json.loads((job / f"{recipe}-{scheme}-3" / "out/calibration.json").read_text())
     assert {layer["ranks"] for layer in report["layers"]} == {3}
 
 
-def test_random_kills_change_no_bit(job: Path) -> None:
+def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]) -> None:
     """SIGKILL hits ranks and the process that started them, at random moments of a run whose size changes.
 
     Three times here; ``TLQ_TEST_KILLS=20`` for the long version.
     """
-    expected = finish(start(job, "undisturbed", 1, "tlq-c", "w3a16"), job / "undisturbed")
+    expected = undisturbed("tlq-c", "w3a16")
     chance = random.Random(7)
     folder = job / "disturbed"
     kills = {"rank": 0, "stage": 0}
@@ -92,19 +113,18 @@ def test_an_error_that_trying_again_cannot_cure_is_told_once(job: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_state_of_other_choices_is_refused_by_name(job: Path) -> None:
+def test_state_of_other_choices_is_refused_by_name(
+    job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]
+) -> None:
     folder = job / "changed"
-    process = start(job, "changed", 1, "tlq", "w3a16")
+    process = start(job, "changed", 1, "mbq", "w3a16")
     while not list(folder.glob(".out.work/part-*.json")):
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.communicate()
-    again = start(job, "changed", 1, "tlq-c", "w3a16")
+    again = start(job, "changed", 1, "tlq", "w3a16")
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 1
-    assert ".out.work was begun with recipe.name 'tlq', now 'tlq-c'; recipe.rounding 'nearest', now 'comp" in output
-    assert_equal(
-        finish(start(job, "changed", 1, "tlq", "w3a16"), folder),
-        finish(start(job, "unchanged", 1, "tlq", "w3a16"), job / "unchanged"),
-    )
+    assert ".out.work was begun with recipe.name 'mbq', now 'tlq'; recipe.tokens 'all', now 'set" in output
+    assert_equal(finish(start(job, "changed", 1, "mbq", "w3a16"), folder), undisturbed("mbq", "w3a16"))
