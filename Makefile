@@ -20,8 +20,8 @@ setup: $(STAMP)
 # torch first and by its exact version: a CPU wheel is taken where one is provided.
 $(STAMP): pyproject.toml requirements.lock
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install --quiet --no-compile --constraint requirements.lock --editable '.[dev]'
 	touch $(STAMP)
 
 demo: setup
@@ -42,14 +42,14 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # llm-compressor pins other versions of transformers and compressed-tensors: it gets an environment of its own.
 peers-env: .venv-peers/.installed
 
 .venv-peers/.installed:
 	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	.venv-peers/bin/pip install --quiet --no-compile "$$(grep '^torch==' requirements.lock)"
 	.venv-peers/bin/pip install --quiet 'llmcompressor==0.14.*'
 	touch $@
 
