@@ -72,7 +72,7 @@ class Choice:
 
 def choices(base: Recipe) -> list[Choice]:
     """The default of ``base``, and every deviation from it that is studied."""
-    duo = base.equalization
+    scaling = base.equalization
     budgets = [("1024", 1024), ("2048", 2048), ("8192", 8192), ("16384", 16384)]
     return [
         Choice("default", "", base),
@@ -92,8 +92,9 @@ def choices(base: Recipe) -> list[Choice]:
         Choice("sample cap", "0.01", base, budget=TokenBudget(4096, sample_cap=0.01)),
         Choice("pool", "64 samples", base, samples=64),
         *([] if base.rounding == "nearest" else [Choice("rounding", "nearest", replace(base, rounding="nearest"))]),
-        Choice("equalization", "no duo", replace(base, equalization=replace(duo, duo=False))),
-        Choice("equalization", "none", replace(base, equalization=replace(duo, method="none"))),
+        Choice("equalization", "exhaustive search", replace(base, equalization=replace(scaling, search="exhaustive"))),
+        Choice("equalization", "no duo", replace(base, equalization=replace(scaling, duo=False))),
+        Choice("equalization", "none", replace(base, equalization=replace(scaling, method="none"))),
         Choice("inputs", "full precision", replace(base, inputs="full_precision")),
         Choice("target", "exposed inputs", replace(base, target="exposed")),
     ]

@@ -41,6 +41,7 @@ from tlq.search import (
     StatisticsError,
     TokensError,
     least_error,
+    survivor,
 )
 from tlq.streaming import LayeredModel, ResidentModel
 from tlq.weights import TokenWeights
@@ -501,7 +502,7 @@ class LayerLoop:
         error: _LinearsError,
         parent_error: ParentError | None,
     ) -> Candidate:
-        """The candidate scales with the smallest error under nearest rounding; the first of equals."""
+        """The candidate scales with the smallest error under nearest rounding, as the recipe searches for them."""
         method = self.recipe.equalization
         if method.method == "none":
             return Candidate(torch.ones(weight.shape[1], device=weight.device), 0.0)
@@ -511,7 +512,7 @@ class LayerLoop:
         errors: CandidateErrors = parent_error or (
             error.cheapest if method.norm == "l2" else error.by_token(method.norm)
         )
-        return least_error(errors, tried)
+        return survivor(errors, tried) if method.search == "halving" else least_error(errors, tried)
 
     def _install(
         self,

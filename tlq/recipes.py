@@ -31,6 +31,8 @@ class Equalization:
         method: `none` (s = 1), `fixed` (one exponent) or `grid` (the exponent with the smallest error).
         alpha: the exponent of `fixed`.
         points: grid points in [0, 1).
+        search: `exhaustive` finds the exponent with the smallest error; `halving` drops the worse half of them each
+            time it has seen the error of twice as many output channels.
         duo: also try exponents on the weight magnitude, s = |x|^a / |w|^(1 - a).
         error: measured on the output of the group's `linears`, or of the `parent` module.
         norm: `l2` (squared) or `l1` error.
@@ -43,6 +45,7 @@ class Equalization:
     method: Literal["none", "fixed", "grid"] = "none"
     alpha: float = 0.5
     points: int = 20
+    search: Literal["exhaustive", "halving"] = "exhaustive"
     duo: bool = False
     error: Literal["linears", "parent"] = "linears"
     norm: Norm = "l2"
@@ -118,13 +121,13 @@ RECIPES: dict[str, Recipe] = {
             "tlq",
             importance="token",
             tokens="set",
-            equalization=Equalization("grid", duo=True, magnitude="weighted"),
+            equalization=Equalization("grid", search="halving", duo=True, magnitude="weighted"),
         ),
         Recipe(
             "tlq-c",
             importance="token",
             tokens="set",
-            equalization=Equalization("grid", duo=True, magnitude="weighted"),
+            equalization=Equalization("grid", search="halving", duo=True, magnitude="weighted"),
             rounding="compensated",
         ),
     )
