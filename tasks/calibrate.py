@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.calibset import CalibsetParams
-from tasks.cli import device, run, show_plan
+from tasks.cli import device, run
 from tasks.files import (
     CALIBSET,
     IMPORTANCE,
@@ -31,6 +31,7 @@ from tasks.files import (
 )
 from tasks.launch import on_ranks, ranks_wanted
 from tasks.params import ModelParams, ParamsError, recipe, section
+from tasks.planning import show_plan
 from tasks.tracking import tracked_calibration
 from tlq.api import calibration_batches, quantize_checkpoint
 from tlq.importance import loss_of

@@ -8,14 +8,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import torch
 
 from tasks.launch import failed_already, is_rank, report_failure
-from tlq.plan import Plan, refuse_impossible
-from tlq.ranks import Ranks
 
 logger = logging.getLogger("tlq")
 
@@ -120,10 +117,3 @@ def device() -> torch.device:
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = os.environ.get("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
     return torch.device(name)
-
-
-def show_plan(plan: Plan, out: Path, ranks: Ranks) -> None:
-    """Print what a job will need, then refuse it if this machine cannot do it."""
-    sys.stdout.write("\n".join([*plan.lines(), ""]))
-    refuse_impossible(plan, out, ranks.device, ranks.size)
-    sys.stdout.write("this machine has it\n")

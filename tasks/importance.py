@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.cli import device, run, show_plan
+from tasks.cli import device, run
 from tasks.files import IMPORTANCE, PREPARED, read_samples, write_importance
 from tasks.launch import on_ranks, ranks_wanted
 from tasks.params import ModelParams, section
+from tasks.planning import show_plan
 from tlq.activations import processes_here
 from tlq.importance import LossName
 from tlq.plan import Plan, plan_importance, refuse_impossible

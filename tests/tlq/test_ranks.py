@@ -126,5 +126,6 @@ def test_state_of_other_choices_is_refused_by_name(
     again = start(job, "changed", 1, "tlq", "w3a16")
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 1
-    assert ".out.work was begun with recipe.name 'mbq', now 'tlq'; recipe.tokens 'all', now 'set" in output
+    assert ".out.work was begun with recipe." in output
+    assert "recipe.name 'mbq', now 'tlq'; recipe.tokens 'all', now 'set'; set it back to continue" in output
     assert_equal(finish(start(job, "changed", 1, "mbq", "w3a16"), folder), undisturbed("mbq", "w3a16"))
