@@ -35,7 +35,7 @@ from mlflow.types import ColSpec, Schema
 import tlq
 from benchmarks.compare import FULL, scores_table
 from tasks.cli import run
-from tasks.evaluate import EvaluateParams
+from tasks.evaluate_params import EvaluateParams
 from tasks.files import EVALUATION, MODELS, REPORT
 from tasks.gate import Verdict, judge
 from tasks.params import PARAMS, ModelParams, VariantParams, parse, section
@@ -56,7 +56,7 @@ from tasks.tracking import (
     running,
     set_tags,
 )
-from tlq.checkpoint import digest
+from tlq.digest import digest
 from tlq.files import write_text
 from tlq.recipes import Recipe
 

@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from tasks.files import MODELS
 from tasks.tracking import CHECKPOINT
-from tlq.checkpoint import digest
+from tlq.digest import digest
 
 
 class RegisteredError(ValueError):

@@ -19,7 +19,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 from PIL.Image import Image
 
-from tlq.checkpoint import digest, load_model
+from tlq.checkpoint import load_model
+from tlq.digest import digest
 from tlq.processor import load_processor
 from tlq.samples import decode_image
 

@@ -25,7 +25,7 @@ from tasks.gate import Bounds
 from tasks.params import PARAMS, section
 from tasks.provenance import calibration_inputs, lineage, machine
 from tasks.report.lineage import locked_outputs
-from tlq.checkpoint import digest
+from tlq.digest import digest
 from tlq.quantizer import Scheme
 from tlq.recipes import Recipe
 from tlq.state import model_digest

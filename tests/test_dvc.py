@@ -26,6 +26,7 @@ BESIDE_RESULTS = {
     "tasks/cli.py",
     "tasks/launch.py",
     "tasks/params.py",
+    "tasks/planning.py",
     "tasks/provenance.py",
     "tasks/tracking.py",
     "tlq/activations.py",

@@ -6,7 +6,6 @@ processor files of the model it came from.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,13 +95,3 @@ def copy_processor_files(source: str | Path, out: Path) -> None:
     for file in sorted(local_folder(source, weights=False).iterdir()):
         if file.is_file() and file.suffix not in _NOT_PROCESSOR and file.name not in _NOT_COPIED:
             shutil.copyfile(file, out / file.name)
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a checkpoint's files, but its model card, which tells the scores."""
-    total = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file() and path.name != "README.md"):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{file.name} {content}\n".encode())
-    return total.hexdigest()

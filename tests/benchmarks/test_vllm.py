@@ -15,7 +15,8 @@ from benchmarks.divergence import ItemKey
 from benchmarks.harness import load_benchmarks, namer, run_on
 from benchmarks.model import Finished
 from benchmarks.vllm import WrappedLM, load_vllm
-from tasks.evaluate import EvaluateParams, evaluate_variant
+from tasks.evaluate import evaluate_variant
+from tasks.evaluate_params import EvaluateParams
 
 Make = Callable[..., BenchmarkSource]
 

@@ -19,7 +19,7 @@ from transformers.utils import is_torchvision_available
 from tasks.params import VariantParams
 from tasks.report.cards import Base, CalibrationData, in_vllm, place_cards, read_base, render_card
 from tasks.report.results import read_results
-from tlq.checkpoint import digest
+from tlq.digest import digest
 from tlq.processor import load_processor
 from tlq.quantizer import SCHEMES
 from tlq.samples import Sample

@@ -14,7 +14,7 @@ from benchmark_rows import mmmu_rows, textvqa_rows, write_rows
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.model import VisionLM
 from tasks import evaluate
-from tasks.evaluate import EvaluateParams
+from tasks.evaluate_params import EvaluateParams
 from tasks.params import ParamsError
 from tlq.checkpoint import load_model
 

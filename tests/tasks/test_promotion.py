@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from registry_results import answers, write_project, write_variant
 
 from tasks import promotion
-from tasks.evaluate import EvaluateParams
+from tasks.evaluate_params import EvaluateParams
 from tasks.gate import Verdict
 from tasks.params import ModelParams, section
 from tasks.promotion import ITEM_SCORES, aliases, promote, verdict_tags, versions

@@ -19,11 +19,11 @@ from registry_results import BENCHMARKS, layer_report, write_params, write_proje
 import tasks
 from tasks import promotion
 from tasks.cli import TRY_AGAIN
-from tasks.evaluate import EvaluateParams
+from tasks.evaluate_params import EvaluateParams
 from tasks.params import ModelParams, VariantParams, section
 from tasks.register import Registrar, main, register_all
 from tasks.tracking import CHECKPOINT, RegisterParams, connect, layer_metrics, log_metrics, new_run
-from tlq.checkpoint import digest
+from tlq.digest import digest
 
 NAME = "tiny-w3a16"
 

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from tasks.registered import RegisteredError, find_variants
 from tasks.tracking import CHECKPOINT
-from tlq.checkpoint import digest
+from tlq.digest import digest
 
 VARIANTS = ("rtn-w3a16", "tlq-w3a16")
 

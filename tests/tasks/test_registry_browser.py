@@ -16,7 +16,7 @@ from registry_results import write_project, write_variant
 from servers import wait_until_ready
 from tiny_project import free_port
 
-from tasks.evaluate import EvaluateParams
+from tasks.evaluate_params import EvaluateParams
 from tasks.params import ModelParams, section
 from tasks.register import Registrar, register_all
 from tasks.tracking import RegisterParams, connect

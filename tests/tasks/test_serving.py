@@ -23,7 +23,7 @@ from servers import wait_until_ready
 from tiny import png
 from tiny_project import free_port
 
-from tasks.evaluate import EvaluateParams
+from tasks.evaluate_params import EvaluateParams
 from tasks.params import ModelParams, section
 from tasks.register import Registrar, register_all
 from tasks.tracking import RegisterParams, connect

@@ -22,7 +22,7 @@ from registry_results import layer_report, write_project
 
 from tasks import calibrate, cli, tracking
 from tasks.tracking import CHECKPOINT, LiveRun, connect, new_run, recorded_failure, tracked_calibration
-from tlq.checkpoint import digest
+from tlq.digest import digest
 from tlq.quantizer import get_scheme
 from tlq.recipes import get_recipe
 
