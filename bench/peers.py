@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -33,13 +34,12 @@ from transformers import Qwen2VLConfig
 
 from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.models import SHAPES, write_random_model
-from bench.sections import table
+from bench.sections import table, write_section
 from tasks.cli import quiet_libraries
 from tasks.files import read_samples, write_samples
 from tasks.prepare import Columns, PrepareParams, draw, read_table
 from tlq.api import quantize
 from tlq.checkpoint import load_model
-from tlq.files import write_text
 from tlq.memory import peak_resident
 from tlq.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
@@ -169,6 +169,8 @@ def main() -> None:
     parser.add_argument("--python", type=Path, default=Path(".venv-peers/bin/python"))
     parser.add_argument("--count", type=int, default=128, help="calibration samples")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=("demo", "middle"), default=("demo", "middle"))
+    parser.add_argument("--layers", type=int, default=2, help="of the model of middle size")
     parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
     parser.add_argument("--ours", choices=OURS, help=argparse.SUPPRESS)
     for name in ("--model", "--samples", "--out", "--scheme"):
@@ -181,25 +183,26 @@ def main() -> None:
         return
     params = PrepareParams("parquet", str(WORLD / "calibration.parquet"), arguments.count, columns=Columns(id="id"))
     samples, _ = draw(*read_table(params), params)
-    lines = ["# Beside llm-compressor", "", _conditions(arguments, samples)]
+    conditions = _conditions(arguments, samples)
     with tempfile.TemporaryDirectory() as folder:
-        lab = Laboratory(arguments.items, Path(folder))
-        for bits, group_size in ((3, 128), (2, 64)):
-            title = f"Demo model, W{bits}A16 in groups of {group_size}"
-            rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
-            _write(lines, title, rows)
-        middle = Path(folder) / "middle"
-        write_random_model(middle, SHAPES["middle"])
-        title = "Random weights, hidden size 1024, 8 layers, W3A16 in groups of 128"
-        recipes = [recipe for recipe in OURS if recipe != "awq"]  # half an hour that no figure needs
-        _write(lines, title, compare(middle, samples, 3, 128, arguments.python, arguments.repeats, None, recipes))
+        if "demo" in arguments.models:
+            lab = Laboratory(arguments.items, Path(folder))
+            for bits, group_size in ((3, 128), (2, 64)):
+                rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
+                _write(f"Demo model, W{bits}A16 in groups of {group_size}", conditions, rows)
+        if "middle" in arguments.models:
+            middle = Path(folder) / "middle"
+            shape = replace(SHAPES["middle"], layers=arguments.layers)
+            write_random_model(middle, shape)
+            recipes = [recipe for recipe in OURS if recipe != "awq"]  # minutes that no figure needs
+            rows = compare(middle, samples, 3, 128, arguments.python, arguments.repeats, None, recipes)
+            title = f"Random weights, hidden size {shape.hidden}, {shape.layers} layers, W3A16 in groups of 128"
+            _write(title, conditions, rows)
 
 
-def _write(lines: list[str], title: str, rows: list[str]) -> None:
-    """Add a section and write what there is: the next one may take long."""
-    lines += ["", f"## {title}", "", *rows]
-    Path("docs").mkdir(exist_ok=True)
-    write_text("\n".join([*lines, ""]), Path("docs/peers.md"))
+def _write(title: str, conditions: str, rows: list[str]) -> None:
+    """A section of docs/peers.md: what was measured before it stays."""
+    write_section(Path("docs/peers.md"), title, [conditions, "", *rows], "Beside llm-compressor")
 
 
 def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample]) -> str:
@@ -210,8 +213,8 @@ def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample]) -> str
         check=True,
     ).stdout.strip()
     return (
-        f"{len(samples)} calibration samples in batches of {BATCH} of one length, {arguments.repeats} runs each in "
-        f"turn on {os.cpu_count()} cores: median seconds (least to most), largest peak of resident memory. KL and "
+        f"{len(samples)} calibration samples in batches of {BATCH} of one length; {arguments.repeats} run(s) each, in "
+        f"turn, on {os.cpu_count()} cores: median seconds (least to most), largest peak of resident memory. KL and "
         f"NLL per answer token on {4 * arguments.items} held-out items. llm-compressor {peer}, "
         f"torch {version('torch')}. "
         "Made by `python -m bench.peers`."

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+# On tensors as small as these threads only wait for each other; the processes that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pandas as pd
@@ -23,7 +27,7 @@ from tlq.streaming import ResidentModel
 
 settings.register_profile("tests", derandomize=True)  # the same examples in every run
 settings.load_profile("tests")
-torch.set_num_threads(1)  # on tensors this small threads only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

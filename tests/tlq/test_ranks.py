@@ -56,7 +56,7 @@ def start(job: Path, name: str, ranks: int, recipe: str, scheme: str) -> subproc
 
 
 @pytest.mark.parametrize(
-    ("recipe", "scheme", "counts"), [("tlq-c", "w3a16", (2, 3)), ("tlq", "w4a8", (3,)), ("mbq", "w3a16", (3,))]
+    ("recipe", "scheme", "counts"), [("tlq-c", "w3a16", (2, 3)), ("tlq", "w4a8", (2,)), ("mbq", "w3a16", (2,))]
 )
 def test_any_number_of_ranks_gives_the_same_bits(
     job: Path,
@@ -71,20 +71,20 @@ def test_any_number_of_ranks_gives_the_same_bits(
     assert len(expected) > 50
     for ranks, process in runs.items():
         assert_equal(finish(process, job / f"{recipe}-{scheme}-{ranks}"), expected)
-    report = json.loads((job / f"{recipe}-{scheme}-3" / "out/calibration.json").read_text())
-    assert {layer["ranks"] for layer in report["layers"]} == {3}
+        report = json.loads((job / f"{recipe}-{scheme}-{ranks}" / "out/calibration.json").read_text())
+        assert {layer["ranks"] for layer in report["layers"]} == {ranks}
 
 
 def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]) -> None:
     """SIGKILL hits ranks and the process that started them, at random moments of a run whose size changes.
 
-    Three times here; ``TLQ_TEST_KILLS=20`` for the long version.
+    Twice here; ``TLQ_TEST_KILLS=20`` for the long version.
     """
     expected = undisturbed("tlq-c", "w3a16")
     chance = random.Random(7)
     folder = job / "disturbed"
     kills = {"rank": 0, "stage": 0}
-    wanted = int(os.environ.get("TLQ_TEST_KILLS", "3"))
+    wanted = int(os.environ.get("TLQ_TEST_KILLS", "2"))
     process = start(job, "disturbed", 2, "tlq-c", "w3a16")
     while sum(kills.values()) < wanted and process.poll() is None:
         time.sleep(chance.uniform(2, 9))
