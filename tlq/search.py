@@ -24,8 +24,8 @@ from tlq.ranks import Ranks
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _ROW_PARTS = 31
-_LEAST_ROWS = 64
-_FIRST_PARTS = 2
+_LEAST_ROWS = 32
+_FIRST_PARTS = 1
 _TOKENS_PARTS = 8
 _FEW_PARTS = 4
 
