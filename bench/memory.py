@@ -94,7 +94,7 @@ def report(found: Sequence[Measured], shape: Shape, samples: int, recipe: str, d
         *table([_row(each) for each in found]),
         "",
         f"From {shallowest.layers} to {deepest.layers} layers the peak of the whole job (importance, calibration, "
-        f"export) grows by {(deepest.peak - shallowest.peak) / _MIB:.0f} MiB while the checkpoint grows by "
+        f"export) changes by {(deepest.peak - shallowest.peak) / _MIB:+.0f} MiB while the checkpoint grows by "
         f"{(deepest.checkpoint - shallowest.checkpoint) / _GIB:.2f} GiB. The deepest checkpoint is "
         f"{deepest.checkpoint / deepest.peak:.1f} times larger than the peak of the process that quantized it.",
         "",

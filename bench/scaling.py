@@ -111,7 +111,8 @@ def scaling_lines(runs: Sequence[Run], shape: Shape, conditions: str) -> list[st
     rows.append(_phase_row("all", [run.seconds for run in slow], [run.seconds for run in fast]))
     renamed = [dict(zip(("phase", f"{few} rank(s), s", f"{many} ranks, s", "ratio"), row, strict=True)) for row in rows]
     return [
-        f"{conditions} {len(slow)} pairs of runs in turn, every rank one thread; medians, seconds by phase of the "
+        f"{conditions} {len(slow)} pairs of runs in turn, every rank one thread on a core of its own; medians, seconds "
+        "by phase of the "
         "leading rank (`reduce` is exchange between ranks, waiting for the others included). All runs ended in the "
         "same bits. Made by `python -m bench.scaling`.",
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import sys
 import time
@@ -49,6 +50,9 @@ def calibrate() -> None:
     samples: list[Sample] = pickle.loads(arguments.samples.read_bytes())
     model = StreamedModel(arguments.model, torch.bfloat16 if where.type == "cuda" else torch.float32, where)
     with joined_ranks(where) as ranks:
+        if where.type == "cpu":  # a core to each rank: alone it must not read ahead on a core that others would need
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})
 
         def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
             with ranks.clock.phase("importance"):

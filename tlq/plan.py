@@ -136,9 +136,9 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
     """
     sizes = _Sizes(model)
     own = _own_tokens(batches, ranks)
-    wave = -(-own // WAVES)
     largest = max((_all_tokens(batch) for batch in batches), default=0)
     tokens = sum(_all_tokens(batch) for batch in batches)
+    wave = min(own, -(-tokens // WAVES))
     per_token = bytes_per_token(model)
     backward = 2 * sizes.layer + sizes.activations(batches, graph=True) + wave * sizes.state
     return Plan(

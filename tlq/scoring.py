@@ -154,12 +154,12 @@ def bytes_per_token(model: LayeredModel) -> int:
 def _waves(
     model: LayeredModel, batches: Sequence[Batch], numbers: Sequence[int], budget: int
 ) -> Iterator[Sequence[int]]:
-    """Micro-batches to score together: as many as fit ``budget`` bytes, at least one, at most a quarter of all.
+    """Micro-batches to score together: as many as fit ``budget`` bytes, at least one, at most a quarter of ``batches``.
 
     The scores of a wave are known when it ends: an interruption loses no more than one. More waves would read the
-    model's weights more often.
+    model's weights more often; so a rank that has fewer micro-batches to score has fewer waves, not smaller ones.
     """
-    most = -(-len(numbers) // WAVES)
+    most = -(-len(batches) // WAVES)
     per_token = bytes_per_token(model)
     wave: list[int] = []
     size = 0
