@@ -59,9 +59,10 @@ def mlflow_server(port: int, url: URL | None) -> Service:
 
 
 def worker(name: str, pool: str, environment: dict[str, str]) -> Service:
-    """A Prefect worker that runs one flow at a time."""
+    """A Prefect worker that runs one flow at a time, started again when it ends."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
-    return Service(name, [*command, "--name", name, "--limit", "1", "--install-policy", "never"], environment)
+    command += ["--name", name, "--limit", "1", "--install-policy", "never"]
+    return Service(name, command, environment, restarts=True)
 
 
 def gpu_workers(count: int) -> Iterator[Service]:

@@ -20,6 +20,7 @@ logger = logging.getLogger("tlq.services")
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0
+LEAST_SECONDS = 10.0
 _POLL_SECONDS = 0.5
 _LAST_LINES = 15
 
@@ -36,12 +37,14 @@ class Service:
         command: its command line.
         environment: added to this process's own.
         health: address that answers with 200 once it is ready; empty if starting is all there is to wait for.
+        restarts: whether it is started again when it ends, as one that others can do without for a moment.
     """
 
     name: str
     command: list[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     health: str = ""
+    restarts: bool = False
 
 
 class Supervisor:
@@ -52,6 +55,7 @@ class Supervisor:
         self.folder = folder
         self.logs = logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._restartable: dict[str, tuple[Service, float]] = {}
 
     def start(self, service: Service) -> None:
         """Start a service and wait until it is healthy.
@@ -71,6 +75,8 @@ class Supervisor:
                 start_new_session=True,  # Ctrl-C reaches this process only, which stops them in order
             )
         self.running[service.name] = process
+        if service.restarts:
+            self._restartable[service.name] = service, time.monotonic()
         if service.health:
             self._wait_until_healthy(service)
 
@@ -86,14 +92,23 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def watch(self) -> None:
-        """Return never: raise as soon as one of the services ends.
+        """Return never: start again what may be, raise as soon as another service ends.
 
         Raises:
             ServiceError: names it, with the last lines of its log.
         """
         while True:
+            self._restart()
             self.check()
             time.sleep(_POLL_SECONDS)
+
+    def _restart(self) -> None:
+        """Start services that were killed; one that ends soon after its start is left to ``check``."""
+        for service, started in list(self._restartable.values()):
+            status = self.running[service.name].poll()
+            if status is not None and time.monotonic() - started > LEAST_SECONDS:
+                logger.warning("%s ended with status %d; it is started again", service.name, status)
+                self.start(service)
 
     def check(self) -> None:
         """Raises ServiceError if a service has ended."""

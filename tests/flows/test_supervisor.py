@@ -46,6 +46,18 @@ def test_a_service_that_ends_is_named_with_its_last_words(services: Supervisor) 
         services.stop()
 
 
+def test_a_service_that_may_is_started_again(services: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not one that ends at once each time: that is nothing another start would mend."""
+    monkeypatch.setattr(supervisor, "LEAST_SECONDS", 1.0)
+    code = "import pathlib, time; mark = pathlib.Path('started'); first = not mark.exists(); mark.touch(); "
+    code += "time.sleep(2 if first else 0); raise SystemExit(7)"
+    services.start(Service("worker", [sys.executable, "-c", code], restarts=True))
+    first = services.running["worker"].pid
+    with pytest.raises(ServiceError, match="worker ended by itself with status 7"):
+        services.watch()
+    assert services.running["worker"].pid != first
+
+
 def test_one_that_ends_before_it_is_healthy_is_not_waited_for(services: Supervisor) -> None:
     with pytest.raises(ServiceError, match="mlflow ended by itself with status 1"):
         services.start(
