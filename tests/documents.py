@@ -83,6 +83,8 @@ def run_shell(block: Block, project: QuickProject) -> dict[str, str]:
             outputs[command] = _run_module(words[2], words[3:], project.folder)
         elif program == "dvc":
             outputs[command] = project.dvc(*words[1:], **assignments)
+            if words[1:3] == ["queue", "start"]:
+                project.wait_for_queue()
         else:
             outputs[command] = project.run(*words, **assignments)
     return outputs

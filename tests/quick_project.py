@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -61,15 +63,23 @@ class QuickProject:
     def dvc(self, *arguments: str, **variables: str) -> str:
         return self.run(sys.executable, "-m", "dvc", *arguments, **variables)
 
+    def wait_for_queue(self, seconds: float = 600) -> None:
+        """Until no queued experiment is left, which work in the background."""
+        until = time.monotonic() + seconds
+        while re.search(r"\b(Queued|Running)\b", status := self.dvc("queue", "status")):
+            assert time.monotonic() < until, f"not done after {seconds} s:\n{status}"
+            time.sleep(1)
+        assert "Failed" not in status, status
+
     def run(self, *command: str, **variables: str) -> str:
         """Output of a command in the project, with more environment variables; fails the test if it fails."""
         identity = {
             f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
         }
-        path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
+        path = os.pathsep.join([str(self.tools), str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, **identity, "PATH": path, **variables}
         done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=900
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout

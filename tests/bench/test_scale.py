@@ -45,7 +45,7 @@ def test_memory_is_held_against_the_checkpoint(tmp_path: Path) -> None:
     found = [Measured("quantize", layers, layers * GIB, GIB // 4, GIB, GIB, 9.0) for layers in (2, 8)]
     report(found, SHAPES["tiny"], 4, "tlq", tmp_path)
     text = (tmp_path / "scale.md").read_text()
-    assert "grows by 0 MiB while the checkpoint grows by 6.00 GiB" in text
+    assert "changes by +0 MiB while the checkpoint grows by 6.00 GiB" in text
     assert "8.0 times larger than the peak" in text
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
