@@ -3,8 +3,9 @@
     make peers-env                 # llm-compressor in an environment of its own
     python -m bench.peers
 
-Every contender quantizes in a process of its own: wall seconds of the quantization itself, importance included where
-the recipe needs it, and peak resident memory of the process. On the demo model the exported checkpoints of all are
+Every contender quantizes in a process of its own (bench/peer_ours.py, bench/peer_llmcompressor.py): wall seconds of
+the quantization itself, with and without the scoring of token importance, which the pipeline does once for all recipes
+and schemes, and peak resident memory of the process. On the demo model the exported checkpoints of all are
 scored by the same code on the same held-out items; a larger model with random weights gives time and memory only.
 Writes docs/peers.md.
 """
@@ -15,11 +16,11 @@ import argparse
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -36,14 +37,10 @@ from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.models import SHAPES, write_random_model
 from bench.sections import table, write_section
 from tasks.cli import quiet_libraries
-from tasks.files import read_samples, write_samples
 from tasks.prepare import Columns, PrepareParams, draw, read_table
-from tlq.api import quantize
 from tlq.checkpoint import load_model
-from tlq.memory import peak_resident
 from tlq.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
-from tlq.tokens import TokenBudget
 
 logger = logging.getLogger("bench.peers")
 
@@ -66,16 +63,6 @@ def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int
     return inputs
 
 
-def ours(model: Path, samples: Path, recipe: str, scheme: str, out: Path) -> None:
-    """One of our recipes, in this process; writes measured.json beside the checkpoint."""
-    started = time.perf_counter()
-    read = read_samples(samples)
-    quantize(model, out, read, recipe, scheme, budget=TokenBudget(4096), batch_size=BATCH)
-    seconds = time.perf_counter() - started
-    peak = peak_resident() / 2**20
-    (out / "measured.json").write_text(json.dumps({"seconds": seconds, "peak_mib": peak}))
-
-
 def contenders(
     model: Path, work: Path, bits: int, group_size: int, python: Path, recipes: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
@@ -86,8 +73,9 @@ def contenders(
         command += ["--inputs", str(work / "inputs.pt"), "--bits", str(bits), "--group-size", str(group_size)]
         yield f"llm-compressor {method}", [*command, "--out", str(work / f"peer-{method}")]
     for recipe in recipes:
-        command = [sys.executable, "-m", "bench.peers", "--ours", recipe, "--model", str(model), "--scheme", scheme]
-        yield recipe, [*command, "--samples", str(work / "samples.parquet"), "--out", str(work / recipe)]
+        command = [sys.executable, "-m", "bench.peer_ours", "--model", str(model), "--recipe", recipe]
+        command += ["--samples", str(work / "samples.pickle"), "--scheme", scheme, "--batch-size", str(BATCH)]
+        yield recipe, [*command, "--out", str(work / recipe)]
 
 
 def run_contender(name: str, command: list[str]) -> tuple[dict[str, float], Path]:
@@ -123,7 +111,7 @@ def compare(
     """A table with a row per contender: seconds (median, min, max), peak MiB, KL and NLL gap; and who is faster."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_samples(samples, work / "samples.parquet")
+        (work / "samples.pickle").write_bytes(pickle.dumps(samples))
         inputs = equal_length_inputs(samples, load_processor(model), image_token_id(_config(model)))
         torch.save(inputs, work / "inputs.pt")
         measured: dict[str, list[dict[str, float]]] = {}
@@ -141,9 +129,12 @@ def compare(
 
 
 def _ratio(measured: dict[str, list[dict[str, float]]], own: str, peer: str) -> str:
-    """How many times faster ``own`` was than ``peer``, run by run."""
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(measured[own], measured[peer], strict=True)]
-    return f"- {peer} took {np.median(ratios):.2f} times as long as {own} ({min(ratios):.2f} to {max(ratios):.2f})"
+    """How many times faster ``own`` was than ``peer``, run by run, and without token importance."""
+    texts = []
+    for what in ("seconds", "layers"):
+        ratios = [b["seconds"] / a[what] for a, b in zip(measured[own], measured[peer], strict=True)]
+        texts.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return f"- {peer} took {texts[0]} times as long as {own}, {texts[1]} times as long as its calibration alone."
 
 
 def _config(model: Path) -> Any:
@@ -153,15 +144,19 @@ def _config(model: Path) -> Any:
 def _row(
     name: str, runs: list[dict[str, float]], quality: dict[str, float] | None, lab: Laboratory | None
 ) -> dict[str, str]:
-    seconds = [run["seconds"] for run in runs]
     row = {
         "contender": name,
-        "seconds": f"{np.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+        "seconds": _spread([run["seconds"] for run in runs]),
+        "without importance": _spread([run.get("layers", run["seconds"]) for run in runs]),
         "peak MiB": f"{max(run['peak_mib'] for run in runs):.0f}",
     }
     if quality is not None and lab is not None:
         row |= {"KL": f"{quality['kl']:.4f}", "NLL gap": f"{quality['nll'] - lab.full['nll']:+.4f}"}
     return row
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def main() -> None:
@@ -172,15 +167,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("demo", "middle"), default=("demo", "middle"))
     parser.add_argument("--layers", type=int, default=2, help="of the model of middle size")
     parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
-    parser.add_argument("--ours", choices=OURS, help=argparse.SUPPRESS)
-    for name in ("--model", "--samples", "--out", "--scheme"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     quiet_libraries()
-    if arguments.ours:
-        ours(Path(arguments.model), Path(arguments.samples), arguments.ours, arguments.scheme, Path(arguments.out))
-        return
     params = PrepareParams("parquet", str(WORLD / "calibration.parquet"), arguments.count, columns=Columns(id="id"))
     samples, _ = draw(*read_table(params), params)
     conditions = _conditions(arguments, samples)

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tlq.samples import Batch, _collate
+from tlq.samples import Batch, _batch, _Row
 
 VOCABULARY = 96
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
@@ -292,9 +292,10 @@ def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def batches_of(model_type: str, batch_size: int = 2) -> list[Batch]:
     """Four samples: an image of one to three tiles between two texts, then an answer of four tokens."""
     generator = torch.Generator().manual_seed(3)
-    rows = [_row(TINY[model_type], 1 + index % 3, 5 + 3 * index, generator) for index in range(4)]
+    encoded = [_row(TINY[model_type], 1 + index % 3, 5 + 3 * index, generator) for index in range(4)]
+    rows = [_Row.of(row, 4) for row in encoded]
     chunks = [list(range(start, min(start + batch_size, 4))) for start in range(0, 4, batch_size)]
-    return [_collate(chunk, rows, 0, IMAGE) for chunk in chunks]
+    return [_batch(chunk, rows, encoded.__getitem__, 0, IMAGE) for chunk in chunks]
 
 
 def _row(family: TinyFamily, tiles: int, words: int, generator: torch.Generator) -> Inputs:
@@ -302,7 +303,7 @@ def _row(family: TinyFamily, tiles: int, words: int, generator: torch.Generator)
     before, after = (torch.randint(1, IMAGE, (1, length), generator=generator) for length in (3, words + 4))
     image = torch.full((1, count), IMAGE)
     ids = torch.cat([before, torch.tensor([[VISION_START]]), image, torch.tensor([[VISION_END]]), after], 1)
-    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs, "answer_length": torch.tensor(4)}
+    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
     if family.token_types:
         row[family.token_types] = (ids == IMAGE).long()
     return row

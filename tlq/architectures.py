@@ -24,18 +24,25 @@ class LinearGroup:
         linears: module paths inside the decoder layer.
         fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows.
         parent: module whose output error AWQ and MBQ measure; None where they measure the linear itself.
+        tokenwise: whether the module that the linears are part of computes token by token, from hidden states alone.
     """
 
     name: str
     linears: tuple[str, ...]
     fold: str
     parent: str | None = None
+    tokenwise: bool = False
+
+    @property
+    def block(self) -> str:
+        """The module that the linears are part of: the attention, or the MLP."""
+        return self.linears[0].rpartition(".")[0]
 
 
 QKV = LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn")
 O = LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj")  # noqa: E741
 GATE_UP = LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp")
-DOWN = LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj")
+DOWN = LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", tokenwise=True)
 
 
 #: The group whose output is that of the attention or MLP around a group: where MBQ takes the ratio of modalities from.

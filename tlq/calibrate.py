@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlq.activations import Activations, HostMemory, host_memory
+from tlq.activations import HostMemory, host_memory
 from tlq.architectures import Architecture, LinearGroup, check_linears, get_linear, linear_paths
-from tlq.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.equalization import Candidate, Fold, candidates
 from tlq.objective import Norm, ShardInputs, Statistics
+from tlq.paths import FullPrecision, Paths
 from tlq.quantizer import QuantizedWeight, Scheme, fake_quantize_activations, round_nearest
 from tlq.ranks import Ranks, shard_ranges
 from tlq.recipes import Recipe
@@ -225,7 +225,7 @@ def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch]
 
 
 class LayerLoop:
-    """State carried from layer to layer: hidden states of both paths of this rank's micro-batches."""
+    """Solves the groups of one layer after the other."""
 
     def __init__(
         self,
@@ -246,32 +246,20 @@ class LayerLoop:
         self.weights = weights
         self.head_dim = _head_dim(model.skeleton.config)
         self.weight_dtype = storage if scheme.activation_bits is None else torch.float32
-        self.inputs_path = recipe.inputs_for(scheme)
         self.shards = shard_ranges(len(batches)) if recipe.needs_data else []
         own = self.ranks.own_shards(len(self.shards))
-        self.numbers = [number for shard in own for number in self.shards[shard]]
-        self.batches = [batches[number] for number in self.numbers]
-        self.calls: list[LayerCalls] = []
-        if self.batches:
-            with self.clock.phase("enter"), model.outside() as entered:
-                self.calls = enter_decoder(entered, self.architecture, self.batches, model.device)
+        numbers = [number for shard in own for number in self.shards[shard]]
         memory = memory or host_memory()
-        first = [call.take_hidden_states() for call in self.calls]
-        self.full = Activations(memory, model.device, first if self._sees_full_precision else [])
-        self.exposed = Activations(memory, model.device, first if self.inputs_path == "exposed" else [])
-
-    @property
-    def _sees_full_precision(self) -> bool:
-        return "full_precision" in (self.inputs_path, self.recipe.target)
+        self.paths = Paths(model, batches, numbers, weights, recipe, scheme, self.ranks, memory)
 
     def solve_layer(self, index: int, layer: nn.Module) -> LayerResult:
         """Calibrate, round and install every group of ``layer``; advance both paths past it."""
         with self.clock.phase("forward"):
-            reference = self._full_precision_pass(index, layer)
+            reference = self.paths.full_precision(index, layer)
         weights: dict[str, QuantizedWeight] = {}
         reports = [self._solve_group(index, layer, group, reference, weights) for group in self.architecture.groups]
         with self.clock.phase("forward"):
-            self._advance_exposed(index, layer)
+            self.paths.advance_exposed(index, layer)
         prefix = f"{self.architecture.layers}.{index}."
         names = {f"{path}.weight" for path in weights}
         others = {f"{prefix}{name}": value for name, value in layer.state_dict().items()}
@@ -280,10 +268,7 @@ class LayerLoop:
 
     def replay_layer(self, index: int, layer: nn.Module, result: LayerResult) -> None:
         """Advance both paths past a layer that was solved before, exactly as solving it did."""
-        if self._sees_full_precision:
-            for number, call in enumerate(self.calls):
-                output = run_layer(layer, self.full[number], call.kwargs[index])
-                self.full[number] = call.next_input(index, output)
+        self.paths.advance_full_precision(index, layer)
         prefix = f"{self.architecture.layers}.{index}."
         own = dict(layer.named_parameters())
         for name, value in result.others.items():
@@ -293,69 +278,7 @@ class LayerLoop:
             scheme = self.overall.of(path)
             assert scheme is not None
             self._install_linear(linear, weight, scheme)
-        self._advance_exposed(index, layer)
-
-    def _advance_exposed(self, index: int, layer: nn.Module) -> None:
-        for number in range(len(self.exposed)):
-            call = self.calls[number]
-            output = run_layer(layer, self.exposed[number], call.kwargs[index])
-            self._check_finite(index, number, output)
-            self.exposed[number] = call.next_input(index, output)
-
-    # -- what the layer's groups see -----------------------------------------------------------------------------
-
-    def _full_precision_pass(self, index: int, layer: nn.Module) -> _FullPrecision | None:
-        """Inputs of every group on the full-precision path, or None if the recipe looks at neither."""
-        if not self._sees_full_precision:
-            return None
-        groups = self.architecture.groups
-        modules = {group.name: layer.get_submodule(group.linears[0]) for group in groups}
-        parents = {group.parent for group in groups if group.parent and self._by_parent}
-        modules |= {parent: layer.get_submodule(parent) for parent in parents}
-        found = _FullPrecision({group.name: [] for group in groups}, {parent: [] for parent in parents})
-        for number, call in enumerate(self.calls):
-            seen, output = observe(layer, self.full[number], call.kwargs[index], modules)
-            assert output is not None
-            self._check_finite(index, number, output)
-            self.full[number] = call.next_input(index, output)
-            for group in groups:
-                found.inputs[group.name].append(self._rows(seen[group.name], index, group, number))
-            for parent in parents:
-                found.parents[parent].append(seen[parent])
-        return found
-
-    def _exposed_inputs(self, index: int, layer: nn.Module, group: LinearGroup) -> tuple[list[Tensor], list[Arguments]]:
-        """Inputs of ``group`` behind everything quantized so far, and what its parent module is called with."""
-        stop = layer.get_submodule(group.linears[0])
-        modules = {group.name: stop}
-        if group.parent and self._by_parent:
-            modules[group.parent] = layer.get_submodule(group.parent)
-        rows, parents = [], []
-        for number, call in enumerate(self.calls):
-            seen, _ = observe(layer, self.exposed[number], call.kwargs[index], modules, stop_at=stop)
-            rows.append(self._rows(seen[group.name], index, group, number))
-            if group.parent in modules:
-                parents.append(seen[group.parent])
-        return rows, parents
-
-    @property
-    def _by_parent(self) -> bool:
-        """Whether scales are chosen by the error of the module around a group."""
-        return self.recipe.equalization.error == "parent"
-
-    def _rows(self, seen: Arguments, index: int, group: LinearGroup, number: int) -> Tensor:
-        """The inputs [tokens, in] of a linear at the tokens that count, from one micro-batch."""
-        (hidden,), _ = seen
-        rows = hidden[self._batch_weights(index, group, number) > 0]
-        if not torch.isfinite(rows).all():
-            raise FloatingPointError(
-                f"layer {index}, group {group.name}: its input is not finite; run in float32 or bfloat16 (model.dtype)"
-            )
-        return rows
-
-    def _batch_weights(self, index: int, group: LinearGroup, number: int) -> Tensor:
-        """Weights [batch, time] of this rank's micro-batch ``number``."""
-        return self.weights[index, group.name][self.numbers[number]].to(self.ranks.device)
+        self.paths.advance_exposed(index, layer)
 
     def _by_shard(self, parts: Sequence[Any]) -> list[list[Any]]:
         """Something per micro-batch of this rank, gathered by shard."""
@@ -370,7 +293,7 @@ class LayerLoop:
         index: int,
         layer: nn.Module,
         group: LinearGroup,
-        reference: _FullPrecision | None,
+        reference: FullPrecision | None,
         weights: dict[str, QuantizedWeight],
     ) -> GroupReport:
         """Quantize one group, install it, and put its codes into ``weights``."""
@@ -409,21 +332,21 @@ class LayerLoop:
         return Fold.into(module, in_features, self.head_dim, self.storage, self.architecture.norm_offset)
 
     def _group_inputs(
-        self, index: int, layer: nn.Module, group: LinearGroup, reference: _FullPrecision | None, weight: Tensor
+        self, index: int, layer: nn.Module, group: LinearGroup, reference: FullPrecision | None, weight: Tensor
     ) -> tuple[GroupInputs, ParentError | None]:
         u_parents: list[Arguments] = []
         x_parents: list[Arguments] = []
         if reference is not None:
             x = reference.inputs.pop(group.name)
             x_parents = reference.parents.get(group.parent or "", [])
-        if self.inputs_path == "exposed":
+        if self.paths.sees_exposed:
             with self.clock.phase("forward"):
-                u, u_parents = self._exposed_inputs(index, layer, group)
+                u, u_parents = self.paths.exposed_inputs(index, layer, group)
         else:
             u, u_parents = x, x_parents
         if self.recipe.target == "exposed":
             x, x_parents = u, u_parents
-        by_batch = [self._batch_weights(index, group, number) for number in range(len(self.calls))]
+        by_batch = [self.paths.weights_of(index, group, number) for number in range(len(self.paths.calls))]
         same = x is u
         own = []
         for x_parts, u_parts, w_parts in zip(*map(self._by_shard, (x, u, by_batch)), strict=True):
@@ -432,7 +355,7 @@ class LayerLoop:
             own.append(ShardInputs(exposed if same else torch.cat(x_parts), exposed, w))
         everywhere = torch.cat([part[part > 0] for part in self.weights[index, group.name]])
         inputs = GroupInputs(own, len(self.shards), everywhere, weight.shape[1], same, self.ranks)
-        if group.parent is None or not self._by_parent:
+        if group.parent is None or self.recipe.equalization.error != "parent":
             return inputs, None
         shards = [self._by_shard(parts) for parts in (x_parents, u_parents, by_batch)]
         return inputs, ParentError(
@@ -465,7 +388,7 @@ class LayerLoop:
         if self.recipe.rounding == "nearest":
             return round_nearest(scaled_weight, self.scheme, self.storage), None
         statistics, scales = error.statistics_behind(s)
-        factor, damping = statistics.factor(self.recipe.damping, scales)
+        factor, damping = statistics.factor(self.recipe.damping, scales, keep=error.measures_by(statistics))
         if damping > self.recipe.damping and self.ranks.leads:
             logger.warning("damping raised from %g to %g", self.recipe.damping, damping)
 
@@ -550,20 +473,6 @@ class LayerLoop:
         if scheme.activation_bits is not None:
             linear.register_forward_pre_hook(_quantize_input(scheme.activation_bits))
 
-    def _check_finite(self, index: int, number: int, output: Tensor) -> None:
-        if not torch.isfinite(output[self.batches[number].valid.to(output.device)]).all():
-            raise FloatingPointError(
-                f"layer {index}: its output is not finite; run in float32 or bfloat16 (model.dtype)"
-            )
-
-
-@dataclass
-class _FullPrecision:
-    """One layer on the full-precision path, by micro-batch: group inputs [tokens, in], parents' arguments."""
-
-    inputs: dict[str, list[Tensor]]
-    parents: dict[str, list[Arguments]]
-
 
 @dataclass
 class _Solution:
@@ -588,15 +497,16 @@ class _LinearsError:
     def cheapest(self) -> StatisticsError | TokensError:
         tokens = len(self.inputs.w) * (2 if self.compensated else 1)
         if self.scheme.activation_bits is None and tokens > self.weight.shape[1]:
-            return StatisticsError(self.weight, self.statistics, self.scheme, self.storage, self.inputs.ranks)
+            statistics = self.inputs.statistics(self.weight)
+            return StatisticsError(self.weight, statistics, self.scheme, self.storage, self.inputs.ranks)
         return self.by_token("l2")
 
     def by_token(self, norm: Norm) -> TokensError:
         return TokensError(self.weight, self.inputs, self.scheme, self.storage, norm)
 
-    @cached_property
-    def statistics(self) -> Statistics:
-        return self.inputs.statistics(self.weight)
+    def measures_by(self, statistics: Statistics) -> bool:
+        """Whether errors are measured by these statistics."""
+        return isinstance(self.cheapest, StatisticsError) and self.cheapest.statistics is statistics
 
     def statistics_behind(self, s: Tensor) -> tuple[Statistics, Tensor | None]:
         """Statistics for the codes of V diag(s), and the scales that its inputs have yet to be divided by.
@@ -605,7 +515,9 @@ class _LinearsError:
         """
         bits = self.scheme.activation_bits
         if bits is None:
-            return self.statistics, s
+            if isinstance(self.cheapest, StatisticsError):
+                return self.cheapest.statistics, s
+            return self.inputs.statistics(self.weight), s
 
         def quantized(part: ShardInputs) -> ShardInputs:
             seen = fake_quantize_activations(part.u / s, bits)

@@ -1,9 +1,13 @@
-"""What identifies a checkpoint."""
+"""What identifies a checkpoint, and data in memory."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importing torch takes longer than all that those do who only want a checkpoint's digest
+    from torch import Tensor
 
 
 def digest(folder: Path) -> str:
@@ -14,3 +18,9 @@ def digest(folder: Path) -> str:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         total.update(f"{file.name} {content}\n".encode())
     return total.hexdigest()
+
+
+def add_tensor(total: Any, name: str, tensor: Tensor) -> None:
+    """Let a running SHA-256 take in a tensor in host memory: its name, shape, dtype and contents."""
+    total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+    total.update(tensor.contiguous().numpy().tobytes())

@@ -30,7 +30,8 @@ class Weighting:
 
     Attributes:
         power: exponent on the raw importance.
-        clip_quantile: raw importance is capped at this quantile of its layer and group; 1 caps nothing.
+        clip_quantile: raw importance is capped at this quantile of its layer and group, taken over the tokens that have
+            any: behind the last attention only those do that predict a token of the answer. 1 caps nothing.
         modality_mix: share of the token's modality mean mixed in; 0 is TLQ's own, 1 leaves one weight per modality.
         least_effective: least effective sample size (sum w)^2 / sum w^2, in tokens, of sources `token` and `block`: as
             little of weight 1 is mixed in as reaches it; 0 asks for none.
@@ -79,12 +80,18 @@ def token_weights(
         weights = np.ones(image.shape, np.float64)
     elif source in ("token", "block"):
         values = np.concatenate(raw).astype(np.float64)
-        values = np.minimum(values, np.quantile(values, weighting.clip_quantile)) ** weighting.power
+        values = _clipped(values, weighting.clip_quantile) ** weighting.power
         weights = (1 - weighting.modality_mix) * values + weighting.modality_mix * _modality_mean(values, image)
         weights = evened_out(_mean_one(weights), weighting.least_effective)
     else:
         raise ValueError(f"unknown importance source {source!r}; choose uniform, modality, token or block")
     return _split(weights, is_image)
+
+
+def _clipped(values: NDArray[np.float64], quantile: float) -> NDArray[np.float64]:
+    """Values with those above the quantile of the positive ones lowered to it."""
+    positive = values[values > 0]
+    return np.minimum(values, np.quantile(positive, quantile)) if len(positive) else values
 
 
 def modality_weights(

@@ -97,35 +97,36 @@ class Statistics:
             total = total + self.exposure[rows].sum(dtype=torch.float64) - 2 * linear
         return float(total)
 
-    def factor(self, damping: float, s: Tensor | None = None) -> tuple[Factor, float]:
+    def factor(self, damping: float, s: Tensor | None = None, keep: bool = True) -> tuple[Factor, float]:
         """The damped C of inputs divided by s [in] in factors; the damping used, a share of its mean diagonal.
 
         Channels that no token excites get a unit diagonal. The damping grows tenfold until the factorisation succeeds.
 
+        Args:
+            keep: whether C is needed after this. If not it is given up, so that of the widest group's matrices, of
+                gigabytes each at 72B, no more than two are in memory.
+
         Raises:
             FloatingPointError: it never does.
         """
+        hessian = self.hessian.flip(0, 1)
+        if not keep:
+            self.hessian = torch.empty(0)
+        if s is not None:
+            backwards = s.flip(0)
+            hessian.div_(backwards).div_(backwards[:, None])
+        diagonal = hessian.diagonal().clone()
+        mean = float(diagonal.mean()) or 1.0
         while damping < 1e3:
-            factor = Factor.of_reversed(self._damped(damping, s))
-            if factor is not None:
-                return factor, damping
+            hessian.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal + damping * mean))
+            lower, info = torch.linalg.cholesky_ex(hessian)
+            if not int(info):
+                del hessian
+                return Factor.of_reversed(lower), damping
             damping = max(10 * damping, _LEAST_DAMPING)
         raise FloatingPointError(
             "the inputs' second moments cannot be factorised even with strong damping: they are not finite"
         )
-
-    def _damped(self, damping: float, s: Tensor | None) -> Tensor:
-        """The damped C of inputs divided by s, rows and columns reversed."""
-        hessian = self.hessian.flip(0, 1)
-        if s is not None:
-            backwards = s.flip(0)
-            hessian.div_(backwards).div_(backwards[:, None])
-        diagonal = hessian.diagonal()
-        dead = diagonal == 0
-        mean = float(diagonal.mean()) or 1.0
-        diagonal.add_(damping * mean)
-        diagonal[dead] = mean
-        return hessian
 
     def shifted_target(
         self, weight: Tensor, factor: Factor, rows: slice = slice(None), s: Tensor | None = None

@@ -29,8 +29,8 @@ _FLOAT = 4
 _RUNTIME = 256 * 2**20
 #: Copies of a group's weight that solving it holds: original, scaled, W G, dequantized, temporaries.
 _WEIGHTS = 5
-#: Matrices of a group's width: second moments, their reversed copy, its factor.
-_MOMENTS = 3
+#: Matrices of a group's width that its second moments are turned into factors with.
+_FACTORING = 2
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def plan_calibration(
     tokens = sum(_all_tokens(batch) for batch in batches)
     counted = tokens if counted is None else min(counted, tokens)
     sees_original = "full_precision" in (recipe.inputs_for(scheme), recipe.target)
-    paths = sees_original + (recipe.inputs_for(scheme) == "exposed")
+    exposed = recipe.inputs_for(scheme) == "exposed"
+    paths = sees_original + exposed
     forward = 2 * sizes.layer + sizes.activations(batches, graph=False)
     solving = 2 * sizes.layer + max(
         sizes.group(group, min(counted, own), recipe, scheme, paths) for group in model.architecture.groups
@@ -122,7 +123,8 @@ def plan_calibration(
         tokens=tokens,
         counted=counted if recipe.needs_data else 0,
         device=_RUNTIME + sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
-        hidden_states=own * sizes.state * paths if recipe.needs_data else 0,
+        # On the exposed path, also what the attention at hand has put out.
+        hidden_states=own * sizes.state * (paths + exposed) if recipe.needs_data else 0,
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
     )
@@ -184,7 +186,7 @@ class _Sizes:
 
     def enter(self, batches: Sequence[Batch], own: int) -> int:
         """All that is outside the decoder layers, with the vision tower at work and the states it has made."""
-        pixels = max((_bytes(batch) for batch in batches), default=0)
+        pixels = max((batch.size for batch in batches), default=0)
         return self.outside + own * self.state + 8 * pixels if batches else 0
 
     def head(self, batches: Sequence[Batch]) -> int:
@@ -213,9 +215,10 @@ class _Sizes:
             inputs += own * sum(widths) * self.item
         if recipe.equalization.error == "parent" and group.parent:
             inputs += own * 4 * self.state
-        moments = _MOMENTS * width * width * _FLOAT
-        needed = recipe.rounding == "compensated" or (scheme.activation_bits is None and own > width)
-        return weights + inputs + (moments if needed else 0)
+        compensated = recipe.rounding == "compensated"
+        measures = scheme.activation_bits is None and own * (1 + compensated) > width
+        moments = measures + _FACTORING * compensated
+        return weights + inputs + moments * width * width * _FLOAT
 
 
 def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
@@ -245,10 +248,6 @@ def _elements(model: StreamedModel, names: Sequence[str]) -> int:
 
 def _all_tokens(batch: Batch) -> int:
     return batch.valid.numel()
-
-
-def _bytes(batch: Batch) -> int:
-    return sum(value.numel() * value.element_size() for value in batch.inputs.values())
 
 
 def _own_tokens(batches: Sequence[Batch], ranks: Ranks) -> int:

@@ -37,18 +37,15 @@ class Factor:
     @classmethod
     def of(cls, hessian: Tensor) -> Factor | None:
         """Factors of a symmetric matrix [in, in], or None if it is not positive definite."""
-        return cls.of_reversed(hessian.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        return None if int(info) else cls.of_reversed(lower)
 
     @classmethod
-    def of_reversed(cls, hessian: Tensor) -> Factor | None:
-        """``of`` for a matrix whose rows and columns come in reverse order; it is not kept.
+    def of_reversed(cls, lower: Tensor) -> Factor:
+        """Factors of a matrix from the lower Cholesky factor of the same matrix with rows and columns reversed.
 
-        Read backwards, the lower Cholesky factor of the reversed matrix is the upper one of the matrix itself.
+        Read backwards, that is an upper one of the matrix itself.
         """
-        lower, info = torch.linalg.cholesky_ex(hessian)
-        del hessian  # the widest group of a 72B model needs gigabytes for each of these
-        if int(info):
-            return None
         upper = lower.flip(0, 1)
         diagonal = upper.diagonal().clone()
         return cls(upper.div_(diagonal), diagonal.square())

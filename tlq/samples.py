@@ -6,8 +6,9 @@ last turn is the answer, whose tokens make the loss that importance is the gradi
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypedDict
@@ -17,8 +18,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tlq.digest import add_tensor
 
 IMAGE_MARK = "<image>"
+
+#: Names to tensors, as the model's forward takes them.
+Inputs = dict[str, Tensor]
 
 
 class Message(TypedDict):
@@ -36,25 +43,34 @@ class Sample:
     source: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """A micro-batch of encoded samples, padded on the right.
+    """A micro-batch of samples, padded on the right.
+
+    Its pixels are not kept: for 512 photographs they take tens of GiB, and are looked at once or twice.
 
     Attributes:
         samples: index of each row in the list of samples.
-        inputs: what the model's forward takes.
+        input_ids: [batch, time].
         valid, is_image, is_answer: bool [batch, time]; padding, image tokens, tokens the loss is taken on.
+        size: bytes of ``inputs`` without padding.
+        digest: SHA-256 of what the samples are encoded to.
+        encode: makes ``inputs``.
     """
 
     samples: list[int]
-    inputs: dict[str, Tensor]
+    input_ids: Tensor
     valid: Tensor
     is_image: Tensor
     is_answer: Tensor = field(repr=False)
+    size: int
+    digest: str
+    encode: Callable[[], Inputs] = field(repr=False)
 
     @property
-    def input_ids(self) -> Tensor:
-        return self.inputs["input_ids"]
+    def inputs(self) -> Inputs:
+        """What the model's forward takes, encoded anew."""
+        return self.encode()
 
 
 @dataclass(frozen=True)
@@ -121,21 +137,53 @@ def encode_batches(
         ValueError: a sample is longer than ``max_length`` tokens (image tokens are never cut), has no answer, or an
             unreadable image.
     """
-    rows = [_encode(sample, processor) for sample in samples]
+    rows = [_Row.of(*_encode(sample, processor)) for sample in samples]
     for sample, row in zip(samples, rows, strict=True):
-        length = row["input_ids"].shape[1]
-        if length > max_length:
+        if row.length > max_length:
             raise ValueError(
-                f"sample {sample.id}: {length} tokens, more than the {max_length} allowed; "
+                f"sample {sample.id}: {row.length} tokens, more than the {max_length} allowed; "
                 "raise importance.max_tokens, or leave the sample out of the calibration data"
             )
-    order = sorted(range(len(rows)), key=lambda index: (-rows[index]["input_ids"].shape[1], index))
+    order = sorted(range(len(rows)), key=lambda index: (-rows[index].length, index))
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [_collate(chunk, rows, processor.tokenizer.pad_token_id or 0, image_token_id) for chunk in chunks]
+    pad_id = processor.tokenizer.pad_token_id or 0
+
+    def encode(index: int) -> Inputs:
+        return _encode(samples[index], processor)[0]
+
+    return [_batch(chunk, rows, encode, pad_id, image_token_id) for chunk in chunks]
 
 
-def _encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
-    """One sample through the processor; ``answer_length`` counts the trailing tokens that are the answer."""
+@dataclass(frozen=True)
+class _Row:
+    """What is kept of an encoded sample.
+
+    Attributes:
+        input_ids: [tokens].
+        answer_length: how many of them, at the end, are the answer.
+        size, digest: bytes and SHA-256 of everything the model's forward takes.
+    """
+
+    input_ids: Tensor
+    answer_length: int
+    size: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, encoded: Inputs, answer_length: int) -> _Row:
+        total = hashlib.sha256()
+        for name, tensor in sorted(encoded.items()):
+            add_tensor(total, name, tensor)
+        size = sum(value.numel() * value.element_size() for value in encoded.values())
+        return cls(encoded["input_ids"][0], answer_length, size, total.digest())
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+def _encode(sample: Sample, processor: Any) -> tuple[Inputs, int]:
+    """One sample through the processor, and how many of its last tokens are the answer."""
     prompt, answer = _prompt_and_answer(sample, processor)
     images = [[decode_image(data) for data in sample.images]] if sample.images else None
     bos = processor.tokenizer.bos_token  # a template that writes it (Gemma) leaves none to add, as in transformers
@@ -144,7 +192,7 @@ def _encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
     answer_ids = _answer_ids(processor.tokenizer, prompt, answer)
     if encoded["input_ids"][0, -len(answer_ids) :].tolist() != answer_ids:
         raise ValueError(f"sample {sample.id}: its tokens do not end with the answer's; leave the sample out")
-    return {**encoded, "answer_length": torch.tensor(len(answer_ids))}
+    return dict(encoded), len(answer_ids)
 
 
 def _prompt_and_answer(sample: Sample, processor: Any) -> tuple[str, str]:
@@ -176,22 +224,38 @@ def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
     return list(together[common:])
 
 
-def _collate(chunk: list[int], rows: list[dict[str, Tensor]], pad_id: int, image_token_id: int) -> Batch:
-    width = max(rows[index]["input_ids"].shape[1] for index in chunk)
+def _batch(
+    chunk: list[int], rows: Sequence[_Row], encode: Callable[[int], Inputs], pad_id: int, image_token_id: int
+) -> Batch:
+    """The samples ``chunk`` as a micro-batch; ``encode`` gives any of them anew."""
+    chosen = [rows[index] for index in chunk]
+    lengths = torch.tensor([row.length for row in chosen])[:, None]
+    answers = torch.tensor([row.answer_length for row in chosen])[:, None]
+    position = torch.arange(int(lengths.max()))[None]
+    input_ids = pad_sequence([row.input_ids for row in chosen], batch_first=True, padding_value=pad_id)
+    return Batch(
+        samples=chunk,
+        input_ids=input_ids,
+        valid=position < lengths,
+        is_image=input_ids == image_token_id,
+        is_answer=(position < lengths) & (position >= lengths - answers),
+        size=sum(row.size for row in chosen),
+        digest=hashlib.sha256(b"".join(row.digest for row in chosen)).hexdigest(),
+        encode=lambda: _collate([encode(index) for index in chunk], pad_id),
+    )
+
+
+def _collate(rows: Sequence[Inputs], pad_id: int) -> Inputs:
+    """Encoded samples, [1, ...] each, as one."""
+    width = max(row["input_ids"].shape[1] for row in rows)
     per_token = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
-    inputs: dict[str, Tensor] = {}
-    names = dict.fromkeys(name for index in chunk for name in rows[index] if name != "answer_length")
-    for name in names:  # rows without an image have no pixels
-        values = [rows[index][name] for index in chunk if name in rows[index]]
+    inputs: Inputs = {}
+    for name in dict.fromkeys(name for row in rows for name in row):  # rows without an image have no pixels
+        values = [row[name] for row in rows if name in row]
         if name in per_token:
             values = [_pad_right(value, width, per_token[name]) for value in values]
         inputs[name] = torch.cat(values if name in per_token else _pad_to_common(values))
-    valid = inputs["attention_mask"].bool()
-    lengths = valid.sum(1)
-    answers = torch.stack([rows[index]["answer_length"] for index in chunk])
-    position = torch.arange(width)[None]
-    is_answer = valid & (position >= (lengths - answers)[:, None])
-    return Batch(chunk, inputs, valid, inputs["input_ids"] == image_token_id, is_answer)
+    return inputs
 
 
 def _pad_to_common(values: list[Tensor]) -> list[Tensor]:

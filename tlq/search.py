@@ -26,7 +26,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _ROW_PARTS = 31
 _LEAST_ROWS = 32
 _FIRST_PARTS = 1
-_TOKENS_PARTS = 8
+_TOKENS_PARTS = 31
 _FEW_PARTS = 4
 
 

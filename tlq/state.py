@@ -16,9 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from tlq.digest import add_tensor
 from tlq.files import write_text
 from tlq.samples import Batch
 from tlq.weights import TokenWeights
@@ -110,17 +108,11 @@ def data_digest(batches: Sequence[Batch], weights: TokenWeights) -> str:
     """SHA-256 of everything calibration reads from the samples: model inputs and token weights."""
     total = hashlib.sha256()
     for batch in batches:
-        for name, tensor in sorted(batch.inputs.items()):
-            _add(total, name, tensor)
+        total.update(f"{batch.digest} ".encode())
     for (layer, group), parts in sorted(weights.items()):
         for tensor in parts:
-            _add(total, f"{layer} {group}", tensor)
+            add_tensor(total, f"{layer} {group}", tensor)
     return total.hexdigest()
-
-
-def _add(total: Any, name: str, tensor: Tensor) -> None:
-    total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-    total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"")
 
 
 def model_digest(folder: Path) -> str:

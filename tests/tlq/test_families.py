@@ -69,11 +69,10 @@ def quick(name: str) -> Recipe:
     return replace(recipe, equalization=replace(recipe.equalization, points=3))
 
 
-def final_hidden_states(built: Built, batch: Batch) -> Tensor:
-    """What the decoder hands to its last norm, [batch, time, hidden]."""
+def last_layer_inputs(built: Built, batch: Batch) -> Tensor:
+    """What the last decoder layer is called with, [batch, time, hidden]."""
     seen: list[Tensor] = []
-    norm = built.model.get_submodule(built.architecture.layers.removesuffix("layers") + "norm")
-    handle = norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    handle = built.layers[-1].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     with torch.no_grad():
         built.model(**batch.inputs, use_cache=False)
     handle.remove()
@@ -97,8 +96,9 @@ def test_layer_by_layer_the_decoder_computes_what_the_model_does(
     with torch.no_grad():
         for index, layer in enumerate(built.layers):
             loop.solve_layer(index, layer)
-    for batch, full, exposed in zip(built.batches, loop.full, loop.exposed, strict=True):
-        expected = final_hidden_states(built, batch)[batch.valid]
+    assert len(built.layers) > 1
+    for batch, full, exposed in zip(built.batches, loop.paths.full, loop.paths.exposed, strict=True):
+        expected = last_layer_inputs(built, batch)[batch.valid]
         torch.testing.assert_close(full[batch.valid], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(exposed[batch.valid], expected, rtol=1e-5, atol=1e-5)
 

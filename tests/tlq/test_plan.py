@@ -37,7 +37,7 @@ def test_it_counts_weights_and_tokens(streamed: StreamedModel, batches: list[Bat
     assert found.outside == 4 * sum(parameter.numel() for parameter in streamed.skeleton.parameters()) - 2 * found.layer
     assert found.tokens == sum(batch.valid.numel() for batch in batches)
     assert found.counted == 40
-    assert found.hidden_states == 2 * found.tokens * 128 * 4  # both paths
+    assert found.hidden_states == 3 * found.tokens * 128 * 4  # both paths, and outputs of the attention
     assert any("2 decoder layers" in line for line in found.lines())
 
 

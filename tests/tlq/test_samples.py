@@ -40,6 +40,24 @@ def test_image_tokens_are_marked_and_match_the_pixels(
         assert not bool((batch.is_image & ~batch.valid).any())
 
 
+def test_pixels_are_made_when_asked_for_and_known_by_their_digest(
+    tiny_processor: Any, samples: list[Sample], image_id: int
+) -> None:
+    first, *others = encode_batches(samples, tiny_processor, image_id, 4, 512)
+    assert first.inputs["pixel_values"] is not first.inputs["pixel_values"]
+    torch.testing.assert_close(first.inputs, first.inputs, rtol=0, atol=0)
+    total = sum(value.numel() * value.element_size() for value in first.inputs.values())
+    assert 0.9 * total < first.size <= total
+    assert torch.equal(first.inputs["input_ids"], first.input_ids)
+    assert torch.equal(first.inputs["attention_mask"].bool(), first.valid)
+    assert len({batch.digest for batch in (first, *others)}) == 1 + len(others)
+    number, *rest = first.samples
+    changed = list(samples)
+    changed[number] = dataclasses.replace(samples[number], images=samples[rest[0]].images)
+    again = [batch.digest for batch in encode_batches(changed, tiny_processor, image_id, 4, 512)]
+    assert again != [first.digest, *(batch.digest for batch in others)]
+
+
 def test_every_sample_once_longest_first(tiny_processor: Any, samples: list[Sample], image_id: int) -> None:
     batches = encode_batches(samples, tiny_processor, image_id, 4, 512)
     assert sorted(sample for batch in batches for sample in batch.samples) == list(range(len(samples)))

@@ -200,6 +200,11 @@ def test_token_weights_are_clipped_raised_and_mixed() -> None:
     assert len(np.unique(clipped[flat >= median])) == 1
     assert clipped.max() / clipped.min() == pytest.approx(median / flat.min(), rel=1e-4)
 
+    few = [np.concatenate([part, np.zeros(50 * len(part), np.float32)]) for part in raw]
+    marks = [np.concatenate([part, np.zeros(50 * len(part), np.bool_)]) for part in is_image]
+    sparse = np.concatenate(token_weights(few, marks, "token", Weighting(1, 0.5, 0)))
+    assert sparse.max() == pytest.approx(sparse.sum() * median / np.minimum(flat, median).sum(), rel=1e-4)
+
     mixed = np.concatenate(token_weights(raw, is_image, "token", Weighting(1, 1, 1)))
     means = np.where(image, flat[image].mean(), flat[~image].mean())
     np.testing.assert_allclose(mixed, means / means.mean(), rtol=1e-5)

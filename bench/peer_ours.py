@@ -1,0 +1,47 @@
+"""Quantize a checkpoint with one of our recipes, on samples written by bench.peers.
+
+Imports what a user of ``tlq.api`` does. Writes the checkpoint and measured.json: wall seconds of everything, those
+of them that went into token importance, and peak resident memory in MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import time
+from pathlib import Path
+
+from tlq.api import quantize
+from tlq.memory import peak_resident
+from tlq.tokens import TokenBudget
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--samples", type=Path, required=True, help="pickled list of samples")
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--scheme", required=True)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    samples = pickle.loads(arguments.samples.read_bytes())
+    started = time.perf_counter()
+    reports = quantize(
+        arguments.model,
+        arguments.out,
+        samples,
+        arguments.recipe,
+        arguments.scheme,
+        budget=TokenBudget(4096),
+        batch_size=arguments.batch_size,
+    )
+    seconds = time.perf_counter() - started
+    layers = sum(report["seconds"] for report in reports)
+    measured = {"seconds": seconds, "layers": layers, "peak_mib": peak_resident() / 2**20}
+    (arguments.out / "measured.json").write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
