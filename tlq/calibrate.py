@@ -374,7 +374,7 @@ class LayerLoop:
         with self.clock.phase("search"):
             chosen = self._search(weight, inputs, fold, error, parent_error)
         with self.clock.phase("round"):
-            rounded, damping = self._round(weight * chosen.s, error, chosen.s)
+            rounded, damping = self._round(error, chosen.s)
         with self.clock.phase("search"):
             total = float(inputs.w.sum())
             measured = error.cheapest
@@ -383,19 +383,19 @@ class LayerLoop:
             after = measured.total(rounded.dequantize(), chosen.s)
         return _Solution(chosen, rounded, before / total, after / total, damping)
 
-    def _round(self, scaled_weight: Tensor, error: _LinearsError, s: Tensor) -> tuple[QuantizedWeight, float | None]:
+    def _round(self, error: _LinearsError, s: Tensor) -> tuple[QuantizedWeight, float | None]:
         """Codes of W diag(s) as the recipe rounds, and the damping that took."""
         if self.recipe.rounding == "nearest":
-            return round_nearest(scaled_weight, self.scheme, self.storage), None
+            return round_nearest(error.weight * s, self.scheme, self.storage), None
         statistics, scales = error.statistics_behind(s)
         factor, damping = statistics.factor(self.recipe.damping, scales, keep=error.measures_by(statistics))
         if damping > self.recipe.damping and self.ranks.leads:
             logger.warning("damping raised from %g to %g", self.recipe.damping, damping)
 
         def target(rows: slice) -> Tensor:
-            return statistics.shifted_target(scaled_weight[rows], factor, rows, scales)
+            return statistics.shifted_target(error.weight[rows] * s, factor, rows, scales)
 
-        return self._round_compensated(target, scaled_weight.shape, factor), damping
+        return self._round_compensated(target, error.weight.shape, factor), damping
 
     def _round_compensated(
         self, target: Callable[[slice], Tensor], shape: torch.Size, factor: Factor

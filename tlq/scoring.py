@@ -25,6 +25,7 @@ from tlq.architectures import check_linears, get_linear
 from tlq.decoder import LayerCalls, enter_decoder, run_layer
 from tlq.files import new_file
 from tlq.importance import Importance
+from tlq.memory import give_back
 from tlq.quantizer import Scheme, fake_quantize
 from tlq.ranks import Ranks
 from tlq.samples import Batch
@@ -250,6 +251,7 @@ class Wave:
         """Give back the memory of all hidden states."""
         for states in self.inputs:
             states.clear()
+        give_back()
 
 
 #: What ``Loss.gradients`` yields: layer, number in the wave, group name -> g_t [batch, time].

@@ -170,6 +170,7 @@ class StreamedModel:
     def _with_weights(self, names: Iterable[str]) -> Iterator[nn.Module]:
         with self._filled(self.read(names)):
             yield self.skeleton
+        give_back()
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """Raises FloatingPointError if a weight is not finite."""
