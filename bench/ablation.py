@@ -45,6 +45,9 @@ logger = logging.getLogger("bench.ablation")
 RESULTS = Path("bench/results/ablation.csv")
 DOCS = Path("docs")
 
+#: What tells one run from another.
+_KEY = ("recipe", "factor", "level", "scheme", "seed")
+
 #: Schemes in which choices are studied; recipes with their defaults are compared in all.
 _STUDIED = ("w3a16", "w2a16")
 
@@ -199,15 +202,15 @@ def _finished() -> set[tuple[Any, ...]]:
     if not RESULTS.exists():
         return set()
     frame = pd.read_csv(RESULTS, keep_default_na=False)
-    return set(frame[["recipe", "factor", "level", "scheme", "seed"]].itertuples(index=False, name=None))
+    return set(frame[list(_KEY)].itertuples(index=False, name=None))
 
 
 def _append(row: dict[str, Any], done: set[tuple[Any, ...]]) -> None:
-    key = tuple(row[name] for name in ("recipe", "factor", "level", "scheme", "seed"))
+    key = tuple(row[name] for name in _KEY)
     if key in done:
         return
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    columns = ["recipe", "factor", "level", "scheme", "seed", "score", "nll", "kl", "items", "seconds"]
+    columns = [*_KEY, "score", "nll", "kl", "items", "seconds"]
     frame = pd.DataFrame([row]).reindex(columns=columns)
     frame.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False, float_format="%.6g")
     done.add(key)
@@ -215,20 +218,26 @@ def _append(row: dict[str, Any], done: set[tuple[Any, ...]]) -> None:
 
 def summarise() -> None:
     """Write docs/ablation.md and docs/ablation.png: means over seeds with 95 % intervals (Student's t)."""
-    frame = pd.read_csv(RESULTS, keep_default_na=False)
+    frame = pd.read_csv(RESULTS, keep_default_na=False).drop_duplicates(list(_KEY), keep="last")
     full, runs = frame[frame["recipe"] == "full"].iloc[0], frame[frame["recipe"] != "full"]
+    runs = runs.astype({"kl": float, "nll": float, "score": float})
     table = (
-        runs.astype({"kl": float, "nll": float, "score": float})
+        runs.assign(log_ratio=_log_ratios(runs))
         .groupby(["scheme", "recipe", "factor", "level"], sort=False)
         .agg(
             kl=("kl", "mean"),
             spread=("kl", "std"),
+            ratio=("log_ratio", "mean"),
+            ratio_spread=("log_ratio", "std"),
             nll=("nll", "mean"),
             score=("score", "mean"),
             seeds=("seed", "size"),
         )
         .reset_index()
     )
+    order = {(choice.recipe.name, choice.factor, choice.level): number for number, choice in enumerate(study())}
+    keys = zip(table["recipe"], table["factor"], table["level"], strict=True)
+    table = table.assign(place=[order[key] for key in keys]).sort_values("place", kind="stable")
     spreads, seeds = table["spread"].to_numpy(float), table["seeds"].to_numpy(int)
     table["half"] = [_half_width(float(spread), int(n)) for spread, n in zip(spreads, seeds, strict=True)]
     lines = [
@@ -236,21 +245,44 @@ def summarise() -> None:
         "",
         "Demo model, one choice changed at a time. KL divergence from full precision and negative log-likelihood of",
         f"the reference answers in nats per answer token on {int(full['items'])} held-out items; score in percent,",
-        "mean of the four demo benchmarks. Means over calibration seeds, KL with its 95 % interval. Made by",
-        f"`python -m bench.ablation`. Full precision: score {float(full['score']):.1f}, NLL {float(full['nll']):.4f}.",
+        "mean of the four demo benchmarks. Means over calibration seeds, KL with its 95 % interval (Student's t). The",
+        "last column compares with the recipe's default on the same seeds: geometric mean of the ratios of KL with its",
+        "95 % interval, below 1 where the choice is better than the default. Made by `python -m bench.ablation`. Full",
+        f"precision: score {float(full['score']):.1f}, NLL {float(full['nll']):.4f}.",
     ]
-    for scheme, part in table.groupby("scheme", sort=False):
-        lines += ["", f"## {str(scheme).upper()}", "", "| recipe | choice | KL | NLL | score | seeds |"]
-        lines += ["|---|---|---|---|---|---|"]
-        for row in part.itertuples():
+    for scheme in _schemes(table):
+        lines += ["", f"## {scheme.upper()}", "", "| recipe | choice | KL | NLL | score | seeds | x default |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for row in table[table["scheme"] == scheme].itertuples():
             choice = f"{row.factor} {row.level}".strip()
             lines.append(
                 f"| {row.recipe} | {choice} | {row.kl:.4f}{_interval(row.half)} | {row.nll:.4f} | {row.score:.1f} "
-                f"| {row.seeds} |"
+                f"| {row.seeds} | {_ratio(row)} |"
             )
     DOCS.mkdir(exist_ok=True)
     (DOCS / "ablation.md").write_text("\n".join([*lines, "", "![KL by choice](ablation.png)", ""]))
     _draw(table).savefig(DOCS / "ablation.png", dpi=100, metadata={"Software": None})
+
+
+def _schemes(table: pd.DataFrame) -> list[str]:
+    """The schemes of a table, those in which choices are studied first."""
+    found = set(table["scheme"])
+    return [*(name for name in _STUDIED if name in found), *sorted(found - set(_STUDIED))]
+
+
+def _log_ratios(runs: pd.DataFrame) -> pd.Series:
+    """Logarithm of a run's KL over that of its recipe's default with the same scheme and seed."""
+    by = ["recipe", "scheme", "seed"]
+    defaults = runs[runs["factor"] == "default"].set_index(by)["kl"].rename("default")
+    return (runs["kl"] / runs.join(defaults, on=by)["default"]).map(np.log)
+
+
+def _ratio(row: Any) -> str:
+    if row.factor == "default":
+        return ""
+    half = _half_width(row.ratio_spread, row.seeds)
+    interval = "" if np.isnan(half) else f" ({np.exp(row.ratio - half):.2f} to {np.exp(row.ratio + half):.2f})"
+    return f"{np.exp(row.ratio):.2f}{interval}"
 
 
 def _interval(half: Any) -> str:
@@ -265,8 +297,8 @@ def _half_width(spread: float, seeds: int) -> float:
 
 
 def _draw(table: pd.DataFrame) -> Figure:
-    schemes = list(dict.fromkeys(table["scheme"]))
-    names = sorted({_label(row) for row in table.itertuples()})
+    schemes = _schemes(table)
+    names = list(dict.fromkeys(_label(row) for row in table.itertuples()))
     figure = Figure(figsize=(4.2 * len(schemes) + 2, 0.24 * len(names) + 1), layout="constrained")
     panels = figure.subplots(1, len(schemes), sharey=True, squeeze=False)[0]
     for axes, scheme in zip(panels, schemes, strict=True):
