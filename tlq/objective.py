@@ -89,13 +89,21 @@ class Statistics:
             cross[rows] = ranks.ordered_sum(products, block.shape)
         return cls(exposure, cross, hessian)
 
-    def error(self, rows: slice, change: Tensor) -> float:
-        """The error of the output rows ``rows``, whose D = V - W is ``change`` [rows, in]."""
-        total = (change @ self.hessian).mul_(change).sum(dtype=torch.float64)
-        if self.exposure is not None and self.cross is not None:
-            linear = (self.cross[rows] * change).sum(dtype=torch.float64)
-            total = total + self.exposure[rows].sum(dtype=torch.float64) - 2 * linear
-        return float(total)
+    def errors(self, changes: Sequence[tuple[slice, Tensor]]) -> list[float]:
+        """Errors of some output rows, of each pair (rows, their D = V - W [rows, in]).
+
+        All go through C together: a few rows alone do not keep a processor busy.
+        """
+        stacked = torch.cat([change for _, change in changes])
+        products = (stacked @ self.hessian).mul_(stacked).sum(1, dtype=torch.float64)
+        found = []
+        for (rows, change), squares in zip(changes, products.split([len(each) for _, each in changes]), strict=True):
+            total = squares.sum()
+            if self.exposure is not None and self.cross is not None:
+                linear = (self.cross[rows] * change).sum(dtype=torch.float64)
+                total = total + self.exposure[rows].sum(dtype=torch.float64) - 2 * linear
+            found.append(float(total))
+        return found
 
     def factor(self, damping: float, s: Tensor | None = None, keep: bool = True) -> tuple[Factor, float]:
         """The damped C of inputs divided by s [in] in factors; the damping used, a share of its mean diagonal.
@@ -191,6 +199,16 @@ class Tokens:
             inputs = fake_quantize_activations(inputs if s is None else inputs / s, activation_bits)
         elif s is not None:
             quantized = quantized / s  # the same product, and the smaller of the two
-        difference = self.y - inputs @ quantized.T
+        return self._weighted(self.y - inputs @ quantized.T, norm)
+
+    def errors(self, parts: Sequence[tuple[slice, Tensor]], norm: Norm = "l2") -> list[float]:
+        """The error of some output rows alone, of each pair (rows, their V [rows, in]), all in one product."""
+        products = self.u.float() @ torch.cat([quantized for _, quantized in parts]).T
+        by_part = products.split([len(quantized) for _, quantized in parts], 1)
+        return [
+            self._weighted(self.y[:, rows] - product, norm) for (rows, _), product in zip(parts, by_part, strict=True)
+        ]
+
+    def _weighted(self, difference: Tensor, norm: Norm) -> float:
         per_token = difference.abs().sum(1) if norm == "l1" else difference.square().sum(1)
         return float((self.w.double() * per_token).sum())

@@ -6,7 +6,8 @@ p_k ((d U)_k)^2, and (d U)_k holds columns up to k only. So column k, given the 
 w_k - sum_{j<k} d_j U_jk. These are the codes of GPTQ, which writes the same feedback with the Cholesky factor of the
 inverse Hessian; nothing is inverted here.
 
-Inside a block feedback is given column by column; the rest of the matrix is updated once per block. A block is one
+Feedback is given column by column inside a strip of a few columns, once per strip inside a block, and once per block to
+the rest of the matrix: matrix products in place of small updates, of which threads make nothing. A block is one
 quantization group, whose range is taken when its turn comes.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from tlq.quantizer import QuantizedWeight, Scheme, nearest_codes, values_of, weight_qparams
 
 _BLOCK = 128
+_STRIP = 16
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,11 @@ def _round_block(
     """Round ``block`` [columns, rows], ``wanted`` with feedback, column by column; codes and V - W, same shape."""
     codes, errors = torch.empty_like(block), torch.empty_like(block)
     step, offset = scale[:, 0].float(), zero_point[:, 0].float()
-    for column in range(len(block)):
-        codes[column] = nearest_codes(block[column], step, offset, bits)
-        torch.sub(values_of(codes[column], step, offset), wanted[column], out=errors[column])
-        block[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
+    for start in range(0, len(block), _STRIP):
+        stop = min(start + _STRIP, len(block))
+        for column in range(start, stop):
+            codes[column] = nearest_codes(block[column], step, offset, bits)
+            torch.sub(values_of(codes[column], step, offset), wanted[column], out=errors[column])
+            block[column + 1 : stop].addr_(upper[column, column + 1 : stop], errors[column], alpha=-1)
+        block[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return codes.to(torch.int8), errors

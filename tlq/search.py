@@ -25,6 +25,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _ROW_PARTS = 31
 _LEAST_ROWS = 32
+_ROWS_TOGETHER = 512
 _FIRST_PARTS = 1
 _TOKENS_PARTS = 31
 _FEW_PARTS = 4
@@ -144,13 +145,22 @@ class StatisticsError:
         return sum(self._dealt([(part, s) for part in range(self.parts)], lambda rows, _s: quantized[rows].clone()))
 
     def _dealt(self, asked: Sequence[tuple[int, Tensor]], scaled: Callable[[slice, Tensor], Tensor]) -> list[float]:
-        """Parts of the error of V diag(s), whose rows ``scaled`` makes; each is computed on one rank."""
+        """Parts of the error of V diag(s), whose rows ``scaled`` makes; some together, on one rank."""
         values = torch.zeros(len(asked), dtype=torch.float64)
-        for number in self.ranks.dealt(len(asked)):
-            part, s = asked[number]
-            rows = slice(part, None, self.parts)
-            values[number] = self.statistics.error(rows, scaled(rows, s).div_(s).sub_(self.weight[rows]))
+        chunks = _chunks(len(asked), len(self.weight) // self.parts)
+        for chunk in (chunks[number] for number in self.ranks.dealt(len(chunks))):
+            changes = []
+            for part, s in asked[chunk]:
+                rows = slice(part, None, self.parts)
+                changes.append((rows, scaled(rows, s).div_(s).sub_(self.weight[rows])))
+            values[chunk] = torch.tensor(self.statistics.errors(changes), dtype=torch.float64)
         return self.ranks.sum(values).tolist()
+
+
+def _chunks(count: int, rows: int) -> list[slice]:
+    """Which of ``count`` parts of so many output rows are computed together: the same for any number of ranks."""
+    together = max(1, _ROWS_TOGETHER // rows)
+    return [slice(start, min(start + together, count)) for start in range(0, count, together)]
 
 
 def _row_parts(rows: int) -> int:
@@ -172,11 +182,15 @@ class TokensError:
         self.shards = [Tokens(part.x.float() @ weight.T, part.u, part.w) for part in inputs.own]
 
     def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
-        own = []
-        for candidate, part in pairs:
-            rows = slice(part, None, self.parts)
-            quantized = fake_quantize(self.weight[rows] * candidate.s, self.scheme, self.storage)
-            own.append(self._by_shard(rows, quantized, candidate.s, self.norm))
+        own: list[list[float]] = []
+        for chunk in _chunks(len(pairs), len(self.weight) // self.parts):
+            asked = [(slice(part, None, self.parts), candidate.s) for candidate, part in pairs[chunk]]
+            scaled = [(rows, fake_quantize(self.weight[rows] * s, self.scheme, self.storage), s) for rows, s in asked]
+            if self.scheme.activation_bits is None:
+                parts = [(rows, quantized.div_(s)) for rows, quantized, s in scaled]
+                own += _turned([shard.errors(parts, self.norm) for shard in self.shards], len(parts))
+            else:  # the inputs are others for every candidate
+                own += [self._by_shard(rows, quantized, s, self.norm) for rows, quantized, s in scaled]
         return self.inputs.ranks.table(own, self.inputs.shards).sum(1).tolist()
 
     def total(self, quantized: Tensor, s: Tensor) -> float:
@@ -187,6 +201,11 @@ class TokensError:
     def _by_shard(self, rows: slice, quantized: Tensor, s: Tensor, norm: Norm) -> list[float]:
         bits = self.scheme.activation_bits
         return [shard.of_rows(rows).error(quantized, s, bits, norm) for shard in self.shards]
+
+
+def _turned(by_shard: Sequence[Sequence[float]], parts: int) -> list[list[float]]:
+    """Values by shard and part as values by part and shard."""
+    return [[values[part] for values in by_shard] for part in range(parts)]
 
 
 @dataclass

@@ -37,7 +37,7 @@ def plain_error(weight: Tensor, quantized: Tensor, x: Tensor, u: Tensor, w: Tens
 
 
 def error_of(statistics: Statistics, weight: Tensor, quantized: Tensor) -> float:
-    return statistics.error(slice(None), quantized - weight)
+    return statistics.errors([(slice(None), quantized - weight)])[0]
 
 
 @settings(max_examples=25, deadline=None)

@@ -116,7 +116,7 @@ def test_shifted_target_beats_plain_gptq_on_exposed_inputs() -> None:
     shifted, plain = (
         round_compensated(wanted, found, GROUPED, torch.bfloat16).dequantize() for wanted in (target, weight)
     )
-    errors = [statistics.error(slice(None), rounded - weight) for rounded in (shifted, plain)]
+    errors = [statistics.errors([(slice(None), rounded - weight)])[0] for rounded in (shifted, plain)]
     assert errors[0] < 0.9 * errors[1]
 
 
