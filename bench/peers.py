@@ -49,6 +49,8 @@ PEERS = ("awq", "gptq")
 #: Whose speed is held against whose.
 RIVALS = (("tlq", "llm-compressor awq"), ("tlq-c", "llm-compressor gptq"))
 BATCH = 8
+#: Group size of the scheme with so many bits.
+GROUP_SIZES = {3: 128, 2: 64}
 
 
 def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int) -> list[dict[str, Tensor]]:
@@ -165,6 +167,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=128, help="calibration samples")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=("demo", "middle"), default=("demo", "middle"))
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=GROUP_SIZES, default=list(GROUP_SIZES), help="of the demo"
+    )
     parser.add_argument("--layers", type=int, default=2, help="of the model of middle size")
     parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
     arguments = parser.parse_args()
@@ -176,7 +181,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "demo" in arguments.models:
             lab = Laboratory(arguments.items, Path(folder))
-            for bits, group_size in ((3, 128), (2, 64)):
+            for bits in arguments.bits:
+                group_size = GROUP_SIZES[bits]
                 rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
                 _write(f"Demo model, W{bits}A16 in groups of {group_size}", conditions, rows)
         if "middle" in arguments.models:
