@@ -42,7 +42,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # llm-compressor pins other versions of transformers and compressed-tensors: it gets an environment of its own.
 peers-env: .venv-peers/.installed
