@@ -23,12 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tlq.samples import Batch, _batch, _Row
+from tlq.samples import Batch, Inputs, _batch, _Row
 
 VOCABULARY = 96
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
-
-Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,8 @@ class Paths:
         self._batches = [batches[number] for number in numbers]
         self._last = len(model.architecture.decoder_layers(model.skeleton)) - 1
         self._by_parent = recipe.equalization.error == "parent"
-        inputs = recipe.inputs_for(scheme)
-        self.sees_full_precision = "full_precision" in (inputs, recipe.target)
-        self.sees_exposed = inputs == "exposed"
+        self.sees_full_precision = recipe.sees("full_precision", scheme)
+        self.sees_exposed = recipe.sees("exposed", scheme)
         self.calls: list[LayerCalls] = []
         if self._batches:
             with ranks.clock.phase("enter"), model.outside() as entered:

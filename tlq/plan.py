@@ -108,9 +108,8 @@ def plan_calibration(
     own = _own_tokens(batches, ranks)
     tokens = sum(_all_tokens(batch) for batch in batches)
     counted = tokens if counted is None else min(counted, tokens)
-    sees_original = "full_precision" in (recipe.inputs_for(scheme), recipe.target)
-    exposed = recipe.inputs_for(scheme) == "exposed"
-    paths = sees_original + exposed
+    exposed = recipe.sees("exposed", scheme)
+    paths = recipe.sees("full_precision", scheme) + exposed
     forward = 2 * sizes.layer + sizes.activations(batches, graph=False)
     solving = 2 * sizes.layer + max(
         sizes.group(group, min(counted, own), recipe, scheme, paths) for group in model.architecture.groups

@@ -84,6 +84,10 @@ class Recipe:
         """Round-to-nearest without scales looks at weights only."""
         return self.equalization.method != "none" or self.rounding != "nearest"
 
+    def sees(self, path: InputPath, scheme: Scheme) -> bool:
+        """Whether inputs on ``path`` are looked at: by the quantized linear, or full precision's for the target."""
+        return path == self.inputs_for(scheme) or (path == "full_precision" and path == self.target)
+
     def inputs_for(self, scheme: Scheme) -> InputPath:
         if scheme.activation_bits is not None and self.inputs_quantized_activations is not None:
             return self.inputs_quantized_activations

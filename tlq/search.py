@@ -27,7 +27,6 @@ _ROW_PARTS = 31
 _LEAST_ROWS = 32
 _ROWS_TOGETHER = 512
 _FIRST_PARTS = 1
-_TOKENS_PARTS = 31
 _FEW_PARTS = 4
 
 
@@ -176,8 +175,8 @@ class TokensError:
     ) -> None:
         self.weight, self.scheme, self.storage, self.norm = weight, scheme, storage, norm
         self.inputs = inputs
-        # Every part goes through all tokens, and quantizes them once more where activations are quantized.
-        most = _TOKENS_PARTS if scheme.activation_bits is None else _FEW_PARTS
+        # Where activations are quantized, every part quantizes all tokens once more.
+        most = _ROW_PARTS if scheme.activation_bits is None else _FEW_PARTS
         self.parts = min(most, _row_parts(len(weight)))
         self.shards = [Tokens(part.x.float() @ weight.T, part.u, part.w) for part in inputs.own]
 
