@@ -8,6 +8,7 @@ called with, backward computes each once more.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -240,7 +241,7 @@ class Wave:
 
                 handles.append(layer.get_submodule(path).register_forward_hook(note))
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _repeatable():
                 output = run_layer(layer, hidden, self.calls[number].kwargs[index])
         finally:
             for handle in handles:
@@ -284,9 +285,9 @@ class AnswerLoss:
     def _behind(self, wave: Wave, number: int) -> Tensor:
         """Gradient of the loss with respect to the last layer's output, [batch, time, hidden]."""
         hidden = wave.inputs[-1][number].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), _repeatable():
             loss = answer_loss(_answer_logits(wave.model, hidden, wave.batches[number]), wave.batches[number])
-        (gradient,) = torch.autograd.grad(loss, [hidden])
+            (gradient,) = torch.autograd.grad(loss, [hidden])
         return gradient
 
 
@@ -326,12 +327,28 @@ class BlockLoss:
                 linear.weight.data = original
 
 
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """The same bits in every run: on a GPU, attention's backward pass otherwise adds up in whatever order threads end.
+
+    A run that goes on after a crash would draw other tokens than the one that crashed.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, and reads it once
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def _gradients(
     output: Tensor, behind: Tensor, hidden: Tensor, outputs: dict[str, list[Tensor]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient with respect to ``hidden``, and g_t [batch, time] of every group: mean over channels of |dL/dy_t|."""
     watched = [each for group in outputs.values() for each in group]
-    before, *found = torch.autograd.grad(output, [hidden, *watched], behind)
+    with _repeatable():
+        before, *found = torch.autograd.grad(output, [hidden, *watched], behind)
     gradients = iter(found)
     values = {}
     for name, group in outputs.items():

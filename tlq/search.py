@@ -23,7 +23,7 @@ from tlq.ranks import Ranks
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-_ROW_PARTS = 31
+_ROW_PARTS = 63
 _LEAST_ROWS = 32
 _ROWS_TOGETHER = 512
 _FIRST_PARTS = 1
@@ -267,7 +267,8 @@ def _trial(linears: list[nn.Linear], quantized: Tensor, s: Tensor, bits: int | N
 
     def scale_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inputs = args[0] / s
-        return (inputs if bits is None else fake_quantize_activations(inputs, bits), *args[1:])
+        inputs = inputs if bits is None else fake_quantize_activations(inputs, bits)
+        return (inputs.to(args[0].dtype), *args[1:])
 
     rows = [linear.out_features for linear in linears]
     originals = [linear.weight.data for linear in linears]
