@@ -400,18 +400,28 @@ class LayerLoop:
     def _round_compensated(
         self, target: Callable[[slice], Tensor], shape: torch.Size, factor: Factor
     ) -> QuantizedWeight:
-        """Codes of all output rows, a few at a time; which ones together depends on their number alone."""
+        """Codes of all output rows, in parts that depend on their number alone.
+
+        A rank rounds several of its parts at a time, but no more rows than there are columns: what it holds of them is
+        then no larger than the second moments.
+        """
         count = 1
         while count < _ROW_PARTS and shape[0] >= 2 * count * _LEAST_ROWS:
             count *= 2
         edges = [number * shape[0] // count for number in range(count + 1)]
-        parts = []
-        for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
-            if self.ranks.owner(number) == self.ranks.rank:
-                part = round_compensated(target(slice(start, stop)), factor, self.scheme, self.storage)
-            else:
-                part = QuantizedWeight.empty(stop - start, shape[1], self.scheme, self.storage, factor.upper.device)
-            parts.append(part)
+        slices = [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        parts = [
+            QuantizedWeight.empty(rows.stop - rows.start, shape[1], self.scheme, self.storage, factor.upper.device)
+            for rows in slices
+        ]
+        own = list(self.ranks.dealt(count))
+        together = max(1, shape[1] * count // shape[0])
+        for start in range(0, len(own), together):
+            numbers = own[start : start + together]
+            targets = (target(slices[number]) for number in numbers)
+            rounded = round_compensated(targets, factor, self.scheme, self.storage)
+            for number, part in zip(numbers, rounded, strict=True):
+                parts[number] = part
         for number, part in enumerate(parts):
             for tensor in (part.codes, part.scale, part.zero_point):
                 self.ranks.share(tensor, self.ranks.owner(number))

@@ -13,12 +13,14 @@ quantization group, whose range is taken when its turn comes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from tlq.quantizer import QuantizedWeight, Scheme, nearest_codes, values_of, weight_qparams
+from tlq.quantizer import QuantizedWeight, Scheme, code_range, weight_qparams
 
 _BLOCK = 128
 _STRIP = 16
@@ -59,52 +61,86 @@ class Factor:
         return torch.linalg.solve_triangular(self.upper, half, upper=True, left=False, unitriangular=True)
 
 
-def round_compensated(target: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Codes V that make tr((V - target) H (V - target)') small; rows do not depend on each other.
+def round_compensated(
+    targets: Iterable[Tensor], factor: Factor, scheme: Scheme, scale_dtype: torch.dtype
+) -> list[QuantizedWeight]:
+    """Codes V of every target that make tr((V - target) H (V - target)') small.
 
-    Works on the transposed target: the values of one input channel then lie side by side in memory.
+    Rows do not depend on each other. Columns of all targets are rounded together, matrix products are taken for each
+    target alone: so a target's codes are the same bits whichever others it is rounded with.
 
     Args:
-        target: [rows, in].
+        targets: [rows, in] each; turned on their side, so that the values of an input channel lie side by side.
         factor: of H [in, in] (see ``Statistics.factor``).
     """
-    wanted = target.float().T.contiguous()
+    turned = [target.float().T for target in targets]
+    lengths = [target.shape[1] for target in turned]
+    wanted = torch.cat(turned, 1)
+    del turned
     feedback = wanted.clone()
+    rows = _slices(lengths)
     block_size = scheme.group_size or _BLOCK
-    whole_row = weight_qparams(target, scheme, scale_dtype) if scheme.group_size is None else None
+    whole_row = weight_qparams(wanted.T, scheme, scale_dtype) if scheme.group_size is None else None
     qparams = []
     blocks = []
     for start in range(0, len(wanted), block_size):
         columns = slice(start, min(start + block_size, len(wanted)))
-        block, upper = feedback[columns], factor.upper[columns]
-        inside = (block, wanted[columns], upper[:, columns])
+        upper = factor.upper[columns]
+        inside = (feedback[columns], wanted[columns], upper[:, columns], rows)
         qparams.append(whole_row or weight_qparams(_ahead(*inside).T, scheme, scale_dtype))
         codes, errors = _round_block(*inside, *qparams[-1], scheme.weight_bits)
-        feedback[columns.stop :].addmm_(upper[:, columns.stop :].T, errors, alpha=-1)
+        _give_back(feedback[columns.stop :], upper[:, columns.stop :], errors, rows)
         blocks.append(codes.T)
     scales, zero_points = zip(*(qparams[:1] if whole_row else qparams), strict=True)
-    return QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
+    together = QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
+    return together.split(lengths)
 
 
-def _ahead(block: Tensor, wanted: Tensor, upper: Tensor) -> Tensor:
+def _slices(lengths: Sequence[int]) -> list[slice]:
+    stops = list(accumulate(lengths))
+    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _give_back(later: Tensor, upper: Tensor, errors: Tensor, rows: Sequence[slice]) -> None:
+    """Let columns ``later`` make up for ``errors`` [columns, rows] of the columns before them."""
+    for part in rows:
+        later[:, part].addmm_(upper.T, errors[:, part], alpha=-1)
+
+
+def _ahead(block: Tensor, wanted: Tensor, upper: Tensor, rows: Sequence[slice]) -> Tensor:
     """What a block would be if its columns could still take any value: the error so far made up for in full.
 
     The d of those columns that makes their (d U)_k vanish is that of a triangular system.
     """
-    return wanted + torch.linalg.solve_triangular(upper.T, block - wanted, upper=False, unitriangular=True)
+    gap = block - wanted
+    solved = [torch.linalg.solve_triangular(upper.T, gap[:, part], upper=False, unitriangular=True) for part in rows]
+    return wanted + torch.cat(solved, 1)
 
 
 def _round_block(
-    block: Tensor, wanted: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+    block: Tensor,
+    wanted: Tensor,
+    upper: Tensor,
+    rows: Sequence[slice],
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Round ``block`` [columns, rows], ``wanted`` with feedback, column by column; codes and V - W, same shape."""
-    codes, errors = torch.empty_like(block), torch.empty_like(block)
+    """Round ``block`` [columns, rows], ``wanted`` with feedback, column by column; codes and V - W, same shape.
+
+    In units of the rows' steps, from their zero-points: there the nearest code is the value rounded. One column takes
+    four operations on few numbers: what they cost is to be started.
+    """
+    low, high = code_range(bits)
     step, offset = scale[:, 0].float(), zero_point[:, 0].float()
+    block, wanted = (values.div(step).add_(offset) for values in (block, wanted))
+    codes, errors = torch.empty_like(block), torch.empty_like(block)
     for start in range(0, len(block), _STRIP):
         stop = min(start + _STRIP, len(block))
         for column in range(start, stop):
-            codes[column] = nearest_codes(block[column], step, offset, bits)
-            torch.sub(values_of(codes[column], step, offset), wanted[column], out=errors[column])
-            block[column + 1 : stop].addr_(upper[column, column + 1 : stop], errors[column], alpha=-1)
-        block[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    return codes.to(torch.int8), errors
+            code = torch.round(block[column], out=codes[column]).clamp_(low, high)
+            error = torch.sub(code, wanted[column], out=errors[column])
+            # not addr_: its last bits depend on where in the row a value stands
+            block[column + 1 : stop].addcmul_(upper[column, column + 1 : stop, None], error, value=-1)
+        _give_back(block[stop:], upper[start:stop, stop:], errors[start:stop], rows)
+    return codes.to(torch.int8), errors.mul_(step)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tlq.objective import Statistics
-from tlq.quantizer import Scheme, dequantize, quantize, round_nearest, weight_qparams
+from tlq.quantizer import QuantizedWeight, Scheme, dequantize, quantize, round_nearest, weight_qparams
 from tlq.rounding import Factor, round_compensated
 
 GROUPED = Scheme("grouped", 3, 16, symmetric=False)
@@ -57,6 +57,12 @@ def factor(hessian: Tensor) -> Factor:
     return found
 
 
+def rounded(target: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """One target alone."""
+    (found,) = round_compensated([target], factor, scheme, scale_dtype)
+    return found
+
+
 def quadratic(change: Tensor, hessian: Tensor) -> float:
     change = change.double()
     return float((change @ hessian.double() * change).sum())
@@ -67,7 +73,7 @@ def quadratic(change: Tensor, hessian: Tensor) -> float:
 def test_equals_the_column_by_column_algorithm(scheme: Scheme, seed: int) -> None:
     """Same codes; where float32 and float64 fall on two sides of a rounding edge, the same error."""
     weight, hessian = problem(seed)
-    fast = round_compensated(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
+    fast = rounded(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
     slow = slow_gptq(weight, hessian, scheme).float()
     assert float((fast == slow).float().mean()) > 0.99
     assert quadratic(fast - weight, hessian) == pytest.approx(quadratic(slow - weight, hessian), rel=0.02)
@@ -76,7 +82,7 @@ def test_equals_the_column_by_column_algorithm(scheme: Scheme, seed: int) -> Non
 def test_equals_it_over_several_blocks() -> None:
     """One scale per row and more columns than a block: the lazy update of the columns behind it must arrive."""
     weight, hessian = problem(0, width=300, out=3, tokens=1500)
-    fast = round_compensated(weight, factor(hessian), ROWS, torch.bfloat16).dequantize()
+    fast = rounded(weight, factor(hessian), ROWS, torch.bfloat16).dequantize()
     slow = slow_gptq(weight, hessian, ROWS).float()
     assert float((fast == slow).float().mean()) > 0.98
     assert quadratic(fast - weight, hessian) == pytest.approx(quadratic(slow - weight, hessian), rel=0.02)
@@ -87,7 +93,7 @@ def test_equals_it_over_several_blocks() -> None:
 def test_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
     """On correlated inputs and enough rows to average over; being greedy it may lose single rows."""
     weight, hessian = problem(seed, out=64)
-    compensated = round_compensated(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
+    compensated = rounded(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
     nearest = round_nearest(weight, scheme, torch.bfloat16).dequantize()
     assert quadratic(compensated - weight, hessian) < quadratic(nearest - weight, hessian)
 
@@ -96,7 +102,7 @@ def test_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
 def test_uncorrelated_inputs_leave_nearest_rounding(scheme: Scheme) -> None:
     weight, _ = problem(1)
     hessian = torch.diag(torch.logspace(-1, 1, weight.shape[1]))
-    compensated = round_compensated(weight, factor(hessian), scheme, torch.bfloat16)
+    compensated = rounded(weight, factor(hessian), scheme, torch.bfloat16)
     nearest = round_nearest(weight, scheme, torch.bfloat16)
     assert torch.equal(compensated.codes, nearest.codes)
     assert torch.equal(compensated.scale, nearest.scale)
@@ -113,17 +119,32 @@ def test_shifted_target_beats_plain_gptq_on_exposed_inputs() -> None:
     statistics = Statistics.of(weight, x, u, torch.ones(600))
     found, _ = statistics.factor(0.01)
     target = statistics.shifted_target(weight, found)
-    shifted, plain = (
-        round_compensated(wanted, found, GROUPED, torch.bfloat16).dequantize() for wanted in (target, weight)
-    )
-    errors = [statistics.errors([(slice(None), rounded - weight)])[0] for rounded in (shifted, plain)]
+    shifted, plain = (rounded(wanted, found, GROUPED, torch.bfloat16).dequantize() for wanted in (target, weight))
+    errors = [statistics.errors([(slice(None), found - weight)])[0] for found in (shifted, plain)]
     assert errors[0] < 0.9 * errors[1]
+
+
+@both_schemes
+def test_codes_do_not_depend_on_what_is_rounded_beside_them(scheme: Scheme) -> None:
+    """Ranks of one group or of eight round other parts together: it must not show, in the last bit."""
+    weight, hessian = problem(6, out=160, width=192)
+    found = factor(hessian)
+    parts = weight.split([37, 50, 73])
+    alone = [rounded(part, found, scheme, torch.bfloat16) for part in parts]
+    for beside in (
+        round_compensated(parts, found, scheme, torch.bfloat16),
+        [alone[0], *round_compensated(parts[1:], found, scheme, torch.bfloat16)],
+    ):
+        for one, other in zip(beside, alone, strict=True):
+            assert torch.equal(one.codes, other.codes)
+            assert torch.equal(one.scale, other.scale)
+            assert torch.equal(one.zero_point, other.zero_point)
 
 
 @both_schemes
 def test_shapes_and_ranges(scheme: Scheme) -> None:
     weight, hessian = problem(3)
-    result = round_compensated(weight, factor(hessian), scheme, torch.bfloat16)
+    result = rounded(weight, factor(hessian), scheme, torch.bfloat16)
     low, high = scheme.code_range
     groups = 1 if scheme.group_size is None else weight.shape[1] // scheme.group_size
     assert result.codes.shape == weight.shape
@@ -134,7 +155,7 @@ def test_shapes_and_ranges(scheme: Scheme) -> None:
 def test_inputs_are_left_alone() -> None:
     weight, hessian = problem(4)
     copies = weight.clone(), hessian.clone()
-    round_compensated(weight, factor(hessian), GROUPED, torch.bfloat16)
+    rounded(weight, factor(hessian), GROUPED, torch.bfloat16)
     assert torch.equal(weight, copies[0])
     assert torch.equal(hessian, copies[1])
 
