@@ -95,8 +95,7 @@ def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     if not scheme.symmetric:
         tensors["weight_zero_point"] = weight.zero_point
     compressor = BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, group).value)
-    compressed = compressor.compress({name: tensor.cpu() for name, tensor in tensors.items()}, group)
-    return {name: tensor.contiguous() for name, tensor in compressed.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in compressor.compress(tensors, group).items()}
 
 
 def _unpacked(file: Any, base: str, scheme: Scheme) -> QuantizedWeight:
