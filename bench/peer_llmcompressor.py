@@ -1,7 +1,8 @@
 """Quantize a checkpoint with llm-compressor, on calibration inputs made by bench.peers.
 
 Runs in an environment of its own (`make peers-env`), since llm-compressor pins other versions; imports nothing of
-this project. Writes the compressed checkpoint and measured.json (wall seconds of the quantization itself, peak MiB).
+this project. Where there is a GPU the library uses it. Writes the compressed checkpoint and measured.json: wall seconds
+of the quantization itself, peak MiB of the GPU's memory, or of resident memory without one.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ def main() -> None:
     parser.add_argument("--method", choices=("awq", "gptq"), required=True)
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     # AWQ pins memory, which needs an accelerator.
     setattr(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)  # noqa: B010
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
     inputs = torch.load(arguments.inputs)
     started = time.perf_counter()
     oneshot(
@@ -61,8 +63,11 @@ def main() -> None:
     )
     seconds = time.perf_counter() - started
     model.save_pretrained(arguments.out, save_compressed=True)
-    status = Path("/proc/self/status").read_text()  # as tlq.memory, which this environment does not have
-    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
+    if torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        status = Path("/proc/self/status").read_text()  # as tlq.memory, which this environment does not have
+        peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
     (arguments.out / "measured.json").write_text(json.dumps({"seconds": seconds, "peak_mib": peak}))
 
 

@@ -1,7 +1,8 @@
 """Quantize a checkpoint with one of our recipes, on samples written by bench.peers.
 
 Imports what a user of ``tlq.api`` does. Writes the checkpoint and measured.json: wall seconds of everything, those
-of them that went into token importance, and peak resident memory in MiB.
+of them that went into the layers, by phase as well, and peak MiB of the GPU's memory, or of resident memory without
+one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import argparse
 import json
 import pickle
 import time
+from collections import Counter
 from pathlib import Path
+
+import torch
 
 from tlq.api import quantize
 from tlq.memory import peak_resident
@@ -24,6 +28,8 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--scheme", required=True)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     samples = pickle.loads(arguments.samples.read_bytes())
@@ -36,10 +42,15 @@ def main() -> None:
         arguments.scheme,
         budget=TokenBudget(4096),
         batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        device=arguments.device,
     )
     seconds = time.perf_counter() - started
-    layers = sum(report["seconds"] for report in reports)
-    measured = {"seconds": seconds, "layers": layers, "peak_mib": peak_resident() / 2**20}
+    phases: Counter[str] = Counter()
+    for report in reports:
+        phases.update(report["phases"])
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_resident()
+    measured = {"seconds": seconds, "layers": phases.total(), **phases, "peak_mib": peak / 2**20}
     (arguments.out / "measured.json").write_text(json.dumps(measured))
 
 

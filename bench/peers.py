@@ -1,13 +1,13 @@
 """TLQ beside llm-compressor: same checkpoint, same samples, same scheme, one run, in turn.
 
-    make peers-env                 # llm-compressor in an environment of its own
+    make peers-env                               # llm-compressor in an environment of its own
     python -m bench.peers
+    python -m bench.peers --models qwen2-vl-7b   # on a GPU
 
 Every contender quantizes in a process of its own (bench/peer_ours.py, bench/peer_llmcompressor.py): wall seconds of
 the quantization itself, with and without the scoring of token importance, which the pipeline does once for all recipes
-and schemes, and peak resident memory of the process. On the demo model the exported checkpoints of all are
-scored by the same code on the same held-out items; a larger model with random weights gives time and memory only.
-Writes docs/peers.md.
+and schemes, and peak memory of the process. On the demo model the exported checkpoints of all are scored by the same
+code on the same held-out items; larger models with random weights give time and memory only. Writes docs/peers.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig
 
 from bench.laboratory import MODEL, WORLD, Laboratory
-from bench.models import SHAPES, write_random_model
+from bench.models import SHAPES, large_samples, write_random_model
 from bench.sections import table, write_section
 from tasks.cli import quiet_libraries
 from tasks.prepare import Columns, PrepareParams, draw, read_table
@@ -46,6 +47,8 @@ logger = logging.getLogger("bench.peers")
 
 OURS = ("awq", "gptq", "tlq", "tlq-c")
 PEERS = ("awq", "gptq")
+#: The model for a GPU.
+LARGE = "qwen2-vl-7b"
 #: Whose speed is held against whose.
 RIVALS = (("tlq", "llm-compressor awq"), ("tlq-c", "llm-compressor gptq"))
 BATCH = 8
@@ -66,17 +69,20 @@ def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int
 
 
 def contenders(
-    model: Path, work: Path, bits: int, group_size: int, python: Path, recipes: Sequence[str]
+    model: Path, work: Path, bits: int, group_size: int, python: Path, recipes: Sequence[str], device: str
 ) -> Iterator[tuple[str, list[str]]]:
     """Name and command of every contender, ``recipes`` being ours; they write to work/<name>."""
     scheme = f"w{bits}a16"
+    dtype = "float32" if device == "cpu" else "bfloat16"
     for method in PEERS:
         command = [str(python), "bench/peer_llmcompressor.py", "--model", str(model), "--method", method]
         command += ["--inputs", str(work / "inputs.pt"), "--bits", str(bits), "--group-size", str(group_size)]
+        command += ["--dtype", dtype]
         yield f"llm-compressor {method}", [*command, "--out", str(work / f"peer-{method}")]
     for recipe in recipes:
         command = [sys.executable, "-m", "bench.peer_ours", "--model", str(model), "--recipe", recipe]
         command += ["--samples", str(work / "samples.pickle"), "--scheme", scheme, "--batch-size", str(BATCH)]
+        command += ["--dtype", dtype, "--device", device]
         yield recipe, [*command, "--out", str(work / recipe)]
 
 
@@ -89,7 +95,9 @@ def run_contender(name: str, command: list[str]) -> tuple[dict[str, float], Path
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stderr[-1500:]}")
-    return json.loads((out / "measured.json").read_text()), out
+    measured = json.loads((out / "measured.json").read_text())
+    logger.info("%s", {what: round(value, 1) for what, value in measured.items()})
+    return measured, out
 
 
 def load_dequantized(folder: Path) -> None:
@@ -109,6 +117,7 @@ def compare(
     repeats: int,
     lab: Laboratory | None,
     recipes: Sequence[str] = OURS,
+    device: str = "cpu",
 ) -> list[str]:
     """A table with a row per contender: seconds (median, min, max), peak MiB, KL and NLL gap; and who is faster."""
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +128,7 @@ def compare(
         measured: dict[str, list[dict[str, float]]] = {}
         quality: dict[str, dict[str, float]] = {}
         for repeat in range(repeats):
-            for name, command in contenders(model, work, bits, group_size, python, recipes):
+            for name, command in contenders(model, work, bits, group_size, python, recipes, device):
                 figures, out = run_contender(name, command)
                 measured.setdefault(name, []).append(figures)
                 if lab is not None and repeat == 0:
@@ -127,7 +136,12 @@ def compare(
                         load_dequantized(out)
                     quality[name] = lab.measure(load_model(out, torch.float32), lab.reader)
     rows = [_row(name, runs, quality.get(name), lab) for name, runs in measured.items()]
-    return [*table(rows), "", *(_ratio(measured, *rivals) for rivals in RIVALS)]
+    return [
+        *table(rows),
+        "",
+        *(_ratio(measured, *rivals) for rivals in RIVALS),
+        *(_by_phase(recipe, measured[recipe]) for recipe in recipes),
+    ]
 
 
 def _ratio(measured: dict[str, list[dict[str, float]]], own: str, peer: str) -> str:
@@ -137,6 +151,13 @@ def _ratio(measured: dict[str, list[dict[str, float]]], own: str, peer: str) -> 
         ratios = [b["seconds"] / a[what] for a, b in zip(measured[own], measured[peer], strict=True)]
         texts.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     return f"- {peer} took {texts[0]} times as long as {own}, {texts[1]} times as long as its calibration alone."
+
+
+def _by_phase(recipe: str, runs: list[dict[str, float]]) -> str:
+    """What the calibration of one of ours went into: medians."""
+    phases = [name for name in runs[0] if name not in ("seconds", "layers", "peak_mib")]
+    texts = [f"{name} {np.median([run.get(name, 0.0) for run in runs]):.1f}" for name in phases]
+    return f"- {recipe}, seconds by phase: {', '.join(texts)}."
 
 
 def _config(model: Path) -> Any:
@@ -166,33 +187,41 @@ def main() -> None:
     parser.add_argument("--python", type=Path, default=Path(".venv-peers/bin/python"))
     parser.add_argument("--count", type=int, default=128, help="calibration samples")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=("demo", "middle"), default=("demo", "middle"))
+    parser.add_argument("--models", nargs="+", choices=("demo", "middle", LARGE), default=("demo", "middle"))
     parser.add_argument(
         "--bits", type=int, nargs="+", choices=GROUP_SIZES, default=list(GROUP_SIZES), help="of the demo"
     )
-    parser.add_argument("--layers", type=int, default=2, help="of the model of middle size")
+    parser.add_argument("--layers", type=int, default=2, help="of the models with random weights")
     parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     quiet_libraries()
-    params = PrepareParams("parquet", str(WORLD / "calibration.parquet"), arguments.count, columns=Columns(id="id"))
-    samples, _ = draw(*read_table(params), params)
-    conditions = _conditions(arguments, samples)
+    conditions = partial(_conditions, arguments)
     with tempfile.TemporaryDirectory() as folder:
         if "demo" in arguments.models:
+            samples = _demo_samples(arguments.count)
             lab = Laboratory(arguments.items, Path(folder))
             for bits in arguments.bits:
                 group_size = GROUP_SIZES[bits]
                 rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
-                _write(f"Demo model, W{bits}A16 in groups of {group_size}", conditions, rows)
-        if "middle" in arguments.models:
-            middle = Path(folder) / "middle"
-            shape = replace(SHAPES["middle"], layers=arguments.layers)
-            write_random_model(middle, shape)
+                _write(f"Demo model, W{bits}A16 in groups of {group_size}", conditions(samples, "cpu"), rows)
+        for name in arguments.models:
+            if name == "demo":
+                continue
+            large = name == LARGE
+            samples = list(large_samples(arguments.count)) if large else _demo_samples(arguments.count)
+            device = "cuda" if large else "cpu"
+            shape = replace(SHAPES[name], layers=arguments.layers)
+            model = write_random_model(Path(folder) / name, shape)
             recipes = [recipe for recipe in OURS if recipe != "awq"]  # minutes that no figure needs
-            rows = compare(middle, samples, 3, 128, arguments.python, arguments.repeats, None, recipes)
+            rows = compare(model, samples, 3, 128, arguments.python, arguments.repeats, None, recipes, device)
             title = f"Random weights, hidden size {shape.hidden}, {shape.layers} layers, W3A16 in groups of 128"
-            _write(title, conditions, rows)
+            _write(title, conditions(samples, device), rows)
+
+
+def _demo_samples(count: int) -> list[Sample]:
+    params = PrepareParams("parquet", str(WORLD / "calibration.parquet"), count, columns=Columns(id="id"))
+    return draw(*read_table(params), params)[0]
 
 
 def _write(title: str, conditions: str, rows: list[str]) -> None:
@@ -200,19 +229,21 @@ def _write(title: str, conditions: str, rows: list[str]) -> None:
     write_section(Path("docs/peers.md"), title, [conditions, "", *rows], "Beside llm-compressor")
 
 
-def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample]) -> str:
+def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample], device: str) -> str:
     peer = subprocess.run(
         [str(arguments.python), "-c", "from importlib.metadata import version as v; print(v('llmcompressor'))"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.strip()
+    on_gpu = device == "cuda"
+    where = f"{torch.cuda.get_device_name()} in bfloat16" if on_gpu else f"{os.cpu_count()} cores in float32"
     return (
         f"{len(samples)} calibration samples in batches of {BATCH} of one length; {arguments.repeats} run(s) each, in "
-        f"turn, on {os.cpu_count()} cores: median seconds (least to most), largest peak of resident memory. KL and "
-        f"NLL per answer token on {4 * arguments.items} held-out items. llm-compressor {peer}, "
-        f"torch {version('torch')}. "
-        "Made by `python -m bench.peers`."
+        f"turn, on {where}: median seconds (least to most), largest peak of {'GPU' if on_gpu else 'resident'} memory. "
+        "Loading and saving the model is in our seconds and not in llm-compressor's. "
+        f"Where there are KL and NLL: per answer token on {4 * arguments.items} held-out items. "
+        f"llm-compressor {peer}, torch {version('torch')}. Made by `python -m bench.peers`."
     )
 
 

@@ -39,6 +39,16 @@ def test_a_checkpoint_is_quantized_in_one_call(
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("recipe", ["mbq", "tlq-c"])
+def test_a_checkpoint_is_quantized_in_bfloat16(
+    tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path, recipe: str
+) -> None:
+    """As on a GPU: errors are added up in float32, layers compute in bfloat16. mbq looks at the parent's error only."""
+    budget = TokenBudget(300)
+    reports = quantize(tiny_checkpoint, tmp_path / "out", samples, recipe, "w3a16", budget=budget, dtype="bfloat16")
+    assert all(group["error_after"] < 1.5 * group["error_before"] for layer in reports for group in layer["groups"])
+
+
 def test_rtn_needs_no_samples_and_others_do(tiny_checkpoint: Path, tmp_path: Path) -> None:
     quantize(tiny_checkpoint, tmp_path / "rtn", [], "rtn", "w4a8")
     with pytest.raises(ValueError, match="no calibration samples"):
