@@ -224,34 +224,51 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
 ) -> None:
     built = build(name)
     model, path = export(name, recipe, scheme)
-    loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    decompressed = load_model(path)
+    loaded = load_model(path)
     for batch in built.batches:
         expected = model(**batch.inputs).logits[batch.valid]
-        for reader in (loaded, decompressed):
-            assert_same_logits(reader(**batch.inputs).logits[batch.valid], expected, scheme)
+        assert_same_logits(loaded(**batch.inputs).logits[batch.valid], expected, scheme)
         original = built.model(**batch.inputs).logits[batch.valid]
         least = 1e-3 if scheme == "w8a8" else 1e-2
         assert float((expected - original).abs().max()) > least  # it really is quantized
+    assert_generates(loaded, model, name, scheme)
+    everything_else_is_in_full_precision(built, loaded, path)
 
-    prompt = without_padding(batches_of(name, batch_size=1)[0])
-    readers = [decompressed]
-    activations = get_scheme(scheme).activation_bits is not None
-    if activations and name in GENERATE_FAILS_WHEN_LOADED_PLAINLY:
+
+@torch.no_grad()
+@every_family
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_export_loads_plainly_too(
+    build: Builder, export: Callable[[str, str, str], Exported], name: str, scheme: str
+) -> None:
+    """By transformers alone: what it makes of the files depends on the scheme and the family, not on the recipe."""
+    model, path = export(name, "tlq-c", scheme)
+    loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    for batch in build(name).batches:
+        expected = model(**batch.inputs).logits[batch.valid]
+        assert_same_logits(loaded(**batch.inputs).logits[batch.valid], expected, scheme)
+    if get_scheme(scheme).activation_bits is not None and name in GENERATE_FAILS_WHEN_LOADED_PLAINLY:
         with pytest.raises(AttributeError, match="'dict' object has no attribute 'pooler_output'"):
-            loaded.generate(**prompt, max_new_tokens=3)
+            loaded.generate(**prompt_of(name), max_new_tokens=3)
     else:
-        readers.append(loaded)
-    for reader in readers:
-        answer = reader.generate(**prompt, max_new_tokens=3, do_sample=False)
-        assert answer.shape == (1, prompt["input_ids"].shape[1] + 3)
-        first = model(**prompt).logits[0, -1]
-        if activations:  # one on a rounding edge may decide between two words
-            assert float(first.max() - first[int(answer[0, -3])]) < 0.1
-        else:
-            assert int(answer[0, -3]) == int(first.argmax())
+        assert_generates(loaded, model, name, scheme)
 
-    everything_else_is_in_full_precision(built, decompressed, path)
+
+@cache
+def prompt_of(name: str) -> dict[str, Tensor]:
+    return without_padding(batches_of(name, batch_size=1)[0])
+
+
+def assert_generates(reader: Any, model: nn.Module, name: str, scheme: str) -> None:
+    """Three tokens, the first of which is the one that the calibrated model would give."""
+    prompt = prompt_of(name)
+    answer = reader.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert answer.shape == (1, prompt["input_ids"].shape[1] + 3)
+    first = model(**prompt).logits[0, -1]
+    if get_scheme(scheme).activation_bits is not None:  # one on a rounding edge may decide between two words
+        assert float(first.max() - first[int(answer[0, -3])]) < 0.1
+    else:
+        assert int(answer[0, -3]) == int(first.argmax())
 
 
 def assert_same_logits(found: Tensor, expected: Tensor, scheme: str) -> None:
