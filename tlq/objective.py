@@ -70,37 +70,22 @@ class Statistics:
     def added(cls, weight: Tensor, own: Sequence[ShardInputs], same: bool, ranks: Ranks) -> Statistics:
         """The sum over all virtual shards, on every rank.
 
-        A few rows at a time, so that what shards contribute never takes much memory beside the sum. W G and the
-        exposure come from the second moments of x - u where the inputs are narrower than the outputs, else from what W
-        makes of x - u token by token: each is the smaller amount of work where it is taken.
+        A few rows at a time, so that what shards contribute never takes much memory beside the sum.
 
         Args:
             own: inputs of this rank's shards.
             same: whether full-precision and exposed inputs are the same.
         """
-        exposed = [part.u for part in own]
-        weights = [part.w for part in own]
-        hessian = _moments(exposed, exposed, weights, weight.shape[1], ranks)
+        hessian = _second_moments(own, weight.shape[1], ranks)
         if same:
             return cls(None, None, hessian)
         exposure, cross = torch.empty(len(weight), device=weight.device), torch.empty_like(weight)
-        if weight.shape[1] < len(weight):
-            gaps = [part.x.float() - part.u.float() for part in own]
-            moved = _moments(gaps, exposed, weights, weight.shape[1], ranks)
-            spread = _moments(gaps, gaps, weights, weight.shape[1], ranks)
-            for rows in _row_blocks(len(weight)):
-                block = weight[rows]
-                exposure[rows] = (block @ spread).mul_(block).sum(1)
-                torch.mm(block, moved, out=cross[rows])
-            return cls(exposure, cross, hessian)
         for rows in _row_blocks(len(weight)):
             block = weight[rows]
-            answers = [(part.x.float() - part.u.float()) @ block.T for part in own]
-            squares = (w @ answer.square() for w, answer in zip(weights, answers, strict=True))
+            gaps = [(part.x.float() - part.u.float()) @ block.T for part in own]
+            squares = (part.w @ gap.square() for part, gap in zip(own, gaps, strict=True))
             exposure[rows] = ranks.ordered_sum(squares, (len(block),))
-            products = (
-                (answer * w[:, None]).T @ u.float() for u, w, answer in zip(exposed, weights, answers, strict=True)
-            )
+            products = ((gap * part.w[:, None]).T @ part.u.float() for part, gap in zip(own, gaps, strict=True))
             cross[rows] = ranks.ordered_sum(products, block.shape)
         return cls(exposure, cross, hessian)
 
@@ -169,20 +154,14 @@ class Statistics:
         return weight + factor.solve(cross if s is None else cross / s)
 
 
-def _moments(
-    left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[Tensor], in_features: int, ranks: Ranks
-) -> Tensor:
-    """sum w l r' [in, in] over all shards; where l is r, the lower half is the mirrored upper one."""
+def _second_moments(own: Sequence[ShardInputs], in_features: int, ranks: Ranks) -> Tensor:
+    """C = sum w u u' [in, in] over all shards; its lower half is the mirrored upper one."""
     total = torch.empty(in_features, in_features, device=ranks.device)
     for rows in _row_blocks(in_features):
-        first = rows.start if left is right else 0
-        parts = (
-            (one[:, rows] * w[:, None]).T @ other[:, first:].float()
-            for one, other, w in zip(left, right, weights, strict=True)
-        )
-        total[rows, first:] = ranks.ordered_sum(parts, (rows.stop - rows.start, in_features - first))
-        if left is right:
-            total[rows.stop :, rows] = total[rows, rows.stop :].T
+        parts = ((part.u[:, rows] * part.w[:, None]).T @ part.u[:, rows.start :].float() for part in own)
+        shape = (rows.stop - rows.start, in_features - rows.start)
+        total[rows, rows.start :] = ranks.ordered_sum(parts, shape)
+        total[rows.stop :, rows] = total[rows, rows.stop :].T
     return total
 
 
