@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    # AWQ pins memory, which needs an accelerator.
-    setattr(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)  # noqa: B010
+    if not torch.accelerator.is_available():  # AWQ pins memory, which needs one
+        setattr(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)  # noqa: B010
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
     inputs = torch.load(arguments.inputs)
     started = time.perf_counter()

@@ -21,6 +21,7 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
+import tlq.calibrate
 from tasks.cli import run
 from tasks.files import read_samples
 from tasks.launch import on_ranks
@@ -38,6 +39,7 @@ from tlq.tokens import TokenBudget
 from tlq.weights import token_set
 
 folder, recipe, scheme = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+tlq.calibrate._LEAST_ROWS = 32  # so that weights as small as these are rounded in several parts
 
 def work():
     torch.set_num_threads(1)

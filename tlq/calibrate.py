@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -400,28 +400,25 @@ class LayerLoop:
     def _round_compensated(
         self, target: Callable[[slice], Tensor], shape: torch.Size, factor: Factor
     ) -> QuantizedWeight:
-        """Codes of all output rows, in parts that depend on their number alone.
+        """Codes of all output rows, in equal parts that depend on their number alone.
 
-        A rank rounds several of its parts at a time, but no more rows than there are columns: what it holds of them is
-        then no larger than the second moments.
+        A rank rounds as many of its parts at a time as have together no more rows than there are columns, at least
+        one; two copies of them are held.
         """
         count = 1
-        while count < _ROW_PARTS and shape[0] >= 2 * count * _LEAST_ROWS:
+        while count < _ROW_PARTS and shape[0] >= 2 * count * _LEAST_ROWS and shape[0] % (2 * count) == 0:
             count *= 2
-        edges = [number * shape[0] // count for number in range(count + 1)]
-        slices = [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
-        parts = [
-            QuantizedWeight.empty(rows.stop - rows.start, shape[1], self.scheme, self.storage, factor.upper.device)
-            for rows in slices
-        ]
+        rows = shape[0] // count
         own = list(self.ranks.dealt(count))
-        together = max(1, shape[1] * count // shape[0])
+        together = max(1, shape[1] // rows)
+        rounded: dict[int, QuantizedWeight] = {}
         for start in range(0, len(own), together):
             numbers = own[start : start + together]
-            targets = (target(slices[number]) for number in numbers)
-            rounded = round_compensated(targets, factor, self.scheme, self.storage)
-            for number, part in zip(numbers, rounded, strict=True):
-                parts[number] = part
+            targets = (target(slice(number * rows, (number + 1) * rows)) for number in numbers)
+            found = round_compensated(targets, factor, self.scheme, self.storage)
+            rounded |= zip(numbers, found, strict=True)
+        room = partial(QuantizedWeight.empty, rows, shape[1], self.scheme, self.storage, factor.upper.device)
+        parts = [rounded.get(number) or room() for number in range(count)]
         for number, part in enumerate(parts):
             for tensor in (part.codes, part.scale, part.zero_point):
                 self.ranks.share(tensor, self.ranks.owner(number))

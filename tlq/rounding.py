@@ -13,9 +13,8 @@ quantization group, whose range is taken when its turn comes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -66,81 +65,75 @@ def round_compensated(
 ) -> list[QuantizedWeight]:
     """Codes V of every target that make tr((V - target) H (V - target)') small.
 
-    Rows do not depend on each other. Columns of all targets are rounded together, matrix products are taken for each
-    target alone: so a target's codes are the same bits whichever others it is rounded with.
+    Rows do not depend on each other. A column of all targets is rounded at once, matrix products are taken for each
+    target alone, on memory of its own: so a target's codes are the same bits whichever others it is rounded with.
 
     Args:
-        targets: [rows, in] each; turned on their side, so that the values of an input channel lie side by side.
+        targets: [rows, in] each, all of one shape; they are turned on their side, so that the values of an input
+            channel lie side by side.
         factor: of H [in, in] (see ``Statistics.factor``).
     """
-    turned = [target.float().T for target in targets]
-    lengths = [target.shape[1] for target in turned]
-    wanted = torch.cat(turned, 1)
-    del turned
+    wanted = torch.stack([target.float().T for target in targets])
     feedback = wanted.clone()
-    rows = _slices(lengths)
+    count, width, _ = wanted.shape
     block_size = scheme.group_size or _BLOCK
-    whole_row = weight_qparams(wanted.T, scheme, scale_dtype) if scheme.group_size is None else None
+    whole_row = weight_qparams(_stacked(wanted), scheme, scale_dtype) if scheme.group_size is None else None
     qparams = []
     blocks = []
-    for start in range(0, len(wanted), block_size):
-        columns = slice(start, min(start + block_size, len(wanted)))
+    for start in range(0, width, block_size):
+        columns = slice(start, min(start + block_size, width))
         upper = factor.upper[columns]
-        inside = (feedback[columns], wanted[columns], upper[:, columns], rows)
-        qparams.append(whole_row or weight_qparams(_ahead(*inside).T, scheme, scale_dtype))
+        inside = (feedback[:, columns], wanted[:, columns], upper[:, columns])
+        qparams.append(whole_row or weight_qparams(_stacked(_ahead(*inside)), scheme, scale_dtype))
         codes, errors = _round_block(*inside, *qparams[-1], scheme.weight_bits)
-        _give_back(feedback[columns.stop :], upper[:, columns.stop :], errors, rows)
-        blocks.append(codes.T)
+        _make_up(feedback[:, columns.stop :], upper[:, columns.stop :], errors)
+        blocks.append(_stacked(codes))
     scales, zero_points = zip(*(qparams[:1] if whole_row else qparams), strict=True)
     together = QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
-    return together.split(lengths)
+    return together.split([len(together.codes) // count] * count)
 
 
-def _slices(lengths: Sequence[int]) -> list[slice]:
-    stops = list(accumulate(lengths))
-    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+def _stacked(values: Tensor) -> Tensor:
+    """[targets, columns, rows] as [all rows, columns]."""
+    return values.transpose(1, 2).flatten(0, 1)
 
 
-def _give_back(later: Tensor, upper: Tensor, errors: Tensor, rows: Sequence[slice]) -> None:
-    """Let columns ``later`` make up for ``errors`` [columns, rows] of the columns before them."""
-    for part in rows:
-        later[:, part].addmm_(upper.T, errors[:, part], alpha=-1)
+def _make_up(later: Tensor, upper: Tensor, errors: Tensor) -> None:
+    """Let the columns ``later`` of every target make up for ``errors`` [targets, columns, rows] before them."""
+    for own, error in zip(later, errors, strict=True):
+        own.addmm_(upper.T, error, alpha=-1)
 
 
-def _ahead(block: Tensor, wanted: Tensor, upper: Tensor, rows: Sequence[slice]) -> Tensor:
+def _ahead(block: Tensor, wanted: Tensor, upper: Tensor) -> Tensor:
     """What a block would be if its columns could still take any value: the error so far made up for in full.
 
     The d of those columns that makes their (d U)_k vanish is that of a triangular system.
     """
-    gap = block - wanted
-    solved = [torch.linalg.solve_triangular(upper.T, gap[:, part], upper=False, unitriangular=True) for part in rows]
-    return wanted + torch.cat(solved, 1)
+    gaps = block - wanted
+    solved = [torch.linalg.solve_triangular(upper.T, gap, upper=False, unitriangular=True) for gap in gaps]
+    return wanted + torch.stack(solved)
 
 
 def _round_block(
-    block: Tensor,
-    wanted: Tensor,
-    upper: Tensor,
-    rows: Sequence[slice],
-    scale: Tensor,
-    zero_point: Tensor,
-    bits: int,
+    block: Tensor, wanted: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Round ``block`` [columns, rows], ``wanted`` with feedback, column by column; codes and V - W, same shape.
+    """Round ``block`` [targets, columns, rows], ``wanted`` with feedback; codes and V - W, same shape.
 
-    In units of the rows' steps, from their zero-points: there the nearest code is the value rounded. One column takes
-    four operations on few numbers: what they cost is to be started.
+    In units of the rows' steps, from their zero-points: there the nearest code is the value rounded (a tie may go the
+    other way than in ``nearest_codes``, for the same error). A column takes four operations on few numbers, whose time
+    is that of launching them.
     """
     low, high = code_range(bits)
-    step, offset = scale[:, 0].float(), zero_point[:, 0].float()
+    step, offset = (values[:, 0].float().view(len(block), 1, -1) for values in (scale, zero_point))
     block, wanted = (values.div(step).add_(offset) for values in (block, wanted))
     codes, errors = torch.empty_like(block), torch.empty_like(block)
-    for start in range(0, len(block), _STRIP):
-        stop = min(start + _STRIP, len(block))
+    width = block.shape[1]
+    for start in range(0, width, _STRIP):
+        stop = min(start + _STRIP, width)
         for column in range(start, stop):
-            code = torch.round(block[column], out=codes[column]).clamp_(low, high)
-            error = torch.sub(code, wanted[column], out=errors[column])
+            code = torch.round(block[:, column], out=codes[:, column]).clamp_(low, high)
+            error = torch.sub(code, wanted[:, column], out=errors[:, column])
             # not addr_: its last bits depend on where in the row a value stands
-            block[column + 1 : stop].addcmul_(upper[column, column + 1 : stop, None], error, value=-1)
-        _give_back(block[stop:], upper[start:stop, stop:], errors[start:stop], rows)
+            block[:, column + 1 : stop].addcmul_(upper[column, column + 1 : stop, None], error[:, None], value=-1)
+        _make_up(block[:, stop:], upper[start:stop, stop:], errors[:, start:stop])
     return codes.to(torch.int8), errors.mul_(step)

@@ -331,15 +331,16 @@ class BlockLoss:
 def _repeatable() -> Iterator[None]:
     """The same bits in every run: on a GPU, attention's backward pass otherwise adds up in whatever order threads end.
 
-    A run that goes on after a crash would draw other tokens than the one that crashed.
+    A run that goes on after a crash would draw other tokens than the one that crashed. The forward pass chooses how
+    attention is computed, so it belongs inside. The environment keeps what torch asks for there.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, and reads it once
-    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def _gradients(

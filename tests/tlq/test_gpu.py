@@ -66,6 +66,17 @@ def test_compensated_rounding_gives_the_codes_of_the_host(scheme: str) -> None:
     assert float((codes[0] != codes[1]).float().mean()) < 0.01
 
 
+def test_codes_do_not_depend_on_what_is_rounded_beside_them() -> None:
+    weight, _, u, w = problem("cuda")
+    factor = Factor.of((u * w[:, None]).T @ u)
+    assert factor is not None
+    scheme, parts = get_scheme("w3a16"), weight.split(64)
+    together = round_compensated(parts, factor, scheme, torch.bfloat16)
+    for part, beside in zip(parts, together, strict=True):
+        (alone,) = round_compensated([part], factor, scheme, torch.bfloat16)
+        assert torch.equal(alone.codes, beside.codes)
+
+
 @pytest.fixture
 def quantized(tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path) -> Callable[..., Path]:
     """The tiny checkpoint quantized; returns the folder."""
