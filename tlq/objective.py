@@ -92,10 +92,15 @@ class Statistics:
     def errors(self, changes: Sequence[tuple[slice, Tensor]]) -> list[float]:
         """Errors of some output rows, of each pair (rows, their D = V - W [rows, in]).
 
-        All go through C together: a few rows alone do not keep a processor busy.
+        All go through C together: a few rows alone do not keep a processor busy. Of C, which is symmetric, the blocks
+        above the diagonal count twice and those below are left out.
         """
         stacked = torch.cat([change for _, change in changes])
-        products = (stacked @ self.hessian).mul_(stacked).sum(1, dtype=torch.float64)
+        products = torch.zeros(len(stacked), dtype=torch.float64, device=stacked.device)
+        for block in _row_blocks(len(self.hessian)):
+            above = (stacked[:, block] @ self.hessian[block, block.start :]).mul_(stacked[:, block.start :])
+            width = block.stop - block.start
+            products += above[:, :width].sum(1) + 2 * above[:, width:].sum(1)
         found = []
         for (rows, change), squares in zip(changes, products.split([len(each) for _, each in changes]), strict=True):
             total = squares.sum()

@@ -76,7 +76,7 @@ def test_statistics_add_up_over_tokens() -> None:
 
 def test_statistics_wider_than_a_block_are_the_moments_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of rows, and one half mirrored."""
-    weight, _, x, u, w = problem(10, tokens=60, width=45, out=23)
+    weight, quantized, x, u, w = problem(10, tokens=60, width=45, out=23)
     monkeypatch.setattr(objective, "_BLOCK_ROWS", 16)
     found = Statistics.of(weight, x, u, w)
     torch.testing.assert_close(found.hessian, torch.einsum("t,ti,tj->ij", w, u, u), rtol=1e-4, atol=1e-3)
@@ -84,6 +84,7 @@ def test_statistics_wider_than_a_block_are_the_moments_themselves(monkeypatch: p
     torch.testing.assert_close(
         found.exposure, torch.einsum("t,to->o", w, ((x - u) @ weight.T).square()), rtol=1e-4, atol=1e-3
     )
+    assert error_of(found, weight, quantized) == pytest.approx(plain_error(weight, quantized, x, u, w), rel=1e-4)
 
 
 def test_weight_of_two_is_the_token_twice() -> None:
