@@ -23,7 +23,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -196,27 +195,28 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     quiet_libraries()
-    conditions = partial(_conditions, arguments)
     with tempfile.TemporaryDirectory() as folder:
         if "demo" in arguments.models:
             samples = _demo_samples(arguments.count)
+            conditions = _conditions(arguments, samples, "cpu")
             lab = Laboratory(arguments.items, Path(folder))
             for bits in arguments.bits:
                 group_size = GROUP_SIZES[bits]
                 rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
-                _write(f"Demo model, W{bits}A16 in groups of {group_size}", conditions(samples, "cpu"), rows)
+                _write(f"Demo model, W{bits}A16 in groups of {group_size}", conditions, rows)
         for name in arguments.models:
             if name == "demo":
                 continue
             large = name == LARGE
             samples = list(large_samples(arguments.count)) if large else _demo_samples(arguments.count)
             device = "cuda" if large else "cpu"
+            conditions = _conditions(arguments, samples, device)  # fails without a GPU or the peers: before the work
             shape = replace(SHAPES[name], layers=arguments.layers)
             model = write_random_model(Path(folder) / name, shape)
             recipes = [recipe for recipe in OURS if recipe != "awq"]  # minutes that no figure needs
             rows = compare(model, samples, 3, 128, arguments.python, arguments.repeats, None, recipes, device)
             title = f"Random weights, hidden size {shape.hidden}, {shape.layers} layers, W3A16 in groups of 128"
-            _write(title, conditions(samples, device), rows)
+            _write(title, conditions, rows)
 
 
 def _demo_samples(count: int) -> list[Sample]:

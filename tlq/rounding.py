@@ -75,7 +75,7 @@ def round_compensated(
     """
     wanted = torch.stack([target.float().T for target in targets])
     feedback = wanted.clone()
-    count, width, _ = wanted.shape
+    count, width, rows = wanted.shape
     block_size = scheme.group_size or _BLOCK
     whole_row = weight_qparams(_stacked(wanted), scheme, scale_dtype) if scheme.group_size is None else None
     qparams = []
@@ -90,7 +90,7 @@ def round_compensated(
         blocks.append(_stacked(codes))
     scales, zero_points = zip(*(qparams[:1] if whole_row else qparams), strict=True)
     together = QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
-    return together.split([len(together.codes) // count] * count)
+    return together.split([rows] * count)
 
 
 def _stacked(values: Tensor) -> Tensor:
