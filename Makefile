@@ -29,12 +29,12 @@ demo: setup
 
 # Prefect, MLflow, a worker and the deployments on this machine, see docs/operate.md. Ctrl-C stops everything.
 serve: setup
-	$(BIN)/python -m flows.services serve
+	$(BIN)/python -m services serve
 
 # Workers of the GPU pool, and a Prefect server unless PREFECT_API_URL names one.
 WORKERS ?= 2
 pool: setup
-	$(BIN)/python -m flows.services pool --workers $(WORKERS)
+	$(BIN)/python -m services pool --workers $(WORKERS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -27,18 +27,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.laboratory import MODEL, WORLD, Laboratory
-from tasks.cli import quiet_libraries
-from tasks.prepare import Columns, PrepareParams, draw, read_table
-from tlq.calibrate import calibrate
-from tlq.checkpoint import read_config, storage_dtype
-from tlq.importance import Importance, Weighting, loss_of
-from tlq.quantizer import get_scheme
+from tasks.stages.command import quiet_libraries
+from tasks.stages.prepare import Columns, PrepareParams, draw, read_table
+from tlq.calibration.loop import calibrate
+from tlq.importance.gradients import BlockLoss, score_tokens
+from tlq.importance.token_set import TokenBudget
+from tlq.importance.token_weights import SampleWeights, all_tokens, to_batches, token_set
+from tlq.importance.weighting import Importance, Weighting, loss_of
+from tlq.models.checkpoint import checkpoint_dtype_of, read_config
+from tlq.models.streaming import ResidentModel
+from tlq.quantization.formats import get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, Sequences, encode_batches, image_token_id, sequences_of
-from tlq.scoring import BlockLoss, score_tokens
-from tlq.streaming import ResidentModel
-from tlq.tokens import TokenBudget
-from tlq.weights import SampleWeights, all_tokens, lay_out, token_set
 
 logger = logging.getLogger("bench.ablation")
 
@@ -116,7 +116,7 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     model = copy.deepcopy(laboratory.model)
     weights: Mapping[Any, Any] = {}
     if choice.recipe.needs_data:
-        weights = lay_out(pool.weights(choice, seed), pool.batches)
+        weights = to_batches(pool.weights(choice, seed), pool.batches)
     started = time.perf_counter()
     calibrate(
         model,
@@ -124,7 +124,7 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
         weights,
         choice.recipe,
         get_scheme(scheme),
-        storage_dtype(read_config(MODEL)),
+        checkpoint_dtype_of(read_config(MODEL)),
     )
     seconds = time.perf_counter() - started
     return laboratory.measure(model, laboratory.reader) | {"seconds": round(seconds, 2)}
@@ -143,7 +143,7 @@ class Pool:
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )
         self.scores: Importance = score_tokens(ResidentModel(model), self.batches, size)
-        block = BlockLoss(get_scheme("w3a16"), storage_dtype(read_config(MODEL)))
+        block = BlockLoss(get_scheme("w3a16"), checkpoint_dtype_of(read_config(MODEL)))
         self.block_scores: Importance = score_tokens(ResidentModel(model), self.batches, size, block)
         self.sequences: Sequences = sequences_of(self.batches)
 
@@ -304,7 +304,7 @@ def _draw(table: pd.DataFrame) -> Figure:
     for axes, scheme in zip(panels, schemes, strict=True):
         part = table[table["scheme"] == scheme]
         places = [names.index(_label(row)) for row in part.itertuples()]
-        axes.errorbar(part["kl"], places, xerr=part["half"].fillna(0), fmt="o", markersize=4, capsize=2)
+        axes.errorbar(part["kl"], places, xerr=part["half"].fillna(0), fmt="o_proj", markersize=4, capsize=2)
         axes.set_xscale("log")
         axes.set_title(str(scheme).upper())
         axes.set_xlabel("KL to full precision, nats per token")

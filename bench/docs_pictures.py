@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from tasks.files import IMPORTANCE, MODELS, read_importance
-from tasks.params import ModelParams, section
+from tasks.config.params import ModelParams, section
 from tasks.report.charts import GROUPS, INK, MUTED, SERIES, STYLE, draw_importance, new_figure
 from tasks.report.tokens import read_token_data, show_samples
-from tlq.importance import Importance
-from tlq.processor import load_processor
+from tasks.stages.files import IMPORTANCE, MODELS, read_importance
+from tlq.importance.weighting import Importance
+from tlq.models.processor import load_processor
 
 DOCS = Path("docs")
 SCHEME = "w3a16"

@@ -21,8 +21,8 @@ from lm_eval.tasks import TaskManager
 from benchmarks.data import BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import FOLDER, load_benchmarks, run_benchmarks
-from tlq.checkpoint import load_model
-from tlq.processor import load_processor
+from tlq.models.checkpoint import load_model
+from tlq.models.processor import load_processor
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from benchmarks.data import BenchmarkSource
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
 from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
-from tasks.cli import device
-from tlq.checkpoint import load_model
-from tlq.processor import load_processor
+from tasks.stages.command import device
+from tlq.models.checkpoint import load_model
+from tlq.models.processor import load_processor
 
 MODEL = Path("data/demo/model")
 WORLD = Path("data/demo/world")

@@ -12,16 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from tlq.api import quantize
-from tlq.memory import peak_resident
+from tlq.importance.gradients import score_tokens
+from tlq.importance.token_set import TokenBudget
+from tlq.models.processor import load_processor
+from tlq.models.streaming import StreamedModel
+from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, plan_importance
-from tlq.processor import load_processor
-from tlq.quantizer import get_scheme
-from tlq.ranks import Ranks
+from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe
+from tlq.runtime.memory import peak_resident
 from tlq.samples import encode_batches, image_token_id
-from tlq.scoring import score_tokens
-from tlq.streaming import StreamedModel
-from tlq.tokens import TokenBudget
 
 
 def main() -> None:

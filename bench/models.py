@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from demo.make import calibration_rows
-from tlq.architectures import architecture_of
-from tlq.checkpoint import copy_processor_files
+from tlq.models.architectures import architecture_of
+from tlq.models.checkpoint import copy_processor_files
 from tlq.samples import IMAGE_MARK, Sample
 
 MODEL = Path("data/demo/model")

@@ -66,7 +66,7 @@ def main() -> None:
     if torch.cuda.is_initialized():
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
-        status = Path("/proc/self/status").read_text()  # as tlq.memory, which this environment does not have
+        status = Path("/proc/self/status").read_text()  # as tlq.runtime.memory, which this environment does not have
         peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
     (arguments.out / "measured.json").write_text(json.dumps({"seconds": seconds, "peak_mib": peak}))
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from tlq.api import quantize
-from tlq.memory import peak_resident
-from tlq.tokens import TokenBudget
+from tlq.importance.token_set import TokenBudget
+from tlq.runtime.memory import peak_resident
 
 
 def main() -> None:

@@ -36,10 +36,10 @@ from transformers import Qwen2VLConfig
 from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.models import SHAPES, large_samples, write_random_model
 from bench.sections import table, write_section
-from tasks.cli import quiet_libraries
-from tasks.prepare import Columns, PrepareParams, draw, read_table
-from tlq.checkpoint import load_model
-from tlq.processor import load_processor
+from tasks.stages.command import quiet_libraries
+from tasks.stages.prepare import Columns, PrepareParams, draw, read_table
+from tlq.models.checkpoint import load_model
+from tlq.models.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
 
 logger = logging.getLogger("bench.peers")
@@ -100,7 +100,7 @@ def run_contender(name: str, command: list[str]) -> tuple[dict[str, float], Path
 
 
 def load_dequantized(folder: Path) -> None:
-    """Let transformers load an asymmetric checkpoint written by llm-compressor (see tlq.checkpoint)."""
+    """Let transformers load an asymmetric checkpoint written by llm-compressor (see tlq.models.checkpoint)."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"] |= {"dequantize": True, "ignore": ["lm_head", "re:.*visual.*"]}

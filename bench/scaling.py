@@ -28,8 +28,8 @@ from typing import Any
 
 from bench.models import SHAPES, Shape, demo_samples, large_samples, write_random_model
 from bench.sections import table, write_section
-from tasks.cli import quiet_libraries
-from tlq.digest import digest
+from tasks.stages.command import quiet_libraries
+from tlq.runtime.digest import digest
 
 logger = logging.getLogger("bench.scaling")
 

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import torch
 
-from tasks.cli import device, run
-from tasks.launch import on_ranks
-from tlq.api import quantize_checkpoint
-from tlq.importance import Weighting
-from tlq.quantizer import get_scheme
-from tlq.ranks import Ranks, joined_ranks
+from tasks.cluster.launch import on_ranks
+from tasks.stages.command import device, run
+from tlq.importance.gradients import AnswerLoss, score_resumably
+from tlq.importance.token_set import TokenBudget
+from tlq.importance.token_weights import SampleWeights, token_set
+from tlq.importance.weighting import Weighting
+from tlq.job import quantize_checkpoint
+from tlq.models.streaming import StreamedModel
+from tlq.parallel import Ranks, joined_ranks
+from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe
+from tlq.runtime.resume import WorkFolder
 from tlq.samples import Batch, Sample, token_rows
-from tlq.scoring import AnswerLoss, score_resumably
-from tlq.state import WorkFolder
-from tlq.streaming import StreamedModel
-from tlq.tokens import TokenBudget
-from tlq.weights import SampleWeights, token_set
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def calibrate() -> None:
             with ranks.clock.phase("importance"):
                 return _weights(model, batches, arguments, ranks)
 
-        ranks.wait()
+        ranks.barrier()
         started = time.perf_counter()
         layers = quantize_checkpoint(
             model,
@@ -87,7 +87,7 @@ def _weights(
     marks = {sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(batches)}
     is_image = [marks[sample] for sample in sorted(marks)]
     scores = score_resumably(model, batches, len(is_image), AnswerLoss(), work, ranks)
-    ranks.wait()
+    ranks.barrier()
     if ranks.leads:
         work.remove()
     return token_set(scores, is_image, "token", Weighting(), TokenBudget(arguments.tokens), 0)

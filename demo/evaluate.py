@@ -21,7 +21,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from demo.make import BENCHMARKS
 from demo.questions import LETTERS, SUFFIX
-from tlq.processor import load_processor
+from tlq.models.processor import load_processor
 
 logger = logging.getLogger(__name__)
 

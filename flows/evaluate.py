@@ -17,7 +17,7 @@ from flows.artifacts import publish_overrides, publish_results
 from flows.hooks import HOOKS
 from flows.parameters import Limit
 from flows.stages import ROOT, check_tracking, main, stage, stages_at_once, stopping_stages
-from tasks.params import VariantParams, section
+from tasks.config.params import VariantParams, section
 
 
 @flow(name="evaluate", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()), **HOOKS)  # type: ignore[arg-type]
@@ -65,8 +65,8 @@ def score(variants: Sequence[str], again: bool) -> None:
 @task(task_run_name="find registered models")
 def find_models(models: Sequence[str], variants: Sequence[str]) -> list[str]:
     """Variants that the given names stand for."""
-    from tasks.registered import find_variants
-    from tasks.tracking import connect
+    from tasks.registry.registered import find_variants
+    from tasks.registry.tracking import connect
 
     return find_variants(models, variants, connect(), ROOT)
 

@@ -11,7 +11,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
-from flows.processes import stop_stages
+from services.processes import stop_stages
 
 _STAGE = re.compile(r"\b(?P<stage>[a-z]+(?:@[\w-]+)?) failed: (?P<reason>.*)", re.DOTALL)
 

@@ -23,9 +23,9 @@ from pydantic import Field
 from ruamel.yaml import YAML
 
 from flows.stages import ROOT
-from tlq.files import write_text
-from tlq.quantizer import SCHEMES
+from tlq.quantization.formats import SCHEMES
 from tlq.recipes import RECIPES
+from tlq.runtime.files import write_text
 
 PARAMS = ROOT / "params.yaml"
 PRESETS = ROOT / "presets"
@@ -115,7 +115,7 @@ def with_overrides(text: str, values: Mapping[str, Any]) -> str:
 
 def with_preset(text: str, name: str) -> str:
     """A params file's text with a model's preset in it, download at the preset's commit included."""
-    from tasks.preset import applied, available, named, newest_commit, pin
+    from tasks.config.presets import applied, available, named, newest_commit, pin
 
     chosen = [preset for preset in named([name], available(PRESETS)) if preset.kind == "model"]
     return applied(text, chosen, {preset.kind: pin(preset, {}, newest_commit) for preset in chosen})

@@ -30,8 +30,8 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows.stages import ROOT, StageFailed, run_command
-from tasks.jobstore import JobStore, StageGoneError
-from tasks.pool import FLOW
+from tasks.cluster.pool import FLOW
+from tasks.cluster.store import JobStore, StageGoneError
 
 _HEARTBEAT_SECONDS = 30
 _SILENT_SECONDS = 120
@@ -48,7 +48,7 @@ def pool_worker(store: str, agents: int, module: str, arguments: list[str], fold
         folder: where it runs: the stage's own folder, on a file system that all workers share.
     """
     name = str(flow_run.id)
-    command = [sys.executable, "-m", "tasks.agent", "--store", store, "--name", name]
+    command = [sys.executable, "-m", "tasks.cluster.agent", "--store", store, "--name", name]
     command += ["--agents", str(agents), module, *arguments]
     try:
         meeting = JobStore.join(store)

@@ -20,7 +20,7 @@ from flows.artifacts import publish_overrides, publish_results
 from flows.hooks import HOOKS
 from flows.parameters import Limit, RecipeName, SchemeName, StageName
 from flows.stages import check_tracking, main, stage, stages_at_once, stopping_stages
-from tasks.params import VariantParams, section
+from tasks.config.params import VariantParams, section
 
 WHERE = """report        report/index.html
 pictures      report/scores.png, report/tokens.png

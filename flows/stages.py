@@ -18,10 +18,10 @@ import torch
 from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
 
-from flows.processes import OWNER, owner, stop, stop_stages, tree
 from flows.progress import with_progress
-from tasks.cli import TRY_AGAIN
-from tlq.ranks import SHARDS
+from services.processes import OWNER, owner, stop, stop_stages, tree
+from tasks.stages.command import TRY_AGAIN
+from tlq.parallel import SHARDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,7 +81,7 @@ def check_tracking() -> None:
     Raises:
         StageFailed: MLflow does not answer.
     """
-    run_command([sys.executable, "-m", "tasks.register", "--check"], "check MLflow")
+    run_command([sys.executable, "-m", "tasks.stages.register", "--check"], "check MLflow")
 
 
 def run_command(command: list[str], name: str, folder: Path = ROOT, tell: Callable[[str], None] | None = None) -> None:

@@ -18,12 +18,12 @@ from hypothesis import settings
 from tiny import random_samples, write_tiny_qwen2_vl
 from transformers import PreTrainedModel
 
-from tlq.checkpoint import load_model
-from tlq.importance import Importance
-from tlq.processor import load_processor
+from tlq.importance.gradients import score_tokens
+from tlq.importance.weighting import Importance
+from tlq.models.checkpoint import load_model
+from tlq.models.processor import load_processor
+from tlq.models.streaming import ResidentModel
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
-from tlq.scoring import score_tokens
-from tlq.streaming import ResidentModel
 
 settings.register_profile("tests", derandomize=True)  # the same examples in every run
 settings.load_profile("tests")
@@ -65,7 +65,7 @@ def scores(tiny_model: PreTrainedModel, batches: list[Batch], samples: list[Samp
 @pytest.fixture(scope="session")
 def project(tiny_checkpoint: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `prepare`, `importance` and `calibset` have run on the tiny model, by their own main()."""
-    from tasks import calibset, importance, prepare
+    from tasks.stages import calibset, importance, prepare
 
     folder = tmp_path_factory.mktemp("project")
     rows = [

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from tlq.calibrate import Calibrated
-from tlq.checkpoint import read_config, storage_dtype
-from tlq.export import finish_checkpoint, quantization_config, write_layer
-from tlq.quantizer import QuantizedWeight, Scheme
-from tlq.streaming import StreamedModel
+from tlq.calibration.loop import Calibrated
+from tlq.export.compressed_tensors import finish_checkpoint, quantization_config, write_layer
+from tlq.models.checkpoint import checkpoint_dtype_of, read_config
+from tlq.models.streaming import StreamedModel
+from tlq.quantization.formats import QuantizedWeight, Scheme
 
 
 def write_export(source: Path, calibrated: Calibrated, scheme: Scheme, out: Path) -> Path:
@@ -40,7 +40,7 @@ def whole_model_tensors(
 ) -> dict[str, torch.Tensor]:
     """State dict of the model compressed as a whole by compressed-tensors, by the module tree's names."""
     config = read_config(source)
-    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=storage_dtype(config))
+    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=checkpoint_dtype_of(config))
     _copy_unquantized(calibrated, model, set(weights))
     architecture = StreamedModel(source).architecture
     quantization = quantization_config(scheme, architecture, len(architecture.decoder_layers(model)))

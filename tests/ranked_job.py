@@ -14,32 +14,32 @@ import torch
 from exporting import read_tensors
 from tiny import random_samples, write_tiny_qwen2_vl
 
-from tasks.files import write_samples
+from tasks.stages.files import write_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = """
 import sys
 from pathlib import Path
 import torch
-import tlq.calibrate
-from tasks.cli import run
-from tasks.files import read_samples
-from tasks.launch import on_ranks
-from tlq.api import quantize_checkpoint
-from tlq.quantizer import get_scheme
-from tlq.ranks import joined_ranks
+import tlq.calibration.loop
+from tasks.stages.command import run
+from tasks.stages.files import read_samples
+from tasks.cluster.launch import on_ranks
+from tlq.job import quantize_checkpoint
+from tlq.quantization.formats import get_scheme
+from tlq.parallel import joined_ranks
 from tlq.recipes import get_recipe
-from tlq.scoring import AnswerLoss, score_resumably
-from tlq.state import WorkFolder
-from tlq.streaming import StreamedModel
-from tlq.importance import Weighting
+from tlq.importance.gradients import AnswerLoss, score_resumably
+from tlq.runtime.resume import WorkFolder
+from tlq.models.streaming import StreamedModel
+from tlq.importance.weighting import Weighting
 from tlq.samples import encode_batches, image_token_id
-from tlq.processor import load_processor
-from tlq.tokens import TokenBudget
-from tlq.weights import token_set
+from tlq.models.processor import load_processor
+from tlq.importance.token_set import TokenBudget
+from tlq.importance.token_weights import token_set
 
 folder, recipe, scheme = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-tlq.calibrate._LEAST_ROWS = 32  # so that weights as small as these are rounded in several parts
+tlq.calibration.loop._LEAST_ROWS = 32  # so that weights as small as these are rounded in several parts
 
 def work():
     torch.set_num_threads(1)

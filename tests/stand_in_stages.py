@@ -1,6 +1,6 @@
 """What `python` is in a quick project: every stage's module writes what the real one writes, in no time.
 
-    python -m tasks.calibrate --recipe tlq --scheme w3a16
+    python -m tasks.stages.calibrate --recipe tlq --scheme w3a16
 
 The graph, the parameters and the code that stages depend on are the project's own; only the work is left out.
 """

@@ -15,29 +15,24 @@ import yaml
 from documents import blocks, run_shell
 from quick_project import ROOT, QuickProject
 
-from tasks.preset import PRESETS, applied, available, named, pin
+from tasks.config.presets import PRESETS, applied, available, named, pin
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PACKAGES = ("tlq", "tasks", "benchmarks", "demo")
 
 #: Code that no result depends on: it decides where and how a stage runs, reads its parameters (which are dependencies
 #: themselves), keeps what is unfinished, takes times, records. What it imports counts no more than itself.
-BESIDE_RESULTS = {
-    "tasks/cli.py",
-    "tasks/launch.py",
-    "tasks/params.py",
-    "tasks/planning.py",
-    "tasks/provenance.py",
-    "tasks/tracking.py",
-    "tlq/activations.py",
-    "tlq/clock.py",
-    "tlq/files.py",
-    "tlq/memory.py",
+BESIDE_RESULTS = (
+    "tasks/cluster/",
+    "tasks/config/",
+    "tasks/registry/",
+    "tasks/stages/command.py",
+    "tasks/stages/planning.py",
     "tlq/plan.py",
-    "tlq/state.py",
-}
+    "tlq/runtime/",
+)
 #: Formats of the files between stages: a dependency, but the types it imports are not.
-FORMATS = "tasks/files.py"
+FORMATS = "tasks/stages/files.py"
 
 
 def module_file(name: str) -> str | None:
@@ -49,14 +44,14 @@ def module_file(name: str) -> str | None:
 
 
 def imported(path: str) -> Iterator[str]:
-    """Project files that a file imports; of ``tasks.files``, names of places (in capitals) are none."""
+    """Project files that a file imports; of ``tasks.stages.files``, names of places (in capitals) are none."""
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             of_module = [alias.name for alias in node.names]
-            if node.module != "tasks.files" or not all(name.isupper() for name in of_module):
+            if node.module != "tasks.stages.files" or not all(name.isupper() for name in of_module):
                 names = [node.module, *(f"{node.module}.{name}" for name in of_module)]
         yield from filter(None, map(module_file, names))
 
@@ -67,7 +62,7 @@ def code_behind(path: str) -> set[str]:
     waiting = [path]
     while waiting:
         file = waiting.pop()
-        if file in seen or file in BESIDE_RESULTS or Path(file).name == "__init__.py":
+        if file in seen or file.startswith(BESIDE_RESULTS) or Path(file).name == "__init__.py":
             continue
         seen.add(file)
         if file != FORMATS:
@@ -131,13 +126,13 @@ def project(reproduced: Reproduced) -> Iterator[QuickProject]:
 
 
 def test_only_what_decides_a_result_makes_a_stage_stale(project: QuickProject) -> None:
-    for name in ("benchmarks/textvqa/README.md", "tasks/cli.py", "tlq/clock.py"):
+    for name in ("benchmarks/textvqa/README.md", "tasks/stages/command.py", "tlq/runtime/clock.py"):
         (project.folder / name).write_text("changed\n")
     assert "up to date" in project.dvc("status")
-    (project.folder / "tlq/scoring.py").write_text("changed\n")
+    (project.folder / "tlq/importance/gradients.py").write_text("changed\n")
     stale = set(yaml.safe_load(project.dvc("status", "--json")))
     assert "importance" in stale
-    assert not stale & {"demo", "prepare", "calibset", "baseline"}
+    assert not stale & {"demo", "prepare", "baseline"}
 
 
 def test_presets_put_downloads_before_the_stages_that_need_them(tmp_path: Path) -> None:

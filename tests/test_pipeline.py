@@ -19,8 +19,8 @@ import yaml
 from documents import blocks
 from tiny_project import ROOT, VARIANTS, Services, dvc, make_project, run, serving
 
-from flows.deployments import apply_deployments, server
-from flows.processes import FLOW_RUN, with_environment
+from services.deployments import apply_deployments, server
+from services.processes import FLOW_RUN, with_environment
 
 CHROMIUM = os.environ.get("TLQ_CHROMIUM") or shutil.which("chromium") or ""
 FLAGS = (
@@ -197,7 +197,7 @@ def test_a_cancelled_run_leaves_no_process_and_params_yaml_as_it_was(
     deployment = prefect.get("/deployments/name/quantize/quantize")["id"]
     parameters = {"settings": {"calibset.seed": 5}, "force": ["baseline"]}
     run_id = prefect.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"]
-    wait_for(lambda: any("tasks.evaluate" in each for each in commands_of(run_id)))
+    wait_for(lambda: any("tasks.stages.evaluate" in each for each in commands_of(run_id)))
     assert "seed: 5" in (project / "params.yaml").read_text()
     prefect.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
     assert prefect.finished(run_id)["state_type"] == "CANCELLED"

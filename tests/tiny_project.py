@@ -22,6 +22,7 @@ CODE = (
     "demo",
     "flows",
     "presets",
+    "services",
     "tasks",
     "tlq",
     ".dvc/config",
@@ -95,7 +96,7 @@ def free_port() -> int:
 
 
 class Services:
-    """`python -m flows.services` of a project, and where it listens."""
+    """`python -m services` of a project, and where it listens."""
 
     def __init__(self, folder: Path, process: subprocess.Popen[str], ports: tuple[int, int]) -> None:
         self.folder = folder
@@ -117,7 +118,7 @@ class Services:
 def serving(folder: Path, extra: Mapping[str, str] | None = None, what: str = "serve") -> Iterator[Services]:
     """The services of ``folder`` on free ports, stopped afterwards."""
     ports = free_port(), free_port()
-    command = [sys.executable, "-m", "flows.services", what]
+    command = [sys.executable, "-m", "services", what]
     command += ["--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1])]
     log = folder / "services.log"
     with log.open("w") as stream:

@@ -14,15 +14,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from tlq.activations import GIB, gib_of, host_budget
-from tlq.architectures import LinearGroup, get_linear, linear_paths
-from tlq.calibrate import check_shapes
-from tlq.quantizer import Scheme
-from tlq.ranks import Ranks, shard_ranges
+from tlq.calibration.loop import check_shapes
+from tlq.importance.gradients import WAVES, bytes_per_token
+from tlq.models.architectures import LinearGroup, get_linear, linear_paths
+from tlq.models.streaming import StreamedModel
+from tlq.parallel import Ranks, shard_ranges
+from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
+from tlq.runtime.activations import GIB, gib_of, host_budget
 from tlq.samples import Batch
-from tlq.scoring import WAVES, bytes_per_token
-from tlq.streaming import StreamedModel
 
 _FLOAT = 4
 #: What thread pools, matrix kernels and the allocator take beside tensors, in bytes: measured by bench.memory.
@@ -224,7 +224,7 @@ def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
     """Size of the result's weights; the state beside it is the same files."""
     skeleton, architecture = model.skeleton, model.architecture
     layers = range(len(architecture.decoder_layers(skeleton)))
-    total = _elements(model, list(model.stored)) * model.storage.itemsize
+    total = _elements(model, list(model.weight_map)) * model.checkpoint_dtype.itemsize
     for path in (path for index in layers for path in linear_paths(architecture, index)):
         own = scheme.of(path)
         if own is None:
@@ -234,13 +234,13 @@ def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
         groups = 1 if own.group_size is None else width // own.group_size
         bits = 8 if own.activation_bits is not None else own.weight_bits  # integer kernels read whole bytes
         zero_points = 0 if own.symmetric else rows * groups * own.weight_bits // 8
-        total += rows * width * bits // 8 + rows * groups * model.storage.itemsize + zero_points
-        total -= rows * width * model.storage.itemsize
+        total += rows * width * bits // 8 + rows * groups * model.checkpoint_dtype.itemsize + zero_points
+        total -= rows * width * model.checkpoint_dtype.itemsize
     return total
 
 
 def _elements(model: StreamedModel, names: Sequence[str]) -> int:
-    places = {model.stored[name]: name for name in names}  # tied weights count once
+    places = {model.weight_map[name]: name for name in names}  # tied weights count once
     values = model.skeleton.state_dict()
     return sum(values[name].numel() for name in places.values())
 

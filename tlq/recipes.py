@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tlq.importance import Source
-from tlq.objective import Norm
-from tlq.quantizer import Scheme
+from tlq.importance.weighting import Source
+from tlq.quantization.formats import Scheme
+from tlq.quantization.objective import Norm
 
 InputPath = Literal["full_precision", "exposed"]
 

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tlq.digest import add_tensor
+from tlq.runtime.digest import add_tensor
 
 IMAGE_MARK = "<image>"
 

@@ -2,7 +2,7 @@
 
 | module     | what it does                                                              |
 |------------|---------------------------------------------------------------------------|
-| `__main__` | the stage: `python -m tasks.report`                                       |
+| `__main__` | the stage: `python -m tasks.stages.report`                                       |
 | `results`  | reads what the other stages left, once                                    |
 | `tokens`   | importance and the token-level set, over samples and by layer             |
 | `charts`   | draws results on matplotlib axes                                          |

@@ -1,6 +1,6 @@
 """Model cards: report/cards/<variant>.md, copied into the checkpoint as its README.md.
 
-    python -m tasks.report.cards
+    python -m tasks.stages.report.cards
 
 copies them again, where a checkpoint was made anew or pulled. DVC does not look at a checkpoint's README.md
 (.dvcignore), and the checkpoint's digest leaves it out: a card changes neither.
@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from tasks.cli import run
-from tasks.files import MODELS, REPORT
-from tasks.prepare import PrepareParams
 from tasks.report.page import environment
 from tasks.report.results import Results, Variant, is_demo
 from tasks.report.tokens import TokenData
-from tlq.files import write_text
+from tasks.stages.command import run
+from tasks.stages.files import MODELS, REPORT
+from tasks.stages.prepare import PrepareParams
+from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.report")
 

@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tasks.registry.lineage import Lineage
 from tasks.report.charts import (
     STYLE,
     Look,
@@ -23,7 +24,6 @@ from tasks.report.charts import (
     score_panels,
 )
 from tasks.report.inline import png_uri, svg
-from tasks.report.lineage import Lineage
 from tasks.report.results import Results, Variant, is_demo, scheme_title, scheme_words, size_unit
 from tasks.report.tokens import (
     HEAT,

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.compare import FULL
-from tasks.files import EVALUATION, MODELS
-from tasks.params import VariantParams
+from tasks.config.params import VariantParams
+from tasks.stages.files import EVALUATION, MODELS
 
 #: Columns of calibration.json's groups that the report shows; a file of another version may lack the optional ones.
 REQUIRED = ("layer", "group", "alpha", "duo", "error_before", "error_after", "tokens", "effective_tokens")

@@ -11,10 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_samples, read_sequences
-from tasks.files import read_tokens as read_token_set
 from tasks.report.pictures import grid_shape
-from tlq.importance import Importance
+from tasks.stages.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_samples, read_sequences
+from tasks.stages.files import read_tokens as read_token_set
+from tlq.importance.weighting import Importance
 from tlq.samples import Sample, Sequences, decode_image
 
 HEAT = "inferno"
@@ -69,7 +69,7 @@ class SampleTokens:
 
 
 def read_token_data() -> TokenData:
-    """Raises: as the readers of tasks/files.py."""
+    """Raises: as the readers of tasks/stages/files.py."""
     sequences = read_sequences(IMPORTANCE)
     scores = read_importance(IMPORTANCE)
     chosen = read_token_set(CALIBSET / "tokens.parquet")

@@ -15,8 +15,8 @@ from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks
 from benchmarks.model import Finished, VisionLM
-from tlq.checkpoint import load_model
-from tlq.processor import load_processor
+from tlq.models.checkpoint import load_model
+from tlq.models.processor import load_processor
 
 Make = Callable[..., BenchmarkSource]
 NEW_TOKENS = 6

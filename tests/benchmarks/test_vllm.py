@@ -15,8 +15,8 @@ from benchmarks.divergence import ItemKey
 from benchmarks.harness import load_benchmarks, namer, run_on
 from benchmarks.model import Finished
 from benchmarks.vllm import WrappedLM, load_vllm
-from tasks.evaluate import evaluate_variant
-from tasks.evaluate_params import EvaluateParams
+from tasks.config.evaluation import EvaluateParams
+from tasks.stages.evaluate import evaluate_variant
 
 Make = Callable[..., BenchmarkSource]
 

@@ -10,7 +10,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from demo.evaluate import EvaluateParams, Item, read_benchmark, replies_of, score
 from demo.make import BENCHMARKS, MakeParams, make
 from demo.model import IMAGE_TOKENS
-from tlq.processor import load_processor
+from tlq.models.processor import load_processor
 
 MODEL = Path(__file__).parents[2] / "data" / "demo" / "model"
 ITEMS = 40

@@ -12,7 +12,7 @@ from prefect.states import Failed
 from flows import stages
 from flows.hooks import HOOKS, advice
 from flows.stages import StageFailed, StageUnavailable, may_pass
-from tasks.cli import TRY_AGAIN, is_transient
+from tasks.stages.command import TRY_AGAIN, is_transient
 
 
 def test_a_failed_stage_is_named_with_the_command_that_shows_it() -> None:
@@ -50,10 +50,10 @@ def _plain_logger(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (f"raise SystemExit({TRY_AGAIN})", StageUnavailable),
         (
-            f"print('failed to run: python -m tasks.prepare, exited with {TRY_AGAIN}'); raise SystemExit(255)",
+            f"print('failed to run: python -m tasks.stages.prepare, exited with {TRY_AGAIN}'); raise SystemExit(255)",
             StageUnavailable,
         ),
-        ("print('failed to run: python -m tasks.prepare, exited with 1'); raise SystemExit(255)", StageFailed),
+        ("print('failed to run: python -m tasks.stages.prepare, exited with 1'); raise SystemExit(255)", StageFailed),
     ],
 )
 def test_only_what_did_not_answer_is_tried_again(code: str, kind: type[StageFailed]) -> None:

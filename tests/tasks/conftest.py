@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from report_results import write_results
 
-from tasks.report.__main__ import main
+from tasks.stages.report import main
 from tlq.samples import Sample
 
 

@@ -10,10 +10,10 @@ import pytest
 
 import tlq
 from tlq import quantize
-from tlq.checkpoint import load_model
+from tlq.importance.token_set import TokenBudget
+from tlq.models.checkpoint import load_model
 from tlq.recipes import Equalization, Recipe
 from tlq.samples import Sample
-from tlq.tokens import TokenBudget
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "awq", "mbq", "tlq-c"])

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from tlq import quantize
-from tlq.checkpoint import load_model
-from tlq.digest import digest
-from tlq.objective import Statistics, Tokens
-from tlq.processor import load_processor
-from tlq.quantizer import fake_quantize, get_scheme
+from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_tokens
+from tlq.importance.token_set import TokenBudget
+from tlq.models.checkpoint import load_model
+from tlq.models.processor import load_processor
+from tlq.models.streaming import StreamedModel
+from tlq.quantization.formats import fake_quantize, get_scheme
+from tlq.quantization.objective import Statistics, Tokens
+from tlq.quantization.rounding import Factor, round_compensated
 from tlq.recipes import RECIPES
-from tlq.rounding import Factor, round_compensated
+from tlq.runtime.digest import digest
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
-from tlq.scoring import AnswerLoss, BlockLoss, Loss, score_tokens
-from tlq.streaming import StreamedModel
-from tlq.tokens import TokenBudget
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,12 +13,12 @@ import torch
 from exporting import read_tensors
 
 import tlq
+from tlq.models.streaming import StreamedModel
+from tlq.parallel import Ranks
 from tlq.plan import Plan, exported_bytes, plan_calibration, plan_importance, refuse_impossible
-from tlq.quantizer import get_scheme
-from tlq.ranks import Ranks
+from tlq.quantization.formats import get_scheme
 from tlq.recipes import RECIPES
 from tlq.samples import Batch, Sample
-from tlq.streaming import StreamedModel
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -1,0 +1,80 @@
+"""Where the servers keep their data: files in the project's folder, or one PostgreSQL database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, OperationalError
+
+from services.supervisor import ServiceError
+
+VARIABLE = "TLQ_DATABASE_URL"
+
+#: Prefect and MLflow both have a table `alembic_version`: each gets a schema of its own.
+SCHEMAS = ("prefect", "mlflow")
+
+
+def postgres(url: str) -> URL:
+    """``TLQ_DATABASE_URL``, checked.
+
+    Raises:
+        ServiceError: it is no address of a PostgreSQL database.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ServiceError(
+            f"{VARIABLE} is no database address; give postgresql://user:password@host/database"
+        ) from error
+    if parsed.get_backend_name() != "postgresql" or not parsed.database:
+        raise ServiceError(
+            f"{VARIABLE} is {parsed.render_as_string()}; give postgresql://user:password@host/database, "
+            "or unset it for SQLite"
+        )
+    return parsed
+
+
+def create_schemas(url: URL) -> None:
+    """Make the schemas that are missing.
+
+    Raises:
+        ServiceError: no driver, or the database does not let us in.
+    """
+    try:
+        engine = sqlalchemy.create_engine(url.set(drivername="postgresql+psycopg2"))
+    except ImportError as error:
+        raise ServiceError(
+            f"{VARIABLE} needs psycopg2: .venv/bin/pip install -c requirements.lock '.[postgres]'"
+        ) from error
+    try:
+        with engine.begin() as connection:
+            for schema in SCHEMAS:
+                connection.execute(sqlalchemy.schema.CreateSchema(schema, if_not_exists=True))
+    except OperationalError as error:
+        reason = str(error.orig).splitlines()[0]
+        raise ServiceError(f"{VARIABLE}: {url.render_as_string()} cannot be used: {reason}") from error
+    finally:
+        engine.dispose()
+
+
+def prefect_environment(url: URL | None) -> dict[str, str]:
+    """Settings of the Prefect server; without ``url`` it keeps a SQLite file in PREFECT_HOME."""
+    if url is None:
+        return {}
+    query = {("ssl" if name == "sslmode" else name): value for name, value in url.query.items()}  # asyncpg's word
+    address = url.set(drivername="postgresql+asyncpg", query=query)
+    return {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": address.render_as_string(hide_password=False),
+        # extensions are in public
+        "PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_SEARCH_PATH": "prefect, public",
+    }
+
+
+def mlflow_environment(url: URL | None, folder: Path) -> dict[str, str]:
+    """Settings of the MLflow server; without ``url`` the file that `make demo` uses. No password on a command line."""
+    if url is None:
+        return {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    address = url.set(drivername="postgresql+psycopg2").update_query_dict({"options": "-csearch_path=mlflow"})
+    return {"MLFLOW_BACKEND_STORE_URI": address.render_as_string(hide_password=False)}

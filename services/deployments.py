@@ -1,0 +1,127 @@
+"""Deployments and runs on a Prefect server: applying prefect.yaml, letting go of lost runs, cancelling at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID
+
+import psutil
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling, Crashed
+from prefect.workers.process import ProcessWorker
+
+from services.processes import FLOW_RUN, with_environment
+from services.supervisor import ServiceError
+from tlq.runtime.files import write_text
+
+logger = logging.getLogger("tlq.services")
+
+POOL = "local"
+_ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+_CANCEL_SECONDS = 60.0
+
+
+@contextmanager
+def server() -> Iterator[SyncPrefectClient]:
+    """A client of PREFECT_API_URL as it is now: Prefect itself reads it once, at import."""
+    with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+        yield client
+
+
+def create_pool(client: SyncPrefectClient) -> None:
+    """The pool of this folder's worker. One run at a time: deployments share params.yaml, dvc.lock and outputs."""
+    pool = WorkPoolCreate(
+        name=POOL,
+        type="process",
+        description="Runs in the project's folder, one at a time",
+        base_job_template=ProcessWorker.get_default_base_job_template(),
+        concurrency_limit=1,
+    )
+    try:
+        client.create_work_pool(pool)
+    except ObjectAlreadyExists:
+        logger.debug("pool %s is there already", POOL)
+
+
+def apply_deployments(folder: Path, scratch: Path, client: SyncPrefectClient) -> list[str]:
+    """Apply prefect.yaml; returns the deployments' names.
+
+    Schedules are applied with a deployment's first appearance only: afterwards they are what was made of them in the
+    UI, and applying the file again would switch them back.
+
+    Raises:
+        ServiceError: Prefect refuses the file.
+    """
+    content = yaml.safe_load((folder / "prefect.yaml").read_text())
+    for deployment in content["deployments"]:
+        if _exists(deployment["entrypoint"].rsplit(":", 1)[1], deployment["name"], client):
+            deployment.pop("schedules", None)
+    write_text(yaml.safe_dump(content), scratch)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(scratch)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ServiceError(f"prefect.yaml cannot be applied:\n{done.stdout}{done.stderr}")
+    return [deployment["name"] for deployment in content["deployments"]]
+
+
+def _exists(flow: str, name: str, client: SyncPrefectClient) -> bool:
+    try:
+        client.read_deployment_by_name(f"{flow}/{name}")
+    except ObjectNotFound:
+        return False
+    return True
+
+
+def release_lost_runs(client: SyncPrefectClient) -> list[str]:
+    """Mark runs of the pool as crashed whose process is gone; returns their names.
+
+    When a worker and its run are killed together nobody tells the server: the run would hold the pool's only place.
+    """
+    active = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": _ACTIVE}}}),
+        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
+    )
+    lost = [run for run in active if not with_environment(FLOW_RUN, str(run.id))]
+    for run in lost:
+        client.set_flow_run_state(run.id, Crashed(message="Its process is gone; start it again."), force=True)
+    return [run.name for run in lost]
+
+
+def cancel_runs(worker: Iterable[psutil.Process]) -> None:
+    """Cancel the runs among a worker's processes and wait for them: a worker that is only stopped waits for ever."""
+    runs = {found for process in worker if (found := _flow_run(process))}
+    if not runs:
+        return
+    logger.info("cancelling %d running flow", len(runs))
+    with server() as client:
+        for run in runs:
+            client.set_flow_run_state(run, Cancelling(message="The services are being stopped."))
+        until = time.monotonic() + _CANCEL_SECONDS
+        while time.monotonic() < until and any(_is_active(run, client) for run in runs):
+            time.sleep(0.5)
+
+
+def _flow_run(process: psutil.Process) -> UUID | None:
+    try:
+        found = process.environ().get(FLOW_RUN)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+    return UUID(found) if found else None
+
+
+def _is_active(run: UUID, client: SyncPrefectClient) -> bool:
+    state = client.read_flow_run(run).state
+    return state is not None and not state.is_final()

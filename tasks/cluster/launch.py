@@ -1,0 +1,162 @@
+"""Run a stage on several ranks: one process per GPU here, ``TLQ_RANKS`` of them, or workers of a Prefect pool.
+
+Here, the stage's own process starts the ranks through torch elastic and waits. A rank that dies takes the group down,
+the group forms again and goes on from what is on disk. An error that trying again cannot cure ends the stage at once.
+With ``TLQ_POOL`` set it is the workers of that pool that start the ranks, see ``tasks.cluster.pool``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tasks.cluster.environment import own_address, positive, restarts_allowed
+from tasks.cluster.store import JobStore
+from tlq.parallel import SHARDS
+
+logger = logging.getLogger("tlq.ranks")
+
+#: Tells a rank where the store is.
+STORE = "TLQ_STORE"
+
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 5
+
+
+def ranks_wanted() -> int:
+    """``TLQ_RANKS``, else one per GPU, else one.
+
+    Raises:
+        ValueError: ``TLQ_RANKS`` is no positive number.
+    """
+    if "TLQ_RANKS" in os.environ:
+        return positive("TLQ_RANKS", 1)
+    return 1 if os.environ.get("TLQ_DEVICE") else max(1, torch.cuda.device_count())
+
+
+def is_rank() -> bool:
+    """Whether this process is a rank: one of those that an elastic agent keeps alive."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], most: int = SHARDS) -> None:
+    """Do ``work`` here, or on the ranks that the environment asks for by running ``module`` in each.
+
+    Args:
+        most: ranks that can share this work.
+
+    Raises:
+        ValueError: what a rank reported, or the environment asks for something that cannot be.
+        RuntimeError: the ranks failed for good.
+        TimeoutError: no worker of the pool came.
+    """
+    if is_rank():
+        die_with_parent()
+        _as_rank(work)
+    elif os.environ.get("TLQ_POOL"):
+        from tasks.cluster.pool import run_on_pool  # slow to import: only stages on a pool should wait for it
+
+        run_on_pool(module, arguments, most)
+    elif min(ranks_wanted(), most) == 1:
+        work()
+    else:
+        _launch_local(module, arguments, min(ranks_wanted(), most))
+
+
+def _launch_local(module: str, arguments: Sequence[str], ranks: int) -> None:
+    store = JobStore.host("127.0.0.1")
+    run_agent(store.endpoint, module, arguments, ranks)
+    store.raise_failure()
+
+
+def run_agent(
+    endpoint: str, module: str, arguments: Sequence[str], ranks: int, nodes: tuple[int, int] = (1, 1), run: str = "tlq"
+) -> None:
+    """One elastic agent: joins the group that meets at ``endpoint`` and keeps ``ranks`` processes of it alive.
+
+    Args:
+        endpoint: host and port of the store, which another process holds.
+        nodes: least and largest number of agents in the group.
+        run: name of the job at the store.
+
+    Raises:
+        RuntimeError: its ranks failed more often than ``TLQ_RESTARTS`` (default 20).
+    """
+    config = LaunchConfig(
+        min_nodes=nodes[0],
+        max_nodes=nodes[1],
+        nproc_per_node=ranks,
+        run_id=run,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        # An agent that is silent for 8 seconds is dead; the others wait so long before they go on without it.
+        rdzv_configs={
+            "is_host": False,
+            "last_call_timeout": 1,
+            "keep_alive_interval": 1,
+            "keep_alive_max_attempt": 8,
+        },
+        max_restarts=restarts_allowed(),
+        monitor_interval=0.2,
+        local_addr=own_address(),
+        shutdown_timeout=_STOP_SECONDS,
+    )
+    os.environ[STORE] = endpoint
+    # Otherwise agents keep the address of the first leading agent when another takes the lead (torch 2.13).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        first = error.get_first_failure()[1]
+        raise RuntimeError(
+            f"the ranks failed {config.max_restarts + 1} times, the last with exit status {first.exitcode}; what is "
+            "finished is kept, see the log above and run the same command again"
+        ) from error
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it is gone: nobody else would stop it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="parent watch").start()
+
+
+def _as_rank(work: Callable[[], None]) -> None:
+    """Do ``work``, and stay until the leading rank has done its own, which may take longer.
+
+    A rank that left earlier could not be called back if the leading one died before the end. Started once more after
+    the end, for instance because a rank was killed on its way out, there is nothing left to do.
+    """
+    store = JobStore.join(os.environ[STORE])
+    if store.finished():
+        return
+    work()
+    if os.environ["RANK"] == "0":
+        store.finish()
+    while not store.finished() and store.failure() is None:
+        time.sleep(_POLL_SECONDS)
+
+
+def report_failure(message: str) -> bool:
+    """Tell the stage that trying again is of no use; False if this process is no rank, or another one was first."""
+    return is_rank() and JobStore.join(os.environ[STORE]).fail(message)
+
+
+def failed_already() -> bool:
+    """Whether another rank has reported such a failure."""
+    return is_rank() and JobStore.join(os.environ[STORE]).failure() is not None

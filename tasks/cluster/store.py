@@ -1,0 +1,173 @@
+"""What a stage, the agents that work for it and their ranks tell each other: on the store where the agents meet.
+
+The stage's own process holds the store. It is gone when that process is, and this is how everybody else learns it.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import TypeVar
+
+from torch.distributed import TCPStore
+
+T = TypeVar("T")
+
+#: Seconds in which a store that is there answers.
+ANSWER_SECONDS = 20
+
+_FAILURE, _FINISHED, _BEGUN, _STOPPED, _JOB, _LINES = (
+    f"tlq/{name}" for name in ("failure", "finished", "begun", "stopped", "job", "lines")
+)
+
+
+class StageGoneError(ConnectionError):
+    """The store does not answer: the process that holds it has ended, or its machine cannot be reached."""
+
+
+class JobStore:
+    """The messages of one job.
+
+    Attributes:
+        endpoint: host and port under which the store is reached.
+    """
+
+    def __init__(self, store: TCPStore, endpoint: str) -> None:
+        self._store = store
+        self.endpoint = endpoint
+        self._lines_read = 0
+
+    @classmethod
+    def host(cls, address: str, job: str = "") -> JobStore:
+        """A new store in this process, reached under ``address`` and by no other.
+
+        Raises:
+            OSError: ``address`` is none of this machine.
+        """
+        try:
+            family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
+            listener = socket.create_server((address, 0), family=family)
+        except OSError as error:
+            raise OSError(
+                f"TLQ_HOST is {address!r}, no address of this machine ({error}); set it to one that the workers reach"
+            ) from error
+        port = listener.getsockname()[1]
+        # The store closes the descriptor that it is given. Left to itself it would listen on every interface.
+        store = TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+        )
+        hosted = cls(store, f"{address}:{port}")
+        hosted._set(_JOB, job)
+        return hosted
+
+    @classmethod
+    def join(cls, endpoint: str, seconds: float = ANSWER_SECONDS) -> JobStore:
+        """The store that another process holds.
+
+        Raises:
+            StageGoneError: nobody answers there within ``seconds``.
+        """
+        host, port = endpoint.rsplit(":", 1)
+        try:
+            socket.create_connection((host, int(port)), seconds).close()  # refused at once, where the store would retry
+            limit = timedelta(seconds=seconds)
+            store = _in_time(lambda: TCPStore(host, int(port), wait_for_workers=False, timeout=limit), seconds)
+        except (OSError, RuntimeError) as error:
+            raise StageGoneError(f"nobody answers at {endpoint}: the stage has ended") from error
+        return cls(store, endpoint)
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        try:
+            return _in_time(question, ANSWER_SECONDS)
+        except (TimeoutError, RuntimeError) as error:
+            raise StageGoneError(f"the stage is gone: {self.endpoint} does not answer") from error
+
+    def _set(self, key: str, value: str = "1") -> None:
+        """Set, and wait until the store has it: the question comes after it on the same connection."""
+        self._ask(lambda: self._store.set(key, value))
+        self._has(key)
+
+    def _has(self, key: str) -> bool:
+        return self._ask(lambda: self._store.check([key]))
+
+    def job(self) -> str:
+        """What the job was called by the one who hosts it."""
+        return self._ask(lambda: self._store.get(_JOB)).decode()
+
+    def fail(self, message: str) -> bool:
+        """Say that trying again is of no use; False if somebody has said something else before."""
+        return self._ask(lambda: self._store.compare_set(_FAILURE, "", message)).decode() == message
+
+    def raise_failure(self) -> None:
+        """Raise ValueError with the message that a rank reported, if one did."""
+        if (message := self.failure()) is not None:
+            raise ValueError(message)
+
+    def failure(self) -> str | None:
+        """What was said by ``fail``."""
+        return self._ask(lambda: self._store.get(_FAILURE)).decode() if self._has(_FAILURE) else None
+
+    def finish(self) -> None:
+        """Say that the job's result is complete."""
+        self._set(_FINISHED)
+
+    def finished(self) -> bool:
+        return self._has(_FINISHED)
+
+    def begin(self) -> None:
+        """Let the agents that are here form a group."""
+        self._set(_BEGUN)
+
+    def begun(self) -> bool:
+        return self._has(_BEGUN)
+
+    def stop(self, agent: str = "") -> None:
+        """Ask an agent to end, or all of them."""
+        self._set(_STOPPED + agent)
+
+    def stopped(self, agent: str) -> bool:
+        """Whether ``agent``, or every agent, is to end."""
+        return self._has(_STOPPED) or self._has(_STOPPED + agent)
+
+    def beat(self, agent: str) -> None:
+        """A sign of life."""
+        self._ask(lambda: self._store.add(f"tlq/beats/{agent}", 1))
+
+    def beats(self, agent: str) -> int:
+        """How many signs of life there were."""
+        return self._store.add(f"tlq/beats/{agent}", 0)
+
+    def tell(self, line: str) -> None:
+        """Give the stage a line for its log."""
+        number = self._ask(lambda: self._store.add(_LINES, 1))
+        self._set(f"{_LINES}/{number}", line)
+
+    def lines(self) -> list[str]:
+        """The lines told since the last call, as far as they are complete; each is returned once."""
+        found = []
+        while self._store.check([key := f"{_LINES}/{self._lines_read + 1}"]):
+            found.append(self._store.get(key).decode())
+            self._store.delete_key(key)
+            self._lines_read += 1
+        return found
+
+
+def _in_time(question: Callable[[], T], seconds: float) -> T:
+    """The answer to a question that may wait for ever, as those to the store of a machine without power do.
+
+    Raises:
+        TimeoutError: there is none after ``seconds``; the thread that waits for it is left behind.
+    """
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True, name="question to the store").start()
+    return answer.result(seconds)

@@ -1,0 +1,1 @@
+"""Parameters: every section of params.yaml, and presets."""

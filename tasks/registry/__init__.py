@@ -1,0 +1,1 @@
+"""MLflow: tracking, the gate, promotion, lineage, and the served model."""

@@ -1,0 +1,178 @@
+"""Aliases in the MLflow registry: `candidate` is the newest version that passed the gate, `champion` the best one.
+
+MLflow has no compare-and-set, so aliases are moved and then checked: versions that were registered in the meantime
+start another round. Whoever writes last has seen every version that was there before, so two processes that register
+at the same time, on this machine or on two, end with the better version as champion and lose none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from tasks.registry.gate import CannotCompare, Contender, Difference, Outcome, Verdict, paired_difference, succession
+from tasks.registry.tracking import CHECKPOINT, again_if_beaten, first_line, pages
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+logger = logging.getLogger("tlq.register")
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+#: Artifact of a run that holds the score of every item: what versions are compared by.
+ITEM_SCORES = "item_scores.parquet"
+
+_GATE, _REASON = "gate", "gate.reason."
+_OUTCOME, _WHY = "champion.outcome", "champion.reason"
+_UNDECIDED = (None, "not_compared")
+
+
+def verdict_tags(verdict: Verdict) -> dict[str, str]:
+    """`gate` = passed or failed, and the reasons as `gate.reason.1`, `gate.reason.2`, ..."""
+    reasons = {f"{_REASON}{number}": reason for number, reason in enumerate(verdict.reasons, 1)}
+    return {_GATE: "passed" if verdict.passed else "failed", **reasons}
+
+
+def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -> bool:
+    """Put a verdict on a registered version in place of another; tells whether there was another.
+
+    A verdict turned round makes the version a challenger again.
+    """
+    tags = verdict_tags(verdict)
+    had = {key: value for key, value in version.tags.items() if key == _GATE or key.startswith(_REASON)}
+    if had == tags:
+        return False
+    for key in had.keys() - tags.keys():
+        client.delete_model_version_tag(version.name, version.version, key)
+    _tag(client, version, tags)
+    if had.get(_GATE) != tags[_GATE] and _OUTCOME in version.tags:
+        client.delete_model_version_tag(version.name, version.version, _OUTCOME)
+    return True
+
+
+def promote(client: MlflowClient, name: str) -> None:
+    """Decide who is champion and candidate among the versions of model ``name``, and move the aliases."""
+    again_if_beaten(partial(_promote, client, name))
+
+
+def _promote(client: MlflowClient, name: str) -> None:
+    seen: set[int] = set()
+    while True:
+        found = {int(each.version): each for each in versions(client, name)}
+        appeared = found.keys() - seen if seen else set()
+        # After the list: a champion that was chosen from a version in it is not missed.
+        _choose_champion(client, name, found, appeared)
+        _choose_candidate(client, name, found)
+        seen = set(found)
+        if {int(each.version) for each in versions(client, name)} <= seen:
+            return
+
+
+def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """All versions of a model, the first one first."""
+    found = pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def aliases(client: MlflowClient, name: str) -> dict[str, int]:
+    """Which version every alias of a model stands for."""
+    return {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
+
+
+def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelVersion], appeared: set[int]) -> None:
+    holder = aliases(client, name).get(CHAMPION)
+    champion = None if holder is None else _contender(found.get(holder) or client.get_model_version(name, str(holder)))
+    undecided = {number for number, version in found.items() if version.tags.get(_OUTCOME) in _UNDECIDED} | appeared
+    contenders = {number: _contender(version) for number, version in found.items()}
+    lapsed = _lapsed(champion, [contenders[number] for number in undecided])
+    challengers = [
+        each
+        for number, each in contenders.items()
+        if number != holder and (number in undecided or each.evaluation in lapsed)
+    ]
+    scores = _ItemScores(client, name)
+    winner, outcomes = succession(champion, challengers, scores.difference)
+    if winner is not None and winner.version != holder:
+        client.set_registered_model_alias(name, CHAMPION, str(winner.version))
+        logger.info("%s: version %d is champion: %s", name, winner.version, outcomes[winner.version].reason)
+    if holder in undecided and not contenders[holder].passed:
+        outcomes.setdefault(holder, Outcome("failed", "it does not pass the gate; champion until another one does"))
+    for number, outcome in outcomes.items():
+        _tag(client, found[number], {_OUTCOME: outcome.state, _WHY: outcome.reason})
+        if outcome.state == "not_compared":
+            logger.warning("%s: version %d is not compared: %s", name, number, outcome.reason)
+        elif outcome.state == "not_better":
+            logger.info("%s: version %d is no better than the champion: %s", name, number, outcome.reason)
+
+
+def _lapsed(champion: Contender | None, undecided: Iterable[Contender]) -> set[str]:
+    """Evaluations in which the champion, or its checkpoint scored again, is newly found to fail.
+
+    All versions of such an evaluation get another turn: they lost to something that may not be used.
+    """
+    return {
+        each.evaluation
+        for each in undecided
+        if champion is not None and each.checkpoint == champion.checkpoint and not each.passed
+    }
+
+
+def _choose_candidate(client: MlflowClient, name: str, found: Mapping[int, ModelVersion]) -> None:
+    holder = aliases(client, name).get(CANDIDATE)
+    newest = max((number for number, version in found.items() if version.tags.get(_GATE) == "passed"), default=None)
+    if newest is not None and newest != holder:
+        client.set_registered_model_alias(name, CANDIDATE, str(newest))
+    elif newest is None and holder is not None:
+        client.delete_registered_model_alias(name, CANDIDATE)
+
+
+def _contender(version: ModelVersion) -> Contender:
+    """A version by its tags; one that something else registered has none, and counts as not passed."""
+    scores: dict[str, Any] = json.loads(version.tags.get("scores", "{}"))
+    return Contender(
+        int(version.version),
+        version.tags.get("variant", ""),
+        version.tags.get(CHECKPOINT, ""),
+        version.tags.get("evaluation", ""),
+        version.tags.get(_GATE) == "passed",
+        scores.get("kl"),
+    )
+
+
+def _tag(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        if version.tags.get(key) != value:
+            client.set_model_version_tag(version.name, version.version, key, value)
+
+
+class _ItemScores:
+    """Scores of every item by version, from the artifacts of the runs."""
+
+    def __init__(self, client: MlflowClient, name: str) -> None:
+        self._client = client
+        self._name = name
+
+    def difference(self, challenger: Contender, champion: Contender) -> Difference:
+        """Raises: CannotCompare."""
+        return paired_difference(self._read(challenger.version), self._read(champion.version))
+
+    def _read(self, number: int) -> pd.DataFrame:
+        from mlflow.exceptions import MlflowException
+
+        run_id = str(self._client.get_model_version(self._name, str(number)).run_id)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return pd.read_parquet(Path(self._client.download_artifacts(run_id, ITEM_SCORES, folder)))
+        except (MlflowException, OSError) as error:
+            raise CannotCompare(
+                f"the item scores of version {number} (artifact {ITEM_SCORES} of run {run_id}) cannot be read: "
+                f"{first_line(error)}"
+            ) from error

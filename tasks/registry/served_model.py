@@ -1,0 +1,107 @@
+"""The registered model as MLflow loads it: a question about an image in, the model's answer out.
+
+MLflow runs this file to build the model (models from code). The checkpoint is not copied into the registry: the
+version holds its path and its digest, and refuses to load anything else from that path.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any, cast
+
+import mlflow
+import pandas as pd
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc.model import PythonModel
+from PIL.Image import Image
+
+from tlq.models.checkpoint import load_model
+from tlq.models.processor import load_processor
+from tlq.runtime.digest import digest
+from tlq.samples import decode_image
+
+
+class VisionQuestionAnswering(PythonModel):
+    """Columns `image` (bytes of a PNG or JPEG file, or their base64) and `question`; answers as a list of strings."""
+
+    def load_context(self, context: Any) -> None:
+        config = context.model_config
+        checkpoint = Path(config["checkpoint"])
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(
+                f"{checkpoint} is gone; bring it back with `dvc checkout` or `dvc pull`, or say where it is with "
+                'SERVING_MODEL_CONFIG=\'{"checkpoint": "..."}\''
+            )
+        if digest(checkpoint) != config["digest"]:
+            raise ValueError(
+                f"{checkpoint} is not the checkpoint that was registered; check out commit {config['commit']} "
+                "and run `dvc checkout`"
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(checkpoint, config["dtype"], device)
+        self.processor = load_processor(checkpoint)
+        self.max_new_tokens = int(config["max_new_tokens"])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        columns = zip(model_input["image"], model_input["question"], strict=True)
+        return [self._answer(row, image, question) for row, (image, question) in enumerate(columns)]
+
+    def _answer(self, row: int, image: Any, question: Any) -> str:
+        inputs = self._encode(row, _picture(row, image), _words(row, question))
+        with torch.no_grad():
+            output = cast(Any, self.model).generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        reply = output[0, inputs["input_ids"].shape[1] :]
+        return str(self.processor.tokenizer.decode(reply, skip_special_tokens=True)).strip()
+
+    def _encode(self, row: int, picture: Image, question: str) -> Any:
+        """Inputs of the model; what it cannot take (an image of one pixel's height, a whole book) is refused."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        try:
+            inputs = self.processor(text=[prompt], images=[picture], return_tensors="pt")
+        except (ValueError, IndexError) as error:  # IndexError: image tokens written into the question
+            raise _refusal(row, f"the model cannot take this image and question: {error}") from error
+        length = inputs["input_ids"].shape[1]
+        most = self.model.config.get_text_config().max_position_embeddings - self.max_new_tokens
+        if length > most:
+            raise _refusal(
+                row, f"image and question are {length} tokens, more than the {most} that leave room to answer"
+            )
+        return inputs.to(self.model.device)
+
+
+def _picture(row: int, image: Any) -> Image:
+    """The image from a file's bytes, or from their base64."""
+    try:
+        data = base64.b64decode(image, validate=True) if isinstance(image, str) else image
+    except (ValueError, binascii.Error) as error:
+        raise _refusal(row, f"column image: not base64 ({error})") from error
+    if not isinstance(data, bytes) or not data:
+        raise _refusal(row, "column image: empty; give the bytes of a PNG or JPEG file, in JSON as base64")
+    try:
+        return decode_image(data)
+    except ValueError as error:
+        raise _refusal(
+            row,
+            f"column image: {error}; give the bytes of a PNG or JPEG file, in JSON as base64 without `data:` before it",
+        ) from error
+
+
+def _words(row: int, question: Any) -> str:
+    if not isinstance(question, str) or not question.strip():
+        raise _refusal(row, "column question: empty; ask something")
+    return question
+
+
+def _refusal(row: int, reason: str) -> MlflowException:
+    """What the scoring server answers with HTTP 400."""
+    return MlflowException(f"row {row}: {reason}", error_code=INVALID_PARAMETER_VALUE)
+
+
+mlflow.models.set_model(VisionQuestionAnswering())

@@ -1,0 +1,150 @@
+"""Stage `calibrate`: quantize the decoder with one recipe and scheme, export the checkpoint.
+
+Reads data/prepared, data/importance and data/calibset; writes models/<recipe>-<scheme>/, a Hugging Face checkpoint in
+compressed-tensors form with its processor, and calibration.json in it: per layer and group the chosen exponent, errors
+before and after, tokens and seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.cluster.launch import on_ranks, ranks_wanted
+from tasks.config.params import ModelParams, ParamsError, recipe, section
+from tasks.registry.tracking import tracked_calibration
+from tasks.stages.calibset import CalibsetParams
+from tasks.stages.command import device, run
+from tasks.stages.files import (
+    CALIBSET,
+    IMPORTANCE,
+    MODELS,
+    PREPARED,
+    read_importance,
+    read_samples,
+    read_sequences,
+    read_tokens,
+)
+from tasks.stages.planning import show_plan
+from tlq.importance.token_weights import SampleWeights, all_tokens
+from tlq.importance.weighting import loss_of
+from tlq.job import calibration_batches, quantize_checkpoint
+from tlq.models.streaming import StreamedModel
+from tlq.parallel import Ranks, joined_ranks
+from tlq.plan import plan_calibration
+from tlq.quantization.formats import get_scheme
+from tlq.recipes import Recipe
+from tlq.samples import Sample
+
+logger = logging.getLogger("tlq.calibrate")
+
+
+@dataclass(frozen=True)
+class CalibrateParams:
+    """Attributes:
+    batch_size: samples per micro-batch.
+    group_size: replaces the group size of schemes that have one.
+    overrides: scheme, or `full_precision`, of linears whose module path matches a pattern; the first match counts.
+    """
+
+    batch_size: int = 16
+    group_size: int | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+
+
+def weights_of(recipe: Recipe, calibset: CalibsetParams, importance: Path, tokens: Path) -> SampleWeights:
+    """The token weights that a recipe calibrates with: of all tokens, or of the token-level calibration set.
+
+    Raises:
+        ParamsError: the set was chosen by another importance than the recipe's.
+    """
+    sequences = read_sequences(importance)
+    if recipe.tokens == "all":
+        scores = read_importance(importance, loss_of(recipe.importance))
+        return all_tokens(scores, sequences.is_image, recipe.importance, calibset.weighting, sequences.is_answer)
+    if recipe.importance != calibset.source:
+        raise ParamsError(
+            f"params.yaml: recipe {recipe.name} weighs tokens by {recipe.importance} importance, the token set was "
+            f"chosen by {calibset.source}; make recipes.{recipe.name}.importance and calibset.source equal"
+        )
+    weights: dict[tuple[int, str], dict[int, NDArray[np.float32]]] = {}
+    for key, chosen in read_tokens(tokens).groupby(["layer", "group", "sample"]):
+        layer, group, sample = cast(tuple[int, str, int], key)
+        values = np.zeros(sequences.lengths[sample], np.float32)
+        values[chosen["position"].to_numpy()] = chosen["weight"].to_numpy()
+        weights.setdefault((layer, group), {})[sample] = values
+    return weights
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.dry_run:
+        quantize()
+    else:
+        on_ranks("tasks.stages.calibrate", sys.argv[1:], quantize)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--scheme", required=True)
+    parser.add_argument("--dry-run", action="store_true", help="print what the job will need, and do nothing")
+    return parser.parse_args()
+
+
+def quantize() -> None:
+    """Make one variant on this process's share of the work."""
+    arguments = _arguments()
+    model_params = section("model", ModelParams)
+    params = section("calibrate", CalibrateParams)
+    row = recipe(arguments.recipe)
+    scheme = get_scheme(arguments.scheme)
+    if scheme.group_size is not None:
+        scheme = get_scheme(arguments.scheme, params.group_size)
+    scheme = replace(scheme, overrides=tuple(params.overrides.items()))
+    samples: list[Sample] = []
+    longest = 0
+    weights: SampleWeights = {}
+    if row.needs_data:
+        lengths = read_sequences(IMPORTANCE).lengths
+        samples, longest = read_samples(PREPARED / "calibration.parquet", len(lengths)), max(lengths)
+        weights = weights_of(row, section("calibset", CalibsetParams), IMPORTANCE, CALIBSET / "tokens.parquet")
+    counted = max((sum(int((one > 0).sum()) for one in part.values()) for part in weights.values()), default=0)
+
+    model = StreamedModel(model_params.path, model_params.torch_dtype, device())
+    out = MODELS / f"{row.name}-{scheme.name}"
+    if arguments.dry_run:
+        batches = calibration_batches(model, samples, row, params.batch_size, longest)
+        ranks = Ranks(size=ranks_wanted(), device=model.device)
+        show_plan(plan_calibration(model, batches, row, scheme, ranks, counted), out, ranks)
+        return
+    with (
+        joined_ranks(device()) as ranks,
+        tracked_calibration(out, model.folder, row, scheme, ranks.leads) as on_layer,
+    ):
+        quantize_checkpoint(
+            model,
+            out,
+            samples,
+            row,
+            scheme,
+            lambda _model, _batches: weights,
+            params.batch_size,
+            longest,
+            ranks,
+            on_layer,
+            counted=counted,
+        )
+    if ranks.leads:
+        logger.info("%s-%s exported", row.name, scheme.name)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,119 @@
+"""What every stage's command line shares: logging, one-line errors, the device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from tasks.cluster.launch import failed_already, is_rank, report_failure
+
+logger = logging.getLogger("tlq")
+
+#: Mistakes of input or surroundings; anything else is a defect and keeps its traceback.
+EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError)
+
+#: Exit status of a stage that failed because something outside did not answer (EX_TEMPFAIL of sysexits.h).
+TRY_AGAIN = 75
+
+_BUSY = (429, 500, 502, 503, 504)  # HTTP statuses of a server that may answer later
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage: log to stderr, turn an expected error into one line and exit status 1, or ``TRY_AGAIN``.
+
+    ``TLQ_LOG=debug`` shows more, tracebacks of expected errors included. SIGTERM ends a stage the way Ctrl-C does, so
+    that temporary files are removed. A library that was interrupted may raise an error of its own in place of
+    KeyboardInterrupt: what follows a signal is an interruption, whatever it is called.
+    """
+    level = os.environ.get("TLQ_LOG", "info").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    quiet_libraries()
+    if failed_already():
+        return
+    try:
+        with _interruptions() as interruptions:
+            _run(main, interruptions)
+    except KeyboardInterrupt:
+        if not is_rank():  # ranks are also interrupted when their group forms anew
+            logger.error("interrupted; run the same command again to continue")
+        sys.exit(130)
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """SIGINT, unless this process was started to ignore it, and SIGTERM raise KeyboardInterrupt and are noted."""
+    received: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if handlers[signal.SIGINT] is signal.SIG_IGN:
+        del handlers[signal.SIGINT]
+    for number in handlers:
+        signal.signal(number, interrupt)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _run(main: Callable[[], None], interruptions: list[int]) -> None:
+    try:
+        main()
+    except Exception as error:
+        if interruptions:
+            raise KeyboardInterrupt from error
+        if not isinstance(error, EXPECTED):
+            raise
+        logger.debug("traceback", exc_info=True)
+        message = " ".join(str(error).split())
+        if report_failure(message):
+            return  # a rank: the stage's own process says it, once
+        logger.error("%s", message)
+        sys.exit(TRY_AGAIN if is_transient(error) else 1)
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether a server (the hub, MLflow) did not answer, here or in what caused ``error``: another try may work."""
+    import httpx
+    import requests
+
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError, httpx.TransportError)):
+            return True
+        if isinstance(error, (requests.ConnectionError, requests.Timeout)):
+            return True
+        if getattr(getattr(error, "response", None), "status_code", None) in _BUSY:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def quiet_libraries() -> None:
+    """Keep stage logs readable: no progress bars and load reports from libraries below warnings.
+
+    lm-eval warns whenever a sub-score covers fewer items than its benchmark, which is what sub-scores do.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("httpx", "fsspec", "datasets", "compressed_tensors"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def device() -> torch.device:
+    """Where to compute: ``TLQ_DEVICE``, else the first GPU, else the CPU. It never changes what is computed."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = os.environ.get("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

@@ -1,0 +1,140 @@
+"""Stage `fetch`: one model or data set of the Hugging Face hub, at one commit, into a folder.
+
+    python -m tasks.stages.fetch --kind model --repo OWNER/NAME --revision COMMIT --out data/models/NAME
+
+Every entry of section `fetch` of params.yaml is a stage of its own; `python -m tasks.preset` writes the entries. An
+interrupted download goes on where it was. A model of an unsupported family is refused before its weights are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
+
+from tasks.stages.command import run
+from tlq.models.checkpoint import read_config
+
+logger = logging.getLogger("tlq.fetch")
+
+#: What calibration and evaluation read of a model's repository, its card included.
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Download:
+    """An entry of section `fetch`.
+
+    Attributes:
+        kind: what it is for; a preset replaces the entries of its own kind.
+        repo: hub id, of a model or else of a data set.
+        revision: commit, 40 hexadecimal digits: branches and tags move.
+        out: folder that it becomes.
+        files: patterns of the files wanted; None: what a model needs, all files of a data set.
+    """
+
+    kind: Literal["model", "calibration", "benchmarks"]
+    repo: str
+    revision: str
+    out: str
+    files: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not _COMMIT.fullmatch(self.revision):
+            raise ValueError(
+                f"revision of {self.repo} is {self.revision!r}, must be a commit (40 hexadecimal digits): branches and "
+                "tags move; the commit is in the history on the repository's page on the hub"
+            )
+
+    @property
+    def repo_type(self) -> str:
+        return repo_type(self.kind)
+
+
+def repo_type(kind: str) -> str:
+    """The hub's name for what entries of a kind are."""
+    return "model" if kind == "model" else "dataset"
+
+
+def fetch(download: Download) -> None:
+    """Load the files into a folder beside ``out``, which then takes its place.
+
+    Raises:
+        ValueError: a model of a family that is not supported.
+        OSError: the hub cannot be reached, it has no such repository, commit or file, or the disk is too small.
+    """
+    out = Path(download.out)
+    partial = out.with_name(f".{out.name}-{download.revision[:12]}.partial")
+    if download.kind == "model":
+        _load(download, partial, ["config.json"])
+        read_config(partial)
+    wanted = list(download.files or (MODEL_FILES if download.kind == "model" else ("*",)))
+    _refuse_small_disk(_load(download, partial, wanted, dry_run=True), download, partial)
+    _load(download, partial, wanted)
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's notes hold times: DVC would see changes
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def _load(download: Download, folder: Path, files: Sequence[str], dry_run: bool = False) -> Any:
+    """Files of the repository into ``folder``; with ``dry_run`` the list of them, with their sizes."""
+    try:
+        return snapshot_download(
+            download.repo,
+            repo_type=download.repo_type,
+            revision=download.revision,
+            local_dir=folder,
+            allow_patterns=list(files),
+            dry_run=dry_run,
+        )
+    except (OSError, HTTPError) as error:
+        raise OSError(
+            f"{download.repo} at {download.revision[:12]} cannot be downloaded ({reason_of(error)}); check the hub id, "
+            "the commit, the network and, for a gated repository, `hf auth login`; the same command continues"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What a client of the hub says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _refuse_small_disk(files: Sequence[Any], download: Download, folder: Path) -> None:
+    if not files:
+        raise FileNotFoundError(
+            f"{download.repo} at {download.revision[:12]}: no file matches {', '.join(download.files or MODEL_FILES)}; "
+            "correct fetch.<name>.files in params.yaml"
+        )
+    needed = sum(file.file_size or 0 for file in files if file.will_download)
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OSError(f"{existing}: {needed / 2**30:.1f} GiB are to be downloaded, {free / 2**30:.1f} GiB are free")
+    logger.info("%s: %d files, %.2f GiB to download", download.repo, len(files), needed / 2**30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", required=True, choices=("model", "calibration", "benchmarks"))
+    parser.add_argument("--repo", required=True, help="hub id, OWNER/NAME")
+    parser.add_argument("--revision", required=True, help="commit, 40 hexadecimal digits")
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--files", nargs="+", help="patterns of the files wanted")
+    arguments = parser.parse_args()
+    files = None if arguments.files is None else tuple(arguments.files)
+    fetch(Download(arguments.kind, arguments.repo, arguments.revision, arguments.out, files))
+    logger.info("%s is in %s", arguments.repo, arguments.out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""Stage `importance`: how much every token of the calibration samples matters, by layer and linear group.
+
+Reads data/prepared, writes data/importance (scores.parquet, sequences.parquet).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.cluster.launch import on_ranks, ranks_wanted
+from tasks.config.params import ModelParams, section
+from tasks.stages.command import device, run
+from tasks.stages.files import IMPORTANCE, PREPARED, read_samples, write_importance
+from tasks.stages.planning import show_plan
+from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_resumably
+from tlq.importance.weighting import LossName
+from tlq.models.processor import load_processor
+from tlq.models.streaming import StreamedModel
+from tlq.parallel import Ranks, joined_ranks
+from tlq.plan import Plan, plan_importance, refuse_impossible
+from tlq.quantization.formats import get_scheme
+from tlq.runtime.activations import processes_here
+from tlq.runtime.resume import WorkFolder
+from tlq.samples import encode_batches, image_token_id, sequences_of
+
+
+@dataclass(frozen=True)
+class ImportanceParams:
+    """Attributes:
+    samples: how many of the prepared samples are scored; the pool that token sets are drawn from.
+    batch_size: samples per micro-batch.
+    max_tokens: longest sample allowed.
+    losses: whose gradients are scored: `answer` (sources token and modality), `block` (source block).
+    block_scheme: what the loss `block` rounds weights to.
+    """
+
+    samples: int
+    batch_size: int = 8
+    max_tokens: int = 4096
+    losses: tuple[LossName, ...] = ("answer",)
+    block_scheme: str = "w3a16"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="print what the job will need, and do nothing")
+    if parser.parse_args(list(arguments)).dry_run:
+        job = _Job()
+        ranks = Ranks(size=ranks_wanted(), device=job.model.device)
+        show_plan(job.plan(ranks), IMPORTANCE, ranks)
+    else:
+        on_ranks("tasks.stages.importance", [], score)
+
+
+class _Job:
+    """What there is to score."""
+
+    def __init__(self) -> None:
+        model_params = section("model", ModelParams)
+        params = section("importance", ImportanceParams)
+        samples = read_samples(PREPARED / "calibration.parquet", params.samples)
+        self.model = StreamedModel(model_params.path, model_params.torch_dtype, device())
+        processor, image_id = load_processor(self.model.folder), image_token_id(self.model.config)
+        self.samples = len(samples)
+        self.batches = encode_batches(samples, processor, image_id, params.batch_size, params.max_tokens)
+        losses: dict[LossName, Loss] = {
+            "answer": AnswerLoss(),
+            "block": BlockLoss(get_scheme(params.block_scheme), self.model.checkpoint_dtype),
+        }
+        self.losses = {name: losses[name] for name in params.losses}
+        self.work = {name: WorkFolder(IMPORTANCE.with_name(f"importance-{name}")) for name in params.losses}
+
+    def plan(self, ranks: Ranks) -> Plan:
+        return plan_importance(self.model, self.batches, ranks, len(self.losses))
+
+
+def score() -> None:
+    """Score every sample on this process's share of the work; the leading rank writes the result."""
+    job = _Job()
+    with joined_ranks(device()) as ranks, ExitStack() as locks:
+        there = sum(folder.size() for folder in job.work.values())
+        refuse_impossible(job.plan(ranks), IMPORTANCE, ranks.device, processes_here(), there)
+        if ranks.leads:
+            for folder in job.work.values():
+                locks.enter_context(folder.locked())
+        scores = {
+            name: score_resumably(job.model, job.batches, job.samples, job.losses[name], folder, ranks)
+            for name, folder in job.work.items()
+        }
+        if ranks.leads:
+            write_importance(scores, sequences_of(job.batches), Path(IMPORTANCE))
+            for folder in job.work.values():
+                folder.remove()
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,273 @@
+"""Stage `prepare`: calibration samples from a hub data set, a parquet file, or LLaVA-style JSON with an image folder.
+
+Writes data/prepared/calibration.parquet (id, images, messages, source) and data/prepared/rejected.csv (row, reason).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from datasets import Image as ImageFeature
+from datasets import Sequence as SequenceFeature
+from datasets import load_dataset
+
+from tasks.config.params import section
+from tasks.stages.command import run
+from tasks.stages.files import PREPARED, write_samples
+from tlq.runtime.files import new_directory, write_text
+from tlq.samples import IMAGE_MARK, Message, Sample, decode_image
+
+logger = logging.getLogger("tlq.prepare")
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a table of questions; ``id`` None numbers the rows, ``source`` None names the table."""
+
+    image: str = "image"
+    question: str = "question"
+    answer: str = "answer"
+    id: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class PrepareParams:
+    """Where calibration samples come from.
+
+    Attributes:
+        kind: `parquet` and `hub` read a table of questions, `llava_json` conversations with an image folder.
+        path: file; for `hub` a data set's folder as the stage `fetch` makes it, or its hub id.
+        image_root: folder that `llava_json` image names are relative to.
+        image_prefix: leave out `llava_json` rows whose image names begin otherwise; a file may describe the images of
+            several sources, of which one is at hand.
+        prompt: question asked of every image of a table that has no column of questions (captions).
+        samples: how many to keep, drawn without replacement.
+        max_rejected: share of the rows looked at that may be unusable before the stage stops.
+    """
+
+    kind: Literal["parquet", "hub", "llava_json"]
+    path: str
+    samples: int
+    seed: int = 0
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    image_root: str | None = None
+    image_prefix: str = ""
+    columns: Columns = field(default_factory=Columns)
+    prompt: str | None = None
+    max_rejected: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}, must be at least 1")
+        if self.kind == "llava_json" and self.image_root is None:
+            raise ValueError("kind llava_json needs image_root, the folder of its images")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    row: str
+    reason: str
+
+
+def prepare(params: PrepareParams, out: Path) -> tuple[int, list[Rejected]]:
+    """Draw, check and write the samples; returns how many were kept, and the rows that were not.
+
+    Raises:
+        ValueError: too many unusable rows, too few rows, or a column is missing.
+    """
+    count, read = READERS[params.kind](params)
+    kept, rejected = draw(count, read, params)
+    with new_directory(out) as folder:
+        write_samples(kept, folder / "calibration.parquet")
+        frame = pd.DataFrame([vars(row) for row in rejected], columns=["row", "reason"])
+        write_text(frame.to_csv(index=False), folder / "rejected.csv")
+    return len(kept), rejected
+
+
+def draw(count: int, read: Callable[[int], Sample], params: PrepareParams) -> tuple[list[Sample], list[Rejected]]:
+    """The first ``params.samples`` usable rows of a seeded shuffle of ``count`` rows, and the unusable ones met."""
+    kept: list[Sample] = []
+    rejected: list[Rejected] = []
+    for index in np.random.default_rng(params.seed).permutation(count):
+        if len(kept) == params.samples:
+            break
+        try:
+            kept.append(checked(read(int(index))))
+        except ValueError as error:
+            rejected.append(Rejected(str(index), str(error)))
+    looked_at = len(kept) + len(rejected)
+    if looked_at and len(rejected) / looked_at > params.max_rejected:
+        raise ValueError(
+            f"{params.path}: {len(rejected)} of {looked_at} rows are unusable, more than "
+            f"prepare.max_rejected = {params.max_rejected:g} allows; the first: row {rejected[0].row}, "
+            f"{rejected[0].reason}"
+        )
+    if len(kept) < params.samples:
+        raise ValueError(f"{params.path}: {len(kept)} usable rows, prepare.samples asks for {params.samples}")
+    return kept, rejected
+
+
+def checked(sample: Sample) -> Sample:
+    """``sample`` itself, if calibration can use it; ValueError with the reason otherwise."""
+    if not sample.messages or sample.messages[-1]["role"] != "assistant":
+        raise ValueError("its last turn is not an answer")
+    if not sample.messages[-1]["content"].strip():
+        raise ValueError("its answer is empty")
+    marks = sum(message["content"].count(IMAGE_MARK) for message in sample.messages)
+    if marks != len(sample.images):
+        raise ValueError(f"{marks} image marks in its text, {len(sample.images)} images")
+    for data in sample.images:
+        decode_image(data)
+    return sample
+
+
+Reader = tuple[int, Callable[[int], Sample]]
+
+
+def read_table(params: PrepareParams) -> Reader:
+    """Rows with an image (or a list of them), a question and an answer (or a list of accepted ones)."""
+    if params.kind == "parquet":
+        if not Path(params.path).exists():
+            raise FileNotFoundError(f"{params.path}: not found; set prepare.path to a parquet file")
+        dataset = load_dataset("parquet", data_files={params.split: params.path}, split=params.split)
+    else:
+        dataset = load_dataset(params.path, params.name, split=params.split, revision=params.revision)
+    columns = params.columns
+    asked = columns.question if params.prompt is None else None
+    wanted = [columns.image, columns.answer, *filter(None, (asked, columns.id, columns.source))]
+    missing = [name for name in wanted if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"{params.path}: no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}: "
+            "name the right ones in prepare.columns"
+        )
+    dataset = _keep_encoded(dataset, columns.image)
+
+    def read(index: int) -> Sample:
+        row = dataset[index]
+        images = row[columns.image] if isinstance(row[columns.image], list) else [row[columns.image]]
+        encoded = [_image_bytes(image) for image in images if image is not None]
+        answer = row[columns.answer]
+        if isinstance(answer, list):
+            answer = answer[0] if answer else ""
+        question = f"{IMAGE_MARK * len(encoded)}{_text(row[asked] if asked else params.prompt)}"
+        messages = [
+            Message(role="user", content=question),
+            Message(role="assistant", content=_text(answer)),
+        ]
+        identifier = str(row[columns.id]) if columns.id else str(index)
+        source = str(row[columns.source]) if columns.source else params.path
+        return Sample(identifier, encoded, messages, source)
+
+    return len(dataset), read
+
+
+def _keep_encoded(dataset: Any, column: str) -> Any:
+    """Do not let ``datasets`` decode images: their files are what is stored."""
+    feature = dataset.features[column]
+    if isinstance(feature, ImageFeature):
+        return dataset.cast_column(column, ImageFeature(decode=False))
+    if isinstance(getattr(feature, "feature", None), ImageFeature):
+        return dataset.cast_column(column, SequenceFeature(ImageFeature(decode=False)))
+    return dataset
+
+
+def _text(value: Any) -> str:
+    """A cell as text; numbers count as answers (0 too), an empty cell as none."""
+    return "" if value is None else str(value)
+
+
+def _image_bytes(image: Any) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return bytes(image["bytes"])
+    if isinstance(image, dict) and image.get("path"):
+        return _read_image_file(Path(image["path"]))
+    raise ValueError(f"unreadable image: neither a file's bytes nor its path, but {type(image).__name__}")
+
+
+def _read_image_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"unreadable image: {path.name}: {error.strerror}") from error
+
+
+def read_llava_json(params: PrepareParams) -> Reader:
+    """LLaVA / ShareGPT4V: a list of {"id", "image", "conversations": [{"from", "value"}, ...]}."""
+    path, root = Path(params.path), Path(params.image_root or "")
+    if not path.exists() or not root.is_dir():
+        raise FileNotFoundError(f"{path} or image_root {root}: not found; correct them in prepare")
+    try:
+        rows: Sequence[dict[str, Any]] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: must be a list of conversations")
+    rows = [row for row in rows if _has_prefix(row, params.image_prefix)]
+
+    def read(index: int) -> Sample:
+        row = rows[index]
+        if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+            raise ValueError("it has no list of `conversations`")
+        images = [_read_image_file(root / name) for name in _image_names(row)]
+        return Sample(str(row.get("id", index)), images, [_message(turn) for turn in row["conversations"]], path.name)
+
+    return len(rows), read
+
+
+def _image_names(row: dict[str, Any]) -> list[str]:
+    names = row.get("image") or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _has_prefix(row: Any, prefix: str) -> bool:
+    """Whether a row's images, of which a prefix asks for one at least, are of the source that ``prefix`` names."""
+    if not prefix:
+        return True
+    names = _image_names(row) if isinstance(row, dict) else []
+    return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+def _message(turn: Any) -> Message:
+    """A LLaVA turn {"from", "value"} as a chat message; ValueError if it is not one."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise ValueError("a turn has no text in `value`")
+    if turn.get("from") not in ROLES:
+        raise ValueError(f"a turn is from {turn.get('from')!r}, not one of {', '.join(ROLES)}")
+    return Message(role=ROLES[turn["from"]], content=_tidy(turn["value"]))
+
+
+def _tidy(text: str) -> str:
+    """LLaVA data puts a newline between the image mark and the text; chat templates bring their own."""
+    return text.replace(f"{IMAGE_MARK}\n", IMAGE_MARK).replace(f"\n{IMAGE_MARK}", IMAGE_MARK)
+
+
+READERS: dict[str, Callable[[PrepareParams], Reader]] = {
+    "parquet": read_table,
+    "hub": read_table,
+    "llava_json": read_llava_json,
+}
+
+
+def main() -> None:
+    params = section("prepare", PrepareParams)
+    kept, rejected = prepare(params, PREPARED)
+    logger.info("%d samples kept, %d rows rejected", kept, len(rejected))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,348 @@
+"""Stage `register`: one MLflow run and one registered model version per quantized variant, with its scores.
+
+Reads models/<variant>, evaluation/<variant> and report/; writes registry.json: variant, model, version, run, verdict
+of the gate, aliases. The run is the one that stage `calibrate` showed the layers in, if it can be found, else a new
+one. A variant whose checkpoint and scores are registered already is left as it is. `--check` only tells whether MLflow
+can be reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.types import ColSpec, Schema
+
+import tlq
+from benchmarks.compare import FULL, scores_table
+from tasks.config.evaluation import EvaluateParams
+from tasks.config.params import PARAMS, ModelParams, VariantParams, parse, section
+from tasks.registry.gate import Verdict, judge
+from tasks.registry.promotion import ITEM_SCORES, aliases, judge_again, promote, verdict_tags, versions
+from tasks.registry.provenance import benchmark_digest, benchmark_inputs, calibration_inputs, lineage, machine
+from tasks.registry.tracking import (
+    CHECKPOINT,
+    RegisterParams,
+    connect,
+    fill_in_layers,
+    find_runs,
+    log_inputs,
+    log_metrics,
+    log_params,
+    new_run,
+    numbers,
+    recorded_failure,
+    running,
+    set_tags,
+)
+from tasks.stages.command import run
+from tasks.stages.files import EVALUATION, MODELS, REPORT
+from tlq.recipes import Recipe
+from tlq.runtime.digest import digest
+from tlq.runtime.files import write_text
+
+logger = logging.getLogger("tlq.register")
+
+REGISTRY = Path("registry.json")
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("binary", "image"), ColSpec("string", "question")]),
+    outputs=Schema([ColSpec("string")]),
+)
+#: What the registered model imports.
+_PACKAGES = ("mlflow", "torch", "transformers", "compressed-tensors", "accelerate", "safetensors", "pandas", "pillow")
+#: Parameters of the evaluation that no score of an item depends on.
+_NOT_SCORES = ("batch_size", "resamples", "max_skipped", "benchmarks")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What evaluation, and calibration where there was one, left of a variant.
+
+    Attributes:
+        metrics: evaluation/<variant>/metrics.json.
+        calibration: models/<variant>/calibration.json, empty for full precision.
+        items: task, doc and score of every item.
+        identity: tags that say what was scored, how, and with which result.
+    """
+
+    variant: str
+    metrics: dict[str, Any]
+    calibration: dict[str, Any]
+    items: pd.DataFrame
+    identity: dict[str, str]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Every number, as <benchmark>.<name> and mean.<name>."""
+        return dict(numbers({**self.metrics["benchmarks"], "mean": self.metrics["mean"]}))
+
+    @property
+    def headline(self) -> dict[str, str]:
+        """The few numbers that a list of versions has room for, as tags."""
+        mean = self.metrics["mean"]
+        return {name: f"{mean[name]:.4g}" for name in ("score", "retention", "kl") if name in mean}
+
+    @property
+    def summary(self) -> str:
+        """One line for where a list of versions shows no more."""
+        return f"{self.variant}: " + ", ".join(f"{name} {text}" for name, text in self.headline.items())
+
+
+def read_result(variant: str, evaluation: EvaluateParams) -> Result:
+    """Raises: FileNotFoundError, with what to run, if the variant is not here or has not been scored."""
+    metrics = json.loads(_existing(EVALUATION / variant / "metrics.json", "evaluate").read_text())
+    items = pd.read_parquet(
+        _existing(EVALUATION / variant / "items.parquet", "evaluate"), columns=["task", "doc", "score"]
+    )
+    identity = {
+        "variant": variant,
+        "evaluation": evaluation_digest(evaluation),
+        "scores": json.dumps(metrics["mean"], sort_keys=True),
+    }
+    if variant == FULL:
+        return Result(variant, metrics, {}, items, identity)
+    checkpoint = MODELS / variant
+    calibration = json.loads(_existing(checkpoint / "calibration.json", f"calibrate@{variant}").read_text())
+    return Result(variant, metrics, calibration, items, identity | {CHECKPOINT: digest(checkpoint)})
+
+
+def evaluation_digest(params: EvaluateParams) -> str:
+    """Two scores may be compared if this is equal: the items, full precision's answers to them, data and parameters."""
+    path = _existing(EVALUATION / FULL / "items.parquet", "baseline")
+    full = pd.read_parquet(path, columns=["task", "doc", "target", "reply"])
+    total = hashlib.sha256(full.sort_values(["task", "doc"]).to_csv(index=False).encode())
+    choices = {name: value for name, value in asdict(params).items() if name not in _NOT_SCORES}
+    asked = [{**asdict(source), "data": benchmark_digest(source)} for source in params.benchmarks]
+    total.update(json.dumps([choices, asked], sort_keys=True).encode())
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Registrar:
+    """Puts results into MLflow, each one once."""
+
+    client: MlflowClient
+    params: RegisterParams
+    evaluation: EvaluateParams
+    model: ModelParams
+
+    def register(self, variant: str) -> ModelVersion:
+        """The registered version of a variant, made if there is none with this checkpoint and these scores.
+
+        Aliases are left as they are.
+        """
+        with recorded_failure("register", variant):
+            result = read_result(variant, self.evaluation)
+        name = f"{self.params.model_name}-{variant.rsplit('-', 1)[1]}"
+        verdict = judge(result.metrics, self.params)
+        for reason in verdict.reasons:
+            logger.warning("%s does not pass the gate: %s", variant, reason)
+        found = _registered(self.client, name, result.identity)
+        if found is None:
+            found = self._new_version(name, result, verdict)
+            logger.info("%s registered as version %s of %s", variant, found.version, name)
+        else:
+            logger.info("%s is already version %s of %s", variant, found.version, name)
+            if judge_again(self.client, found, verdict):
+                set_tags(self.client, str(found.run_id), verdict_tags(verdict))
+        self._attach_report(str(found.run_id), variant)
+        return found
+
+    def record_baseline(self) -> str:
+        """Id of a run with full precision's scores, so that variants can be compared with it in the MLflow UI."""
+        with recorded_failure("register", FULL):
+            result = read_result(FULL, self.evaluation)
+        for found in find_runs(self.client, self.params.experiment, {"variant": FULL, "registered": "baseline"}):
+            if all(found.data.tags.get(key) == value for key, value in result.identity.items()):
+                return str(found.info.run_id)
+        tags = {"stage": "register", **result.identity, **machine(), **lineage(FULL)}
+        run_id = new_run(self.client, self.params.experiment, FULL, tags)
+        with running(self.client, run_id):
+            self._log_scores(run_id, result)
+            set_tags(self.client, run_id, {"registered": "baseline"})
+        return run_id
+
+    def _new_version(self, name: str, result: Result, verdict: Verdict) -> ModelVersion:
+        """Continue the run of the calibration with scores and artifacts, and make a version of its checkpoint."""
+        run_id = self._calibration_run(result.variant, result.identity[CHECKPOINT])
+        tags = {**result.identity, **verdict_tags(verdict)}
+        with running(self.client, run_id):
+            self._log_calibration(run_id, result)
+            logged = self._log_model(run_id, result)
+            self._log_scores(run_id, result, logged.model_id)
+            _ensure_model(self.client, name)
+            created = self.client.create_model_version(
+                name,
+                logged.model_uri,
+                run_id=run_id,
+                tags={**result.headline, **tags},
+                description=f"{result.summary}\n\n```\n{scores_table([result.metrics])}\n```",
+                model_id=logged.model_id,
+            )
+            set_tags(self.client, run_id, {**tags, "registered": f"{name} version {created.version}"})
+        return created
+
+    def _calibration_run(self, variant: str, checkpoint: str) -> str:
+        """The run that the checkpoint was made in, if it has no version yet; else a new one."""
+        for made in find_runs(self.client, self.params.experiment, {"variant": variant, CHECKPOINT: checkpoint}):
+            if "registered" not in made.data.tags:
+                return str(made.info.run_id)
+        tags = {"stage": "register", "variant": variant, CHECKPOINT: checkpoint, **machine(), **lineage(variant)}
+        return new_run(self.client, self.params.experiment, variant, tags)
+
+    def _log_calibration(self, run_id: str, result: Result) -> None:
+        """Every layer that the run does not show yet, and the data that the recipe calibrated on."""
+        filled = fill_in_layers(self.client, run_id, result.calibration)
+        if filled:
+            logger.info("%s: metrics of %d layers taken from calibration.json", result.variant, filled)
+        if "recipe" in result.calibration:
+            recipe = parse("recipe", result.calibration["recipe"], Recipe, MODELS / result.variant / "calibration.json")
+            log_inputs(self.client, run_id, calibration_inputs(recipe))
+        self.client.log_artifact(run_id, str(MODELS / result.variant / "calibration.json"))
+
+    def _log_scores(self, run_id: str, result: Result, model_id: str | None = None) -> None:
+        """Parameters, data, scores of benchmarks and items, and what DVC knows by now, for a run and a logged model."""
+        log_params(self.client, run_id, yaml.safe_load(PARAMS.read_text()))
+        log_inputs(self.client, run_id, benchmark_inputs(self.evaluation.benchmarks))
+        now = int(1000 * time.time())
+        metrics = [Metric(name, value, now, 0, model_id, run_id=run_id) for name, value in result.scores.items()]
+        log_metrics(self.client, run_id, metrics)
+        hashes = {name: tag for name, tag in lineage(result.variant).items() if name.startswith("dvc.")}
+        set_tags(self.client, run_id, hashes)
+        self.client.log_artifact(run_id, str(EVALUATION / result.variant / "metrics.json"))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / ITEM_SCORES
+            result.items.to_parquet(path, index=False)
+            self.client.log_artifact(run_id, str(path))
+
+    def _log_model(self, run_id: str, result: Result) -> ModelInfo:
+        """The model that MLflow loads: code, and where the checkpoint is; the checkpoint itself is not copied."""
+        experiment = self.client.get_run(run_id).info.experiment_id
+        with mlflow.start_run(run_id=run_id, experiment_id=experiment), warnings.catch_warnings():
+            # An example would cost a run of the model.
+            warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
+            return mlflow.pyfunc.log_model(
+                name=result.variant,
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                code_paths=[str(Path(tlq.__file__).parent)],
+                signature=SIGNATURE,
+                pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
+                model_config={
+                    "checkpoint": str((MODELS / result.variant).resolve()),
+                    "digest": result.identity[CHECKPOINT],
+                    "commit": lineage(result.variant)["git_commit"],
+                    "dtype": self.model.dtype,
+                    "max_new_tokens": self.params.max_new_tokens,
+                },
+            )
+
+    def _attach_report(self, run_id: str, variant: str) -> None:
+        """The report page and the variant's card as the run's artifacts; replaced when stage `report` made others."""
+        files = [path for path in (REPORT / "index.html", REPORT / "cards" / f"{variant}.md") if path.exists()]
+        state = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        if files and self.client.get_run(run_id).data.tags.get("report") != state:
+            for path in files:
+                self.client.log_artifact(run_id, str(path), "report")
+            set_tags(self.client, run_id, {"report": state})
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
+    """A registered model called ``name``; another process may make it at the same moment."""
+    try:
+        client.create_registered_model(name, description=f"Versions are variants of scheme {name.rsplit('-', 1)[1]}.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _registered(client: MlflowClient, name: str, identity: Mapping[str, str]) -> ModelVersion | None:
+    """The version of ``name`` that has exactly this checkpoint and these scores, if there is one."""
+    for candidate in versions(client, name):
+        if all(candidate.tags.get(key) == value for key, value in identity.items()):
+            return candidate
+    return None
+
+
+def registry_row(variant: str, version: ModelVersion, names: Mapping[str, int]) -> dict[str, Any]:
+    """A variant's entry in registry.json; ``names`` are the aliases of its model."""
+    reasons = {int(key.rsplit(".", 1)[1]): text for key, text in version.tags.items() if key.startswith("gate.reason.")}
+    return {
+        "variant": variant,
+        "model": version.name,
+        "version": int(version.version),
+        "run_id": version.run_id,
+        "gate": {"passed": version.tags["gate"] == "passed", "reasons": [reasons[key] for key in sorted(reasons)]},
+        "aliases": sorted(alias for alias, number in names.items() if number == int(version.version)),
+    }
+
+
+def register_all(registrar: Registrar, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Register full precision and every variant, then move the aliases; returns the rows of registry.json."""
+    client = registrar.client
+    full = {"variant": FULL, "model": None, "version": None, "run_id": registrar.record_baseline()}
+    made = {variant: registrar.register(variant) for variant in variants}
+    models = dict.fromkeys(each.name for each in made.values())
+    for name in models:
+        promote(client, name)
+    names = {name: aliases(client, name) for name in models}
+    rows = [
+        registry_row(variant, client.get_model_version(each.name, each.version), names[each.name])
+        for variant, each in made.items()
+    ]
+    return [{**full, "gate": None, "aliases": []}, *rows]
+
+
+def _existing(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; run `dvc repro {stage}` first")
+    return path
+
+
+def _check_floors(params: RegisterParams, evaluation: EvaluateParams) -> None:
+    """Say before the long work that a floor holds something that is not measured."""
+    scored = ["mean", *(source.task for source in evaluation.benchmarks)]
+    for name in params.floors.keys() - set(scored):
+        logger.warning(
+            "register.floors.%s: not among evaluate.benchmarks (%s): no version will pass the gate; correct or remove "
+            "the floor",
+            name,
+            ", ".join(scored[1:]),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only check that MLflow answers")
+    check_only = parser.parse_args().check
+    params = section("register", RegisterParams)
+    client = connect()
+    if check_only:
+        if "evaluate" in yaml.safe_load(PARAMS.read_text()):
+            _check_floors(params, section("evaluate", EvaluateParams))
+        return
+    registrar = Registrar(client, params, section("evaluate", EvaluateParams), section("model", ModelParams))
+    rows = register_all(registrar, section("variants", VariantParams).names)
+    write_text(json.dumps(rows, indent=2) + "\n", REGISTRY)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,145 @@
+"""Stage `report`: what quantization cost, on a page, in pictures, and on a card in every checkpoint.
+
+Reads models/, evaluation/, data/prepared, data/importance, data/calibset and the full-precision model. Writes report/:
+
+- index.html: everything on one page, which needs nothing beside it;
+- scores.txt, scores.csv and means.csv (for `dvc plots`): the scores;
+- scores.png and tokens.png; variants.png, sizes.png, errors-<variant>.png, exponents-<variant>.png, importance.png,
+  shares.png, times.png: the pictures of the page;
+- cards/<variant>.md: model cards, which are copied into the checkpoints as README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.compare import scores_table
+from tasks.config.params import ModelParams, VariantParams, section
+from tasks.registry.lineage import read_lineage
+from tasks.report.cards import CalibrationData, place_cards, read_base, render_card
+from tasks.report.charts import (
+    STYLE,
+    Look,
+    draw_all_scores,
+    draw_exponents,
+    draw_importance,
+    draw_layer_errors,
+    draw_shares,
+    draw_sizes,
+    draw_times,
+)
+from tasks.report.page import render_page
+from tasks.report.pictures import TokenPicture, draw_scores, draw_tokens
+from tasks.report.results import Results, read_results
+from tasks.report.tokens import SampleTokens, TokenData, read_token_data, show_samples
+from tasks.stages.command import run
+from tasks.stages.files import EVALUATION, MODELS, REPORT
+from tasks.stages.prepare import PrepareParams
+from tlq.models.processor import load_processor
+from tlq.runtime.files import new_directory, write_text
+
+
+@dataclass(frozen=True)
+class ReportParams:
+    """Attributes:
+    token_samples: how many samples the pictures of token importance show.
+    base_model: hub id of the full-precision model, for the cards; None leaves it out where `model.path` is a folder.
+    """
+
+    token_samples: int = 4
+    base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.token_samples < 1:
+            raise ValueError(f"token_samples is {self.token_samples}; it must be at least 1")
+
+
+def gather_scores(variants: list[str]) -> pd.DataFrame:
+    """Scores of every variant: variant, benchmark, score, low, high."""
+    return pd.concat([pd.read_csv(EVALUATION / name / "scores.csv") for name in variants], ignore_index=True)
+
+
+def token_picture(sample: SampleTokens) -> TokenPicture:
+    """The sample as tokens.png shows it."""
+    return TokenPicture(
+        title=sample.id,
+        image=sample.image,
+        image_values=sample.image_values.astype("float32"),
+        texts=sample.texts,
+        text_values=sample.text_values.astype("float32"),
+        chosen_image=sample.image_share > 0,
+        chosen_texts=sample.text_share > 0,
+    )
+
+
+def figures(results: Results, samples: list[SampleTokens], shares: pd.DataFrame) -> Iterator[tuple[str, Figure | None]]:
+    """The page's charts by file name; None where there is nothing to draw."""
+    look = Look(results.recipes)
+    yield "variants", draw_all_scores(results)
+    yield "sizes", draw_sizes(results)
+    for variant in results.variants:
+        if variant.has_errors:
+            yield f"errors-{variant.name}", draw_layer_errors(variant, look.color(variant.recipe["name"]))
+        if variant.has_exponents:
+            yield f"exponents-{variant.name}", draw_exponents(variant)
+    yield "importance", draw_importance(samples)
+    yield "shares", draw_shares(shares)
+    yield "times", draw_times(results)
+
+
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+
+
+def write_scores(results: Results, variants: list[str], folder: Path) -> None:
+    """The tables, and scores.png, in the order of params.yaml."""
+    scores = gather_scores(["full", *variants])
+    metrics = sorted(results.metrics[1:], key=lambda entry: variants.index(entry["variant"]))
+    write_text(scores.to_csv(index=False), folder / "scores.csv")
+    write_text(scores[scores["benchmark"] == "mean"].to_csv(index=False), folder / "means.csv")
+    write_text(scores_table([results.full, *metrics]) + "\n", folder / "scores.txt")
+    save(draw_scores(scores), folder / "scores.png")
+
+
+def write_pictures(results: Results, samples: list[SampleTokens], shares: pd.DataFrame, folder: Path) -> None:
+    save(draw_tokens([token_picture(sample) for sample in samples]), folder / "tokens.png")
+    with mpl.rc_context(STYLE):
+        for name, figure in figures(results, samples, shares):
+            if figure is not None:
+                save(figure, folder / f"{name}.png", dpi=160)
+
+
+def write_cards(results: Results, data: TokenData, params: ReportParams, model: str, folder: Path) -> None:
+    base = read_base(model, params.base_model)
+    calibration = CalibrationData.of(section("prepare", PrepareParams), data)
+    for variant in results.variants:
+        text = render_card(variant, results, base, calibration, MODELS / variant.name)
+        write_text(text, folder / f"{variant.name}.md")
+
+
+def main() -> None:
+    params = section("report", ReportParams)
+    model = section("model", ModelParams).path
+    variants = section("variants", VariantParams)
+    results = read_results(variants, Path(model))
+    data = read_token_data()
+    samples = show_samples(data, params.token_samples, load_processor(model).tokenizer)
+    lineage = read_lineage(variants.names)
+    with new_directory(REPORT) as folder:
+        write_scores(results, variants.names, folder)
+        write_pictures(results, samples, data.shares, folder)
+        write_text(
+            render_page(results, samples, data.shares, lineage, params.base_model or model), folder / "index.html"
+        )
+        write_cards(results, data, params, model, folder / "cards")
+    place_cards()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,316 @@
+"""Stages on the workers of a real work pool of a local Prefect server: same bits, whoever dies; nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ranked_job
+import torch
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import FlowRun, StateType
+from ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
+
+from flows.stages import REPRO
+from tasks.cluster.pool import Pool
+
+WORKERS = 2
+BUSY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+
+#: A stage that one worker does, as `evaluate` is; says which process did it.
+SIDE = """
+import os, sys, time
+from pathlib import Path
+from tasks.stages.command import run
+from tasks.cluster.launch import is_rank, on_ranks
+
+def work():
+    time.sleep(1)
+    Path(sys.argv[1]).write_text(f"{is_rank()} {os.environ.get('WORLD_SIZE')} {time.time()}")
+
+run(lambda: on_ranks("side", sys.argv[1:], work, most=1))
+"""
+
+
+@dataclass
+class Site:
+    """A Prefect server with the pool `gpu`, and the processes that were started for it.
+
+    Attributes:
+        job: folder of the small calibration.
+    """
+
+    job: Path
+    home: Path
+    api: str
+    server: subprocess.Popen[bytes]
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    stages: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **ranked_job.job_environment(self.job),
+            "PREFECT_HOME": str(self.home),
+            "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+            "TLQ_POOL": "gpu",
+            "TLQ_POOL_WORKERS": str(WORKERS),
+            "TLQ_POOL_SILENCE": "15",
+        }
+
+    def client(self) -> SyncPrefectClient:
+        return SyncPrefectClient(self.api)
+
+    def start_workers(self) -> None:
+        """Start those that do not run: what systemd would do with one that was killed."""
+        running = [worker for worker in self.workers if worker.poll() is None]
+        self.workers = running + [self._start_worker() for _ in range(WORKERS - len(running))]
+
+    def _start_worker(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--limit", "1"]
+        return subprocess.Popen(
+            [*command, "--install-policy", "never"],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def start(self, name: str, scheme: str = "w3a16", **environment: str) -> subprocess.Popen[str]:
+        stage = ranked_job.start(self.job, name, "tlq-c", scheme, {**self.environment, **environment})
+        self.stages.append(stage)
+        return stage
+
+    def busy(self) -> list[FlowRun]:
+        """Flow runs that occupy a slot of the pool."""
+        with self.client() as client:
+            state = FlowRunFilterState(type=FlowRunFilterStateType(any_=BUSY))
+            return client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
+
+    def runs(self, name: str) -> list[FlowRun]:
+        """Worker flow runs of the job in folder ``name``."""
+        with self.client() as client:
+            return [run for run in client.read_flow_runs() if f"ranks_worker {name} " in run.name]
+
+    def assert_nothing_left(self, name: str) -> None:
+        wait_until_gone(self.job / name)
+        assert self.busy() == []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Nothing of it is shared with another server or its settings."""
+    folder = tmp_path_factory.mktemp("site")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    job = write_job(tmp_path_factory.mktemp("job"))
+    home = folder / "prefect"
+    environment = {**ranked_job.job_environment(job), "PREFECT_HOME": str(home)}
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen([*command, "--no-ui"], env=environment, stdout=log, stderr=log)
+    site = Site(job, home, f"http://127.0.0.1:{port}/api", server)
+    try:
+        wait_until(lambda: answers(site.api))
+        subprocess.run([sys.executable, "-m", "flows.pool", "--deploy"], cwd=ROOT, env=site.environment, check=True)
+        yield site
+    finally:
+        for process in [*site.stages, *site.workers, server]:
+            end_tree(process)
+
+
+@pytest.fixture(scope="module")
+def expected(site: Site) -> dict[str, torch.Tensor]:
+    """What one process makes of the job."""
+    return finish(site.start("alone", TLQ_POOL=""), site.job / "alone")
+
+
+@pytest.fixture
+def workers(site: Site) -> Site:
+    site.start_workers()
+    return site
+
+
+def answers(api: str) -> bool:
+    try:
+        return httpx.get(f"{api}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+def end_tree(process: subprocess.Popen[Any]) -> None:
+    if process.poll() is not None:
+        return
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
+    process.kill()
+    process.wait()
+
+
+def layers_done(folder: Path) -> int:
+    return len(list(folder.glob(".out.work/part-*.json")))
+
+
+def agents_of(folder: Path) -> list[psutil.Process]:
+    return [process for process in processes_of(folder) if "tasks.cluster.agent" in process.cmdline()]
+
+
+def test_a_pool_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(ValueError, match="TLQ_POOL is 'gpu', but PREFECT_API_URL names no server"), Pool.connect("gpu"):
+        pass
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    with pytest.raises(ConnectionError, match="does not answer"), Pool.connect("gpu"):
+        pass
+
+
+def test_without_workers_a_stage_says_so(site: Site) -> None:
+    output, _ = (process := site.start("waiting", TLQ_POOL_WAIT="3")).communicate(timeout=120)
+    assert process.returncode == 1
+    assert "pool gpu: no worker took up a run within 3 s; found 0 online, needed at least 1 (2 wanted)" in output
+    assert "Traceback" not in output
+    assert [run.state_type for run in site.runs("waiting")] == [StateType.CANCELLED] * WORKERS
+
+
+def test_a_cancelled_stage_cancels_its_runs(workers: Site) -> None:
+    process = workers.start("cancelled")
+    wait_until(lambda: agents_of(workers.job / "cancelled"))
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert output.count("interrupted; run the same command again to continue") == 1
+    assert [run.state_type for run in workers.runs("cancelled")] == [StateType.CANCELLED] * WORKERS
+    workers.assert_nothing_left("cancelled")
+
+
+def test_stage_worker_and_run_are_killed_and_the_bits_are_the_same(
+    workers: Site, expected: dict[str, torch.Tensor]
+) -> None:
+    folder = workers.job / "killed"
+    process = workers.start("killed")
+    wait_until(lambda: len(processes_of(folder)) > WORKERS + 1)  # the first rank is there
+    process.kill()
+    process.communicate()
+    wait_until_gone(folder)
+    wait_until(lambda: not workers.busy())
+    assert {run.state_type for run in workers.runs("killed")} == {StateType.CANCELLED}
+
+    process = workers.start("killed")
+    wait_until(lambda: layers_done(folder))
+    victim = workers.workers[0]
+    for child in psutil.Process(victim.pid).children(recursive=True):
+        child.kill()
+    victim.kill()
+    victim.wait()
+    workers.start_workers()
+    assert_equal(finish(process, folder), expected)
+    workers.assert_nothing_left("killed")
+    states = [run.state_type for run in workers.runs("killed")]
+    assert {StateType.CRASHED, StateType.COMPLETED} <= set(states)
+
+
+def test_a_mistake_is_told_once(workers: Site) -> None:
+    output, _ = (process := workers.start("refused", "w9")).communicate(timeout=400)
+    assert process.returncode == 1
+    errors = [line for line in output.splitlines() if line.startswith("ERROR")]
+    assert len(errors) == 1
+    assert "unknown scheme 'w9'; choose one of" in errors[0]
+    workers.assert_nothing_left("refused")
+
+
+def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
+    """As the flow does with evaluations: each is a DVC stage here, and one flow run of the pool there."""
+    names = ["a", "b"]
+    (tmp_path / "side.py").write_text(SIDE)
+    stages = "\n".join(f"  evaluate-{name}:\n    cmd: python -m side {name}\n    outs: [{name}]" for name in names)
+    (tmp_path / "dvc.yaml").write_text(f"stages:\n{stages}\n")
+    environment = workers.environment
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
+    init = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
+    subprocess.run(init, cwd=tmp_path, env=environment, check=True)
+    running = [subprocess.Popen([*REPRO, f"evaluate-{name}"], cwd=tmp_path, env=environment) for name in names]
+    assert [process.wait(400) for process in running] == [0] * len(names)
+    lock = (tmp_path / "dvc.lock").read_text()
+    assert all(f"evaluate-{name}:" in lock for name in names)
+    assert {(tmp_path / name).read_text()[:6] for name in names} == {"True 1"}
+    assert workers.busy() == []
+
+
+@pytest.mark.skipif("TLQ_TEST_KILLS" not in os.environ, reason="minutes long; TLQ_TEST_KILLS=20 says how many kills")
+def test_random_kills_of_everything_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
+    """SIGKILL hits ranks, agents, flow runs, workers and the stage; workers and stage are started again."""
+    chance = random.Random(11)
+    folder = workers.job / "everything"
+    wanted = int(os.environ["TLQ_TEST_KILLS"])
+    kills = dict.fromkeys(("rank", "agent", "flow run", "worker", "worker and flow run", "stage"), 0)
+    process = workers.start("everything")
+    while sum(kills.values()) < wanted:
+        if chance.random() < 0.5:  # kills that follow each other closely, and kills in the middle of the work
+            done = layers_done(folder)
+            wait_until(lambda done=done, stage=process: stage.poll() is not None or layers_done(folder) > done)
+        time.sleep(chance.uniform(0, 8))
+        if process.poll() == 0:  # finished before its time: again from the start
+            assert_equal(finish(process, folder), expected)
+            process = workers.start("everything")
+            continue
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        kind = min(kills, key=lambda name: (kills[name], chance.random()))
+        if victims := victims_of(kind, workers, folder, process, chance):
+            for victim in victims:
+                victim.send_signal(signal.SIGKILL)
+            kills[kind] += 1
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {kills}, {layers_done(folder)} layers done\n")
+        if kind == "stage" and victims:
+            process.communicate()
+            process = workers.start("everything")
+        workers.start_workers()
+    assert_equal(finish(process, folder), expected)
+    wait_until_gone(folder)
+    wait_until(lambda: not workers.busy())
+
+
+def victims_of(
+    kind: str, site: Site, folder: Path, stage: subprocess.Popen[str], chance: random.Random
+) -> list[psutil.Process]:
+    """Processes to kill together; none if there is no such process at this moment."""
+    agents = agents_of(folder)
+    others = [process for process in processes_of(folder) if process.pid != stage.pid]
+    worker = psutil.Process(chance.choice(site.workers).pid)
+    chosen = {
+        "rank": [process for process in others if process not in agents],
+        "agent": agents,
+        "flow run": [process.parent() for process in agents],
+        "worker": [worker],
+        "stage": [psutil.Process(stage.pid)] if agents else [],
+    }
+    if kind == "worker and flow run":
+        below = worker.children(recursive=True)
+        return [worker, *below] if below else []
+    return [chance.choice(chosen[kind])] if chosen[kind] else []

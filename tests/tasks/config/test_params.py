@@ -1,0 +1,137 @@
+"""params.yaml: parsed once, strictly, with errors of one line that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tasks.config.params import ModelParams, ParamsError, recipe, section
+from tasks.stages.calibrate import CalibrateParams
+from tasks.stages.calibset import CalibsetParams
+from tasks.stages.importance import ImportanceParams
+from tasks.stages.prepare import PrepareParams
+from tlq.recipes import RECIPES
+
+SHIPPED = Path(__file__).parents[2] / "params.yaml"
+
+
+def write(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def message_of(error: pytest.ExceptionInfo[ParamsError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("model", ModelParams),
+        ("prepare", PrepareParams),
+        ("importance", ImportanceParams),
+        ("calibset", CalibsetParams),
+        ("calibrate", CalibrateParams),
+    ],
+)
+def test_the_shipped_params_parse(name: str, cls: type) -> None:
+    assert isinstance(section(name, cls, SHIPPED), cls)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shipped_params_leave_recipes_as_they_are(name: str) -> None:
+    assert recipe(name, SHIPPED) == RECIPES[name]
+
+
+def test_dtype_becomes_a_torch_dtype() -> None:
+    assert ModelParams("m", "bfloat16").torch_dtype is torch.bfloat16
+
+
+CALIBSET = {"budget": {"tokens_per_layer": 100}, "weighting": {"power": 0.5}, "seed": 3}
+
+
+def test_nested_sections_become_nested_dataclasses(tmp_path: Path) -> None:
+    params = section("calibset", CalibsetParams, write(tmp_path, {"calibset": CALIBSET}))
+    assert (params.budget.tokens_per_layer, params.weighting.power, params.seed) == (100, 0.5, 3)
+    assert params.budget.selection == "sample"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sed": 1}, "calibset.sed: unknown key; remove it or correct its spelling"),
+        ({"budget": {"tokens_per_layer": 5, "selecton": "top"}}, "calibset.budget.selecton: unknown key"),
+        ({"budget": {}}, "calibset.budget.tokens_per_layer: required key is missing; add it"),
+        ({"seed": "many"}, "calibset.seed: Input should be a valid integer"),
+        ({"source": "tokens"}, "calibset.source: Input should be 'uniform', 'modality', 'token' or 'block'"),
+        ({"budget": {"tokens_per_layer": 0}}, "calibset.budget: calibset.tokens_per_layer is 0, must be at least 1"),
+        ({"weighting": {"power": -1}}, "calibset.weighting: importance power is -1"),
+        ({"budget": 7}, "calibset.budget: "),
+    ],
+)
+def test_mistakes_name_the_key(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    path = write(tmp_path, {"calibset": {**CALIBSET, **changes}})
+    with pytest.raises(ParamsError) as error:
+        section("calibset", CalibsetParams, path)
+    assert message_of(error).startswith(f"{path}: {expected}")
+
+
+def test_the_value_found_is_shown(tmp_path: Path) -> None:
+    path = write(tmp_path, {"calibset": {**CALIBSET, "seed": "many", "source": "tokens"}})
+    with pytest.raises(ParamsError) as error:
+        section("calibset", CalibsetParams, path)
+    assert "(found 'many')" in message_of(error)
+    assert "(found 'tokens')" in message_of(error)
+
+
+def test_a_missing_section_or_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="section `calibset` is missing; add it"):
+        section("calibset", CalibsetParams, write(tmp_path, {"model": {"path": "x"}}))
+    with pytest.raises(ParamsError, match="not found; run from the project's top folder"):
+        section("calibset", CalibsetParams, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("content", ["a: [1", "just text", "- 1"])
+def test_files_that_are_not_params_are_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(ParamsError, match="not valid YAML|must be a mapping") as error:
+        section("calibset", CalibsetParams, write(tmp_path, content))
+    message_of(error)
+
+
+def test_prepare_refuses_conversations_without_an_image_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prepare": {"kind": "llava_json", "path": "a.json", "samples": 3}})
+    with pytest.raises(ParamsError, match="prepare: kind llava_json needs image_root"):
+        section("prepare", PrepareParams, path)
+
+
+def test_an_override_changes_one_choice_and_keeps_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path, {"recipes": {"tlq": {"equalization": {"duo": False}, "rounding": "compensated"}}})
+    row = recipe("tlq", path)
+    assert (row.equalization.duo, row.rounding) == (False, "compensated")
+    assert row.equalization.method == RECIPES["tlq"].equalization.method
+    assert recipe("mbq", path) == RECIPES["mbq"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "expected"),
+    [
+        ({}, "tlq2", "unknown recipe 'tlq2'; choose one of rtn, smoothquant"),
+        ({"tlqq": {"rounding": "nearest"}}, "tlq", "unknown recipe 'tlqq'; choose one of rtn, smoothquant"),
+        ({"tlq": {"roundin": "nearest"}}, "tlq", "recipes.tlq.roundin: unknown key"),
+        ({"tlq": {"equalization": {"duos": True}}}, "tlq", "recipes.tlq.equalization.duos: unknown key"),
+        ({"tlq": {"rounding": "random"}}, "tlq", "recipes.tlq.rounding: Input should be 'nearest' or 'compensated'"),
+        ({"tlq": {"name": "mine"}}, "tlq", "recipes.tlq.name: a recipe keeps its name"),
+    ],
+)
+def test_recipe_mistakes_name_the_recipe(tmp_path: Path, overrides: dict[str, Any], name: str, expected: str) -> None:
+    path = write(tmp_path, {"recipes": overrides})
+    with pytest.raises(ParamsError) as error:
+        recipe(name, path)
+    assert message_of(error).startswith(f"{path}: {expected}")

@@ -1,0 +1,192 @@
+"""Presets: one word changes params.yaml, its layout stays, and what runs is pinned."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.harness import FOLDER
+from tasks.config import presets as module
+from tasks.config.params import ParamsError, section
+from tasks.config.presets import KINDS, PRESETS, applied, available, check, main, named, pin
+from tasks.stages.fetch import Download
+from tasks.stages.prepare import PrepareParams
+from tasks.stages.register import RegisterParams
+from tlq.models.architectures import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = (ROOT / "params.yaml").read_text()
+COMMIT = "f" * 40
+ALL = available(ROOT / PRESETS)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the shipped params.yaml and presets, and a hub that knows one commit."""
+    shutil.copytree(ROOT / PRESETS, tmp_path / PRESETS)
+    (tmp_path / "params.yaml").write_text(SHIPPED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "newest_commit", lambda repo, kind: COMMIT)
+    return tmp_path
+
+
+def apply(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
+    """What params.yaml holds after the command."""
+    monkeypatch.setattr(sys, "argv", ["preset", *words])
+    main()
+    content: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
+    return content
+
+
+def squeezed(text: str) -> str:
+    """Without the blanks before comments: a longer value pushes its comment to the right."""
+    return re.sub(r" +#", " #", text)
+
+
+def test_one_word_chooses_a_model(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = apply(monkeypatch, "qwen2-vl-7b")
+    assert params["model"] == {"path": "data/models/qwen2-vl-7b", "dtype": "bfloat16"}
+    entry = params["fetch"]["qwen2-vl-7b"]
+    assert (entry["repo"], entry["out"]) == ("Qwen/Qwen2-VL-7B-Instruct", params["model"]["path"])
+    assert params["prepare"]["path"].startswith("data/demo")
+
+
+def test_several_words_choose_everything(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = apply(monkeypatch, "llava-onevision-0.5b", "sharegpt4v", "benchmarks")
+    assert {entry["kind"] for entry in params["fetch"].values()} == set(KINDS)
+    assert params["prepare"]["kind"] == "llava_json"
+    assert params["prepare"]["samples"] == params["importance"]["samples"] == 128
+    assert len(params["evaluate"]["benchmarks"]) == 6
+    assert "columns" not in params["prepare"]
+
+
+def test_the_next_preset_leaves_nothing_of_the_one_before(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(monkeypatch, "qwen2-vl-7b", "textvqa-train")
+    params = apply(monkeypatch, "qwen2-vl-2b", "sharegpt4v")
+    assert list(params["fetch"]) == ["qwen2-vl-2b", "sharegpt4v"]
+    assert "split" not in params["prepare"]
+
+
+def test_comments_and_layout_stay_and_demo_is_the_way_back(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(monkeypatch, "qwen2-vl-7b", "sharegpt4v", "benchmarks")
+    there = Path("params.yaml").read_text()
+    comments = [line.split("#", 1)[1] for line in SHIPPED.splitlines() if "#" in line]
+    assert all(f"#{comment}" in there for comment in comments)
+    apply(monkeypatch, "demo")
+    assert squeezed(Path("params.yaml").read_text()) == squeezed(SHIPPED)
+
+
+def test_demo_beside_another_name_is_the_rest(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(monkeypatch, "qwen2-vl-7b", "benchmarks")
+    params = apply(monkeypatch, "qwen2-vl-2b", "demo")
+    assert list(params["fetch"]) == ["qwen2-vl-2b"]
+    assert params["evaluate"]["data"] == "data/demo/world"
+
+
+def test_what_changes_is_printed(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apply(monkeypatch, "qwen2-vl-7b")
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.path: data/demo/model -> data/models/qwen2-vl-7b" in lines
+    assert any(line.startswith("fetch.qwen2-vl-7b: Qwen/Qwen2-VL-7B-Instruct at eed13092ef92") for line in lines)
+    apply(monkeypatch, "qwen2-vl-7b")
+    assert capsys.readouterr().out == "nothing changes\n"
+
+
+def test_a_dry_run_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(monkeypatch, "qwen2-vl-7b", "--dry-run")
+    assert Path("params.yaml").read_text() == SHIPPED
+
+
+def test_without_a_word_they_are_listed(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apply(monkeypatch)
+    listed = capsys.readouterr().out
+    assert all(f" {preset.name} " in listed for preset in ALL)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["qwen9"], r"unknown preset 'qwen9'; choose of demo, .*qwen2-vl-7b.*--model or --dataset"),
+        (["qwen2-vl-2b", "qwen2-vl-7b"], r"qwen2-vl-2b and qwen2-vl-7b are all model presets; choose one"),
+        (["qwen2-vl-2b", "--revision", "Qwen/Qwen2-VL-2B-Instruct=main"], r"is 'main', must be a commit"),
+        (["--dataset", "a/b", "--columns", "answer"], r"--columns 'answer': must be NAME=VALUE"),
+        (["--dataset", "a/b", "--columns", "picture=image"], r"prepare\.columns\.picture: unknown key"),
+    ],
+)
+def test_mistakes_are_refused_and_nothing_is_written(
+    project: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    with pytest.raises(ParamsError, match=message):
+        apply(monkeypatch, *words)
+    assert Path("params.yaml").read_text() == SHIPPED
+
+
+def test_any_model_and_data_set_of_the_hub(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--model", "maker/Small-VL", "--dataset", "maker/Photos", "--columns", "answer=caption", "--samples", "64"]
+    params = apply(monkeypatch, *words)
+    assert params["model"]["path"] == "data/models/small-vl"
+    assert section("prepare", PrepareParams).columns.answer == "caption"
+    assert params["importance"]["samples"] == 64
+    assert {entry["revision"] for entry in params["fetch"].values()} == {COMMIT}
+
+
+def test_a_revision_that_the_user_names_goes_before_the_presets(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = "a" * 40
+    params = apply(monkeypatch, "qwen2-vl-2b", "--revision", f"Qwen/Qwen2-VL-2B-Instruct={own}")
+    assert params["fetch"]["qwen2-vl-2b"]["revision"] == own
+
+
+def test_an_open_revision_is_asked_of_the_hub_and_a_known_one_is_not() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def newest(repo: str, kind: str) -> str:
+        asked.append((repo, kind))
+        return COMMIT
+
+    known, open_one = named(["qwen2-vl-7b", "sharegpt4v"], ALL)
+    assert pin(known, {}, newest)["qwen2-vl-7b"]["revision"] != COMMIT
+    assert pin(open_one, {}, newest)["sharegpt4v"]["revision"] == COMMIT
+    assert asked == [("Lin-Chen/ShareGPT4V", "dataset")]
+
+
+def test_a_comment_behind_a_removed_last_key_stays() -> None:
+    text = (
+        "prepare:\n  kind: parquet\n  path: a\n  samples: 1\n  odd: 1\n\n# What follows.\nimportance:\n  samples: 1\n"
+    )
+    (preset,) = named(["sharegpt4v"], ALL)
+    assert "\n\n# What follows.\nimportance:" in applied(text, [preset], {})
+
+
+@pytest.mark.parametrize("preset", ALL, ids=lambda preset: f"{preset.kind}-{preset.name}")
+def test_every_preset_is_usable(preset: module.Preset, tmp_path: Path) -> None:
+    entries = pin(preset, {}, lambda repo, kind: COMMIT)
+    text = applied(SHIPPED, [preset], {preset.kind: entries})
+    check(text)
+    (tmp_path / "params.yaml").write_text(text)
+    section("register", RegisterParams, tmp_path / "params.yaml")
+    content = yaml.safe_load(text)
+    for entry in content["fetch"].values():
+        assert Download(**entry).kind == preset.kind
+    if preset.kind == "model" and preset.name != "demo":
+        assert content["model"]["path"] == content["fetch"][preset.name]["out"]
+    if preset.kind == "benchmarks":
+        tasks = {path.stem for path in FOLDER.rglob("*.yaml")}
+        assert {source["task"] for source in content["evaluate"]["benchmarks"]} <= tasks
+
+
+def test_every_family_that_a_preset_is_of_is_supported() -> None:
+    families = {"qwen2-vl": "qwen2_vl", "qwen2.5-vl": "qwen2_5_vl", "qwen3-vl": "qwen3_vl"}
+    for preset in ALL:
+        if preset.kind == "model" and preset.name != "demo":
+            family = preset.name.rsplit("-", 1)[0]
+            assert families.get(family, family.replace("-", "_")) in FAMILIES

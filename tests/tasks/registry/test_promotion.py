@@ -1,0 +1,136 @@
+"""Aliases when several processes register at once: nothing is lost, and the better version is champion."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from registry_results import answers, write_project, write_variant
+
+from tasks.config.evaluation import EvaluateParams
+from tasks.config.params import ModelParams, section
+from tasks.registry import promotion
+from tasks.registry.gate import Verdict
+from tasks.registry.promotion import ITEM_SCORES, aliases, promote, verdict_tags, versions
+from tasks.registry.tracking import CHECKPOINT, RegisterParams, connect, new_run
+from tasks.stages.register import Registrar, register_all
+
+NAME = "tiny-w3a16"
+#: Processes that start with everything imported.
+PROCESSES = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    shutil.copyfile(empty_tracking, tmp_path / "mlflow.db")
+    write_project(tmp_path)
+    return tmp_path
+
+
+def add_version(client: MlflowClient, right: int, kl: float = 0.1) -> int:
+    """A version that passed the gate, straight in the registry; aliases are left as they are."""
+    if not client.search_registered_models(f"name = '{NAME}'"):
+        client.create_registered_model(NAME)
+    run_id = new_run(client, "tlq", "made", {})
+    answers(right, kl)[["task", "doc", "score"]].to_parquet(ITEM_SCORES)
+    client.log_artifact(run_id, ITEM_SCORES)
+    identity = {"variant": run_id, "evaluation": "e", CHECKPOINT: run_id, "scores": json.dumps({"kl": kl})}
+    tags = verdict_tags(Verdict()) | identity
+    return int(client.create_model_version(NAME, "file:///nowhere", run_id=run_id, tags=tags).version)
+
+
+class Interrupted:
+    """A client in whose way something happens, once, just before its first call of ``method``."""
+
+    def __init__(self, client: MlflowClient, method: str, happens: Callable[[], None]) -> None:
+        self._client = client
+        self._method = method
+        self._happens: list[Callable[[], None]] = [happens]
+
+    def __getattr__(self, name: str) -> object:
+        if name == self._method and self._happens:
+            self._happens.pop()()
+        return getattr(self._client, name)
+
+
+@pytest.mark.parametrize("moment", ["get_registered_model", "set_registered_model_alias", "set_model_version_tag"])
+@pytest.mark.parametrize(("first", "second"), [(40, 49), (49, 40)])
+def test_whoever_writes_last_has_seen_both(workspace: Path, moment: str, first: int, second: int) -> None:
+    """Another process registers a version and moves the aliases in the middle of ours."""
+    client = connect()
+    add_version(client, first)
+
+    def other_process() -> None:
+        add_version(client, second)
+        promote(client, NAME)
+
+    promote(Interrupted(client, moment, other_process), NAME)  # type: ignore[arg-type]
+    assert aliases(client, NAME) == {"champion": 1 if first > second else 2, "candidate": 2}
+
+
+def test_item_scores_that_are_gone_leave_the_champion_and_say_so(workspace: Path) -> None:
+    client = connect()
+    add_version(client, 40)
+    promote(client, NAME)
+    run_id = str(client.get_model_version(NAME, "1").run_id)
+    shutil.rmtree(Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")))
+    add_version(client, 49)
+    promote(client, NAME)
+    assert aliases(client, NAME)["champion"] == 1
+    assert "item scores of version 1" in client.get_model_version(NAME, "2").tags["champion.reason"]
+
+
+def test_a_version_that_something_else_registered_is_no_contender(workspace: Path) -> None:
+    client = connect()
+    add_version(client, 40)
+    client.create_model_version(NAME, "file:///nowhere")
+    promote(client, NAME)
+    assert aliases(client, NAME) == {"champion": 1, "candidate": 1}
+
+
+def _register(folder: Path, variant: str, barrier: multiprocessing.synchronize.Barrier) -> None:
+    os.chdir(folder)
+    registrar = Registrar(
+        connect(),
+        section("register", RegisterParams),
+        section("evaluate", EvaluateParams),
+        section("model", ModelParams),
+    )
+    barrier.wait(60)
+    register_all(registrar, [variant])
+
+
+def test_two_variants_registered_at_once_lose_nothing(workspace: Path) -> None:
+    (workspace / "mlflow.db").unlink()  # they also race for making the database
+    skill = {"rtn-w3a16": 42, "mbq-w3a16": 45, "tlq-w3a16": 50}
+    for variant, right in skill.items():
+        write_variant(workspace, variant, right)
+    barrier = PROCESSES.Barrier(len(skill))
+    workers = [PROCESSES.Process(target=_register, args=(workspace, variant, barrier)) for variant in skill]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(180)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    client = connect()
+    found = {version.tags["variant"]: version for version in versions(client, NAME)}
+    assert found.keys() == skill.keys()
+    assert sorted(int(version.version) for version in found.values()) == [1, 2, 3]
+    assert aliases(client, NAME) == {"champion": int(found["tlq-w3a16"].version), "candidate": 3}
+    for version in found.values():
+        run = client.get_run(str(version.run_id))
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["mean.score"] == pytest.approx(2 * skill[version.tags["variant"]])
+        assert len(client.get_metric_history(run.info.run_id, "layer/error_after")) == 2
+        scores = Path(client.download_artifacts(run.info.run_id, ITEM_SCORES, str(workspace)))
+        assert len(pd.read_parquet(scores)) == 100
+    assert promotion.aliases(client, NAME)["candidate"] == 3

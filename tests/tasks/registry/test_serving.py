@@ -1,0 +1,174 @@
+"""The registered model: loaded in a process without the project, and served over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from registry_results import write_project, write_scores
+from servers import wait_until_ready
+from tiny import png
+from tiny_project import free_port
+
+from tasks.config.evaluation import EvaluateParams
+from tasks.config.params import ModelParams, section
+from tasks.registry.tracking import RegisterParams, connect
+from tasks.stages.register import Registrar, register_all
+
+URI = "models:/tiny-w3a16@champion"
+QUESTION = "What is it?"
+
+
+@pytest.fixture(scope="module")
+def registered(tiny_checkpoint: Path, empty_tracking: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project folder with a champion, whose weights are those of the tiny model."""
+    folder = tmp_path_factory.mktemp("registered")
+    shutil.copyfile(empty_tracking, folder / "mlflow.db")
+    write_project(folder)
+    shutil.copytree(tiny_checkpoint, folder / "models/rtn-w3a16")
+    (folder / "models/rtn-w3a16/calibration.json").write_text("{}")
+    write_scores(folder, "rtn-w3a16", right=48)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        params = section("register", RegisterParams)
+        registrar = Registrar(connect(), params, section("evaluate", EvaluateParams), section("model", ModelParams))
+        register_all(registrar, ["rtn-w3a16"])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def server(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`mlflow models serve` of the champion, in a folder of its own; yields its address."""
+    port = free_port()
+    mlflow_command = str(Path(sys.executable).with_name("mlflow"))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                mlflow_command,
+                "models",
+                "serve",
+                "-m",
+                URI,
+                "--env-manager",
+                "local",
+                "-h",
+                "127.0.0.1",
+                "-p",
+                str(port),
+            ],
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(f"{address}/ping", process, folder / "log")
+        yield address
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(30)
+
+
+def post(server: str, body: Any) -> tuple[int, Any]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server}/invocations", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def ask(image: Any, question: Any) -> dict[str, Any]:
+    return {"dataframe_split": {"columns": ["image", "question"], "data": [[image, question]]}}
+
+
+def encoded(seed: int = 0) -> str:
+    return base64.b64encode(png(seed)).decode()
+
+
+def test_a_question_about_an_image_is_answered(server: str, registered: Path) -> None:
+    status, answer = post(server, ask(encoded(), QUESTION))
+    assert status == 200
+    (served,) = answer["predictions"]
+    frame = pd.DataFrame({"image": [png(0)], "question": [QUESTION]})
+    assert mlflow.pyfunc.load_model(URI).predict(frame) == [served]
+
+
+JUNK = {
+    "no image column": (
+        {"dataframe_split": {"columns": ["question"], "data": [[QUESTION]]}},
+        "missing inputs ['image']",
+    ),
+    "no question column": ({"dataframe_split": {"columns": ["image"], "data": [[encoded()]]}}, "missing inputs"),
+    "not base64": (ask("%%% not base64 %%%", QUESTION), "image"),
+    "not an image": (ask(base64.b64encode(b"some text").decode(), QUESTION), "row 0: column image: unreadable image"),
+    "half an image": (ask(base64.b64encode(png(0)[:200]).decode(), QUESTION), "row 0: column image: unreadable image"),
+    "a data URL": (ask(f"data:image/png;base64,{encoded()}", QUESTION), "Invalid base64"),
+    "an empty image": (ask("", QUESTION), "row 0: column image: empty"),
+    "no image": (ask(None, QUESTION), "image"),
+    "an empty question": (ask(encoded(), "  "), "row 0: column question: empty"),
+    "no question": (ask(encoded(), None), "question"),
+    "a book": (ask(encoded(), "why " * 200), "more than the 448 that leave room to answer"),
+    "image tokens as text": (ask(encoded(), "<|image_pad|>"), "the model cannot take this image and question"),
+    "no table": ({"question": QUESTION}, "dataframe_split"),
+    "no JSON": (b"{", "valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", JUNK)
+def test_junk_is_refused_with_400_and_the_reason(server: str, case: str) -> None:
+    body, reason = JUNK[case]
+    status, answer = post(server, body)
+    assert status == 400, answer
+    assert reason in answer["message"]
+
+
+def test_bad_rows_name_themselves(registered: Path) -> None:
+    frame = pd.DataFrame({"image": [png(0), b"junk"], "question": [QUESTION, QUESTION]})
+    with pytest.raises(MlflowException, match="row 1: column image: unreadable image"):
+        mlflow.pyfunc.load_model(URI).predict(frame)
+
+
+def test_the_version_brings_its_own_code(registered: Path, tmp_path: Path) -> None:
+    """What it imports comes from the version, whatever project stands around it."""
+    script = f"import mlflow\nmlflow.pyfunc.load_model({URI!r})\nimport tlq\nprint(tlq.__path__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "/artifacts/code/tlq'" in done.stdout
+
+
+def test_a_checkpoint_that_changed_is_refused(registered: Path) -> None:
+    report = registered / "models/rtn-w3a16/calibration.json"
+    try:
+        report.write_text('{"changed": true}')
+        with pytest.raises(ValueError, match="is not the checkpoint that was registered"):
+            mlflow.pyfunc.load_model(URI)
+    finally:
+        report.write_text("{}")
+
+
+def test_a_checkpoint_that_moved_can_be_named(registered: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(registered / "models/rtn-w3a16", moved)
+    with pytest.raises(FileNotFoundError, match="nowhere is gone"):
+        mlflow.pyfunc.load_model(URI, model_config={"checkpoint": "nowhere"})
+    model = mlflow.pyfunc.load_model(URI, model_config={"checkpoint": str(moved)})
+    assert model.predict(pd.DataFrame({"image": [png(0)], "question": [QUESTION]}))

@@ -1,0 +1,102 @@
+"""What a user sees when a stage goes wrong: one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.stages.command import device, run
+from tlq.runtime.files import new_directory
+
+ROOT = Path(__file__).parents[2]
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("two\n  lines"), FileNotFoundError("two lines"), FloatingPointError("two lines")],
+    ids=lambda error: type(error).__name__,
+)
+def test_expected_errors_are_one_line_and_status_one(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: fail(error))
+    assert stopped.value.code == 1
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.getMessage() == "two lines"
+    assert record.exc_info is None
+
+
+def test_defects_keep_their_traceback() -> None:
+    with pytest.raises(KeyError):
+        run(lambda: fail(KeyError("a defect")))
+
+
+def test_an_interruption_has_its_own_status(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: fail(KeyboardInterrupt()))
+    assert stopped.value.code == 130
+    assert "interrupted; run the same command again" in caplog.text
+
+
+def test_an_interruption_that_a_library_renames_is_still_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Extension code may raise an error of its own where it finds KeyboardInterrupt set."""
+
+    def stage() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ValueError("could not determine the shape") from error
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run(stage)
+    assert stopped.value.code == 130
+    assert "could not determine" not in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_termination_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """SIGTERM, as a scheduler sends it, in the middle of writing a directory."""
+
+    def stage() -> None:
+        with new_directory(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the signal was ignored")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(stage)
+    assert stopped.value.code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_started_in_the_wrong_folder_says_so(tmp_path: Path) -> None:
+    """The whole way, as a user types it: nothing but one line on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.stages.calibset"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "ERROR tlq: params.yaml: not found; run from the project's top folder\n"
+
+
+def test_the_device_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLQ_DEVICE", "meta")
+    assert device() == torch.device("meta")
+    monkeypatch.delenv("TLQ_DEVICE")
+    assert device().type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,214 @@
+"""Stage `evaluate` from end to end on a tiny model: files, comparison, resuming, errors."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from benchmark_rows import mmmu_rows, textvqa_rows, write_rows
+
+from benchmarks.data import BenchmarkError, BenchmarkSource
+from benchmarks.model import VisionLM
+from tasks.config.evaluation import EvaluateParams
+from tasks.config.params import ParamsError
+from tasks.stages import evaluate
+from tlq.models.checkpoint import load_model
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory) -> EvaluateParams:
+    folder = tmp_path_factory.mktemp("rows")
+    sources = (
+        BenchmarkSource("demo_textvqa", data=write_rows(folder / "textvqa.parquet", textvqa_rows(12))),
+        BenchmarkSource("demo_mmmu", data=write_rows(folder / "mmmu.parquet", mmmu_rows(12))),
+    )
+    return EvaluateParams(sources, limit=8, batch_size=4, max_new_tokens=4, resamples=100)
+
+
+@pytest.fixture(scope="module")
+def variant_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with noise on a layer, as a coarse quantizer would leave it."""
+    folder = tmp_path_factory.mktemp("variant")
+    shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
+    model = load_model(tiny_checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    weight = model.model.language_model.layers[0].mlp.down_proj.weight.data
+    weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(
+    params: EvaluateParams,
+    tiny_checkpoint: Path,
+    variant_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), params, folder)
+    evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), params, folder)
+    return folder
+
+
+def metrics_of(results: Path, variant: str) -> dict[str, Any]:
+    return json.loads((results / variant / "metrics.json").read_text())
+
+
+def test_files(results: Path) -> None:
+    files = {"metrics.json", "summary.json", "items.parquet", "scores.csv", "skipped.csv"}
+    assert {path.name for path in (results / "full").iterdir()} == files | {"reference"}
+    assert {path.name for path in (results / "rtn-w3a16").iterdir()} == files
+    assert sorted(path.name for path in results.iterdir()) == [".working", "full", "rtn-w3a16"]
+    assert not list((results / ".working").iterdir())
+    scores = pd.read_csv(results / "rtn-w3a16" / "scores.csv")
+    assert list(scores.columns) == ["variant", "benchmark", "score", "low", "high"]
+    assert list(scores["benchmark"]) == ["mean", "demo_textvqa", "demo_mmmu"]
+
+
+def test_items(results: Path) -> None:
+    full = pd.read_parquet(results / "full" / "items.parquet")
+    variant = pd.read_parquet(results / "rtn-w3a16" / "items.parquet")
+    assert len(full) == 16
+    assert full[["task", "doc", "prompt", "target"]].equals(variant[["task", "doc", "prompt", "target"]])
+    assert (full["kl"] == 0).all()
+    assert (variant["kl"] > 0).all()
+    assert (variant["n_answer_tokens"] >= 2).all()
+
+
+def test_metrics(results: Path) -> None:
+    full, variant = metrics_of(results, "full"), metrics_of(results, "rtn-w3a16")
+    assert full["variant"] == "full"
+    assert "retention" not in full["mean"]
+    assert full["mean"]["kl"] == 0
+    assert variant["mean"]["n"] == variant["mean"]["asked"] == variant["mean"]["pairs"] == 16
+    assert variant["mean"]["kl"] > 0
+    assert variant["benchmarks"]["demo_mmmu"]["parts"]["unparsed"]["n"] > 0
+    assert variant["benchmarks"]["demo_textvqa"]["skipped"] == 0
+    assert variant["benchmarks"]["demo_textvqa"]["empty_replies"] >= 0
+    summary = json.loads((results / "rtn-w3a16" / "summary.json").read_text())
+    assert {"score", "demo_textvqa", "demo_mmmu", "kl", "nll", "n", "skipped"} <= set(summary)
+
+
+def test_the_same_run_gives_the_same_bytes(
+    results: Path, params: EvaluateParams, variant_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(results / "full", tmp_path / "full")
+    evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), params, tmp_path)
+    for name in ("metrics.json", "summary.json", "scores.csv"):
+        assert (tmp_path / "rtn-w3a16" / name).read_bytes() == (results / "rtn-w3a16" / name).read_bytes()
+
+
+@pytest.mark.parametrize("variant", ["full", "rtn-w3a16"])
+def test_a_killed_run_leaves_no_output_and_goes_on(
+    variant: str,
+    results: Path,
+    params: EvaluateParams,
+    tiny_checkpoint: Path,
+    variant_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = str(tiny_checkpoint if variant == "full" else variant_checkpoint)
+    if variant != "full":
+        shutil.copytree(results / "full", tmp_path / "full")
+    answered: list[int] = []
+    original = VisionLM._run
+
+    def counted(self: VisionLM, batch: Sequence[Any], inputs: Any) -> Any:
+        if sum(answered) == 8:
+            raise KeyboardInterrupt
+        answered.append(len(batch))
+        return original(self, batch, inputs)
+
+    monkeypatch.setattr(VisionLM, "_run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate_variant(variant, checkpoint, params, tmp_path)
+    assert not (tmp_path / variant).exists()
+    answered[:] = [0]
+    monkeypatch.setattr(VisionLM, "_run", lambda *a: (answered.append(len(a[1])), original(*a))[1])
+    evaluate.evaluate_variant(variant, checkpoint, params, tmp_path)
+    assert sum(answered) == 8
+    assert metrics_of(tmp_path, variant) == metrics_of(results, variant)
+    assert not list(tmp_path.glob(".working/*"))
+
+
+def test_changed_params_do_not_reuse_answers(
+    results: Path, params: EvaluateParams, variant_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(results / "full", tmp_path / "full")
+    other = EvaluateParams(params.benchmarks, limit=8, batch_size=4, max_new_tokens=1, resamples=100)
+    working = tmp_path / ".working" / "rtn-w3a16"
+    working.mkdir(parents=True)
+    (working / "fingerprint").write_text("of other params")
+    (working / "answers.jsonl").write_text("{}\n")
+    metrics = evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), other, tmp_path)
+    assert metrics["mean"]["n"] == 16
+
+
+def test_without_divergence(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    plain = EvaluateParams(params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
+    metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
+    assert "kl" not in metrics["mean"]
+    assert not (tmp_path / "full" / "reference").exists()
+
+
+def test_too_many_unusable_items(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rows = textvqa_rows(5)
+    rows[0]["answers"] = []
+    source = BenchmarkSource("demo_textvqa", data=write_rows(tmp_path / "rows.parquet", rows))
+    with pytest.raises(BenchmarkError, match=r"1 items \(20%\) are unusable, more than evaluate.max_skipped = 5%"):
+        evaluate.evaluate_variant("full", str(tiny_checkpoint), EvaluateParams((source,), max_new_tokens=1), tmp_path)
+    assert not (tmp_path / "full").exists()
+    allowed = EvaluateParams((source,), max_new_tokens=1, max_skipped=0.5, resamples=10)
+    metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), allowed, tmp_path)
+    assert (metrics["mean"]["n"], metrics["mean"]["asked"]) == (4, 5)
+    assert "no answer" in (tmp_path / "full" / "skipped.csv").read_text()
+
+
+PARAMS = """
+model: {path: MODEL}
+evaluate:
+  benchmarks: [{task: demo_textvqa, data: ROWS}]
+  limit: 2
+  max_new_tokens: 2
+  resamples: 10
+"""
+
+
+def test_command_line(
+    params: EvaluateParams,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = PARAMS.replace("MODEL", str(tiny_checkpoint)).replace("ROWS", str(params.benchmarks[0].data))
+    Path("params.yaml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["evaluate", "--variant", "rtn-w3a16"])
+    with pytest.raises(FileNotFoundError, match="models/rtn-w3a16: not found; run the calibrate stage of rtn-w3a16"):
+        evaluate.main()
+    monkeypatch.setattr("sys.argv", ["evaluate", "--variant", "full"])
+    evaluate.main()
+    assert Path("evaluation/full/metrics.json").is_file()
+    Path("params.yaml").write_text(text.replace("limit: 2", "limits: 2"))
+    with pytest.raises(ParamsError, match="evaluate.limits: unknown key"):
+        evaluate.main()
+
+
+def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="evaluation.*full.*--variant full` first|--variant full"):
+        evaluate.evaluate_variant("rtn-w3a16", str(tiny_checkpoint), params, tmp_path)
+
+
+def test_benchmark_files_lie_where_dvc_watches() -> None:
+    inside = BenchmarkSource("demo_textvqa", data="data/demo/world/textvqa.parquet")
+    outside = BenchmarkSource("demo_chartqa", data="elsewhere/chartqa.parquet")
+    on_hub = BenchmarkSource("mmmu_vlm")
+    assert EvaluateParams((inside, on_hub), data="data/demo/world").benchmarks == (inside, on_hub)
+    with pytest.raises(ValueError, match=r"demo_chartqa: elsewhere/.* is outside evaluate\.data = data/demo/world"):
+        EvaluateParams((inside, outside), data="data/demo/world")

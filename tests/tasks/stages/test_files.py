@@ -1,0 +1,167 @@
+"""Files between stages: round trips, and nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tasks.stages.files import (
+    read_importance,
+    read_samples,
+    read_sequences,
+    read_tokens,
+    write_importance,
+    write_samples,
+)
+from tlq.runtime.files import new_directory, new_file, write_text
+from tlq.samples import Sample, Sequences
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "result.txt"
+    write_text("old", path)
+
+    def write() -> None:
+        with new_file(path) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["result.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_directory_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "result"
+    with new_directory(path) as folder:
+        (folder / "a.txt").write_text("old")
+
+    def write() -> None:
+        with new_directory(path) as folder:
+            (folder / "b.txt").write_text("ne")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert names(path) == ["a.txt"]
+    assert names(tmp_path) == ["result"]
+
+
+def test_an_interrupted_first_directory_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_directory(tmp_path / "deep" / "result") as folder:
+            (folder / "b.txt").write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert names(tmp_path / "deep") == []
+
+
+def test_a_new_directory_replaces_all_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    for name in ("a.txt", "b.txt"):
+        with new_directory(path) as folder:
+            (folder / name).write_text(name)
+            assert not (path / name).exists()
+    assert names(path) == ["b.txt"]
+    assert names(tmp_path) == ["result"]
+
+
+def test_the_old_directory_is_whole_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption while the old one is being deleted must not leave a part of it in its place."""
+    path = tmp_path / "result"
+    with new_directory(path) as folder:
+        (folder / "a.txt").write_text("old")
+    seen: list[list[str]] = []
+    remove = shutil.rmtree
+
+    def watching(target: Path, ignore_errors: bool = False) -> None:
+        seen.append(names(path) if path.exists() else [])
+        remove(target, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr("tlq.runtime.files.shutil.rmtree", watching)
+    with new_directory(path) as folder:
+        (folder / "b.txt").write_text("new")
+    assert set(map(tuple, seen)) == {("a.txt",), ("b.txt",)}
+
+
+def test_leftovers_of_a_killed_run_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / ".result.tmp").mkdir()
+    (tmp_path / ".result.tmp" / "half").write_text("x")
+    with new_directory(tmp_path / "result") as folder:
+        assert names(folder) == []
+    assert names(tmp_path) == ["result"]
+
+
+def test_samples_survive_the_round_trip(tmp_path: Path, samples: list[Sample]) -> None:
+    path = tmp_path / "calibration.parquet"
+    write_samples(samples, path)
+    assert read_samples(path) == samples
+    assert read_samples(path, 2) == samples[:2]
+
+
+def test_more_samples_than_there_are(tmp_path: Path, samples: list[Sample]) -> None:
+    path = tmp_path / "calibration.parquet"
+    write_samples(samples, path)
+    with pytest.raises(ValueError, match="7 samples asked for, 6 there; raise prepare.samples"):
+        read_samples(path, 7)
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.parquet"
+    pq.write_table(pa.table({"id": ["a"], "images": [[b""]], "text": ["hello"]}), path)
+    with pytest.raises(ValueError, match="needs the columns .* but has no messages, source; make it with `dvc repro"):
+        read_samples(path)
+
+
+@pytest.mark.parametrize(
+    ("read", "stage"), [(read_samples, "prepare"), (read_tokens, "calibset")], ids=["samples", "tokens"]
+)
+def test_a_missing_file_names_the_stage_that_makes_it(tmp_path: Path, read: object, stage: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"not found; run `dvc repro {stage}` first"):
+        read(tmp_path / "none.parquet")  # type: ignore[operator]
+    with pytest.raises(FileNotFoundError, match="run `dvc repro importance` first"):
+        read_importance(tmp_path)
+
+
+def test_importance_survives_the_round_trip(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    lengths = [4, 1, 7]
+    scores = {
+        (layer, group): [generator.random(length).astype(np.float32) for length in lengths]
+        for layer in (0, 1)
+        for group in ("qkv", "o_proj")
+    }
+    sequences = Sequences(
+        [np.arange(length, dtype=np.int32) for length in lengths],
+        [np.arange(length) % 2 == 0 for length in lengths],
+        [np.arange(length) % 3 == 1 for length in lengths],
+    )
+    write_importance({"answer": scores}, sequences, tmp_path / "importance")
+    with pytest.raises(ValueError, match="no scores of the loss block; add it to importance.losses"):
+        read_importance(tmp_path / "importance", "block")
+    found = read_importance(tmp_path / "importance")
+    assert list(found) == list(scores)
+    for key, values in scores.items():
+        for one, other in zip(values, found[key], strict=True):
+            np.testing.assert_array_equal(one, other)
+    again = read_sequences(tmp_path / "importance")
+    assert again.lengths == lengths
+    for name in ("token_ids", "is_image", "is_answer"):
+        before, after = getattr(sequences, name), getattr(again, name)
+        assert [(part.dtype, part.tolist()) for part in before] == [(part.dtype, part.tolist()) for part in after]

@@ -1,0 +1,75 @@
+"""Stage `importance`: what it writes belongs to the samples and the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tasks.stages import importance
+from tasks.stages.files import IMPORTANCE, PREPARED, read_importance, read_samples, read_sequences
+from tlq.importance.weighting import Importance
+
+
+@pytest.fixture(autouse=True)
+def _in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+
+def test_sequences_are_the_tokens_of_the_samples_asked_for(tiny_processor: Any) -> None:
+    sequences = read_sequences(IMPORTANCE)
+    samples = read_samples(PREPARED / "calibration.parquet", 5)
+    assert len(sequences.token_ids) == 5
+    image_id = tiny_processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for sample, ids, marks in zip(samples, sequences.token_ids, sequences.is_image, strict=True):
+        text = tiny_processor.tokenizer.decode(ids).replace("<|image_pad|>", "")
+        question, answer = (message["content"] for message in sample.messages)
+        assert text == (
+            f"<|im_start|>user\n<|vision_start|><|vision_end|>{question.removeprefix('<image>')}<|im_end|>\n"
+            f"<|im_start|>assistant\n{answer}<|im_end|>"
+        )
+        assert np.array_equal(marks, ids == image_id)
+    for sample, ids, marks in zip(samples, sequences.token_ids, sequences.is_answer, strict=True):
+        assert tiny_processor.tokenizer.decode(ids[marks]) == sample.messages[1]["content"] + "<|im_end|>"
+
+
+def test_scores_are_those_of_the_method(scores: Importance, project: Path) -> None:
+    """The same samples scored in other batches; `prepare` has shuffled them, their ids tell which is which."""
+    assert project.exists()
+    found = read_importance(IMPORTANCE)
+    order = [int(sample.id[1:]) for sample in read_samples(PREPARED / "calibration.parquet", 5)]
+    assert set(found) == set(scores)
+    for key, per_sample in found.items():
+        for values, number in zip(per_sample, order, strict=True):
+            np.testing.assert_allclose(values, scores[key][number], rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"importance": {"samples": 99}}, ValueError, "99 samples asked for, 6 there; raise prepare.samples"),
+        (
+            {"importance": {"samples": 5, "max_tokens": 10}},
+            ValueError,
+            "more than the 10 allowed; raise importance.max",
+        ),
+        ({"model": {"path": "nowhere/at/all"}}, FileNotFoundError, "model nowhere/at/all: not a directory here"),
+    ],
+)
+def test_impossible_jobs_say_what_to_change(
+    tmp_path: Path,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    params = {**yaml.safe_load((project / "params.yaml").read_text()), **changes}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "data").symlink_to(project / "data")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        importance.main()

@@ -1,0 +1,166 @@
+"""A model read from disk layer by layer is the model in memory, in every family; activations may lie on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import TINY, batches_of, write_tiny
+from safetensors.torch import load_file, save_file
+
+from tlq.calibration.loop import calibrate, calibrate_layers
+from tlq.importance.gradients import AnswerLoss, BlockLoss, score_batches, score_tokens
+from tlq.importance.weighting import Importance
+from tlq.models.checkpoint import load_model
+from tlq.models.decoder import enter_decoder
+from tlq.models.streaming import ResidentModel, StreamedModel
+from tlq.quantization.formats import get_scheme
+from tlq.recipes import RECIPES
+from tlq.runtime.activations import Activations, HostMemory
+from tlq.samples import Batch
+
+every_family = pytest.mark.parametrize("name", list(TINY))
+
+
+@every_family
+def test_weights_are_those_that_transformers_loads(name: str, tmp_path: Path) -> None:
+    """Names on disk, tied embeddings, buffers: what enters the decoder, and every layer's weights."""
+    path = write_tiny(name, tmp_path)
+    resident, streamed = ResidentModel(load_model(path)), StreamedModel(path)
+    batches = batches_of(name)
+    with resident.outside() as one, streamed.outside() as other:
+        calls = [enter_decoder(model, resident.architecture, batches, streamed.device) for model in (one, other)]
+    for expected, found in zip(*calls, strict=True):
+        # Bits may differ: weights that transformers maps from a file are aligned otherwise.
+        torch.testing.assert_close(found.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-5)
+        assert [set(kwargs) for kwargs in expected.kwargs] == [set(kwargs) for kwargs in found.kwargs]
+    count = 0
+    for (_, expected_layer), (_, layer) in zip(resident.layers(range(2)), streamed.layers(range(2)), strict=True):
+        weights = layer.state_dict()
+        for key, value in expected_layer.state_dict().items():
+            assert torch.equal(weights[key], value), key
+            count += 1
+    assert count == len([key for key in streamed.stored if key.startswith(streamed.architecture.layers)])
+    with streamed.head() as head:
+        assert torch.equal(head.get_output_embeddings().weight, resident.skeleton.get_output_embeddings().weight)
+    assert all(parameter.is_meta for parameter in streamed.skeleton.parameters())
+
+
+@every_family
+def test_scores_and_codes_are_those_of_the_model_in_memory(name: str, tmp_path: Path) -> None:
+    path = write_tiny(name, tmp_path)
+    model, batches = load_model(path), batches_of(name)
+    expected, found = (score_tokens(source, batches, 4) for source in (ResidentModel(model), StreamedModel(path)))
+    for key, values in expected.items():
+        for one, other in zip(values, found[key], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
+    weights = {key: [batch.valid.float() for batch in batches] for key in expected}
+    recipe = replace(RECIPES["tlq-c"], equalization=replace(RECIPES["tlq-c"].equalization, points=3))
+    arguments = (batches, weights, recipe, get_scheme("w3a16"), torch.bfloat16)
+    in_memory = calibrate(model, *arguments)
+    for expected_layer, layer in zip(in_memory.layers, calibrate_layers(StreamedModel(path), *arguments), strict=True):
+        for linear, weight in expected_layer.weights.items():
+            assert float((weight.codes != layer.weights[linear].codes).float().mean()) < 0.01, linear
+        assert set(expected_layer.others) == set(layer.others)
+
+
+@pytest.mark.parametrize("loss", [AnswerLoss(), BlockLoss(get_scheme("w3a16"), torch.bfloat16)])
+def test_scores_do_not_depend_on_memory(tiny_checkpoint: Path, batches: list[Batch], loss: AnswerLoss) -> None:
+    """With no memory at all micro-batches are scored one by one, and hidden states lie on disk."""
+    model = StreamedModel(tiny_checkpoint)
+    plenty, none = HostMemory(2**40), HostMemory(0)
+    together, alone = (list(score_batches(model, batches, range(len(batches)), loss, each)) for each in (plenty, none))
+    assert (plenty.spilled, plenty.used) == (0, 0)
+    assert none.spilled > 0
+    for one, other in zip(together, alone, strict=True):
+        assert one.number == other.number
+        assert all(torch.equal(values, other.values[key]) for key, values in one.values.items())
+
+
+def test_the_block_loss_is_the_error_of_rounding_alone(
+    tiny_checkpoint: Path, batches: list[Batch], scores: Importance
+) -> None:
+    """By finite differences: moving one linear's output by d changes the block's squared error by about g d."""
+    model = load_model(tiny_checkpoint).double()
+    found = score_tokens(ResidentModel(model), batches, 6, BlockLoss(get_scheme("w3a16"), torch.bfloat16))
+    assert set(found) == set(scores)
+    for key, values in found.items():
+        assert all(len(one) == len(other) for one, other in zip(values, scores[key], strict=True))
+        assert all(np.isfinite(each).all() and each.max() > 0 for each in values)
+    layer = model.model.language_model.layers[1]  # type: ignore[union-attr]
+    exact = score_tokens(ResidentModel(model), batches, 6, BlockLoss(get_scheme("w8a8"), torch.float32))
+    assert np.mean(exact[1, "down"][0]) < 0.1 * np.mean(found[1, "down"][0])
+    assert not any(module._forward_hooks for module in layer.modules())
+
+
+def sharded(source: Path, folder: Path) -> Path:
+    """A copy of a checkpoint in two files with an index."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name != "model.safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        save_file({name: tensors[name] for name in part}, folder / f"part-{number}.safetensors")
+        weight_map |= dict.fromkeys(part, f"part-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_a_sharded_checkpoint_is_read_by_its_index(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one, other = StreamedModel(tiny_checkpoint), StreamedModel(sharded(tiny_checkpoint, tmp_path / "sharded"))
+    for name, value in one.read(one.stored).items():
+        assert torch.equal(other.read([name])[name], value)
+    assert len({place.file for place in other.stored.values()}) == 2
+
+
+def drop_a_tensor(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"].pop("model.layers.1.mlp.down_proj.weight")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def drop_a_file(folder: Path) -> None:
+    (folder / "part-2.safetensors").unlink()
+
+
+def drop_the_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop_a_tensor, "1 weights are missing, the first is model.language_model.layers.1.mlp.down_proj.weight"),
+        (drop_a_file, "part-2.safetensors: not found, but model.safetensors.index.json names it"),
+        (drop_the_index, "no model.safetensors.index.json and no model.safetensors; give a checkpoint"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    folder = sharded(tiny_checkpoint, tmp_path / "sharded")
+    spoil(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        StreamedModel(folder)
+
+
+def test_activations_beyond_the_budget_lie_on_disk_and_come_back(tmp_path: Path) -> None:
+    memory = HostMemory(100, tmp_path)
+    values = [torch.arange(10.0) + number for number in range(4)]
+    kept = Activations(memory, torch.device("cpu"), values)
+    assert (memory.used, memory.spilled) == (80, 80)
+    assert list(tmp_path.iterdir()) == []  # a file without a name: nothing is left when the process dies
+    assert all(torch.equal(one, other) for one, other in zip(kept, values, strict=True))
+    kept[3] = torch.zeros(1, dtype=torch.bfloat16)
+    assert kept[3].dtype == torch.bfloat16
+    kept.clear()
+    assert memory.used == 0
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -1,0 +1,131 @@
+"""The same bits for any number of ranks and after any history of crashes; state on disk that says no to a mismatch."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import ranked_job
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranked_job import assert_equal, finish, processes_of, wait_until_gone, write_job
+
+from tlq.parallel import SHARDS, Ranks, shard_ranges
+
+
+@given(batches=st.integers(0, 300), size=st.integers(1, 20))
+def test_every_micro_batch_belongs_to_one_shard_and_every_shard_to_one_rank(batches: int, size: int) -> None:
+    shards = shard_ranges(batches)
+    assert [number for shard in shards for number in shard] == list(range(batches))
+    assert len(shards) == min(SHARDS, batches)
+    assert max(map(len, shards), default=0) - min(map(len, shards), default=0) <= 1
+    owned = [shard for rank in range(size) for shard in Ranks(rank, size).own_shards(len(shards))]
+    assert owned == list(range(len(shards)))
+    dealt = sorted(piece for rank in range(size) for piece in Ranks(rank, size).assigned(batches))
+    assert dealt == list(range(batches))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: Path) -> Callable[[str, str], dict[str, torch.Tensor]]:
+    """What one rank makes of a recipe and a scheme, computed once."""
+
+    @cache
+    def made(recipe: str, scheme: str) -> dict[str, torch.Tensor]:
+        folder = job / f"{recipe}-{scheme}-1"
+        return finish(start(job, folder.name, 1, recipe, scheme), folder)
+
+    return made
+
+
+def start(job: Path, name: str, ranks: int, recipe: str, scheme: str) -> subprocess.Popen[str]:
+    return ranked_job.start(job, name, recipe, scheme, {"TLQ_RANKS": str(ranks)})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scheme", "counts"), [("tlq-c", "w3a16", (2, 3)), ("tlq", "w4a8", (2,)), ("mbq", "w3a16", (2,))]
+)
+def test_any_number_of_ranks_gives_the_same_bits(
+    job: Path,
+    undisturbed: Callable[[str, str], dict[str, torch.Tensor]],
+    recipe: str,
+    scheme: str,
+    counts: tuple[int, ...],
+) -> None:
+    """Second moments, token by token, and through the parent module: every way that errors are added up."""
+    runs = {ranks: start(job, f"{recipe}-{scheme}-{ranks}", ranks, recipe, scheme) for ranks in counts}
+    expected = undisturbed(recipe, scheme)
+    assert len(expected) > 50
+    for ranks, process in runs.items():
+        assert_equal(finish(process, job / f"{recipe}-{scheme}-{ranks}"), expected)
+        report = json.loads((job / f"{recipe}-{scheme}-{ranks}" / "out/calibration.json").read_text())
+        assert {layer["ranks"] for layer in report["layers"]} == {ranks}
+
+
+def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]) -> None:
+    """SIGKILL hits ranks and the process that started them, at random moments of a run whose size changes.
+
+    Twice here; ``TLQ_TEST_KILLS=20`` for the long version.
+    """
+    expected = undisturbed("tlq-c", "w3a16")
+    chance = random.Random(7)
+    folder = job / "disturbed"
+    kills = {"rank": 0, "stage": 0}
+    wanted = int(os.environ.get("TLQ_TEST_KILLS", "2"))
+    process = start(job, "disturbed", 2, "tlq-c", "w3a16")
+    while sum(kills.values()) < wanted and process.poll() is None:
+        time.sleep(chance.uniform(2, 9))
+        running = processes_of(folder)
+        if not running:
+            break
+        victim = chance.randrange(len(running))
+        kind = "stage" if running[victim].pid == process.pid else "rank"
+        running[victim].send_signal(signal.SIGKILL)
+        kills[kind] += 1
+        if kind == "stage":
+            process.communicate()
+            wait_until_gone(folder)
+            process = start(job, "disturbed", chance.choice([1, 2, 3]), "tlq-c", "w3a16")
+    assert_equal(finish(process, folder), expected)
+    assert sum(kills.values()) == wanted, kills
+    wait_until_gone(folder)
+    assert not [entry for entry in folder.iterdir() if entry.name.endswith(".work") and "out" in entry.name]
+
+
+def test_an_error_that_trying_again_cannot_cure_is_told_once(job: Path) -> None:
+    process = start(job, "refused", 2, "tlq", "w9")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output.count("unknown scheme 'w9'; choose one of") == 1
+    assert "Traceback" not in output
+
+
+def test_state_of_other_choices_is_refused_by_name(
+    job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]
+) -> None:
+    folder = job / "changed"
+    process = start(job, "changed", 1, "mbq", "w3a16")
+    while not list(folder.glob(".out.work/part-*.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    again = start(job, "changed", 1, "tlq", "w3a16")
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 1
+    assert ".out.work was begun with recipe." in output
+    assert "recipe.name 'mbq', now 'tlq'; recipe.tokens 'all', now 'set'; set it back to continue" in output
+    assert_equal(finish(start(job, "changed", 1, "mbq", "w3a16"), folder), undisturbed("mbq", "w3a16"))

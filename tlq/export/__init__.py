@@ -1,0 +1,1 @@
+"""Export: one module per checkpoint format."""

@@ -1,0 +1,241 @@
+"""Write a quantized checkpoint shard by shard, in compressed-tensors form.
+
+A decoder layer is a shard, written as soon as it is calibrated; what calibration leaves alone (embeddings, vision
+tower, connector, output embeddings) follows at the end. Tensors keep the names that the source checkpoint gives them,
+so whatever loads the source loads the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tlq.models.architectures import Architecture, linear_paths
+from tlq.models.checkpoint import copy_processor_files
+from tlq.models.streaming import StreamedModel
+from tlq.quantization.formats import QuantizedWeight, Scheme, get_scheme
+from tlq.runtime.files import new_file
+
+_TARGETS = "Linear"
+_SHARD_BYTES = 2 * 2**30
+
+
+def write_layer(
+    path: Path, model: StreamedModel, weights: dict[str, QuantizedWeight], others: dict[str, Tensor], scheme: Scheme
+) -> None:
+    """One decoder layer as a shard.
+
+    Args:
+        weights: quantized weights by module path.
+        others: every other tensor of the layer, by the module tree's name.
+
+    Raises:
+        ValueError: the weights were quantized with scales of another dtype than the checkpoint stores.
+    """
+    if any(weight.scale.dtype != model.checkpoint_dtype for weight in weights.values()):
+        raise ValueError(
+            f"{model.folder!s} is stored in {model.checkpoint_dtype}, but its weights were quantized for another dtype; "
+            "see checkpoint_dtype_of"
+        )
+    tensors = {model.weight_map[name].key: tensor.cpu().contiguous() for name, tensor in others.items()}
+    for name, weight in weights.items():
+        own = scheme.of(name)
+        assert own is not None
+        for local, tensor in _packed(weight, own).items():
+            tensors[f"{_base(model, name)}.{local}"] = tensor
+    with new_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def read_layer(
+    path: Path, model: StreamedModel, index: int, scheme: Scheme
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """What ``write_layer`` wrote for decoder layer ``index``: weights and others, as given to it."""
+    weights, others = {}, {}
+    linears = {f"{name}.weight": name for name in linear_paths(model.architecture, index)}
+    with safe_open(path, "pt") as file:
+        for name in model.layer_names(index):
+            own = scheme.of(linears[name]) if name in linears else None
+            if own is None:
+                others[name] = file.get_tensor(model.weight_map[name].key).clone()
+            else:
+                weights[linears[name]] = _unpacked(file, _base(model, linears[name]), own)
+    return weights, others
+
+
+def _base(model: StreamedModel, linear: str) -> str:
+    return model.weight_map[f"{linear}.weight"].key.removesuffix(".weight")
+
+
+def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors of a linear in compressed-tensors form, by local name."""
+    group = _config_group(scheme, [_TARGETS])
+    tensors = {"weight": weight.dequantize(), "weight_scale": weight.scale}
+    if not scheme.symmetric:
+        tensors["weight_zero_point"] = weight.zero_point
+    compressor = BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, group).value)
+    return {name: tensor.cpu().contiguous() for name, tensor in compressor.compress(tensors, group).items()}
+
+
+def _unpacked(file: Any, base: str, scheme: Scheme) -> QuantizedWeight:
+    """The reverse of ``_packed``, from an open shard."""
+    scale = file.get_tensor(f"{base}.weight_scale").clone()
+    if f"{base}.weight" in file.keys():  # noqa: SIM118
+        codes = file.get_tensor(f"{base}.weight").clone()
+    else:
+        shape = torch.Size(file.get_tensor(f"{base}.weight_shape").tolist())
+        codes = unpack_from_int32(file.get_tensor(f"{base}.weight_packed"), scheme.weight_bits, shape)
+    if scheme.symmetric:
+        return QuantizedWeight(codes, scale, torch.zeros_like(scale, dtype=torch.int8))
+    packed = file.get_tensor(f"{base}.weight_zero_point")
+    return QuantizedWeight(codes, scale, unpack_from_int32(packed, scheme.weight_bits, scale.shape, packed_dim=0))
+
+
+def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, scheme: Scheme) -> None:
+    """Make a complete checkpoint in the empty directory ``out`` from the shards of all decoder layers.
+
+    Args:
+        layers: shards from ``write_layer``; they stay where they are.
+    """
+    shards = []
+    for number, path in enumerate(layers):
+        shards.append(out / f"layer-{number:05}.safetensors")
+        _link(path, shards[-1])
+    for number, tensors in enumerate(_outside_parts(model)):
+        shards.append(out / f"outside-{number:05}.safetensors")
+        with new_file(shards[-1]) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    _index(out, shards)
+    config = json.loads((model.folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(model.checkpoint_dtype).removeprefix("torch.")
+    (out / "config.json").write_text(json.dumps(config))
+    copy_processor_files(model.folder, out)
+    _write_quantization(out, model, scheme)
+
+
+def _link(path: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    try:
+        os.link(path, target)
+    except OSError:
+        with new_file(target) as temporary:
+            temporary.write_bytes(path.read_bytes())
+
+
+def _outside_parts(model: StreamedModel) -> Iterator[dict[str, Tensor]]:
+    """Tensors of no decoder layer under their stored names, up to ``_SHARD_BYTES`` at a time."""
+    by_key = {model.weight_map[name].key: name for name in model.outside_names}  # tied weights are stored once
+    part: dict[str, Tensor] = {}
+    size = 0
+    for key, name in by_key.items():
+        tensor = model.read([name], model.checkpoint_dtype)[name].cpu()
+        needed = tensor.numel() * tensor.element_size()
+        if part and size + needed > _SHARD_BYTES:
+            yield part
+            part, size = {}, 0
+        part[key] = tensor
+        size += needed
+    yield part
+
+
+def _index(out: Path, shards: list[Path]) -> None:
+    """Give shards their final names, and write the index that says which tensor is where."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        shard.rename(out / name)
+        with safe_open(out / name, "pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), name)
+        total += (out / name).stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None:
+    """Put the quantization into config.json, with two things that compressed-tensors 0.20 writes otherwise.
+
+    Its ignore list must hold module names; and asymmetric weights load only with ``dequantize`` (which would drop
+    activation quantization, so nothing else gets it).
+    """
+    layers = len(model.architecture.decoder_layers(model.skeleton))
+    quantization = quantization_config(scheme, model.architecture, layers)
+    ModelCompressor(quantization_config=quantization).update_config(str(out))
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    if not scheme.symmetric:
+        config["quantization_config"]["dequantize"] = True
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def quantization_config(scheme: Scheme, architecture: Architecture, layers: int) -> QuantizationConfig:
+    """The scheme in compressed-tensors' terms, for a decoder of ``layers`` layers.
+
+    Linears that an override gives another scheme are a config group each scheme, named one by one by the end of their
+    path: engines put other prefixes before ``layers``.
+    """
+    kept: list[str] = []
+    others: dict[str, list[str]] = {}
+    for path in (path for index in range(layers) for path in linear_paths(architecture, index)):
+        own = scheme.of(path)
+        pattern = f"re:.*{re.escape(path.removeprefix(architecture.layers.removesuffix('layers')))}$"
+        if own is None:
+            kept.append(pattern)
+        elif own != replace(scheme, overrides=()):
+            others.setdefault(own.name, []).append(pattern)
+    groups = {"group_0": _config_group(scheme, [_TARGETS])}
+    for number, (name, patterns) in enumerate(others.items(), 1):
+        groups[f"group_{number}"] = _config_group(get_scheme(name), patterns)
+    formats = {infer_module_format(nn.Linear, group) for group in groups.values()}
+    return QuantizationConfig(
+        config_groups=groups,
+        ignore=[*architecture.ignore, *kept],
+        format=formats.pop().value if len(formats) == 1 else CompressionFormat.mixed_precision.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+    )
+
+
+def _config_group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
+    strategy = QuantizationStrategy.CHANNEL if scheme.group_size is None else QuantizationStrategy.GROUP
+    weights = QuantizationArgs(
+        num_bits=scheme.weight_bits,
+        type=QuantizationType.INT,
+        symmetric=scheme.symmetric,
+        strategy=strategy,
+        group_size=scheme.group_size,
+    )
+    activations = None
+    if scheme.activation_bits is not None:
+        activations = QuantizationArgs(
+            num_bits=scheme.activation_bits,
+            type=QuantizationType.INT,
+            symmetric=True,
+            strategy=QuantizationStrategy.TOKEN,
+            dynamic=True,
+        )
+    group = QuantizationScheme(targets=targets, weights=weights, input_activations=activations)
+    group.format = infer_module_format(nn.Linear, group)
+    return group

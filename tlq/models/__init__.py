@@ -1,0 +1,1 @@
+"""Models: families and decoders as rows, streaming from safetensors, loading, processors."""

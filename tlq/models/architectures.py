@@ -1,0 +1,226 @@
+"""Model families as data: where the decoder is, which linears share an input, where a scale can be folded.
+
+A model is a family (``FAMILIES``: vision tower, connector, and where the decoder sits) around a text decoder
+(``DECODERS``: its linears and norms), so supporting another one is one more row in either table.
+``python -m tlq.models.architectures`` lists the families.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import cast
+
+from torch import nn
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of a decoder layer that read the same input.
+
+    Attributes:
+        name: short name used in files and reports.
+        linears: module paths inside the decoder layer.
+        fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows.
+        parent: module whose output error AWQ and MBQ measure; None where they measure the linear itself.
+        tokenwise: whether the module that the linears are part of computes token by token, from hidden states alone.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    fold: str
+    parent: str | None = None
+    tokenwise: bool = False
+
+    @property
+    def block(self) -> str:
+        """The module that the linears are part of: the attention, or the MLP."""
+        return self.linears[0].rpartition(".")[0]
+
+
+QKV = LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn")
+O_PROJ = LinearGroup("o_proj", ("self_attn.o_proj",), "self_attn.v_proj")
+GATE_UP = LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp")
+DOWN = LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", tokenwise=True)
+
+
+#: The group whose output is that of the attention or MLP around a group: where MBQ takes the ratio of modalities from.
+BLOCK_OUTPUT = {QKV.name: O_PROJ.name, O_PROJ.name: O_PROJ.name, GATE_UP.name: DOWN.name, DOWN.name: DOWN.name}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A kind of text decoder.
+
+    Norms on queries and keys come after their projections and so never meet a folded scale; norms on an attention or
+    MLP output come after the last linear and do not either.
+
+    Attributes:
+        groups: linear groups in the order in which data flows through them.
+        norm_offset: the gain of a norm is ``norm_offset + weight``.
+    """
+
+    groups: tuple[LinearGroup, ...] = (QKV, O_PROJ, GATE_UP, DOWN)
+    norm_offset: float = 0.0
+
+
+LLAMA = Decoder()
+GEMMA3 = Decoder(groups=(QKV, O_PROJ, replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN), norm_offset=1.0)
+
+#: By the ``model_type`` of the text config.
+DECODERS: dict[str, Decoder] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "qwen2_vl_text": LLAMA,
+    "qwen2_5_vl_text": LLAMA,
+    "qwen3_vl_text": LLAMA,
+    "gemma3_text": GEMMA3,
+}
+
+#: Well-known decoders and families that a row cannot describe, and the module that stands in the way.
+UNSUPPORTED: dict[str, str] = {
+    "phi3": "its self_attn.qkv_proj and mlp.gate_up_proj are fused linears",
+    "mixtral": "its mlp.experts is a mixture of experts",
+    "qwen2_moe": "its mlp.experts is a mixture of experts",
+    "qwen3_moe": "its mlp.experts is a mixture of experts",
+    "gpt_oss": "its mlp.experts is a mixture of experts",
+    "qwen3_vl_moe": "its mlp.experts is a mixture of experts",
+    "llama4": "its feed_forward.experts is a mixture of experts",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A vision-language model around a decoder.
+
+    Attributes:
+        ignore: what stays in full precision, in compressed-tensors' notation (embeddings are no linears).
+        layers: module path of the decoder layers.
+    """
+
+    ignore: tuple[str, ...]
+    layers: str = "model.language_model.layers"
+
+
+QWEN_VL = Family(("lm_head", "re:.*visual.*"))
+LLAVA = Family(("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"))
+IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
+
+#: By the ``model_type`` of config.json.
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": QWEN_VL,
+    "qwen2_5_vl": QWEN_VL,
+    "qwen3_vl": QWEN_VL,
+    "llava_onevision": LLAVA,
+    "llava_next": LLAVA,
+    "llava": LLAVA,
+    "internvl": LLAVA,
+    "gemma3": LLAVA,
+    "smolvlm": IDEFICS3,
+    "idefics3": IDEFICS3,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What calibration and export need to know about a model: its family's row and its decoder's row together."""
+
+    model_type: str
+    layers: str
+    groups: tuple[LinearGroup, ...]
+    norm_offset: float
+    ignore: tuple[str, ...]
+
+    @property
+    def linears(self) -> list[str]:
+        """Paths of the linears inside a decoder layer, in group order."""
+        return [path for group in self.groups for path in group.linears]
+
+    @property
+    def final_norm(self) -> str:
+        """Module path of the norm behind the last decoder layer."""
+        return self.layers.removesuffix("layers") + "norm"
+
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        return cast(nn.ModuleList, model.get_submodule(self.layers))
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The architecture of a model, from its config alone.
+
+    Raises:
+        ValueError: its family or its decoder is not supported; the message says why where that is known.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported{_because(config.model_type)}; choose a model of one "
+            f"of: {', '.join(FAMILIES)}, or add a row to FAMILIES in tlq/models/architectures.py"
+        )
+    text_type = config.get_text_config().model_type
+    decoder = DECODERS.get(text_type)
+    if decoder is None:
+        raise ValueError(
+            f"model type {config.model_type!r} with decoder {text_type!r} is not supported{_because(text_type)}; "
+            f"choose a model whose decoder is one of: {', '.join(DECODERS)}, or add a row to DECODERS in "
+            "tlq/models/architectures.py"
+        )
+    return Architecture(config.model_type, family.layers, decoder.groups, decoder.norm_offset, family.ignore)
+
+
+def _because(model_type: str) -> str:
+    return f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
+
+
+def get_linear(layer: nn.Module, path: str) -> nn.Linear:
+    """The linear at ``path`` of a decoder layer.
+
+    Raises:
+        ValueError: there is none (fused, or a mixture of experts), or it is not a plain linear (already quantized).
+    """
+    module = layer
+    for name in path.split("."):
+        if name not in dict(module.named_children()):
+            found = ", ".join(child for child, _ in module.named_children())
+            raise ValueError(
+                f"{path}: there is no {name} in {type(module).__name__}, which has {found}; fused linears and mixtures "
+                "of experts are not supported, choose a model with one Linear per projection"
+            )
+        module = module.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{path} is a {type(module).__name__}, not a Linear; give a full-precision checkpoint")
+    return module
+
+
+def check_linears(model: nn.Module, architecture: Architecture) -> None:
+    """Refuse a decoder that is not made of the linears of its row, before any work.
+
+    Raises:
+        ValueError: a linear is missing, or one is there that belongs to no group and would be left out.
+    """
+    for index, layer in enumerate(architecture.decoder_layers(model)):
+        where = f"{architecture.layers}.{index}"
+        try:
+            for path in architecture.linears:
+                get_linear(layer, path)
+        except ValueError as error:
+            raise ValueError(f"{where}.{error}") from error
+        for path, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and path not in architecture.linears:
+                raise ValueError(
+                    f"{where}.{path}: this Linear is in no linear group and would not be quantized; "
+                    "add it to the groups of the decoder's row in tlq/models/architectures.py"
+                )
+
+
+def linear_paths(architecture: Architecture, layer: int) -> list[str]:
+    """Full module paths of the linears of decoder layer ``layer``, in group order."""
+    prefix = f"{architecture.layers}.{layer}"
+    return [f"{prefix}.{path}" for path in architecture.linears]
+
+
+if __name__ == "__main__":
+    sys.stdout.write("".join(f"{name}\n" for name in FAMILIES))

@@ -1,0 +1,57 @@
+"""Load the processor that ships with a checkpoint, with or without torchvision.
+
+transformers builds VLM processors with a video part, and that part needs torchvision. Image-text work does not, so
+without torchvision the same processor class is built with its image processor and tokenizer only. Both ways give the
+same pixel values and token ids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
+
+#: Families whose processors use their video part for images too, and what they need installed.
+NEEDS_VIDEO = {"smolvlm": "torchvision and num2words"}
+
+
+def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
+    """The processor of ``checkpoint`` (a directory or a hub id).
+
+    ``image_kwargs`` go to the image processor (``min_pixels`` and ``max_pixels``, for instance).
+
+    Raises:
+        ValueError: the checkpoint's model type has no processor class in transformers.
+        ImportError: its processor cannot be built without torchvision.
+    """
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(checkpoint, **image_kwargs)
+    return image_only_class(checkpoint).from_pretrained(checkpoint, **image_kwargs)
+
+
+def image_only_class(checkpoint: str | Path) -> Any:
+    """A subclass of the checkpoint's processor class that has no video processor."""
+    model_type = AutoConfig.from_pretrained(checkpoint).model_type
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise ValueError(
+            f"{checkpoint}: transformers has no processor for model type {model_type!r}; "
+            "give a vision-language checkpoint, see `python -m tlq.models.architectures` for the supported ones"
+        )
+    if model_type in NEEDS_VIDEO:
+        raise ImportError(
+            f"{checkpoint}: the processor of {model_type} needs {NEEDS_VIDEO[model_type]} even for images; install them"
+        )
+    base = getattr(transformers, name)
+
+    class ImageOnly(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [attribute for attribute in base.get_attributes() if attribute != "video_processor"]
+
+    ImageOnly.__name__ = ImageOnly.__qualname__ = name
+    return ImageOnly

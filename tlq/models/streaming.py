@@ -1,0 +1,245 @@
+"""A model whose decoder layers come from disk one at a time, so that no process ever holds all of it.
+
+``StreamedModel`` builds the model without weights and reads them when they are needed: embeddings and vision tower to
+enter the decoder, one decoder layer at a time, the next one being read meanwhile. ``ResidentModel`` gives a model that
+is in memory the same face.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from tlq.models.architectures import Architecture, architecture_of
+from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
+from tlq.runtime.memory import give_back
+
+_INDEX = "model.safetensors.index.json"
+
+
+class LayeredModel(Protocol):
+    """A model as calibration sees it.
+
+    Attributes:
+        skeleton: the model's modules; their weights may be missing outside the blocks below.
+        architecture: where its decoder is.
+        device, dtype: where and in what it computes.
+    """
+
+    skeleton: PreTrainedModel
+    architecture: Architecture
+    device: torch.device
+    dtype: torch.dtype
+
+    def outside(self) -> Any:
+        """A context in which everything but the decoder layers has its weights."""
+        ...
+
+    def head(self) -> Any:
+        """A context in which the final norm and the output embeddings have their weights."""
+        ...
+
+    def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        """Decoder layers with their weights, one after the other."""
+        ...
+
+
+@dataclass
+class ResidentModel:
+    """A model in memory; what is done to a layer stays done."""
+
+    skeleton: PreTrainedModel
+
+    def __post_init__(self) -> None:
+        self.architecture = architecture_of(self.skeleton.config)
+        self.device = next(self.skeleton.parameters()).device
+        self.dtype = next(self.architecture.decoder_layers(self.skeleton)[0].parameters()).dtype
+
+    @contextmanager
+    def outside(self) -> Iterator[nn.Module]:
+        yield self.skeleton
+
+    head = outside
+
+    def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        layers = self.architecture.decoder_layers(self.skeleton)
+        return ((index, layers[index]) for index in order)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is: a file and its key there."""
+
+    file: Path
+    key: str
+
+
+class StreamedModel:
+    """A checkpoint directory or hub id whose weights are read when they are needed.
+
+    Attributes:
+        config: of the checkpoint.
+        checkpoint_dtype: dtype in which it keeps its weights.
+        stored: where each parameter of the model is, by the name that the module tree gives it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Raises: as ``read_config``; ValueError if a weight is missing, or is stored otherwise than it is used."""
+        self.config = read_config(checkpoint)
+        self.checkpoint_dtype = checkpoint_dtype_of(self.config)
+        self.folder = local_folder(checkpoint)
+        self.device = torch.device(device)
+        self.architecture = architecture_of(self.config)
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        with init_empty_weights(include_buffers=False):
+            self.skeleton = AutoModelForImageTextToText.from_config(deepcopy(self.config), dtype=self.dtype).eval()
+        self.skeleton.requires_grad_(False)
+        for module in self.skeleton.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+        self.weight_map = self._find_tensors()
+
+    def _find_tensors(self) -> dict[str, StoredTensor]:
+        wanted = self.skeleton.state_dict()
+        transforms = get_model_conversion_mapping(self.skeleton)
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        found: dict[str, StoredTensor] = {}
+        for key, file in _keys(self.folder).items():
+            name, converter = rename_source_key(key, renamings, converters, self.skeleton.base_model_prefix, wanted)
+            if converter is not None:
+                raise ValueError(
+                    f"{self.folder}: {key} is stored otherwise than the model uses it, which is not supported"
+                )
+            if name not in wanted and key in wanted:
+                name = key
+            found[name] = StoredTensor(file, key)
+        for name, source in self.skeleton.all_tied_weights_keys.items():
+            found[name] = found.get(source) or found[name]
+        missing = [name for name, value in wanted.items() if name not in found and value.is_meta]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: {len(missing)} weights are missing, the first is {missing[0]}; the checkpoint is "
+                "incomplete, download it again"
+            )
+        return {name: place for name, place in found.items() if name in wanted}
+
+    @property
+    def _inside(self) -> str:
+        return f"{self.architecture.layers}."
+
+    @property
+    def outside_names(self) -> list[str]:
+        """Names of the stored tensors that belong to no decoder layer."""
+        return [name for name in self.weight_map if not name.startswith(self._inside)]
+
+    def layer_names(self, index: int) -> list[str]:
+        """Names of the stored tensors of a decoder layer."""
+        return [name for name in self.weight_map if name.startswith(f"{self._inside}{index}.")]
+
+    def outside(self) -> Any:
+        return self._with_weights(self.outside_names)
+
+    def head(self) -> Any:
+        norm = self.architecture.final_norm
+        embeddings = self.skeleton.get_output_embeddings()
+        output = next(name for name, module in self.skeleton.named_modules() if module is embeddings)
+        return self._with_weights([name for name in self.outside_names if name.startswith((f"{norm}.", f"{output}."))])
+
+    @contextmanager
+    def _with_weights(self, names: Iterable[str]) -> Iterator[nn.Module]:
+        with self._filled(self.read(names)):
+            yield self.skeleton
+        give_back()
+
+    def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        """Raises FloatingPointError if a weight is not finite."""
+        modules = self.architecture.decoder_layers(self.skeleton)
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
+            coming: Future[dict[str, Tensor]] | None = None
+            for index, following in zip_longest(order, order[1:]):
+                tensors = coming.result() if coming is not None else self.read(self.layer_names(index))
+                coming = None if following is None else reader.submit(self.read, self.layer_names(following))
+                with self._filled(tensors):
+                    del tensors
+                    yield index, modules[index]
+                give_back()
+
+    def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Tensors by name on the compute device; floating-point ones in the dtype of computation, or ``dtype``."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.weight_map[name].file, []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, part in by_file.items():
+            with safe_open(file, "pt") as opened:
+                for name in part:
+                    twin = next((each for each in tensors if self.weight_map[each] == self.weight_map[name]), None)
+                    if twin is not None:  # tied weights
+                        tensors[name] = tensors[twin]
+                        continue
+                    tensor = opened.get_tensor(self.weight_map[name].key)
+                    wanted = (dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
+                    # A copy even if nothing changes: the file must not stay mapped.
+                    tensors[name] = tensor.to(self.device, wanted, copy=True)
+        return tensors
+
+    @contextmanager
+    def _filled(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """Put weights into the skeleton for a while."""
+        empty: list[tuple[nn.Module, str, Any]] = []
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            module = self.skeleton.get_submodule(path)
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+                continue
+            empty.append((module, leaf, module._parameters[leaf]))
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        try:
+            yield
+        finally:
+            for module, leaf, parameter in empty:
+                module._parameters[leaf] = parameter
+
+
+def _keys(folder: Path) -> dict[str, Path]:
+    """Key and file of every tensor of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there are no safetensors, or a file that the index names is missing.
+    """
+    index = folder / _INDEX
+    if index.exists():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        absent = sorted({name for name in weight_map.values() if not (folder / name).exists()})
+        if absent:
+            raise FileNotFoundError(f"{folder / absent[0]}: not found, but {_INDEX} names it; download it again")
+        return {key: folder / name for key, name in weight_map.items()}
+    file = folder / "model.safetensors"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{folder}: no {_INDEX} and no model.safetensors; give a checkpoint in safetensors form"
+        )
+    with safe_open(file, "pt") as opened:
+        return dict.fromkeys(opened.keys(), file)

@@ -1,0 +1,1 @@
+"""Quantization of one linear group: number formats, objective, equalization, search, rounding."""

@@ -1,0 +1,143 @@
+"""Per-channel scales s of V = Q(W diag(s)) diag(1/s): candidates, and the fold of 1/s into the preceding module.
+
+A candidate is s = |x|^a, or with `duo` also s = |x|^a / |w|^(1 - a), normalised by sqrt(max s * min s)
+(AWQ, arXiv 2306.00978, section 3.2). Scales that fold into a norm are adjusted so that the folded gain is exact in the
+dtype the checkpoint stores: the search then measures what will be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tlq.recipes import Equalization
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Scales s [in] and the exponent that gave them; ``duo`` tells whether weight magnitude took part."""
+
+    s: Tensor
+    alpha: float
+    duo: bool = False
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where 1/s goes: the gain of a norm, or the output rows of a linear.
+
+    Attributes:
+        module: the norm or linear.
+        repeats: input channels of the group per row of ``module`` (query heads per key/value head for the output
+            projection under grouped-query attention, 1 elsewhere).
+        head_dim: channels of a head, which repeat together.
+        checkpoint_dtype: dtype of the checkpoint.
+        offset: the gain of a norm is ``offset + weight`` (1 for Gemma's, 0 elsewhere).
+    """
+
+    module: nn.Module
+    repeats: int
+    head_dim: int
+    checkpoint_dtype: torch.dtype
+    offset: float = 0.0
+
+    @classmethod
+    def into(
+        cls, module: nn.Module, in_features: int, head_dim: int, checkpoint_dtype: torch.dtype, offset: float = 0.0
+    ) -> Fold:
+        """Raises ValueError if the module's output cannot be the input of ``in_features`` channels."""
+        rows = cast(Tensor, module.weight).shape[0]
+        if in_features % rows:
+            raise ValueError(f"cannot fold the scales of {in_features} channels into a module of {rows} outputs")
+        return cls(module, in_features // rows, head_dim, checkpoint_dtype, offset)
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.module.weight)
+
+    @property
+    def is_norm(self) -> bool:
+        return self.weight.dim() == 1
+
+    def reduce(self, per_channel: Tensor, how: str = "mean") -> Tensor:
+        """[in] -> [rows of the module]: channels that share a row are averaged (or their maximum taken)."""
+        if self.repeats == 1:
+            return per_channel
+        heads = per_channel.view(-1, self.repeats, self.head_dim)
+        return (heads.amax(1) if how == "max" else heads.mean(1)).flatten()
+
+    def expand(self, per_row: Tensor) -> Tensor:
+        """[rows of the module] -> [in], the inverse of the sharing."""
+        if self.repeats == 1:
+            return per_row
+        return per_row.view(-1, 1, self.head_dim).expand(-1, self.repeats, -1).flatten()
+
+    def realizable(self, per_row: Tensor) -> Tensor:
+        """The scales nearest to ``per_row`` for which the folded gain is exact in the checkpoint_dtype dtype."""
+        if not self.is_norm:
+            return per_row
+        gain = self.offset + self.weight.float()
+        folded = self.offset + self.folded_weight(per_row).float()
+        return torch.where((gain == 0) | (folded == 0), torch.ones_like(gain), gain / folded)
+
+    def folded_weight(self, per_row: Tensor) -> Tensor:
+        """The norm's weight with 1/s in its gain, in the checkpoint_dtype dtype."""
+        return ((self.offset + self.weight.float()) / per_row - self.offset).to(self.checkpoint_dtype)
+
+    def allows(self, folds: str) -> bool:
+        """Whether an equalization that scales only ``folds`` may use this one."""
+        return folds == "all" or self.is_norm or (folds == "matching" and self.repeats == 1)
+
+    def per_row(self, s: Tensor) -> Tensor:
+        """Scales s [in] of a candidate, one per row of the module."""
+        if self.repeats == 1:
+            return s
+        return s.view(-1, self.repeats, self.head_dim)[:, 0].flatten()
+
+
+def candidates(
+    method: Equalization, magnitude: Tensor, weight: Tensor, group_size: int | None, fold: Fold
+) -> Iterator[Candidate]:
+    """Scales to try, the neutral one (s = 1) first.
+
+    Args:
+        magnitude: activation magnitude per input channel [in].
+        weight: the group's weights stacked [out, in].
+    """
+    in_features = weight.shape[1]
+    yield Candidate(torch.ones(in_features, device=weight.device), 0.0)
+    if method.method == "none" or not fold.allows(method.folds):
+        return
+    activation = fold.reduce(magnitude, method.magnitude).clamp(min=1e-4)
+    channel_weight = fold.reduce(weight_magnitude(weight, group_size, method.magnitude), method.magnitude)
+    channel_weight = channel_weight.clamp(min=1e-4)
+    if method.method == "fixed":
+        yield _candidate(activation, channel_weight if method.duo else None, method.alpha, fold)
+        return
+    for point in range(method.points):
+        alpha = point / method.points
+        if point:
+            yield _candidate(activation, None, alpha, fold)
+        if method.duo:
+            yield _candidate(activation, channel_weight, alpha, fold)
+
+
+def _candidate(activation: Tensor, channel_weight: Tensor | None, alpha: float, fold: Fold) -> Candidate:
+    s = activation**alpha
+    if channel_weight is not None:
+        s = s / channel_weight ** (1 - alpha)
+    s = s / (s.max() * s.min()).sqrt()
+    return Candidate(fold.expand(fold.realizable(s)), alpha, channel_weight is not None)
+
+
+def weight_magnitude(weight: Tensor, group_size: int | None, how: str) -> Tensor:
+    """Magnitude of every input channel [in]: mean of |w| relative to its group's maximum, or max of |w|."""
+    if how == "max":
+        return weight.abs().amax(0)
+    groups = weight.abs().unflatten(1, (-1, group_size or weight.shape[1]))
+    relative = groups / groups.amax(2, keepdim=True).clamp(min=1e-6)
+    return relative.flatten(1).mean(0)

@@ -1,0 +1,1 @@
+"""Host memory, resume, atomic files, digests and times: nothing here decides a result."""
