@@ -304,7 +304,7 @@ def _draw(table: pd.DataFrame) -> Figure:
     for axes, scheme in zip(panels, schemes, strict=True):
         part = table[table["scheme"] == scheme]
         places = [names.index(_label(row)) for row in part.itertuples()]
-        axes.errorbar(part["kl"], places, xerr=part["half"].fillna(0), fmt="o_proj", markersize=4, capsize=2)
+        axes.errorbar(part["kl"], places, xerr=part["half"].fillna(0), fmt="o", markersize=4, capsize=2)
         axes.set_xscale("log")
         axes.set_title(str(scheme).upper())
         axes.set_xlabel("KL to full precision, nats per token")

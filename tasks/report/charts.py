@@ -20,7 +20,7 @@ from tasks.report.tokens import SET_COLORS, SampleTokens, heat_norm, heat_pictur
 #: Colours of a figure; `inline` turns each into one that follows the page's light or dark scheme.
 INK, MUTED, GRID, SURFACE = "#16181d", "#5b616e", "#dfe2e8", "#ffffff"
 SERIES = ("#2a78d6", "#e0592a", "#128a62", "#b07a00", "#c7437f", "#6a4fd0", "#3f7d20")
-MARKERS = ("o_proj", "s", "D", "^", "v", "P", "X")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 #: Letters on coloured cells keep their colour; neither is one of those above.
 ON_DARK, ON_LIGHT = "#fefefe", "#0b1b33"
 #: Exponents from 0 to 1.

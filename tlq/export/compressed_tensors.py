@@ -56,7 +56,7 @@ def write_layer(
     """
     if any(weight.scale.dtype != model.checkpoint_dtype for weight in weights.values()):
         raise ValueError(
-            f"{model.folder!s} is stored in {model.checkpoint_dtype}, but its weights were quantized for another dtype; "
+            f"{model.folder!s} is stored in {model.checkpoint_dtype}, its weights were quantized for another dtype; "
             "see checkpoint_dtype_of"
         )
     tensors = {model.weight_map[name].key: tensor.cpu().contiguous() for name, tensor in others.items()}
