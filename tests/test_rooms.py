@@ -1,0 +1,91 @@
+"""The rooms of the house: imports go down only, and no circle ties two rooms together."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Rooms of a package from the ground floor up. A module may import from its own room and from rooms named before it.
+FLOORS: dict[str, tuple[str, ...]] = {
+    "tlq": (
+        "runtime",
+        "parallel",
+        "samples",
+        "quantization",
+        "models",
+        "importance",
+        "recipes",
+        "results",
+        "calibration",
+        "plan",
+        "export",
+        "job",
+        "data",
+        "api",
+        "cli",
+    ),
+    "tasks": ("cluster", "config", "command", "files", "planning", "registry", "report", "stages", "preset"),
+}
+
+#: What may import a package: the library imports none of the pipeline's packages.
+BELOW: dict[str, tuple[str, ...]] = {
+    "tlq": (),
+    "benchmarks": ("tlq",),
+    "demo": ("tlq",),
+    "tasks": ("tlq", "benchmarks"),
+    "services": ("tlq", "tasks", "flows"),
+    "flows": ("tlq", "tasks", "benchmarks"),
+}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules that a file imports, by their full names; ``from package import module`` names the module."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            if (ROOT / node.module.replace(".", "/")).is_dir():
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def sources(package: str) -> list[Path]:
+    return sorted(file for file in (ROOT / package).rglob("*.py") if file != ROOT / package / "__init__.py")
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_a_room_imports_only_from_rooms_below_it(package: str) -> None:
+    floors = FLOORS[package]
+    upward = []
+    for file in sources(package):
+        own = room_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        if own.startswith("__"):
+            continue
+        assert own in floors, f"{file.relative_to(ROOT)}: name its room in FLOORS"
+        for module in imports(file):
+            if module.split(".")[0] == package and room_of(module) not in ("", own):
+                target = room_of(module)
+                if target not in floors or floors.index(target) > floors.index(own):
+                    upward.append(f"{file.relative_to(ROOT)} imports {module}")
+    assert not upward
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_a_package_imports_only_from_packages_below_it(package: str) -> None:
+    upward = [
+        f"{file.relative_to(ROOT)} imports {module}"
+        for file in sources(package)
+        for module in imports(file)
+        if module.split(".")[0] in BELOW and module.split(".")[0] not in (package, *BELOW[package])
+    ]
+    assert not upward
