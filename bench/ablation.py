@@ -27,8 +27,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.laboratory import MODEL, WORLD, Laboratory
+from tasks.config.params import Columns, PrepareParams
 from tasks.stages.command import quiet_libraries
-from tasks.stages.prepare import Columns, PrepareParams, draw, read_table
+from tasks.stages.prepare import draw, read_table
 from tlq.calibration.loop import calibrate
 from tlq.importance.gradients import BlockLoss, score_tokens
 from tlq.importance.token_set import TokenBudget
@@ -135,7 +136,11 @@ class Pool:
 
     def __init__(self, laboratory: Laboratory, size: int, seed: int) -> None:
         params = PrepareParams(
-            "parquet", str(WORLD / "calibration.parquet"), size, seed, columns=Columns(id="id", source="source")
+            kind="parquet",
+            path=str(WORLD / "calibration.parquet"),
+            samples=size,
+            seed=seed,
+            columns=Columns(id="id", source="source"),
         )
         samples, _ = draw(*read_table(params), params)
         model = laboratory.model

@@ -36,8 +36,9 @@ from transformers import Qwen2VLConfig
 from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.models import SHAPES, large_samples, write_random_model
 from bench.sections import table, write_section
+from tasks.config.params import Columns, PrepareParams
 from tasks.stages.command import quiet_libraries
-from tasks.stages.prepare import Columns, PrepareParams, draw, read_table
+from tasks.stages.prepare import draw, read_table
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
@@ -220,7 +221,9 @@ def main() -> None:
 
 
 def _demo_samples(count: int) -> list[Sample]:
-    params = PrepareParams("parquet", str(WORLD / "calibration.parquet"), count, columns=Columns(id="id"))
+    params = PrepareParams(
+        kind="parquet", path=str(WORLD / "calibration.parquet"), samples=count, columns=Columns(id="id")
+    )
     return draw(*read_table(params), params)[0]
 
 

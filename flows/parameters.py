@@ -11,18 +11,17 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from dvc.repo import Repo
-from dvc.utils.serialize import parse_yaml_for_update
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
-from ruamel.yaml import YAML
 
 from flows.stages import ROOT
+from tasks.config.editor import EditError, ParamsEditor
 from tlq.quantization.formats import SCHEMES
 from tlq.recipes import RECIPES
 from tlq.runtime.files import write_text
@@ -33,16 +32,14 @@ PRESETS = ROOT / "presets"
 #: Stands among the overrides for the preset of a model; everything the preset sets is below the other overrides.
 PRESET = "preset"
 
-#: Stages by the names that `force` takes; `calibrate` and `evaluate` stand for all their variants.
-STAGES = ("demo", "baseline", "prepare", "importance", "calibset", "calibrate", "evaluate", "register", "report")
+#: Stages by the names that `force` takes, those of dvc.yaml; `fetch`, `calibrate`, `evaluate` name all their entries.
+STAGES: tuple[str, ...] = tuple(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 
 # Prefect's form shows an `enum` as a menu, and takes descriptions from the flow's docstring.
 RecipeName = Annotated[str, Field(json_schema_extra={"enum": [*RECIPES]})]
 SchemeName = Annotated[str, Field(json_schema_extra={"enum": [*SCHEMES]})]
 StageName = Annotated[str, Field(json_schema_extra={"enum": [*STAGES]})]
 Limit = Annotated[int, Field(ge=0)]
-
-_LINE_WIDTH = 160  # of params.yaml, so that long rows stay rows
 
 
 class ParametersError(ValueError):
@@ -95,22 +92,13 @@ def with_overrides(text: str, values: Mapping[str, Any]) -> str:
     values = dict(values)
     if preset := values.pop(PRESET, ""):
         text = with_preset(text, preset)
-    params = parse_yaml_for_update(text, PARAMS)
-    for name, value in values.items():
-        *path, key = name.split(".")
-        if not path or path[0] not in params:
-            raise ParametersError(f"{name}: no such section in params.yaml; choose one of {', '.join(params)}")
-        place = params
-        for part in path:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise ParametersError(f"{name}: {part} is a plain value in params.yaml; name it without what follows")
-        place[key] = value
-    stream = StringIO()
-    writer = YAML()
-    writer.width = _LINE_WIDTH
-    writer.dump(params, stream)
-    return stream.getvalue()
+    editor = ParamsEditor(text)
+    try:
+        for name, value in values.items():
+            editor.set(name, value)
+    except EditError as error:
+        raise ParametersError(str(error)) from error
+    return editor.text
 
 
 def with_preset(text: str, name: str) -> str:

@@ -1,16 +1,23 @@
-"""Parameters: sections of params.yaml parsed once into frozen dataclasses; unknown keys are refused."""
+"""Parameters: every section of params.yaml as a frozen pydantic model; unknown keys are refused."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, create_model, model_validator
 
+from benchmarks.source import BenchmarkSource
+from tasks.config.mistakes import explain
+from tlq.importance.token_set import TokenBudget
+from tlq.importance.weighting import LossName, Source, Weighting
+from tlq.quantization.formats import get_scheme
 from tlq.recipes import Recipe, get_recipe
 
 T = TypeVar("T")
@@ -22,33 +29,287 @@ class ParamsError(ValueError):
     """params.yaml cannot be used; the message is one line that names the key and the next step."""
 
 
-@dataclass(frozen=True)
-class ModelParams:
-    """The model to quantize.
+class Section(BaseModel):
+    """A section of params.yaml, or a mapping inside one."""
 
-    Attributes:
-        path: checkpoint directory (DVC tracks its content).
-        dtype: dtype of computation.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+class ModelParams(Section):
+    """The model to quantize."""
+
+    path: str = Field(description="checkpoint folder; DVC tracks its content")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of the computation")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        """The dtype as torch names it."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
 
-@dataclass(frozen=True)
-class VariantParams:
-    """Every recipe with every scheme."""
+class DemoParams(Section):
+    """The demo world: images, questions and benchmarks that stage `demo` renders."""
 
-    recipes: tuple[str, ...]
-    schemes: tuple[str, ...]
+    seed: int = Field(default=7, ge=0, description="seed of every random choice")
+
+
+class Columns(Section):
+    """Columns of a table of questions."""
+
+    image: str = Field(default="image", description="column of images, one or a list in each row")
+    question: str = Field(default="question", description="column of questions; not read where `prompt` is set")
+    answer: str = Field(
+        default="answer", description="column of answers; of a list of accepted answers the first counts"
+    )
+    id: str | None = Field(default=None, description="column that identifies a row; null numbers the rows")
+    source: str | None = Field(default=None, description="column that names a row's origin; null takes `prepare.path`")
+
+
+class PrepareParams(Section):
+    """The origin of the calibration samples."""
+
+    kind: Literal["parquet", "hub", "llava_json"] = Field(
+        description="`parquet` and `hub` read a table of questions, `llava_json` conversations with an image folder"
+    )
+    path: str = Field(description="file; for `hub` a data set's folder as stage `fetch` writes it, or its hub id")
+    samples: int = Field(ge=1, description="samples to keep, drawn without replacement")
+    seed: int = Field(default=0, ge=0, description="seed of the draw")
+    split: str = Field(default="train", description="split of the data set")
+    name: str | None = Field(default=None, description="subset of a hub data set that has several")
+    revision: str | None = Field(default=None, description="commit of a hub data set that is read from the hub")
+    image_root: str | None = Field(default=None, description="folder that image names of `llava_json` are relative to")
+    image_prefix: str = Field(
+        default="", description="keeps only rows of `llava_json` whose image names begin with it: one source of several"
+    )
+    columns: Columns = Field(default_factory=lambda: Columns(), description="column names of a table of questions")
+    prompt: str | None = Field(
+        default=None, description="one question for every image of a table that has captions and no questions"
+    )
+    max_rejected: float = Field(
+        default=0.1, ge=0, le=1, description="share of unusable rows, of all rows read, at which the stage stops"
+    )
+
+    @model_validator(mode="after")
+    def _has_an_image_folder(self) -> PrepareParams:
+        if self.kind == "llava_json" and self.image_root is None:
+            raise ValueError("kind llava_json needs image_root, the folder of its images")
+        return self
+
+
+class ImportanceParams(Section):
+    """Scores of how much each token matters."""
+
+    samples: int = Field(ge=1, description="prepared samples that are scored: the pool that token sets are drawn from")
+    batch_size: int = Field(default=8, ge=1, description="samples per batch")
+    max_tokens: int = Field(default=4096, ge=1, description="longest sample allowed, in tokens")
+    losses: tuple[LossName, ...] = Field(
+        default=("answer",),
+        min_length=1,
+        description="losses whose gradients are scored: `answer` (sources `token` and `modality`), `block` (`block`)",
+    )
+    block_scheme: str = Field(default="w3a16", description="scheme that the loss `block` rounds weights to")
+
+
+class CalibsetParams(Section):
+    """The token-level calibration set."""
+
+    budget: TokenBudget = Field(description="size of the set and how its tokens are selected")
+    source: Source = Field(default="token", description="importance that tokens are selected by")
+    weighting: Weighting = Field(default_factory=Weighting, description="the map from raw importance to token weights")
+    seed: int = Field(default=0, ge=0, description="seed of the draw")
+
+
+class CalibrateParams(Section):
+    """Quantization of one variant."""
+
+    batch_size: int = Field(default=16, ge=1, description="samples per batch")
+    group_size: int | None = Field(
+        default=None, ge=1, description="replaces the group size of schemes that have one; null keeps the scheme's"
+    )
+    overrides: dict[str, str] = Field(
+        default_factory=dict,
+        description="scheme, or `full_precision`, by pattern of module paths; a linear takes the first match",
+    )
+
+
+class VariantParams(Section):
+    """The variants: every recipe with every scheme."""
+
+    recipes: tuple[str, ...] = Field(min_length=1, description="quantization methods")
+    schemes: tuple[str, ...] = Field(min_length=1, description="number formats, each combined with every recipe")
 
     @property
     def names(self) -> list[str]:
+        """`<recipe>-<scheme>`, schemes of a recipe next to each other."""
         return [f"{recipe}-{scheme}" for recipe in self.recipes for scheme in self.schemes]
+
+    @model_validator(mode="after")
+    def _exist(self) -> VariantParams:
+        for name in self.recipes:
+            get_recipe(name)
+        for name in self.schemes:
+            get_scheme(name)
+        return self
+
+
+class EvaluateParams(Section):
+    """Scores of the variants and of the full-precision model on the benchmarks."""
+
+    benchmarks: tuple[BenchmarkSource, ...] = Field(min_length=1, description="benchmarks to run")
+    data: str | None = Field(
+        default=None,
+        description="folder of all local benchmark files, which DVC watches; null where DVC does not run the stage",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="items per benchmark, the same ones for every variant; null takes all"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the choice of items and of the bootstrap")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="items per batch, halved when memory runs out; `auto` starts at 32 on a CPU, 256 on a GPU",
+    )
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="upper bound on the tokens of a reply; null keeps each benchmark's own"
+    )
+    min_pixels: int | None = Field(
+        default=None, ge=1, description="smallest image size; null keeps the processor's own"
+    )
+    max_pixels: int | None = Field(default=None, ge=1, description="largest image size; null keeps the processor's own")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="float32", description="dtype of the computation; `auto` takes the checkpoint's"
+    )
+    backend: Literal["hf", "vllm"] = Field(default="hf", description="`vllm` needs that package")
+    divergence: bool = Field(default=True, description="measure NLL and KL on the reference answers")
+    divergence_limit: int | None = Field(
+        default=None,
+        ge=1,
+        description="answers measured per benchmark; null measures all (vocabulary-size rows are stored)",
+    )
+    resamples: int = Field(default=2000, ge=1, description="resamples of the bootstrap")
+    max_skipped: float = Field(
+        default=0.05, ge=0, le=1, description="share of unusable items at which the run is refused"
+    )
+
+    @model_validator(mode="after")
+    def _has_local_files_in_one_folder(self) -> EvaluateParams:
+        for source in self.benchmarks:
+            if self.data and source.data and not Path(source.data).is_relative_to(self.data):
+                raise ValueError(
+                    f"{source.task}: {source.data} is outside evaluate.data = {self.data}, the folder that DVC "
+                    "watches; move it there, or set evaluate.data to a folder that holds all local benchmark files"
+                )
+        return self
+
+
+class Bounds(Section):
+    """The gate: what a registered version must keep to become champion; a bound of null is not applied."""
+
+    min_retention: float | None = Field(
+        default=None, ge=0, description="least mean retention, in percent of full precision's mean score"
+    )
+    max_flips: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="most items, in percent of those shared with full precision, that changed between right and wrong",
+    )
+    floors: dict[str, float] = Field(
+        default_factory=dict,
+        description="least score in percent by benchmark as metrics.json names it; `mean` is the mean over benchmarks",
+    )
+    bound: Literal["point", "low"] = Field(
+        default="point",
+        description="`min_retention` and `floors` bound the `point` estimate, or the `low` end of its 95 % interval",
+    )
+
+    @model_validator(mode="after")
+    def _are_percentages(self) -> Bounds:
+        for name, value in self.floors.items():
+            if not 0 <= value <= 100:
+                raise ValueError(f"floors.{name} is {value}, must be a percentage between 0 and 100")
+        return self
+
+
+class RegisterParams(Bounds):
+    """The registry of results, and the bounds of its gate."""
+
+    model_name: str = Field(
+        description="registered models are called `<model_name>-<scheme>`; their versions are the variants"
+    )
+    experiment: str = Field(default="tlq", description="MLflow experiment of the runs")
+    max_new_tokens: int = Field(default=64, ge=1, description="longest answer of the registered model, in tokens")
+
+
+class ReportParams(Section):
+    """The report and the model cards."""
+
+    token_samples: int = Field(default=4, ge=1, description="samples that the pictures of token importance show")
+    base_model: str | None = Field(
+        default=None,
+        description="hub id of the full-precision model for the cards; null leaves it out for a local folder",
+    )
+
+
+class Download(Section):
+    """An entry of section `fetch`: files of the hub at one commit."""
+
+    kind: Literal["model", "calibration", "benchmarks"] = Field(
+        description="purpose; a preset replaces the entries of its own kind"
+    )
+    repo: str = Field(description="hub id of a model or data set")
+    revision: str = Field(description="commit, 40 hexadecimal digits: branches and tags move")
+    out: str = Field(description="folder that the files are written to")
+    files: tuple[str, ...] | None = Field(
+        default=None, description="patterns of file names; null takes what a model needs, or all files of a data set"
+    )
+
+    @property
+    def repo_type(self) -> str:
+        return repo_type(self.kind)
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> Download:
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                f"revision of {self.repo} is {self.revision!r}, must be a commit (40 hexadecimal digits): branches and "
+                "tags move; the commit is in the history on the repository's page on the hub"
+            )
+        return self
+
+
+def repo_type(kind: str) -> str:
+    """The hub's name for the type of repository that a kind of download comes from."""
+    return "model" if kind == "model" else "dataset"
+
+
+class FetchParams(RootModel[dict[str, Download]]):
+    """Downloads by name; `python -m tasks.preset` writes them."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class RecipesParams(RootModel[dict[str, dict[str, Any]]]):
+    """Choices that replace those of a recipe's row in tlq/recipes.py, by recipe."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+#: Every section of params.yaml, in the order of the file.
+SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelParams,
+    "demo": DemoParams,
+    "prepare": PrepareParams,
+    "importance": ImportanceParams,
+    "calibset": CalibsetParams,
+    "calibrate": CalibrateParams,
+    "variants": VariantParams,
+    "recipes": RecipesParams,
+    "evaluate": EvaluateParams,
+    "register": RegisterParams,
+    "report": ReportParams,
+    "fetch": FetchParams,
+}
 
 
 def section(name: str, cls: type[T], path: str | Path = PARAMS) -> T:
@@ -57,18 +318,24 @@ def section(name: str, cls: type[T], path: str | Path = PARAMS) -> T:
     Raises:
         ParamsError: no such section, an unknown or missing key, a value of the wrong type or out of range.
     """
-    return parse(name, _read(Path(path)).get(name), cls, path)
+    return parse(name, read(path).get(name), cls, path)
 
 
 def parse(name: str, values: Any, cls: type[T], path: str | Path = PARAMS) -> T:
-    """A mapping as an instance of dataclass ``cls``; ``name`` says in errors where it stands."""
+    """``values`` as an instance of ``cls``; ``name`` is their dotted name in errors."""
     if values is None:
-        raise ParamsError(f"{path}: section `{name}` is missing; add it (the README lists every section)")
+        raise ParamsError(f"{path}: section `{name}` is missing; add it (docs/parameters.md lists every section)")
     try:
         wrapper: Any = _wrapper(cls)  # type: ignore[arg-type]
         return wrapper(value=values).value
     except ValidationError as error:
-        raise ParamsError(f"{path}: {_explain(name, error)}") from error
+        raise ParamsError(f"{path}: {explain(name, error, cls)}") from error
+
+
+@cache
+def _wrapper(cls: Any) -> Any:
+    """A model with one field, from which a stdlib dataclass inherits the refusal of unknown keys."""
+    return create_model(cls.__name__, __base__=Section, value=(cls, ...))
 
 
 def recipe(name: str, path: str | Path = PARAMS) -> Recipe:
@@ -77,20 +344,19 @@ def recipe(name: str, path: str | Path = PARAMS) -> Recipe:
     Raises:
         ParamsError: an unknown recipe, or a choice that recipes do not have.
     """
-    overrides = _read(Path(path)).get("recipes") or {}
+    overrides = parse("recipes", read(path).get("recipes") or {}, RecipesParams, path).root
     try:
         row, *_ = [get_recipe(each) for each in (name, *overrides)]
     except ValueError as error:
         raise ParamsError(f"{path}: {error}") from error
-    own = overrides.get(name) or {}
-    if "name" in own:
+    choices = overrides.get(name, {})
+    if "name" in choices:
         raise ParamsError(f"{path}: recipes.{name}.name: a recipe keeps its name, its checkpoints carry it; remove it")
-    adapter = _wrapper(Recipe)
-    fields = adapter(value=row).model_dump()["value"]
-    return parse(f"recipes.{name}", _merge(fields, own), Recipe, path)
+    return parse(f"recipes.{name}", _merge(asdict(row), choices), Recipe, path)
 
 
-def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``overrides`` in it, nested mappings merged."""
     merged = dict(base)
     for key, value in overrides.items():
         nested = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -98,29 +364,14 @@ def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-@cache
-def _wrapper(cls: Any) -> Any:
-    """A model around a dataclass: stdlib dataclasses inherit its refusal of unknown keys, nested ones too."""
-    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=False), value=(cls, ...))
+def read(path: str | Path = PARAMS) -> dict[str, Any]:
+    """Every section of a params file as plain values.
 
-
-def _explain(name: str, error: ValidationError) -> str:
-    details = []
-    for item in error.errors():
-        place = ".".join([name, *(str(part) for part in item["loc"][1:])])
-        message = {
-            "unexpected_keyword_argument": "unknown key; remove it or correct its spelling",
-            "extra_forbidden": "unknown key; remove it or correct its spelling",
-            "missing": "required key is missing; add it",
-        }.get(item["type"], item["msg"].removeprefix("Value error, "))
-        found = f" (found {item['input']!r})" if item["type"].endswith(("_type", "_parsing", "_error")) else ""
-        details.append(f"{place}: {message}{found}")
-    return "; ".join(details)
-
-
-def _read(path: Path) -> dict[str, Any]:
+    Raises:
+        ParamsError: the file is missing, or is no YAML mapping.
+    """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError as error:
         raise ParamsError(f"{path}: not found; run from the project's top folder") from error
     except yaml.YAMLError as error:

@@ -13,37 +13,26 @@ its comments and layout. What comes from the hub is pinned to a commit, the pres
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
-from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-from tasks.config.params import PARAMS, ParamsError, parse
+from tasks.config.editor import ParamsEditor, round_trip, row
+from tasks.config.params import PARAMS, SECTIONS, Download, ParamsError, parse, repo_type
 from tasks.stages.command import run
-from tasks.stages.fetch import Download, reason_of, repo_type
+from tasks.stages.fetch import reason_of
 from tlq.runtime.files import write_text
 
 PRESETS = Path("presets")
 KINDS = ("model", "calibration", "benchmarks")
 DEMO = "demo"
-
-#: Sections that presets touch and what parses them: what a stage would refuse is refused before it is written.
-SECTIONS = {
-    "model": "tasks.config.params:ModelParams",
-    "prepare": "tasks.stages.prepare:PrepareParams",
-    "importance": "tasks.stages.importance:ImportanceParams",
-    "calibset": "tasks.stages.calibset:CalibsetParams",
-    "calibrate": "tasks.stages.calibrate:CalibrateParams",
-    "evaluate": "tasks.stages.evaluate:EvaluateParams",
-}
 
 #: A section that describes one source: nothing of another source may stay.
 _REPLACED = "prepare"
@@ -69,7 +58,7 @@ def available(folder: Path = PRESETS) -> list[Preset]:
 
 def _read(kind: str, path: Path) -> Preset:
     text = path.read_text()
-    content = _yaml().load(text)
+    content = round_trip().load(text)
     title = text.splitlines()[0].removeprefix("# ")
     return Preset(kind, path.stem, title, content["params"], content.get("fetch") or {})
 
@@ -106,10 +95,10 @@ def model_of_hub(repo: str) -> Preset:
     name = repo.split("/")[-1].lower()
     out = f"data/models/{name}"
     params = {
-        "model": _flow(path=out, dtype="bfloat16"),
-        "evaluate": _flow(dtype="bfloat16"),
-        "register": _flow(model_name=name),
-        "report": _flow(base_model=repo),
+        "model": row(path=out, dtype="bfloat16"),
+        "evaluate": row(dtype="bfloat16"),
+        "register": row(model_name=name),
+        "report": row(base_model=repo),
     }
     return Preset("model", name, repo, params, {name: CommentedMap(repo=repo, revision=None, out=out)})
 
@@ -123,21 +112,15 @@ def dataset_of_hub(arguments: argparse.Namespace) -> Preset:
     if arguments.subset is not None:
         prepare["name"] = arguments.subset
     if columns:
-        prepare["columns"] = _flow(**columns)
+        prepare["columns"] = row(**columns)
     if arguments.prompt is not None:
         prepare["prompt"] = arguments.prompt
     prepare.update(samples=arguments.samples, seed=0)
     entry = CommentedMap(repo=repo, revision=None, out=out)
     if arguments.files:
         entry["files"] = arguments.files
-    params = {"prepare": prepare, "importance": _flow(samples=arguments.samples)}
+    params = {"prepare": prepare, "importance": row(samples=arguments.samples)}
     return Preset("calibration", name, repo, params, {name: entry})
-
-
-def _flow(**values: Any) -> CommentedMap:
-    mapping = CommentedMap(values)
-    mapping.fa.set_flow_style()
-    return mapping
 
 
 def pin(preset: Preset, chosen: Mapping[str, str], newest: Callable[[str, str], str]) -> dict[str, CommentedMap]:
@@ -180,63 +163,31 @@ def applied(text: str, presets: Sequence[Preset], fetched: Mapping[str, Mapping[
     Args:
         fetched: entries of section `fetch`, by kind; those of the same kinds go.
     """
-    document = _yaml().load(text)
+    editor = ParamsEditor(text)
     for preset in presets:
         for section, values in preset.params.items():
-            _set(document.setdefault(section, CommentedMap()), values, drop=section == _REPLACED)
-    entries = document.get("fetch") or {}
-    kept = {key: entry for key, entry in entries.items() if entry["kind"] not in fetched}
-    new = CommentedMap(kept)
+            edit = editor.replace if section == _REPLACED else editor.update
+            edit(section, values)
+    entries = editor.sections.get("fetch") or {}
+    downloads = CommentedMap({key: entry for key, entry in entries.items() if entry["kind"] not in fetched})
     for kind in fetched:
-        new.update(fetched[kind])
-    if not new:
-        new.fa.set_flow_style()
-    document["fetch"] = new
-    stream = io.StringIO()
-    _yaml().dump(document, stream)
-    return stream.getvalue()
-
-
-def _set(target: CommentedMap, values: Mapping[str, Any], drop: bool = False) -> None:
-    """Write ``values`` into a mapping, nested mappings into theirs; with ``drop`` other keys go.
-
-    A new key goes behind the one it follows in ``values``, but before the last one of the mapping, whose trailing
-    comment belongs to what follows.
-    """
-    for key in [key for key in target if drop and key not in values]:
-        _delete(target, key)
-    place = len(target)
-    for key, value in values.items():
-        old = target.get(key)
-        if key not in target:
-            target.insert(min(place, max(len(target) - 1, 0)), key, value)
-        elif isinstance(value, dict) and isinstance(old, CommentedMap) and not drop:
-            _set(old, value)
-        elif old != value:
-            target[key] = value
-        place = list(target).index(key) + 1
-
-
-def _delete(target: CommentedMap, key: str) -> None:
-    """Remove a key; the comment behind the last one, which belongs to what follows, stays."""
-    last = list(target)[-1] == key
-    comment = target.ca.items.pop(key, None)
-    del target[key]
-    if last and comment is not None and target:
-        target.ca.items[list(target)[-1]] = comment
+        downloads.update(fetched[kind])
+    if not downloads:
+        downloads.fa.set_flow_style()
+    editor.sections["fetch"] = downloads
+    return editor.text
 
 
 def check(text: str) -> None:
     """Raises ParamsError for what a stage would refuse."""
-    document = YAML(typ="safe").load(text)
-    for section, place in SECTIONS.items():
-        module, name = place.split(":")
-        parse(section, document.get(section), getattr(import_module(module), name))
+    for name, values in yaml.safe_load(text).items():
+        if name in SECTIONS:
+            parse(name, values, SECTIONS[name])
 
 
 def changes(before: str, after: str) -> list[str]:
     """Every parameter that differs, and every download, one line each."""
-    old, new = (dict(_flat(YAML(typ="safe").load(text))) for text in (before, after))
+    old, new = (dict(_flat(yaml.safe_load(text))) for text in (before, after))
     lines = []
     for key in dict.fromkeys([*old, *new]):
         if key not in new:
@@ -260,20 +211,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield from _flat(value, f"{name}.")
         else:
             yield name, "null" if value is None else str(value)
-
-
-def _yaml() -> YAML:
-    """YAML that keeps comments, and writes as params.yaml is written."""
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 1000
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.representer.add_representer(type(None), _null)
-    return yaml
-
-
-def _null(representer: Any, _: None) -> Any:
-    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
 def _pairs(words: Sequence[str], what: str) -> dict[str, str]:

@@ -9,40 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.compare import INTERVAL, resampled_means
+from tasks.config.params import Bounds
 
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a version needs to pass; a bound that is not given is not held.
-
-    Attributes:
-        min_retention: least mean retention, percent of full precision's mean score.
-        max_flips: most items, in percent of those shared with full precision, that went from right to wrong or from
-            wrong to right.
-        floors: least score by benchmark as metrics.json names it, in percent; `mean` is the mean over benchmarks.
-        bound: what is held against min_retention and floors: the point estimate, or the low end of its 95 % interval.
-    """
-
-    min_retention: float | None = None
-    max_flips: float | None = None
-    floors: dict[str, float] = field(default_factory=dict)
-    bound: Literal["point", "low"] = "point"
-
-    def __post_init__(self) -> None:
-        for name, value in {"max_flips": self.max_flips, **self.floors}.items():
-            if value is not None and not 0 <= value <= 100:
-                raise ValueError(f"{name} is {value}; it is a percentage between 0 and 100")
-        if self.min_retention is not None and not self.min_retention >= 0:
-            raise ValueError(f"min_retention is {self.min_retention}; it is a percentage of full precision's score")
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tasks.config.params import PARAMS, section
-from tasks.registry.gate import Bounds
+from tasks.config.params import PARAMS, RegisterParams, section
 from tasks.registry.lineage import locked_outputs
 from tasks.registry.provenance import calibration_inputs, lineage, machine
 from tlq.quantization.formats import Scheme
@@ -47,21 +46,6 @@ _RETRY_SECONDS = 120.0
 _FORBIDDEN = re.compile(r"[^\w\-. /:]")
 
 OnLayer = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegisterParams(Bounds):
-    """Section `register` of params.yaml: where results go, and the bounds of the gate.
-
-    Attributes:
-        model_name: registered models are called <model_name>-<scheme>, their versions are the variants.
-        experiment: MLflow experiment of the runs.
-        max_new_tokens: longest answer of the registered model.
-    """
-
-    model_name: str
-    experiment: str = "tlq"
-    max_new_tokens: int = 64
 
 
 def register_params() -> RegisterParams | None:

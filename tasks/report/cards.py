@@ -21,12 +21,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from tasks.config.params import PrepareParams
 from tasks.report.page import environment
 from tasks.report.results import Results, Variant, is_demo
 from tasks.report.tokens import TokenData
 from tasks.stages.command import run
 from tasks.stages.files import MODELS, REPORT
-from tasks.stages.prepare import PrepareParams
 from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.report")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.cluster.launch import on_ranks, ranks_wanted
-from tasks.config.params import ModelParams, ParamsError, recipe, section
+from tasks.config.params import CalibrateParams, CalibsetParams, ModelParams, ParamsError, recipe, section
 from tasks.registry.tracking import tracked_calibration
-from tasks.stages.calibset import CalibsetParams
 from tasks.stages.command import device, run
 from tasks.stages.files import (
     CALIBSET,
@@ -44,19 +43,6 @@ from tlq.recipes import Recipe
 from tlq.samples import Sample
 
 logger = logging.getLogger("tlq.calibrate")
-
-
-@dataclass(frozen=True)
-class CalibrateParams:
-    """Attributes:
-    batch_size: samples per micro-batch.
-    group_size: replaces the group size of schemes that have one.
-    overrides: scheme, or `full_precision`, of linears whose module path matches a pattern; the first match counts.
-    """
-
-    batch_size: int = 16
-    group_size: int | None = None
-    overrides: dict[str, str] = field(default_factory=dict)
 
 
 def weights_of(recipe: Recipe, calibset: CalibsetParams, importance: Path, tokens: Path) -> SampleWeights:

@@ -8,37 +8,22 @@ calibset.weighting.least_effective are warned of.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tasks.config.params import section
+from tasks.config.params import CalibsetParams, section
 from tasks.stages.command import run
 from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_sequences, write_parquet
-from tlq.importance.token_set import TokenBudget, effective_sample_size
+from tlq.importance.token_set import effective_sample_size
 from tlq.importance.token_weights import token_set
-from tlq.importance.weighting import Importance, Source, Weighting, loss_of
+from tlq.importance.weighting import Importance, loss_of
 from tlq.runtime.files import new_directory, write_text
 from tlq.samples import Sequences
 
 logger = logging.getLogger("tlq.calibset")
-
-
-@dataclass(frozen=True)
-class CalibsetParams:
-    """Attributes:
-    budget: how many tokens, and how they are chosen.
-    source: importance they are chosen by.
-    weighting: from raw importance to weights.
-    """
-
-    budget: TokenBudget
-    source: Source = "token"
-    weighting: Weighting = field(default_factory=Weighting)
-    seed: int = 0
 
 
 def build(scores: Importance, sequences: Sequences, params: CalibsetParams) -> pd.DataFrame:

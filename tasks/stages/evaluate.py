@@ -33,8 +33,7 @@ from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, name
 from benchmarks.journal import Journal
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cluster.launch import on_ranks
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.params import ModelParams, section
+from tasks.config.params import EvaluateParams, ModelParams, section
 from tasks.registry.tracking import recorded_failure
 from tasks.stages.command import device, run
 from tasks.stages.files import EVALUATION, MODELS

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 
+from tasks.config.params import Download
 from tasks.stages.command import run
 from tlq.models.checkpoint import read_config
 
@@ -27,43 +26,6 @@ logger = logging.getLogger("tlq.fetch")
 
 #: What calibration and evaluation read of a model's repository, its card included.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md")
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Download:
-    """An entry of section `fetch`.
-
-    Attributes:
-        kind: what it is for; a preset replaces the entries of its own kind.
-        repo: hub id, of a model or else of a data set.
-        revision: commit, 40 hexadecimal digits: branches and tags move.
-        out: folder that it becomes.
-        files: patterns of the files wanted; None: what a model needs, all files of a data set.
-    """
-
-    kind: Literal["model", "calibration", "benchmarks"]
-    repo: str
-    revision: str
-    out: str
-    files: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not _COMMIT.fullmatch(self.revision):
-            raise ValueError(
-                f"revision of {self.repo} is {self.revision!r}, must be a commit (40 hexadecimal digits): branches and "
-                "tags move; the commit is in the history on the repository's page on the hub"
-            )
-
-    @property
-    def repo_type(self) -> str:
-        return repo_type(self.kind)
-
-
-def repo_type(kind: str) -> str:
-    """The hub's name for what entries of a kind are."""
-    return "model" if kind == "model" else "dataset"
 
 
 def fetch(download: Download) -> None:
@@ -132,7 +94,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="+", help="patterns of the files wanted")
     arguments = parser.parse_args()
     files = None if arguments.files is None else tuple(arguments.files)
-    fetch(Download(arguments.kind, arguments.repo, arguments.revision, arguments.out, files))
+    fetch(Download(**{**vars(arguments), "files": files}))
     logger.info("%s is in %s", arguments.repo, arguments.out)
 
 

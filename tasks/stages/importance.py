@@ -9,11 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.cluster.launch import on_ranks, ranks_wanted
-from tasks.config.params import ModelParams, section
+from tasks.config.params import ImportanceParams, ModelParams, section
 from tasks.stages.command import device, run
 from tasks.stages.files import IMPORTANCE, PREPARED, read_samples, write_importance
 from tasks.stages.planning import show_plan
@@ -27,23 +26,6 @@ from tlq.quantization.formats import get_scheme
 from tlq.runtime.activations import processes_here
 from tlq.runtime.resume import WorkFolder
 from tlq.samples import encode_batches, image_token_id, sequences_of
-
-
-@dataclass(frozen=True)
-class ImportanceParams:
-    """Attributes:
-    samples: how many of the prepared samples are scored; the pool that token sets are drawn from.
-    batch_size: samples per micro-batch.
-    max_tokens: longest sample allowed.
-    losses: whose gradients are scored: `answer` (sources token and modality), `block` (source block).
-    block_scheme: what the loss `block` rounds weights to.
-    """
-
-    samples: int
-    batch_size: int = 8
-    max_tokens: int = 4096
-    losses: tuple[LossName, ...] = ("answer",)
-    block_scheme: str = "w3a16"
 
 
 def main(arguments: Sequence[str] = ()) -> None:

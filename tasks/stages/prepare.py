@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
 from datasets import load_dataset
 
-from tasks.config.params import section
+from tasks.config.params import PrepareParams, section
 from tasks.stages.command import run
 from tasks.stages.files import PREPARED, write_samples
 from tlq.runtime.files import new_directory, write_text
@@ -27,52 +27,6 @@ from tlq.samples import IMAGE_MARK, Message, Sample, decode_image
 logger = logging.getLogger("tlq.prepare")
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Columns of a table of questions; ``id`` None numbers the rows, ``source`` None names the table."""
-
-    image: str = "image"
-    question: str = "question"
-    answer: str = "answer"
-    id: str | None = None
-    source: str | None = None
-
-
-@dataclass(frozen=True)
-class PrepareParams:
-    """Where calibration samples come from.
-
-    Attributes:
-        kind: `parquet` and `hub` read a table of questions, `llava_json` conversations with an image folder.
-        path: file; for `hub` a data set's folder as the stage `fetch` makes it, or its hub id.
-        image_root: folder that `llava_json` image names are relative to.
-        image_prefix: leave out `llava_json` rows whose image names begin otherwise; a file may describe the images of
-            several sources, of which one is at hand.
-        prompt: question asked of every image of a table that has no column of questions (captions).
-        samples: how many to keep, drawn without replacement.
-        max_rejected: share of the rows looked at that may be unusable before the stage stops.
-    """
-
-    kind: Literal["parquet", "hub", "llava_json"]
-    path: str
-    samples: int
-    seed: int = 0
-    split: str = "train"
-    name: str | None = None
-    revision: str | None = None
-    image_root: str | None = None
-    image_prefix: str = ""
-    columns: Columns = field(default_factory=Columns)
-    prompt: str | None = None
-    max_rejected: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}, must be at least 1")
-        if self.kind == "llava_json" and self.image_root is None:
-            raise ValueError("kind llava_json needs image_root, the folder of its images")
 
 
 @dataclass(frozen=True)

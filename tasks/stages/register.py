@@ -34,14 +34,12 @@ from mlflow.types import ColSpec, Schema
 
 import tlq
 from benchmarks.compare import FULL, scores_table
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.params import PARAMS, ModelParams, VariantParams, parse, section
+from tasks.config.params import PARAMS, EvaluateParams, ModelParams, RegisterParams, VariantParams, parse, section
 from tasks.registry.gate import Verdict, judge
 from tasks.registry.promotion import ITEM_SCORES, aliases, judge_again, promote, verdict_tags, versions
 from tasks.registry.provenance import benchmark_digest, benchmark_inputs, calibration_inputs, lineage, machine
 from tasks.registry.tracking import (
     CHECKPOINT,
-    RegisterParams,
     connect,
     fill_in_layers,
     find_runs,
@@ -130,7 +128,7 @@ def evaluation_digest(params: EvaluateParams) -> str:
     path = _existing(EVALUATION / FULL / "items.parquet", "baseline")
     full = pd.read_parquet(path, columns=["task", "doc", "target", "reply"])
     total = hashlib.sha256(full.sort_values(["task", "doc"]).to_csv(index=False).encode())
-    choices = {name: value for name, value in asdict(params).items() if name not in _NOT_SCORES}
+    choices = {name: value for name, value in params.model_dump().items() if name not in _NOT_SCORES}
     asked = [{**asdict(source), "data": benchmark_digest(source)} for source in params.benchmarks]
     total.update(json.dumps([choices, asked], sort_keys=True).encode())
     return total.hexdigest()

@@ -12,7 +12,6 @@ Reads models/, evaluation/, data/prepared, data/importance, data/calibset and th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -20,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.compare import scores_table
-from tasks.config.params import ModelParams, VariantParams, section
+from tasks.config.params import ModelParams, PrepareParams, ReportParams, VariantParams, section
 from tasks.registry.lineage import read_lineage
 from tasks.report.cards import CalibrationData, place_cards, read_base, render_card
 from tasks.report.charts import (
@@ -40,24 +39,8 @@ from tasks.report.results import Results, read_results
 from tasks.report.tokens import SampleTokens, TokenData, read_token_data, show_samples
 from tasks.stages.command import run
 from tasks.stages.files import EVALUATION, MODELS, REPORT
-from tasks.stages.prepare import PrepareParams
 from tlq.models.processor import load_processor
 from tlq.runtime.files import new_directory, write_text
-
-
-@dataclass(frozen=True)
-class ReportParams:
-    """Attributes:
-    token_samples: how many samples the pictures of token importance show.
-    base_model: hub id of the full-precision model, for the cards; None leaves it out where `model.path` is a folder.
-    """
-
-    token_samples: int = 4
-    base_model: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.token_samples < 1:
-            raise ValueError(f"token_samples is {self.token_samples}; it must be at least 1")
 
 
 def gather_scores(variants: list[str]) -> pd.DataFrame:

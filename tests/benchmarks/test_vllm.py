@@ -15,7 +15,7 @@ from benchmarks.divergence import ItemKey
 from benchmarks.harness import load_benchmarks, namer, run_on
 from benchmarks.model import Finished
 from benchmarks.vllm import WrappedLM, load_vllm
-from tasks.config.evaluation import EvaluateParams
+from tasks.config.params import EvaluateParams
 from tasks.stages.evaluate import evaluate_variant
 
 Make = Callable[..., BenchmarkSource]
@@ -73,7 +73,7 @@ def test_stage_with_vllm(textvqa: Make, tiny_checkpoint: Path, tmp_path: Path, m
     module = types.ModuleType("lm_eval.models.vllm_vlms")
     module.VLLM_VLM = Stub  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_vlms", module)
-    params = EvaluateParams((textvqa(3),), backend="vllm", max_new_tokens=5, resamples=10)
+    params = EvaluateParams(benchmarks=(textvqa(3),), backend="vllm", max_new_tokens=5, resamples=10)
     metrics = evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
     assert metrics["mean"]["score"] == 100
     assert "nll" not in metrics["mean"]
@@ -83,10 +83,10 @@ def test_stage_with_vllm(textvqa: Make, tiny_checkpoint: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"benchmarks": ()}, "benchmarks is empty"),
-        ({"limit": 0}, "limit is 0; it must be at least 1"),
-        ({"batch_size": -1}, "batch_size is -1"),
-        ({"max_skipped": 2.0}, "a share between 0 and 1"),
+        ({"benchmarks": ()}, "benchmarks"),
+        ({"limit": 0}, "limit"),
+        ({"batch_size": -1}, "batch_size"),
+        ({"max_skipped": 2.0}, "max_skipped"),
     ],
 )
 def test_params_out_of_range(change: dict[str, Any], message: str) -> None:

@@ -9,14 +9,21 @@ import pytest
 import torch
 import yaml
 
-from tasks.config.params import ModelParams, ParamsError, recipe, section
-from tasks.stages.calibrate import CalibrateParams
-from tasks.stages.calibset import CalibsetParams
-from tasks.stages.importance import ImportanceParams
-from tasks.stages.prepare import PrepareParams
+from tasks.config.params import (
+    SECTIONS,
+    CalibsetParams,
+    EvaluateParams,
+    ModelParams,
+    ParamsError,
+    PrepareParams,
+    VariantParams,
+    read,
+    recipe,
+    section,
+)
 from tlq.recipes import RECIPES
 
-SHIPPED = Path(__file__).parents[2] / "params.yaml"
+SHIPPED = Path(__file__).parents[3] / "params.yaml"
 
 
 def write(tmp_path: Path, content: Any) -> Path:
@@ -31,18 +38,10 @@ def message_of(error: pytest.ExceptionInfo[ParamsError]) -> str:
     return message
 
 
-@pytest.mark.parametrize(
-    ("name", "cls"),
-    [
-        ("model", ModelParams),
-        ("prepare", PrepareParams),
-        ("importance", ImportanceParams),
-        ("calibset", CalibsetParams),
-        ("calibrate", CalibrateParams),
-    ],
-)
-def test_the_shipped_params_parse(name: str, cls: type) -> None:
-    assert isinstance(section(name, cls, SHIPPED), cls)
+def test_every_section_of_the_shipped_params_parses_and_is_known() -> None:
+    assert list(read(SHIPPED)) == list(SECTIONS)
+    for name, cls in SECTIONS.items():
+        assert isinstance(section(name, cls, SHIPPED), cls)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -51,7 +50,7 @@ def test_the_shipped_params_leave_recipes_as_they_are(name: str) -> None:
 
 
 def test_dtype_becomes_a_torch_dtype() -> None:
-    assert ModelParams("m", "bfloat16").torch_dtype is torch.bfloat16
+    assert ModelParams(path="m", dtype="bfloat16").torch_dtype is torch.bfloat16
 
 
 CALIBSET = {"budget": {"tokens_per_layer": 100}, "weighting": {"power": 0.5}, "seed": 3}
@@ -66,14 +65,21 @@ def test_nested_sections_become_nested_dataclasses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"sed": 1}, "calibset.sed: unknown key; remove it or correct its spelling"),
-        ({"budget": {"tokens_per_layer": 5, "selecton": "top"}}, "calibset.budget.selecton: unknown key"),
+        (
+            {"sed": 1},
+            "calibset.sed: unknown key; correct its spelling or remove it (known: budget, source, weighting, seed)",
+        ),
+        (
+            {"budget": {"tokens_per_layer": 5, "selecton": "top"}},
+            "calibset.budget.selecton: unknown key; correct its spelling or remove it (known: tokens_per_layer, ",
+        ),
         ({"budget": {}}, "calibset.budget.tokens_per_layer: required key is missing; add it"),
-        ({"seed": "many"}, "calibset.seed: Input should be a valid integer"),
-        ({"source": "tokens"}, "calibset.source: Input should be 'uniform', 'modality', 'token' or 'block'"),
-        ({"budget": {"tokens_per_layer": 0}}, "calibset.budget: calibset.tokens_per_layer is 0, must be at least 1"),
+        ({"seed": "many"}, "calibset.seed: must be a valid integer"),
+        ({"source": "tokens"}, "calibset.source: must be 'uniform', 'modality', 'token' or 'block'"),
+        ({"budget": {"tokens_per_layer": 0}}, "calibset.budget.tokens_per_layer is 0, must be at least 1"),
         ({"weighting": {"power": -1}}, "calibset.weighting: importance power is -1"),
-        ({"budget": 7}, "calibset.budget: "),
+        ({"seed": -1}, "calibset.seed: must be at least 0 (found -1)"),
+        ({"budget": 7}, "calibset.budget: must be "),
     ],
 )
 def test_mistakes_name_the_key(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
@@ -105,6 +111,28 @@ def test_files_that_are_not_params_are_refused(tmp_path: Path, content: str) -> 
     message_of(error)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"benchmarks": []}, "evaluate.benchmarks: must have at least 1 entry (found [])"),
+        ({"benchmarks": [{"task": "a", "dat": "b"}]}, "evaluate.benchmarks.0.dat: unknown key; correct its spelling"),
+        ({"batch_size": 0}, "evaluate.batch_size: must be at least 1 (found 0)"),
+        ({"max_skipped": 2.0}, "evaluate.max_skipped: must be at most 1.0 (found 2.0)"),
+    ],
+)
+def test_mistakes_inside_lists_and_choices_name_the_key(tmp_path: Path, values: dict[str, Any], expected: str) -> None:
+    path = write(tmp_path, {"evaluate": {"benchmarks": [{"task": "demo_textvqa"}], **values}})
+    with pytest.raises(ParamsError) as error:
+        section("evaluate", EvaluateParams, path)
+    assert message_of(error).startswith(f"{path}: {expected}")
+
+
+def test_variants_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"variants": {"recipes": ["tlq", "tql"], "schemes": ["w3a16"]}})
+    with pytest.raises(ParamsError, match="variants: unknown recipe 'tql'; choose one of rtn, "):
+        section("variants", VariantParams, path)
+
+
 def test_prepare_refuses_conversations_without_an_image_folder(tmp_path: Path) -> None:
     path = write(tmp_path, {"prepare": {"kind": "llava_json", "path": "a.json", "samples": 3}})
     with pytest.raises(ParamsError, match="prepare: kind llava_json needs image_root"):
@@ -126,7 +154,7 @@ def test_an_override_changes_one_choice_and_keeps_the_rest(tmp_path: Path) -> No
         ({"tlqq": {"rounding": "nearest"}}, "tlq", "unknown recipe 'tlqq'; choose one of rtn, smoothquant"),
         ({"tlq": {"roundin": "nearest"}}, "tlq", "recipes.tlq.roundin: unknown key"),
         ({"tlq": {"equalization": {"duos": True}}}, "tlq", "recipes.tlq.equalization.duos: unknown key"),
-        ({"tlq": {"rounding": "random"}}, "tlq", "recipes.tlq.rounding: Input should be 'nearest' or 'compensated'"),
+        ({"tlq": {"rounding": "random"}}, "tlq", "recipes.tlq.rounding: must be 'nearest' or 'compensated'"),
         ({"tlq": {"name": "mine"}}, "tlq", "recipes.tlq.name: a recipe keeps its name"),
     ],
 )

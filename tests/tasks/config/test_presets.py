@@ -13,14 +13,11 @@ import yaml
 
 from benchmarks.harness import FOLDER
 from tasks.config import presets as module
-from tasks.config.params import ParamsError, section
+from tasks.config.params import Download, ParamsError, PrepareParams, RegisterParams, section
 from tasks.config.presets import KINDS, PRESETS, applied, available, check, main, named, pin
-from tasks.stages.fetch import Download
-from tasks.stages.prepare import PrepareParams
-from tasks.stages.register import RegisterParams
 from tlq.models.architectures import FAMILIES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIPPED = (ROOT / "params.yaml").read_text()
 COMMIT = "f" * 40
 ALL = available(ROOT / PRESETS)

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.config.params import ParamsError, parse
+from tasks.config.params import Bounds, ParamsError, parse
 from tasks.registry.gate import (
-    Bounds,
     CannotCompare,
     Contender,
     Difference,
@@ -78,7 +77,11 @@ def test_every_reason_is_given() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"max_flips": 101}, "max_flips is 101"), ({"floors": {"a": -1}}, "a is -1"), ({"bound": "high"}, "bound")],
+    [
+        ({"max_flips": 101}, "register.max_flips: must be at most 100"),
+        ({"floors": {"a": -1}}, "floors.a is -1"),
+        ({"bound": "high"}, "bound"),
+    ],
 )
 def test_bounds_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ParamsError, match=message):

@@ -14,12 +14,11 @@ import pytest
 from mlflow import MlflowClient
 from registry_results import answers, write_project, write_variant
 
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.params import ModelParams, section
+from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
 from tasks.registry import promotion
 from tasks.registry.gate import Verdict
 from tasks.registry.promotion import ITEM_SCORES, aliases, promote, verdict_tags, versions
-from tasks.registry.tracking import CHECKPOINT, RegisterParams, connect, new_run
+from tasks.registry.tracking import CHECKPOINT, connect, new_run
 from tasks.stages.register import Registrar, register_all
 
 NAME = "tiny-w3a16"

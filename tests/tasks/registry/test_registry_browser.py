@@ -16,9 +16,8 @@ from registry_results import write_project, write_variant
 from servers import wait_until_ready
 from tiny_project import free_port
 
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.params import ModelParams, section
-from tasks.registry.tracking import RegisterParams, connect
+from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
+from tasks.registry.tracking import connect
 from tasks.stages.register import Registrar, register_all
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install '.[dev]'")

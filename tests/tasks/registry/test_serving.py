@@ -23,9 +23,8 @@ from servers import wait_until_ready
 from tiny import png
 from tiny_project import free_port
 
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.params import ModelParams, section
-from tasks.registry.tracking import RegisterParams, connect
+from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
+from tasks.registry.tracking import connect
 from tasks.stages.register import Registrar, register_all
 
 URI = "models:/tiny-w3a16@champion"

@@ -31,7 +31,7 @@ BASE = Base("models/base", "org/base", "qwen2_vl", ["en"], "other", "own-license
 
 def card(reported: Path, monkeypatch: pytest.MonkeyPatch, name: str, base: Base = BASE) -> str:
     monkeypatch.chdir(reported)
-    results = read_results(VariantParams(("rtn", "tlq"), ("w4a8",)), Path("models/rtn-w4a8"))
+    results = read_results(VariantParams(recipes=("rtn", "tlq"), schemes=("w4a8",)), Path("models/rtn-w4a8"))
     variant = next(each for each in results.variants if each.name == name)
     return render_card(variant, results, base, DATA, Path("models") / name)
 

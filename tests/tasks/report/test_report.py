@@ -48,7 +48,7 @@ class Resources(HTMLParser):
 
 def read(folder: Path, patch: pytest.MonkeyPatch) -> Results:
     patch.chdir(folder)
-    return read_results(VariantParams(("rtn", "tlq"), ("w4a8",)), Path("models/rtn-w4a8"))
+    return read_results(VariantParams(recipes=("rtn", "tlq"), schemes=("w4a8",)), Path("models/rtn-w4a8"))
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_the_best_variant_is_told_apart_only_where_intervals_do_not_overlap() ->
 def test_variants_of_one_scheme_stand_together(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reported)
     monkeypatch.setattr("tasks.report.results.read_variant", lambda name: made(name, 90))
-    found = read_results(VariantParams(("rtn", "tlq"), ("w4a8", "w3a16")), Path("models/rtn-w4a8"))
+    found = read_results(VariantParams(recipes=("rtn", "tlq"), schemes=("w4a8", "w3a16")), Path("models/rtn-w4a8"))
     assert [each.name for each in found.variants] == ["rtn-w4a8", "tlq-w4a8", "rtn-w3a16", "tlq-w3a16"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import yaml
 from exporting import read_tensors
 from transformers import AutoModelForImageTextToText
 
-from tasks.config.params import ParamsError, section
+from tasks.config.params import CalibsetParams, ParamsError, section
 from tasks.stages import calibrate
 from tasks.stages.calibrate import weights_of
-from tasks.stages.calibset import CalibsetParams
 from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_sequences
 from tlq import api
 from tlq.calibration import loop as calibration
@@ -231,7 +229,7 @@ def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch])
 def test_mbq_may_count_answers_alone_as_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     params, sequences = section("calibset", CalibsetParams), read_sequences(IMPORTANCE)
-    params = replace(params, weighting=Weighting(text="answer"))
+    params = params.model_copy(update={"weighting": Weighting(text="answer")})
     for per_sample in weights_of(RECIPES["mbq"], params, IMPORTANCE, CALIBSET / "tokens.parquet").values():
         for sample, values in per_sample.items():
             assert np.array_equal(values > 0, sequences.is_image[sample] | sequences.is_answer[sample])

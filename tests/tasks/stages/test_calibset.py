@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from tasks.config.params import CalibsetParams
 from tasks.stages import calibset
-from tasks.stages.calibset import CalibsetParams, build, summarise
+from tasks.stages.calibset import build, summarise
 from tasks.stages.files import IMPORTANCE, write_importance
 from tlq.importance.token_set import TokenBudget, effective_sample_size
 from tlq.importance.weighting import Importance, Weighting, token_weights
@@ -39,7 +40,7 @@ def scored() -> tuple[Importance, Sequences]:
 @pytest.mark.parametrize("selection", ["top", "sample"])
 def test_rows_point_at_the_tokens_that_they_describe(scored: tuple[Importance, Sequences], selection: str) -> None:
     scores, sequences = scored
-    tokens = build(scores, sequences, CalibsetParams(TokenBudget(20, selection)))  # type: ignore[arg-type]
+    tokens = build(scores, sequences, CalibsetParams(budget=TokenBudget(20, selection)))  # type: ignore[arg-type]
     assert tokens.groupby(["layer", "group"]).ngroups == 4
     assert tokens.groupby(["layer", "group"]).size().max() <= 20
     for row in tokens.to_dict("records"):
@@ -52,7 +53,7 @@ def test_rows_point_at_the_tokens_that_they_describe(scored: tuple[Importance, S
 def test_top_weights_are_the_importance(scored: tuple[Importance, Sequences]) -> None:
     scores, sequences = scored
     weighting = Weighting(power=0.5, clip_quantile=1)
-    tokens = build(scores, sequences, CalibsetParams(TokenBudget(20, "top"), weighting=weighting))
+    tokens = build(scores, sequences, CalibsetParams(budget=TokenBudget(20, "top"), weighting=weighting))
     part = tokens[(tokens["layer"] == 1) & (tokens["group"] == "down")]
     weights = token_weights(scores[1, "down"], sequences.is_image, "token", weighting)
     expected = np.array([weights[row["sample"]][row["position"]] for row in part.to_dict("records")])
@@ -63,9 +64,10 @@ def test_layers_and_seeds_draw_for_themselves(scored: tuple[Importance, Sequence
     """Uniform importance everywhere: only the random numbers can differ between groups, and must."""
     scores, sequences = scored
     draws = {
-        seed: build(scores, sequences, CalibsetParams(TokenBudget(20), source="uniform", seed=seed)) for seed in (0, 1)
+        seed: build(scores, sequences, CalibsetParams(budget=TokenBudget(20), source="uniform", seed=seed))
+        for seed in (0, 1)
     }
-    assert build(scores, sequences, CalibsetParams(TokenBudget(20), source="uniform", seed=0)).equals(draws[0])
+    assert build(scores, sequences, CalibsetParams(budget=TokenBudget(20), source="uniform", seed=0)).equals(draws[0])
     assert not draws[0].equals(draws[1])
     columns = ["sample", "position"]
     one, other = (draws[0][draws[0]["layer"] == layer][columns].to_numpy().tolist() for layer in (0, 1))
@@ -73,7 +75,7 @@ def test_layers_and_seeds_draw_for_themselves(scored: tuple[Importance, Sequence
 
 
 def test_summary(scored: tuple[Importance, Sequences]) -> None:
-    tokens = build(*scored, CalibsetParams(TokenBudget(20, "top")))
+    tokens = build(*scored, CalibsetParams(budget=TokenBudget(20, "top")))
     summary = summarise(tokens).set_index(["layer", "group"])
     assert len(summary) == 4
     part = tokens[(tokens["layer"] == 0) & (tokens["group"] == "qkv")]

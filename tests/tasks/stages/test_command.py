@@ -15,7 +15,7 @@ import torch
 from tasks.stages.command import device, run
 from tlq.runtime.files import new_directory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def fail(error: BaseException) -> None:

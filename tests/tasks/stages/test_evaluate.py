@@ -13,8 +13,7 @@ from benchmark_rows import mmmu_rows, textvqa_rows, write_rows
 
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.model import VisionLM
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.params import ParamsError
+from tasks.config.params import EvaluateParams, ParamsError
 from tasks.stages import evaluate
 from tlq.models.checkpoint import load_model
 
@@ -26,7 +25,7 @@ def params(tmp_path_factory: pytest.TempPathFactory) -> EvaluateParams:
         BenchmarkSource("demo_textvqa", data=write_rows(folder / "textvqa.parquet", textvqa_rows(12))),
         BenchmarkSource("demo_mmmu", data=write_rows(folder / "mmmu.parquet", mmmu_rows(12))),
     )
-    return EvaluateParams(sources, limit=8, batch_size=4, max_new_tokens=4, resamples=100)
+    return EvaluateParams(benchmarks=sources, limit=8, batch_size=4, max_new_tokens=4, resamples=100)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +140,7 @@ def test_changed_params_do_not_reuse_answers(
     results: Path, params: EvaluateParams, variant_checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(results / "full", tmp_path / "full")
-    other = EvaluateParams(params.benchmarks, limit=8, batch_size=4, max_new_tokens=1, resamples=100)
+    other = EvaluateParams(benchmarks=params.benchmarks, limit=8, batch_size=4, max_new_tokens=1, resamples=100)
     working = tmp_path / ".working" / "rtn-w3a16"
     working.mkdir(parents=True)
     (working / "fingerprint").write_text("of other params")
@@ -151,7 +150,7 @@ def test_changed_params_do_not_reuse_answers(
 
 
 def test_without_divergence(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    plain = EvaluateParams(params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
+    plain = EvaluateParams(benchmarks=params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
     metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
     assert "kl" not in metrics["mean"]
     assert not (tmp_path / "full" / "reference").exists()
@@ -162,9 +161,11 @@ def test_too_many_unusable_items(tiny_checkpoint: Path, tmp_path: Path) -> None:
     rows[0]["answers"] = []
     source = BenchmarkSource("demo_textvqa", data=write_rows(tmp_path / "rows.parquet", rows))
     with pytest.raises(BenchmarkError, match=r"1 items \(20%\) are unusable, more than evaluate.max_skipped = 5%"):
-        evaluate.evaluate_variant("full", str(tiny_checkpoint), EvaluateParams((source,), max_new_tokens=1), tmp_path)
+        evaluate.evaluate_variant(
+            "full", str(tiny_checkpoint), EvaluateParams(benchmarks=(source,), max_new_tokens=1), tmp_path
+        )
     assert not (tmp_path / "full").exists()
-    allowed = EvaluateParams((source,), max_new_tokens=1, max_skipped=0.5, resamples=10)
+    allowed = EvaluateParams(benchmarks=(source,), max_new_tokens=1, max_skipped=0.5, resamples=10)
     metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), allowed, tmp_path)
     assert (metrics["mean"]["n"], metrics["mean"]["asked"]) == (4, 5)
     assert "no answer" in (tmp_path / "full" / "skipped.csv").read_text()
@@ -209,6 +210,6 @@ def test_benchmark_files_lie_where_dvc_watches() -> None:
     inside = BenchmarkSource("demo_textvqa", data="data/demo/world/textvqa.parquet")
     outside = BenchmarkSource("demo_chartqa", data="elsewhere/chartqa.parquet")
     on_hub = BenchmarkSource("mmmu_vlm")
-    assert EvaluateParams((inside, on_hub), data="data/demo/world").benchmarks == (inside, on_hub)
+    assert EvaluateParams(benchmarks=(inside, on_hub), data="data/demo/world").benchmarks == (inside, on_hub)
     with pytest.raises(ValueError, match=r"demo_chartqa: elsewhere/.* is outside evaluate\.data = data/demo/world"):
-        EvaluateParams((inside, outside), data="data/demo/world")
+        EvaluateParams(benchmarks=(inside, outside), data="data/demo/world")

@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from stand_in_hub import COMMIT, Hub, hub_of
 from tiny import png
 
+from tasks.config.params import Columns, Download, PrepareParams
 from tasks.config.presets import newest_commit
 from tasks.stages import fetch as module
-from tasks.stages.fetch import Download, fetch
-from tasks.stages.prepare import Columns, PrepareParams, prepare
+from tasks.stages.fetch import fetch
+from tasks.stages.prepare import prepare
 
 
 def parquet(folder: Path, answers: list[str]) -> bytes:
@@ -51,7 +52,7 @@ def hub(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def model(repo: str = "maker/tiny-VL", revision: str = COMMIT) -> Download:
-    return Download("model", repo, revision, "data/models/tiny")
+    return Download(kind="model", repo=repo, revision=revision, out="data/models/tiny")
 
 
 def names(folder: str) -> set[str]:
@@ -74,7 +75,15 @@ def test_an_unsupported_family_costs_its_config_only(hub: Hub) -> None:
 
 
 def test_files_of_a_data_set_are_chosen_by_pattern_and_read_by_prepare(hub: Hub) -> None:
-    fetch(Download("calibration", "maker/questions", COMMIT, "data/calibration/questions", ("data/train-*",)))
+    fetch(
+        Download(
+            kind="calibration",
+            repo="maker/questions",
+            revision=COMMIT,
+            out="data/calibration/questions",
+            files=("data/train-*",),
+        )
+    )
     assert len(names("data/calibration/questions")) == 2
     params = PrepareParams(kind="hub", path="data/calibration/questions", samples=3, columns=Columns())
     assert prepare(params, Path("data/prepared")) == (3, [])

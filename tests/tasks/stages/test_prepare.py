@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
 
+from tasks.config.params import Columns, PrepareParams
 from tasks.stages.files import read_samples
-from tasks.stages.prepare import Columns, PrepareParams, prepare
+from tasks.stages.prepare import prepare
 from tlq.samples import Sample
 
 
@@ -111,7 +111,11 @@ def test_answers_may_be_numbers_or_lists(table: Table, tmp_path: Path) -> None:
 def test_captions_get_one_question(tmp_path: Path) -> None:
     pd.DataFrame({"image": [png(0)], "caption": ["A red square."]}).to_parquet(tmp_path / "captions.parquet")
     params = PrepareParams(
-        "parquet", str(tmp_path / "captions.parquet"), 1, columns=Columns(answer="caption"), prompt="Describe it."
+        kind="parquet",
+        path=str(tmp_path / "captions.parquet"),
+        samples=1,
+        columns=Columns(answer="caption"),
+        prompt="Describe it.",
     )
     (found,), _ = run(params, tmp_path)
     assert [message["content"] for message in found.messages] == ["<image>Describe it.", "A red square."]
@@ -120,7 +124,7 @@ def test_captions_get_one_question(tmp_path: Path) -> None:
 def test_tables_written_by_pandas_work_too(tmp_path: Path) -> None:
     frame = pd.DataFrame({"image": [png(0), png(1)], "question": ["a?", "b?"], "answer": ["x", "y"]})
     frame.to_parquet(tmp_path / "plain.parquet")
-    params = PrepareParams("parquet", str(tmp_path / "plain.parquet"), 2)
+    params = PrepareParams(kind="parquet", path=str(tmp_path / "plain.parquet"), samples=2)
     assert {sample.images[0] for sample in run(params, tmp_path)[0]} == {png(0), png(1)}
 
 
@@ -168,12 +172,12 @@ def test_a_column_without_images_says_what_it_holds(tmp_path: Path) -> None:
     frame = pd.DataFrame({"image": ["a.png"], "question": ["a?"], "answer": ["x"]})
     frame.to_parquet(tmp_path / "plain.parquet")
     with pytest.raises(ValueError, match="1 of 1 rows are unusable.*neither a file's bytes nor its path, but str"):
-        prepare(PrepareParams("parquet", str(tmp_path / "plain.parquet"), 1), tmp_path / "prepared")
+        prepare(PrepareParams(kind="parquet", path=str(tmp_path / "plain.parquet"), samples=1), tmp_path / "prepared")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.parquet: not found; set prepare.path"):
-        prepare(PrepareParams("parquet", str(tmp_path / "none.parquet"), 1), tmp_path / "prepared")
+        prepare(PrepareParams(kind="parquet", path=str(tmp_path / "none.parquet"), samples=1), tmp_path / "prepared")
 
 
 # -- LLaVA / ShareGPT4V JSON ------------------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ def test_a_prefix_leaves_out_the_images_of_other_sources(llava: Callable[..., Pr
     )
     with pytest.raises(ValueError, match="rows are unusable"):
         run(params, tmp_path)
-    found, rejected = run(replace(params, image_prefix="coco/"), tmp_path)
+    found, rejected = run(params.model_copy(update={"image_prefix": "coco/"}), tmp_path)
     assert {sample.id for sample in found} == {"c7", "c8"}
     assert rejected.empty
 

@@ -17,10 +17,9 @@ from mlflow import MlflowClient
 from registry_results import BENCHMARKS, layer_report, write_params, write_project, write_scores, write_variant
 
 import tasks
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.params import ModelParams, VariantParams, section
+from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, VariantParams, section
 from tasks.registry import promotion
-from tasks.registry.tracking import CHECKPOINT, RegisterParams, connect, layer_metrics, log_metrics, new_run
+from tasks.registry.tracking import CHECKPOINT, connect, layer_metrics, log_metrics, new_run
 from tasks.stages.command import TRY_AGAIN
 from tasks.stages.register import Registrar, main, register_all
 from tlq.runtime.digest import digest
