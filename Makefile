@@ -13,7 +13,7 @@ export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW ?= ignore
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: setup demo serve pool test lint peers-env clean
+.PHONY: setup demo serve pool test check lint peers-env clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Lint, types and the fast tests; tests/conftest.py lists the slow ones.
+check: lint
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     samples = pickle.loads(arguments.samples.read_bytes())
     started = time.perf_counter()
-    reports = quantize(
+    result = quantize(
         arguments.model,
         arguments.out,
         samples,
@@ -47,7 +47,7 @@ def main() -> None:
     )
     seconds = time.perf_counter() - started
     phases: Counter[str] = Counter()
-    for report in reports:
+    for report in result.layers:
         phases.update(report["phases"])
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_resident()
     measured = {"seconds": seconds, "layers": phases.total(), **phases, "peak_mib": peak / 2**20}

@@ -25,9 +25,39 @@ from tlq.models.processor import load_processor
 from tlq.models.streaming import ResidentModel
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
+#: Files and folders that `make check` leaves out: they start servers or ranks, build environments, or export dozens of
+#: checkpoints. `make test` runs them.
+SLOW = (
+    "bench",
+    "demo/test_demo_training.py",
+    "services",
+    "tasks/cluster",
+    "tasks/registry/test_registry_browser.py",
+    "tasks/registry/test_serving.py",
+    "tasks/report/test_report_browser.py",
+    "tasks/stages/test_register.py",
+    "tasks/stages/test_resume.py",
+    "test_docs.py",
+    "test_dvc.py",
+    "test_package.py",
+    "test_pipeline.py",
+    "tlq/models/test_families.py",
+    "tlq/test_parallel.py",
+)
+
 settings.register_profile("tests", derandomize=True)  # the same examples in every run
 settings.load_profile("tests")
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of ``SLOW``, and give them more time than the timeout of pyproject.toml."""
+    tests = Path(__file__).parent
+    for item in items:
+        if any(item.path.is_relative_to(tests / place) for place in SLOW):
+            item.add_marker(pytest.mark.slow)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")

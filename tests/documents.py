@@ -81,6 +81,8 @@ def run_shell(block: Block, project: QuickProject) -> dict[str, str]:
         program = Path(words[0]).name
         if program == "python":
             outputs[command] = _run_module(words[2], words[3:], project.folder)
+        elif program == "tlq":
+            outputs[command] = _run_module("tlq", words[1:], project.folder)
         elif program == "dvc":
             outputs[command] = project.dvc(*words[1:], **assignments)
             if words[1:3] == ["queue", "start"]:

@@ -91,6 +91,8 @@ def check_command(words: list[str], place: str) -> None:
     elif name == "python":
         assert words[1] == "-m", f"{place}: {' '.join(words)}: run modules, not files"
         check_module(words[2], options, place)
+    elif name == "tlq":
+        check_module("tlq.cli", options, place)
     elif name in OUTSIDE:
         return
     else:

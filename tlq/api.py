@@ -1,84 +1,198 @@
-"""Quantize a checkpoint from Python, without the pipeline.
-
-from tlq.api import quantize
-quantize("Qwen2-VL-2B-Instruct", "Qwen2-VL-2B-Instruct-w3a16", samples, recipe="tlq", scheme="w3a16")
-"""
+"""Quantize a checkpoint from Python, without the pipeline."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
+from tlq.export.model_card import write_card
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_resumably
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import SampleWeights, all_tokens, token_set, uniform_tokens
 from tlq.importance.weighting import Weighting, loss_of
-from tlq.job import quantize_checkpoint
+from tlq.job import calibration_batches, quantize_checkpoint
+from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan import plan_importance, refuse_impossible
+from tlq.plan import Plan, plan_calibration, plan_importance, refuse_impossible
 from tlq.quantization.formats import Scheme, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.runtime.resume import WorkFolder
 from tlq.samples import Batch, Sample, sequences_of
 
+logger = logging.getLogger("tlq.api")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How ``quantize`` calibrates; every field is also a keyword of ``quantize``.
+
+    Attributes:
+        weighting: how importance becomes token weights.
+        budget: size and choice of the token-level calibration set.
+        seed: of the draw of that set.
+        batch_size: samples per micro-batch.
+        max_tokens: longest sample allowed.
+        dtype: in which layers compute; ``auto`` is the checkpoint's dtype on a GPU and float32 on a CPU.
+        device: where they compute; None takes the GPU if there is one.
+    """
+
+    weighting: Weighting = Weighting()
+    budget: TokenBudget = TokenBudget(4096)
+    seed: int = 0
+    batch_size: int = 8
+    max_tokens: int = 4096
+    dtype: torch.dtype | str = "auto"
+    device: torch.device | str | None = None
+
+    def place(self, model: str | Path) -> tuple[torch.device, torch.dtype | str]:
+        """Device and dtype for a checkpoint directory or hub id.
+
+        Raises: as ``read_config``.
+        """
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.dtype != "auto":
+            return device, self.dtype
+        return device, torch.float32 if device.type == "cpu" else checkpoint_dtype_of(read_config(model))
+
+    def open_model(self, model: str | Path) -> StreamedModel:
+        """Open a checkpoint directory or hub id. Raises: as ``StreamedModel``."""
+        device, dtype = self.place(model)
+        return StreamedModel(model, dtype, device)
+
+
+class Options(TypedDict, total=False):
+    """The fields of ``CalibrationOptions`` as keywords."""
+
+    weighting: Weighting
+    budget: TokenBudget
+    seed: int
+    batch_size: int
+    max_tokens: int
+    dtype: torch.dtype | str
+    device: torch.device | str | None
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What ``quantize`` has made.
+
+    Attributes:
+        folder: the checkpoint, with its processor, ``calibration.json`` and a model card.
+        layers: one report per decoder layer, as ``tlq.job.quantize_checkpoint`` returns them.
+        seconds: wall-clock time of the call.
+    """
+
+    folder: Path
+    layers: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """One report per linear group, layer after layer: exponent, errors before and after, tokens."""
+        return [group for layer in self.layers for group in layer["groups"]]
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {len(self.layers)} layers quantized in {self.seconds:.0f} s"
+
 
 def quantize(
-    model_dir: str | Path,
-    out_dir: str | Path,
-    calibration: Sequence[Sample],
+    model: str | Path,
+    out: str | Path,
+    samples: Sequence[Sample] = (),
     recipe: str | Recipe = "tlq",
     scheme: str | Scheme = "w3a16",
-    *,
-    weighting: Weighting | None = None,
-    budget: TokenBudget | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    max_tokens: int = 4096,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
-) -> list[dict[str, Any]]:
-    """Quantize the decoder of ``model_dir`` and write a checkpoint that transformers and vLLM load to ``out_dir``.
+    **options: Unpack[Options],
+) -> QuantizationReport:
+    """Quantize the decoder of ``model`` and write a checkpoint that transformers and vLLM load to ``out``.
 
     Decoder layers are read from disk one at a time. After an interruption the same call continues.
 
     Args:
-        calibration: samples, the pool that token importance is scored on; may be empty for `rtn`.
+        model: checkpoint directory or hub id.
+        samples: pool that token importance is scored on and layers are calibrated on; may be empty for ``rtn``.
         recipe, scheme: names or rows, see ``tlq.recipes`` and ``tlq.quantization.formats``.
-        weighting, budget, seed: how importance becomes weights, and how the token-level set is drawn.
-        batch_size: samples per micro-batch.
-        max_tokens: longest sample allowed.
-
-    Returns:
-        One report per layer, as ``quantize_checkpoint``.
+        options: see ``CalibrationOptions``.
 
     Raises:
-        FileExistsError: ``out_dir`` is not empty.
-        ValueError, FloatingPointError: see ``tlq.calibration.loop.calibrate`` and ``tlq.samples.encode_batches``.
+        FileExistsError: ``out`` is not empty.
+        MemoryError, OSError: this machine is too small for the job (see ``tlq.plan``).
+        ValueError, FloatingPointError: see ``calibrate_layers`` and ``tlq.samples.encode_batches``.
     """
-    out = Path(out_dir)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out}: not empty; remove it or choose another out_dir")
-    row = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    number_format = get_scheme(scheme) if isinstance(scheme, str) else scheme
-
-    model = StreamedModel(model_dir, dtype, device)
-    budget = budget or TokenBudget(4096)
-    scoring = WorkFolder(out.with_name(f"{out.name}-importance"))
+    started = time.perf_counter()
+    settings = CalibrationOptions(**options)
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: not empty; remove it or choose another folder")
+    recipe_row, scheme_row = _rows(recipe, scheme)
+    streamed = settings.open_model(model)
+    scoring = WorkFolder(folder.with_name(f"{folder.name}-importance"))
 
     def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
-        return _weights(model, batches, row, number_format, weighting or Weighting(), budget, seed, scoring)
+        return _weights(model, batches, recipe_row, scheme_row, settings, scoring)
 
-    counted = budget.tokens_per_layer if row.tokens == "set" else None
     with scoring.locked():
-        reports = quantize_checkpoint(
-            model, out, calibration, row, number_format, weigh, batch_size, max_tokens, counted=counted
+        layers = quantize_checkpoint(
+            streamed,
+            folder,
+            samples,
+            recipe_row,
+            scheme_row,
+            weigh,
+            settings.batch_size,
+            settings.max_tokens,
+            counted=_counted(recipe_row, settings),
         )
         scoring.remove()
-    return reports
+    report = QuantizationReport(folder, layers, time.perf_counter() - started)
+    write_card(folder, model, recipe_row, scheme_row, report.groups, len(samples))
+    logger.info("%s", report)
+    return report
+
+
+def plan(
+    model: str | Path,
+    samples: Sequence[Sample] = (),
+    recipe: str | Recipe = "tlq",
+    scheme: str | Scheme = "w3a16",
+    **options: Unpack[Options],
+) -> list[Plan]:
+    """What ``quantize`` with the same arguments will need: one plan per part of the work. No weight is read.
+
+    Raises:
+        ValueError: the scheme does not fit the model, or a sample cannot be encoded.
+    """
+    settings = CalibrationOptions(**options)
+    recipe_row, scheme_row = _rows(recipe, scheme)
+    streamed = settings.open_model(model)
+    ranks = Ranks(device=streamed.device)
+    batches = calibration_batches(streamed, samples, recipe_row, settings.batch_size, settings.max_tokens)
+    plans = [plan_calibration(streamed, batches, recipe_row, scheme_row, ranks, _counted(recipe_row, settings))]
+    if _scores_gradients(recipe_row):
+        plans.insert(0, plan_importance(streamed, batches, ranks))
+    return plans
+
+
+def _rows(recipe: str | Recipe, scheme: str | Scheme) -> tuple[Recipe, Scheme]:
+    return (
+        get_recipe(recipe) if isinstance(recipe, str) else recipe,
+        get_scheme(scheme) if isinstance(scheme, str) else scheme,
+    )
+
+
+def _counted(recipe: Recipe, settings: CalibrationOptions) -> int | None:
+    """Most tokens whose error counts in a linear group; None is all of them."""
+    return settings.budget.tokens_per_layer if recipe.tokens == "set" else None
+
+
+def _scores_gradients(recipe: Recipe) -> bool:
+    return recipe.needs_data and not (recipe.importance == "uniform" and recipe.tokens == "all")
 
 
 def _weights(
@@ -86,15 +200,17 @@ def _weights(
     batches: Sequence[Batch],
     recipe: Recipe,
     scheme: Scheme,
-    weighting: Weighting,
-    budget: TokenBudget,
-    seed: int,
+    settings: CalibrationOptions,
     scoring: WorkFolder,
 ) -> SampleWeights:
-    """What the stages importance and calibset would hand to calibration."""
+    """Token weights for calibration, as the stages importance and calibset make them.
+
+    Args:
+        scoring: keeps finished scores, so that an interrupted call continues.
+    """
     sequences = sequences_of(batches)
     is_image, is_answer = sequences.is_image, sequences.is_answer
-    if recipe.importance == "uniform" and recipe.tokens == "all":
+    if not _scores_gradients(recipe):
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
         return uniform_tokens(keys, is_image)
@@ -102,6 +218,7 @@ def _weights(
     alone = Ranks(device=model.device)
     refuse_impossible(plan_importance(model, batches, alone), scoring.folder, alone.device, 1, scoring.size())
     scores = score_resumably(model, batches, len(is_image), loss, scoring, alone)
+    weighting, budget = settings.weighting, settings.budget
     if recipe.tokens == "set":
-        return token_set(scores, is_image, recipe.importance, weighting, budget, seed, is_answer)
+        return token_set(scores, is_image, recipe.importance, weighting, budget, settings.seed, is_answer)
     return all_tokens(scores, is_image, recipe.importance, weighting, is_answer)

@@ -5,14 +5,11 @@ Writes data/prepared/calibration.parquet (id, images, messages, source) and data
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
@@ -21,18 +18,11 @@ from datasets import load_dataset
 from tasks.config.params import PrepareParams, section
 from tasks.stages.command import run
 from tasks.stages.files import PREPARED, write_samples
+from tlq.data import Rejected, as_text, draw_usable, image_bytes, image_entries, read_json_list, sample_of
 from tlq.runtime.files import new_directory, write_text
-from tlq.samples import IMAGE_MARK, Message, Sample, decode_image
+from tlq.samples import IMAGE_MARK, Message, Sample
 
 logger = logging.getLogger("tlq.prepare")
-
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-@dataclass(frozen=True)
-class Rejected:
-    row: str
-    reason: str
 
 
 def prepare(params: PrepareParams, out: Path) -> tuple[int, list[Rejected]]:
@@ -52,15 +42,7 @@ def prepare(params: PrepareParams, out: Path) -> tuple[int, list[Rejected]]:
 
 def draw(count: int, read: Callable[[int], Sample], params: PrepareParams) -> tuple[list[Sample], list[Rejected]]:
     """The first ``params.samples`` usable rows of a seeded shuffle of ``count`` rows, and the unusable ones met."""
-    kept: list[Sample] = []
-    rejected: list[Rejected] = []
-    for index in np.random.default_rng(params.seed).permutation(count):
-        if len(kept) == params.samples:
-            break
-        try:
-            kept.append(checked(read(int(index))))
-        except ValueError as error:
-            rejected.append(Rejected(str(index), str(error)))
+    kept, rejected = draw_usable(count, read, params.samples, params.seed)
     looked_at = len(kept) + len(rejected)
     if looked_at and len(rejected) / looked_at > params.max_rejected:
         raise ValueError(
@@ -71,20 +53,6 @@ def draw(count: int, read: Callable[[int], Sample], params: PrepareParams) -> tu
     if len(kept) < params.samples:
         raise ValueError(f"{params.path}: {len(kept)} usable rows, prepare.samples asks for {params.samples}")
     return kept, rejected
-
-
-def checked(sample: Sample) -> Sample:
-    """``sample`` itself, if calibration can use it; ValueError with the reason otherwise."""
-    if not sample.messages or sample.messages[-1]["role"] != "assistant":
-        raise ValueError("its last turn is not an answer")
-    if not sample.messages[-1]["content"].strip():
-        raise ValueError("its answer is empty")
-    marks = sum(message["content"].count(IMAGE_MARK) for message in sample.messages)
-    if marks != len(sample.images):
-        raise ValueError(f"{marks} image marks in its text, {len(sample.images)} images")
-    for data in sample.images:
-        decode_image(data)
-    return sample
 
 
 Reader = tuple[int, Callable[[int], Sample]]
@@ -112,14 +80,14 @@ def read_table(params: PrepareParams) -> Reader:
     def read(index: int) -> Sample:
         row = dataset[index]
         images = row[columns.image] if isinstance(row[columns.image], list) else [row[columns.image]]
-        encoded = [_image_bytes(image) for image in images if image is not None]
+        encoded = [image_bytes(image, Path()) for image in images if image is not None]
         answer = row[columns.answer]
         if isinstance(answer, list):
             answer = answer[0] if answer else ""
-        question = f"{IMAGE_MARK * len(encoded)}{_text(row[asked] if asked else params.prompt)}"
+        question = f"{IMAGE_MARK * len(encoded)}{as_text(row[asked] if asked else params.prompt)}"
         messages = [
             Message(role="user", content=question),
-            Message(role="assistant", content=_text(answer)),
+            Message(role="assistant", content=as_text(answer)),
         ]
         identifier = str(row[columns.id]) if columns.id else str(index)
         source = str(row[columns.source]) if columns.source else params.path
@@ -138,76 +106,27 @@ def _keep_encoded(dataset: Any, column: str) -> Any:
     return dataset
 
 
-def _text(value: Any) -> str:
-    """A cell as text; numbers count as answers (0 too), an empty cell as none."""
-    return "" if value is None else str(value)
-
-
-def _image_bytes(image: Any) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return bytes(image["bytes"])
-    if isinstance(image, dict) and image.get("path"):
-        return _read_image_file(Path(image["path"]))
-    raise ValueError(f"unreadable image: neither a file's bytes nor its path, but {type(image).__name__}")
-
-
-def _read_image_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"unreadable image: {path.name}: {error.strerror}") from error
-
-
 def read_llava_json(params: PrepareParams) -> Reader:
     """LLaVA / ShareGPT4V: a list of {"id", "image", "conversations": [{"from", "value"}, ...]}."""
     path, root = Path(params.path), Path(params.image_root or "")
     if not path.exists() or not root.is_dir():
         raise FileNotFoundError(f"{path} or image_root {root}: not found; correct them in prepare")
-    try:
-        rows: Sequence[dict[str, Any]] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: must be a list of conversations")
-    rows = [row for row in rows if _has_prefix(row, params.image_prefix)]
+    rows = [row for row in read_json_list(path) if _has_prefix(row, params.image_prefix)]
 
     def read(index: int) -> Sample:
-        row = rows[index]
-        if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+        if not isinstance(rows[index], dict) or not isinstance(rows[index].get("conversations"), list):
             raise ValueError("it has no list of `conversations`")
-        images = [_read_image_file(root / name) for name in _image_names(row)]
-        return Sample(str(row.get("id", index)), images, [_message(turn) for turn in row["conversations"]], path.name)
+        return sample_of(rows[index], str(index), root, path.name)
 
     return len(rows), read
-
-
-def _image_names(row: dict[str, Any]) -> list[str]:
-    names = row.get("image") or []
-    return [names] if isinstance(names, str) else list(names)
 
 
 def _has_prefix(row: Any, prefix: str) -> bool:
     """Whether a row's images, of which a prefix asks for one at least, are of the source that ``prefix`` names."""
     if not prefix:
         return True
-    names = _image_names(row) if isinstance(row, dict) else []
+    names = image_entries(row) if isinstance(row, dict) else []
     return bool(names) and all(name.startswith(prefix) for name in names)
-
-
-def _message(turn: Any) -> Message:
-    """A LLaVA turn {"from", "value"} as a chat message; ValueError if it is not one."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise ValueError("a turn has no text in `value`")
-    if turn.get("from") not in ROLES:
-        raise ValueError(f"a turn is from {turn.get('from')!r}, not one of {', '.join(ROLES)}")
-    return Message(role=ROLES[turn["from"]], content=_tidy(turn["value"]))
-
-
-def _tidy(text: str) -> str:
-    """LLaVA data puts a newline between the image mark and the text; chat templates bring their own."""
-    return text.replace(f"{IMAGE_MARK}\n", IMAGE_MARK).replace(f"\n{IMAGE_MARK}", IMAGE_MARK)
 
 
 READERS: dict[str, Callable[[PrepareParams], Reader]] = {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
 
 import tlq
-from tlq import quantize
+from tlq import CalibrationOptions, quantize
+from tlq.api import Options, plan
 from tlq.importance.token_set import TokenBudget
 from tlq.models.checkpoint import load_model
 from tlq.recipes import Equalization, Recipe
@@ -20,10 +25,10 @@ from tlq.samples import Sample
 def test_a_checkpoint_is_quantized_in_one_call(
     tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path, recipe: str
 ) -> None:
-    reports = tlq.quantize(
+    result = tlq.quantize(
         tiny_checkpoint,
         tmp_path / "out",
-        calibration=samples,
+        samples=samples,
         recipe=recipe,
         scheme="w3a16",
         budget=TokenBudget(300),
@@ -32,7 +37,10 @@ def test_a_checkpoint_is_quantized_in_one_call(
     report = json.loads((tmp_path / "out/calibration.json").read_text())
     assert report["recipe"]["name"] == recipe
     assert len(report["groups"]) == 8
-    assert [layer["groups"] for layer in reports] == [report["groups"][:4], report["groups"][4:]]
+    assert result.groups == report["groups"]
+    assert [layer["groups"] for layer in result.layers] == [report["groups"][:4], report["groups"][4:]]
+    assert result.folder == tmp_path / "out"
+    assert 0 < sum(layer["seconds"] for layer in result.layers) <= result.seconds + 0.01
     name = "model.language_model.layers.1.mlp.down_proj.weight"
     quantized, original = (load_model(path).get_parameter(name) for path in (tmp_path / "out", tiny_checkpoint))
     assert 0 < float((quantized - original).norm() / original.norm()) < 0.5
@@ -45,8 +53,8 @@ def test_a_checkpoint_is_quantized_in_bfloat16(
 ) -> None:
     """As on a GPU: errors are added up in float32, layers compute in bfloat16. mbq looks at the parent's error only."""
     budget = TokenBudget(300)
-    reports = quantize(tiny_checkpoint, tmp_path / "out", samples, recipe, "w3a16", budget=budget, dtype="bfloat16")
-    assert all(group["error_after"] < 1.5 * group["error_before"] for layer in reports for group in layer["groups"])
+    result = quantize(tiny_checkpoint, tmp_path / "out", samples, recipe, "w3a16", budget=budget, dtype="bfloat16")
+    assert all(group["error_after"] < 1.5 * group["error_before"] for group in result.groups)
 
 
 def test_rtn_needs_no_samples_and_others_do(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -62,9 +70,62 @@ def test_a_folder_with_files_is_not_written_over(tiny_checkpoint: Path, samples:
     assert (tmp_path / "precious").read_text() == "data"
 
 
-def test_the_package_has_this_one_name() -> None:
-    with pytest.raises(AttributeError, match="module 'tlq' has no attribute 'quantise'"):
+def test_every_public_name_can_be_imported() -> None:
+    assert set(tlq.__all__) == set(tlq._MODULES) <= set(dir(tlq))
+    for name in tlq.__all__:
+        assert getattr(tlq, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'tlq' has no attribute 'quantise'; it has .*quantize"):
         tlq.quantise  # noqa: B018
+
+
+def test_options_are_the_same_as_keywords_and_as_a_dataclass() -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(CalibrationOptions)}
+    assert list(fields) == list(Options.__annotations__)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
+        quantize("model", "out", batchsize=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "expected"),
+    [
+        (False, {}, ("cpu", torch.float32)),
+        (True, {}, ("cuda", torch.bfloat16)),
+        (True, {"device": "cpu"}, ("cpu", torch.float32)),
+        (True, {"dtype": "float32"}, ("cuda", "float32")),
+        (False, {"dtype": "bfloat16"}, ("cpu", "bfloat16")),
+    ],
+)
+def test_a_gpu_is_taken_with_the_checkpoint_dtype(
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    options: dict[str, Any],
+    expected: tuple[str, torch.dtype | str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    device, dtype = CalibrationOptions(**options).place(tiny_checkpoint)
+    assert (device.type, dtype) == expected
+
+
+def test_the_result_has_a_model_card(tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path) -> None:
+    result = quantize(tiny_checkpoint, tmp_path / "mine", samples, "mbq", "w3a16", batch_size=3)
+    card = ModelCard.load(tmp_path / "mine/README.md")
+    assert card.data.library_name == "transformers"
+    assert {"compressed-tensors", "w3a16", "mbq"} <= set(card.data.tags)
+    qkv = [group["error_after"] for group in result.groups if group["group"] == "qkv"]
+    assert f"| {sum(qkv) / len(qkv):.4g} |" in card.text
+    assert '.from_pretrained("mine"' in card.text
+    assert "| calibration samples | 6 |" in card.text
+    quantize(tiny_checkpoint, tmp_path / "rtn", [], "rtn", "w4a8")
+    assert "the recipe needs no data" in (tmp_path / "rtn/README.md").read_text()
+
+
+def test_the_plan_has_a_part_for_importance_where_gradients_are_scored(
+    tiny_checkpoint: Path, samples: list[Sample]
+) -> None:
+    assert [part.work for part in plan(tiny_checkpoint, samples, "tlq")] == ["importance", "calibration"]
+    assert [part.work for part in plan(tiny_checkpoint, samples, "gptq")] == ["calibration"]
+    assert plan(tiny_checkpoint, samples, "tlq", budget=TokenBudget(50))[1].counted == 50
 
 
 def test_unknown_names_list_the_known_ones(tiny_checkpoint: Path, tmp_path: Path) -> None:

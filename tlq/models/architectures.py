@@ -2,12 +2,11 @@
 
 A model is a family (``FAMILIES``: vision tower, connector, and where the decoder sits) around a text decoder
 (``DECODERS``: its linears and norms), so supporting another one is one more row in either table.
-``python -m tlq.models.architectures`` lists the families.
+``tlq families`` lists the families.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -220,7 +219,3 @@ def linear_paths(architecture: Architecture, layer: int) -> list[str]:
     """Full module paths of the linears of decoder layer ``layer``, in group order."""
     prefix = f"{architecture.layers}.{layer}"
     return [f"{prefix}.{path}" for path in architecture.linears]
-
-
-if __name__ == "__main__":
-    sys.stdout.write("".join(f"{name}\n" for name in FAMILIES))

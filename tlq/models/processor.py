@@ -40,7 +40,7 @@ def image_only_class(checkpoint: str | Path) -> Any:
     if name is None:
         raise ValueError(
             f"{checkpoint}: transformers has no processor for model type {model_type!r}; "
-            "give a vision-language checkpoint, see `python -m tlq.models.architectures` for the supported ones"
+            "give a vision-language checkpoint, `tlq families` lists the supported ones"
         )
     if model_type in NEEDS_VIDEO:
         raise ImportError(

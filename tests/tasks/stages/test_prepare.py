@@ -171,7 +171,7 @@ def test_missing_columns_are_named_with_those_there_are(table: Table, tmp_path: 
 def test_a_column_without_images_says_what_it_holds(tmp_path: Path) -> None:
     frame = pd.DataFrame({"image": ["a.png"], "question": ["a?"], "answer": ["x"]})
     frame.to_parquet(tmp_path / "plain.parquet")
-    with pytest.raises(ValueError, match="1 of 1 rows are unusable.*neither a file's bytes nor its path, but str"):
+    with pytest.raises(ValueError, match="1 of 1 rows are unusable.*unreadable image: a.png: No such file"):
         prepare(PrepareParams(kind="parquet", path=str(tmp_path / "plain.parquet"), samples=1), tmp_path / "prepared")
 
 

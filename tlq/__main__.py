@@ -1,0 +1,7 @@
+"""``python -m tlq``: the command ``tlq``."""
+
+import sys
+
+from tlq.cli import main
+
+sys.exit(main())

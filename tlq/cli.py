@@ -1,0 +1,131 @@
+"""The command ``tlq``: quantize a checkpoint, plan the job, list the supported model families.
+
+Imports torch in the functions that need it: help is printed at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tlq.samples import Sample
+
+RECIPES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "tlq", "tlq-c")
+SCHEMES = ("w2a16", "w3a16", "w4a16", "w4a8", "w8a8")
+
+logger = logging.getLogger("tlq")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 after an expected error, 130 after Ctrl-C.
+
+    Wrong arguments exit with status 2. ``TLQ_LOG=debug`` logs more, tracebacks of expected errors included.
+    """
+    arguments = _parser().parse_args(argv)
+    level = os.environ.get("TLQ_LOG", "info").upper()
+    logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stderr)
+    logger.setLevel(level)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, MemoryError, FloatingPointError, ImportError) as error:
+        logger.debug("traceback", exc_info=True)
+        sys.stderr.write(f"tlq: error: {' '.join(str(error).split())}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("tlq: interrupted; run the same command again to continue\n")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tlq", description="Quantize vision-language models.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    quantize = commands.add_parser("quantize", help="quantize a checkpoint", description=_quantize.__doc__)
+    _add_job(quantize)
+    quantize.add_argument("--out", type=Path, required=True, help="folder for the quantized checkpoint")
+    quantize.set_defaults(run=_quantize)
+
+    plan = commands.add_parser("plan", help="print what a job will need", description=_plan.__doc__)
+    _add_job(plan)
+    plan.set_defaults(run=_plan)
+
+    families = commands.add_parser("families", help="list the supported families", description=_families.__doc__)
+    families.set_defaults(run=_families)
+    return parser
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that describe a job."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory or Hugging Face hub id")
+    parser.add_argument("--recipe", default="tlq", choices=RECIPES, help="method (default: %(default)s)")
+    parser.add_argument("--scheme", default="w3a16", choices=SCHEMES, help="number format (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, help="calibration samples: .json, .jsonl, .parquet or a folder of images; rtn needs none"
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image names in --data are relative to")
+    parser.add_argument("--samples", type=int, metavar="N", help="draw N samples of --data (default: all)")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="size of the token-level calibration set")
+    parser.add_argument("--seed", type=int, default=0, help="seed of both draws (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per micro-batch")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="longest sample allowed")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the computation (default: float32 on a CPU, the checkpoint's on a GPU)"
+    )
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for ``tlq.quantize`` and ``tlq.api.plan``."""
+    from tlq import TokenBudget
+
+    return {
+        "recipe": arguments.recipe,
+        "scheme": arguments.scheme,
+        "budget": TokenBudget(arguments.tokens),
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "max_tokens": arguments.max_tokens,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+    }
+
+
+def _samples(arguments: argparse.Namespace) -> list[Sample]:
+    from tlq import load_samples
+    from tlq.recipes import get_recipe
+
+    if not get_recipe(arguments.recipe).needs_data:
+        return []
+    if arguments.data is None:
+        raise ValueError(f"recipe {arguments.recipe} needs calibration samples; give --data, or choose --recipe rtn")
+    return load_samples(arguments.data, arguments.images, arguments.samples, arguments.seed)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    """Quantize the decoder of MODEL and write a checkpoint that transformers and vLLM load."""
+    from tlq import quantize
+
+    report = quantize(arguments.model, arguments.out, _samples(arguments), **_options(arguments))
+    sys.stdout.write(f"{report.folder}\n")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    """Print the memory and disk that a job will need. No weight is read."""
+    from tlq.api import plan
+
+    plans = plan(arguments.model, _samples(arguments), **_options(arguments))
+    sys.stdout.write("".join(f"{line}\n" for each in plans for line in each.lines()))
+
+
+def _families(arguments: argparse.Namespace) -> None:
+    """List the supported model families, by the model_type of config.json."""
+    from tlq.models.architectures import FAMILIES
+
+    sys.stdout.write("".join(f"{name}\n" for name in FAMILIES))

@@ -1,0 +1,313 @@
+"""Read calibration samples: LLaVA's JSON, lists of questions, parquet, image folders.
+
+====================  ==================================================================================================
+a path                holds
+====================  ==================================================================================================
+``*.json``            a list of rows
+``*.jsonl``           a row per line
+``*.parquet``         a row per question; ``image`` is the bytes of an image file, or ``{"bytes", "path"}`` as the
+                      library ``datasets`` writes it, or a list of either
+a folder              images, and ``metadata.jsonl`` with a row per image; or, without it, next to each image
+                      ``name.png`` its caption ``name.txt``
+====================  ==================================================================================================
+
+A row is one of
+
+- ``{"conversations": [{"from": "human" | "gpt", "value": text}, ...], "image": name}``: LLaVA and ShareGPT4V;
+- ``{"messages": [{"role", "content"}, ...], "images": [...]}``: the form of ``tlq.Sample``;
+- ``{"question": text, "answer": text, "image": name}``; without a question (a caption), ``prompt`` is the question.
+
+``image`` (``images``, or ``file_name`` as in the image folders of ``datasets``) is one name or a list of names,
+relative to ``image_root``. ``<image>`` marks in a text say where the images go; a question without one gets them in
+front. ``answer`` may be a list of accepted answers, of which the first is taken; ``text`` is another name for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tlq.samples import IMAGE_MARK, Message, Sample, decode_image
+
+logger = logging.getLogger("tlq.data")
+
+#: What LLaVA's files call the two sides, and what chat templates call them.
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+CAPTION_PROMPT = "Describe this image."
+
+_IMAGE_KEYS = ("image", "images", "file_name")
+_ANSWER_KEYS = ("answer", "text", "caption")
+_IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that calibration cannot use."""
+
+    row: str
+    reason: str
+
+
+def load_samples(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    prompt: str = CAPTION_PROMPT,
+    max_rejected: float = 0.1,
+) -> list[Sample]:
+    """Read calibration samples from a file or a folder, see the module's table.
+
+    Rows that calibration cannot use (an image is missing, an answer is empty) are skipped, and logged with the reason.
+
+    Args:
+        image_root: folder that image names are relative to; the folder of ``path`` without it.
+        limit: how many samples to draw, without replacement and in random order; all of them, in order, without it.
+        seed: of the draw.
+        prompt: the question of rows that have none.
+        max_rejected: share of the rows read that may be unusable.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: a format that is not in the table, too many unusable rows, or fewer samples than ``limit``.
+        ImportError: pyarrow, which reads parquet, is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; give a .json, .jsonl or .parquet file, or a folder of images")
+    root = Path(image_root) if image_root is not None else path if path.is_dir() else path.parent
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder of images; correct image_root")
+    rows = _read_rows(path)
+
+    def read(index: int) -> Sample:
+        return sample_of(rows[index], str(index), root, path.name, prompt)
+
+    kept, rejected = draw_usable(len(rows), read, limit, seed)
+    for each in rejected:
+        logger.warning("%s: row %s is skipped: %s", path, each.row, each.reason)
+    if len(rejected) > max_rejected * (len(kept) + len(rejected)):
+        raise ValueError(
+            f"{path}: {len(rejected)} of {len(kept) + len(rejected)} rows are unusable, max_rejected = "
+            f"{max_rejected:g} of them are allowed; the first is row {rejected[0].row}: {rejected[0].reason}"
+        )
+    if not kept or (limit is not None and len(kept) < limit):
+        raise ValueError(f"{path}: {len(kept)} usable rows, {limit or 1} needed; lower the limit or add rows")
+    return kept
+
+
+def draw_usable(
+    count: int, read: Callable[[int], Sample], limit: int | None, seed: int
+) -> tuple[list[Sample], list[Rejected]]:
+    """Read rows until ``limit`` of them are usable.
+
+    Args:
+        count: number of rows.
+        read: the sample of a row; ValueError with the reason if it has none.
+        limit: samples taken from a seeded shuffle of the rows; None takes every row in its order.
+
+    Returns:
+        The samples, and the unusable rows met on the way.
+    """
+    kept: list[Sample] = []
+    rejected: list[Rejected] = []
+    order = range(count) if limit is None else np.random.default_rng(seed).permutation(count)
+    for index in order:
+        if len(kept) == limit:
+            break
+        try:
+            kept.append(checked(read(int(index))))
+        except ValueError as error:
+            rejected.append(Rejected(str(index), str(error)))
+    return kept, rejected
+
+
+def checked(sample: Sample) -> Sample:
+    """Return ``sample`` if calibration can use it; raise ValueError with the reason otherwise."""
+    if not sample.messages or sample.messages[-1]["role"] != "assistant":
+        raise ValueError("its last turn is not an answer")
+    if not sample.messages[-1]["content"].strip():
+        raise ValueError("its answer is empty")
+    marks = sum(message["content"].count(IMAGE_MARK) for message in sample.messages)
+    if marks != len(sample.images):
+        raise ValueError(f"{marks} image marks in its text, {len(sample.images)} images")
+    for data in sample.images:
+        decode_image(data)
+    return sample
+
+
+def _read_rows(path: Path) -> Sequence[Any]:
+    if path.is_dir():
+        return _read_folder(path)
+    readers: dict[str, Callable[[Path], Sequence[Any]]] = {
+        ".json": read_json_list,
+        ".jsonl": _read_json_lines,
+        ".parquet": _read_parquet,
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: unknown kind of file; choose one of {', '.join(readers)}, or a folder of images")
+    return readers[path.suffix](path)
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The rows of a JSON file.
+
+    Raises:
+        ValueError: not JSON, or not a list.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: must be a list of conversations")
+    return rows
+
+
+def _read_json_lines(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> Sequence[Any]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError(f"{path}: reading parquet needs pyarrow; run `pip install 'tlq[parquet]'`") from error
+    return _TableRows(pq.read_table(path))
+
+
+class _TableRows(Sequence[Any]):
+    """The rows of a pyarrow table as dicts, made when they are read."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._table.slice(index, 1).to_pylist()[0]
+
+
+def _read_folder(folder: Path) -> list[Any]:
+    metadata = folder / "metadata.jsonl"
+    if metadata.exists():
+        return _read_json_lines(metadata)
+    captions = [
+        (image, image.with_suffix(".txt"))
+        for image in sorted(folder.iterdir())
+        if image.suffix.lower() in _IMAGE_SUFFIXES
+    ]
+    if not any(caption.exists() for _, caption in captions):
+        raise ValueError(
+            f"{folder}: neither metadata.jsonl nor captions ({len(captions)} images, no .txt of the same name); add one"
+        )
+    return [
+        {"id": image.stem, "image": image.name, "answer": caption.read_text().strip() if caption.exists() else ""}
+        for image, caption in captions
+    ]
+
+
+def sample_of(row: Any, index: str, root: Path, source: str, prompt: str = CAPTION_PROMPT) -> Sample:
+    """The sample of a row, see the module's list of rows.
+
+    Args:
+        index: the sample's id where the row has none.
+        root: folder that image names are relative to.
+        source: of the sample, where the row names none.
+
+    Raises:
+        ValueError: the row is none of the three, or an image cannot be read.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"it is a {type(row).__name__}, must be an object with names and values")
+    images = [image_bytes(image, root) for image in image_entries(row)]
+    if isinstance(row.get("conversations"), list):
+        messages = [_llava_message(turn) for turn in row["conversations"]]
+    elif isinstance(row.get("messages"), list):
+        messages = [_chat_message(turn) for turn in row["messages"]]
+    else:
+        messages = _question_and_answer(row, len(images), prompt)
+    return Sample(str(row.get("id", index)), images, messages, str(row.get("source") or source))
+
+
+def image_entries(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row, as names or as bytes."""
+    value: Any = next((row[key] for key in _IMAGE_KEYS if row.get(key) is not None), [])
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+
+
+def image_bytes(image: Any, root: Path) -> bytes:
+    """The file of an image given by name, by bytes, or as ``{"bytes", "path"}``."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Mapping):
+        if image.get("bytes") is not None:
+            return bytes(image["bytes"])
+        image = image.get("path")
+    if not isinstance(image, str) or not image:
+        raise ValueError(f"unreadable image: neither a file's bytes nor its path (found {type(image).__name__})")
+    return read_image_file(root / image)
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of a file; ValueError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"unreadable image: {path.name}: {error.strerror}") from error
+
+
+def _question_and_answer(row: Mapping[str, Any], images: int, prompt: str) -> list[Message]:
+    key = next((key for key in _ANSWER_KEYS if key in row), None)
+    if key is None:
+        raise ValueError("it has no list of `conversations` or `messages`, and no `answer`")
+    answer = row[key]
+    if isinstance(answer, list):
+        answer = answer[0] if answer else ""
+    question = as_text(row["question"]) if row.get("question") is not None else prompt
+    if IMAGE_MARK not in question:
+        question = IMAGE_MARK * images + question
+    return [Message(role="user", content=_tidy(question)), Message(role="assistant", content=as_text(answer))]
+
+
+def as_text(value: Any) -> str:
+    """A cell as text; numbers count as answers (0 too), an empty cell as none."""
+    return "" if value is None else str(value)
+
+
+def _llava_message(turn: Any) -> Message:
+    """A LLaVA turn {"from", "value"} as a chat message; ValueError if it is not one."""
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        raise ValueError("a turn has no text in `value`")
+    if turn.get("from") not in ROLES:
+        raise ValueError(f"a turn is from {turn.get('from')!r}, not one of {', '.join(ROLES)}")
+    return Message(role=ROLES[turn["from"]], content=_tidy(turn["value"]))
+
+
+def _chat_message(turn: Any) -> Message:
+    """A chat turn {"role", "content"}; ValueError if it is not one."""
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+        raise ValueError("a turn has no text in `content`")
+    if turn.get("role") not in ROLES:
+        raise ValueError(f"a turn is of role {turn.get('role')!r}, not one of {', '.join(ROLES)}")
+    return Message(role=ROLES[turn["role"]], content=turn["content"])
+
+
+def _tidy(text: str) -> str:
+    """Drop the newline that LLaVA data puts between the image mark and the text; chat templates bring their own."""
+    return text.replace(f"{IMAGE_MARK}\n", IMAGE_MARK).replace(f"\n{IMAGE_MARK}", IMAGE_MARK)

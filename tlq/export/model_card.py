@@ -1,0 +1,64 @@
+"""A model card for a checkpoint that ``tlq.quantize`` has made: README.md in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tlq.quantization.formats import Scheme
+from tlq.recipes import Recipe
+from tlq.runtime.files import write_text
+
+
+def write_card(
+    folder: Path,
+    base: str | Path,
+    recipe: Recipe,
+    scheme: Scheme,
+    groups: Sequence[Mapping[str, Any]],
+    samples: int,
+) -> None:
+    """Write ``README.md``: how to load the checkpoint, how it was made, the errors of its linear groups.
+
+    Args:
+        base: the full-precision checkpoint, a directory or a hub id.
+        groups: reports of linear groups, as in ``calibration.json``.
+        samples: how many the checkpoint was calibrated on.
+    """
+    hub_id = None if Path(base).exists() else str(base)
+    tags = ["compressed-tensors", "quantized", f"{scheme.weight_bits}-bit", scheme.name, recipe.name, "tlq"]
+    metadata = ModelCardData(
+        base_model=hub_id,
+        base_model_relation="quantized" if hub_id else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=list(dict.fromkeys(tags)),
+    )
+    environment = Environment(
+        loader=PackageLoader("tlq"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    text = environment.get_template("card.md.j2").render(
+        metadata=metadata.to_yaml(),
+        folder=folder.name,
+        base=hub_id or Path(base).resolve().name,
+        recipe=recipe,
+        scheme=scheme,
+        samples=samples,
+        errors=_mean_errors(groups),
+    )
+    write_text(text, folder / "README.md")
+
+
+def _mean_errors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
+    """(group name, error before, error after), means over the layers, of the groups whose errors are measured."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for group in groups:
+        if group["error_before"] is not None and group["error_after"] is not None:
+            errors.setdefault(group["group"], []).append((group["error_before"], group["error_after"]))
+    means = {name: np.mean(values, axis=0).tolist() for name, values in errors.items()}
+    return [(name, before, after) for name, (before, after) in means.items()]
