@@ -34,7 +34,18 @@ PRESETS = ROOT / "presets"
 PRESET = "preset"
 
 #: Stages by the names that `force` takes; `calibrate` and `evaluate` stand for all their variants.
-STAGES = ("demo", "baseline", "prepare", "importance", "calibset", "calibrate", "evaluate", "register", "report")
+STAGES = (
+    "demo",
+    "fetch",
+    "baseline",
+    "prepare",
+    "importance",
+    "calibset",
+    "calibrate",
+    "evaluate",
+    "register",
+    "report",
+)
 
 # Prefect's form shows an `enum` as a menu, and takes descriptions from the flow's docstring.
 RecipeName = Annotated[str, Field(json_schema_extra={"enum": [*RECIPES]})]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
+
+#: The project's folder.
+ROOT = Path(__file__).resolve().parent.parent
 
 #: Set by Prefect for a run that a worker started; children inherit it.
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"

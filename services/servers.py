@@ -23,10 +23,9 @@ import httpx
 import torch
 from sqlalchemy.engine import URL
 
-from flows.stages import ROOT
 from services import database
 from services.deployments import POOL, apply_deployments, cancel_runs, create_pool, release_lost_runs, server
-from services.processes import tree
+from services.processes import ROOT, tree
 from services.supervisor import HOST, Service, ServiceError, Supervisor, check_port
 
 logger = logging.getLogger("tlq.services")
