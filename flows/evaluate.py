@@ -14,9 +14,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import parameters
 from flows.artifacts import publish_overrides, publish_results
+from flows.command import main
 from flows.hooks import HOOKS
 from flows.parameters import Limit
-from flows.stages import ROOT, check_tracking, main, stage, stages_at_once, stopping_stages
+from flows.stages import ROOT, check_tracking, report_and_register, stage, stages_at_once, stopping_stages
 from tasks.config.params import VariantParams, section
 
 
@@ -27,17 +28,17 @@ def evaluate(
     settings: dict[str, Any] | None = None,
     again: bool = False,
 ) -> str:
-    """Score models again and register their new scores; nothing is calibrated.
+    """Score models again, report their scores and register them. Nothing is calibrated.
 
-    What is filled in replaces values of params.yaml for this run, which is saved as a DVC experiment. Returns the table
-    of scores.
+    The parameters given replace values of params.yaml for this run, which is saved as a DVC experiment. Returns the
+    table of scores.
 
     Args:
         models: Registered models (demo-w3a16, demo-w3a16/2, demo-w3a16@champion) or variants (tlq-w3a16). Empty: every
             variant of params.yaml.
         limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.
         settings: Other values of params.yaml by dotted name, for instance {"evaluate.seed": 1}.
-        again: Score even if neither model nor benchmarks have changed.
+        again: Score even if neither the model nor the benchmarks have changed.
     """
     values = parameters.overrides(limit=limit, settings=settings)
     publish_overrides(values, flow_run.name)
@@ -49,7 +50,10 @@ def evaluate(
 
 
 def score(variants: Sequence[str], again: bool) -> None:
-    """The full-precision model if it is stale, the variants, then registry and report.
+    """Score the full-precision model if it is stale, then the variants; then report and register them.
+
+    Args:
+        again: score variants that are not stale too.
 
     Raises:
         StageFailed: a stage failed.
@@ -58,13 +62,12 @@ def score(variants: Sequence[str], again: bool) -> None:
     futures = [stage.submit(f"evaluate@{variant}", again) for variant in variants]
     for future in futures:
         future.result()
-    stage("register")
-    stage("report")
+    report_and_register()
 
 
 @task(task_run_name="find registered models")
 def find_models(models: Sequence[str], variants: Sequence[str]) -> list[str]:
-    """Variants that the given names stand for."""
+    """The variants that ``models`` name: a variant, or the one registered under the model's name."""
     from tasks.registry.registered import find_variants
     from tasks.registry.tracking import connect
 

@@ -2,8 +2,8 @@
 
     python -m flows.quantize
 
-Sequences the DVC stages. Without a Prefect server it runs all the same (Prefect starts one for the run); with
-PREFECT_API_URL set the run shows there.
+The flow runs the DVC stages in order. With PREFECT_API_URL set, the run appears on that server; without it, Prefect
+starts a server for the run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import parameters
 from flows.artifacts import publish_overrides, publish_results
+from flows.command import main
 from flows.hooks import HOOKS
 from flows.parameters import Limit, RecipeName, SchemeName, StageName
-from flows.stages import check_tracking, main, stage, stages_at_once, stopping_stages
+from flows.stages import check_tracking, report_and_register, stage, stages_at_once, stopping_stages
 from tasks.config.params import VariantParams, section
 
 WHERE = """report        report/index.html
@@ -42,18 +43,18 @@ def quantize(
 ) -> str:
     """Prepare data, score tokens, choose the token set, then calibrate, evaluate and register every variant.
 
-    Without parameters it does what params.yaml says, and only what is stale. What is filled in replaces values of
-    params.yaml for this run, which is saved as a DVC experiment. Returns the table of scores.
+    Without parameters the flow runs the stale stages with the values of params.yaml. The parameters given replace
+    values of params.yaml for this run, which is saved as a DVC experiment. Returns the table of scores.
 
     Args:
         model: Preset (`qwen2-vl-2b`) or folder of the checkpoint to quantize. Empty: `model.path` of params.yaml.
         name: Registered models are called `<name>-<scheme>`. Empty: the model's name if one is given, else
             `register.model_name` of params.yaml.
         recipes: Quantization methods. Empty: `variants.recipes` of params.yaml.
-        schemes: Number formats, each made with every recipe. Empty: `variants.schemes` of params.yaml.
+        schemes: Number formats, each combined with every recipe. Empty: `variants.schemes` of params.yaml.
         limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.
         settings: Any other values of params.yaml by dotted name, for instance {"calibset.seed": 1}.
-        force: Stages to run again although nothing they depend on has changed.
+        force: Stages to run even if they are not stale.
     """
     values = parameters.overrides(model, name, recipes, schemes, limit, settings)
     publish_overrides(values, flow_run.name)
@@ -64,7 +65,10 @@ def quantize(
 
 
 def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
-    """Every stage in order, variants side by side.
+    """Run every stage in order, the variants concurrently.
+
+    Args:
+        force: stages to run even if they are not stale; names of ``parameters.STAGES``.
 
     Raises:
         StageFailed: a stage failed.
@@ -83,8 +87,7 @@ def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
     ]
     for future in [*calibrated, *scored]:
         future.result()
-    stage("report", "report" in force)
-    stage("register", "register" in force)
+    report_and_register(force)
 
 
 if __name__ == "__main__":

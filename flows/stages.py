@@ -1,4 +1,4 @@
-"""Stages as Prefect tasks: each is one `dvc repro --single-item`, so that both doors leave the same dvc.lock."""
+"""Stages as Prefect tasks: each runs `dvc repro --single-item`, so flows and `dvc repro` write the same dvc.lock."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,14 @@ from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
 
 from flows.progress import with_progress
-from services.processes import OWNER, owner, stop, stop_stages, tree
+from services.processes import OWNER, ROOT, owner, stop, stop_stages, tree
 from tasks.stages.command import TRY_AGAIN
 from tlq.parallel import SHARDS
 
-ROOT = Path(__file__).resolve().parent.parent
-
-#: A stage is made with this; stages that run side by side wait while another one saves its result.
+#: The command that reproduces a stage; it waits while a concurrent stage holds DVC's lock to save its result.
 REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")
 
-#: Lines of DVC that say nothing about the work.
+#: How the lines begin that DVC prints as advice; the log leaves them out.
 _NOISE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`", "Updating lock")
 
 _BAR = re.compile(r"\d+%\|")
@@ -36,36 +33,21 @@ _BAR_SECONDS = 10.0
 
 
 class StageFailed(RuntimeError):
-    """A stage ended with an error; the message holds its last lines."""
+    """A stage ended with an error; the message holds the last lines of its output."""
 
 
 class StageUnavailable(StageFailed):
-    """A stage ended because something outside (the hub, MLflow) did not answer; another try may work."""
+    """A stage ended because an outside service (the hub, MLflow) did not answer; a retry may succeed."""
 
 
-def main(flow: Callable[[], str], description: str | None, where: str = "") -> None:
-    """`python -m flows.<name>`: run a flow as params.yaml says, print its table and ``where`` to look further."""
-    parser = ArgumentParser(
-        prog=f"python -m flows.{flow.__name__}",
-        description=f"{(description or '').strip()}\n\nWhat it does is said in params.yaml.",
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    parser.parse_args()
-    try:
-        table = flow()
-    except StageFailed as error:
-        sys.exit(f"\n{error}")
-    sys.stdout.write("\n".join(["", table, "", *([where, ""] if where else [])]))
-
-
-def may_pass(_task: Any, _run: Any, state: State) -> bool:
-    """Only what another try can cure is tried again: a stage that computes fails the same way every time."""
+def is_retryable(_task: Any, _run: Any, state: State) -> bool:
+    """Whether a retry can help: it cannot when the stage itself failed, because it computes the same again."""
     return isinstance(state.result(raise_on_failure=False), StageUnavailable)
 
 
-@task(task_run_name="{stage}", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=may_pass)
+@task(task_run_name="{stage}", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=is_retryable)
 def stage(stage: str, force: bool = False) -> None:
-    """Reproduce one DVC stage, if it is stale or ``force`` is given, with its output in this task's log.
+    """Reproduce one DVC stage if it is stale or ``force`` is set, and log its output.
 
     Raises:
         StageFailed: the stage's command failed.
@@ -74,9 +56,22 @@ def stage(stage: str, force: bool = False) -> None:
     run_command([*REPRO, *again, stage], stage)
 
 
-@task(task_run_name="check MLflow", retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=may_pass)
+def report_and_register(force: Sequence[str] = ()) -> None:
+    """Run the last two stages of a flow. `register` follows `report`, whose page and model cards it stores in MLflow.
+
+    Args:
+        force: stages to run even if they are not stale.
+
+    Raises:
+        StageFailed: a stage failed.
+    """
+    for name in ("report", "register"):
+        stage(name, name in force)
+
+
+@task(task_run_name="check MLflow", retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=is_retryable)
 def check_tracking() -> None:
-    """Fail before the long work, not after it, when MLflow cannot be reached.
+    """Fail before the long work, and not after it, if MLflow does not answer.
 
     Raises:
         StageFailed: MLflow does not answer.
@@ -84,14 +79,24 @@ def check_tracking() -> None:
     run_command([sys.executable, "-m", "tasks.stages.register", "--check"], "check MLflow")
 
 
-def run_command(command: list[str], name: str, folder: Path = ROOT, tell: Callable[[str], None] | None = None) -> None:
-    """Run a command in ``folder``, log its lines and ``tell`` them; stop it when this process is interrupted."""
+def run_command(
+    command: list[str], name: str, folder: Path = ROOT, forward: Callable[[str], None] | None = None
+) -> None:
+    """Run a command in ``folder`` and log its output; stop it when this process is interrupted.
+
+    Args:
+        name: stage or check, for messages and for the progress artifact.
+        forward: called with every line that is logged.
+
+    Raises:
+        StageFailed: the command's exit status is not 0; StageUnavailable if a retry may succeed.
+    """
     logger = get_run_logger()
     last: deque[str] = deque(maxlen=8)
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env=_environment(),
+        env=stage_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,10 +107,10 @@ def run_command(command: list[str], name: str, folder: Path = ROOT, tell: Callab
         for text in worth_logging(with_progress(process.stdout, name)):
             last.append(text)
             logger.info(text)
-            if tell is not None:
-                tell(text)
+            if forward is not None:
+                forward(text)
     except BaseException:
-        stop(tree(process.pid))  # DVC does not pass a signal on to the stage's command
+        stop(tree(process.pid))  # DVC does not pass signals on to the stage's command
         process.wait()
         raise
     if status := process.wait():
@@ -113,16 +118,16 @@ def run_command(command: list[str], name: str, folder: Path = ROOT, tell: Callab
 
 
 def _failure(status: int, lines: Iterable[str]) -> type[StageFailed]:
-    """What kind of failure it was: DVC has a status of its own and tells the command's in its last line."""
-    outside = status == TRY_AGAIN or any(line.endswith(f"exited with {TRY_AGAIN}") for line in lines)
-    return StageUnavailable if outside else StageFailed
+    """The exception for an exit status. DVC exits with its own status and names the command's in its last line."""
+    unavailable = status == TRY_AGAIN or any(line.endswith(f"exited with {TRY_AGAIN}") for line in lines)
+    return StageUnavailable if unavailable else StageFailed
 
 
 @contextmanager
 def stopping_stages() -> Iterator[None]:
     """Stop stages that run in other threads when this flow is interrupted, cancelled or terminated.
 
-    Threads never hear of signals, and Prefect waits for them: without this a stage would go on until it is done.
+    Only the main thread receives signals, and Prefect waits for the others, so a stage would run to its end.
     """
     try:
         yield
@@ -149,9 +154,10 @@ def worth_logging(lines: Iterable[str], clock: Callable[[], float] = time.monoto
 
 
 def stages_at_once() -> int:
-    """How many variants are worked on side by side: ``TLQ_PARALLEL``, else 2 without a GPU and 1 with one.
+    """The number of variants that run concurrently: ``TLQ_PARALLEL``, else 2 without a GPU and 1 with one.
 
-    On a pool it is the workers that share them: stages only wait here, as many as could keep the largest pool busy.
+    With ``TLQ_POOL`` the pool's workers compute and the stages here only wait, so ``SHARDS`` of them may run: as many
+    as the largest pool has workers.
     """
     if os.environ.get("TLQ_POOL") and "TLQ_PARALLEL" not in os.environ:
         return SHARDS
@@ -159,14 +165,18 @@ def stages_at_once() -> int:
 
 
 def _shares() -> int:
-    """How many processes that compute share the cores of this machine."""
+    """The number of computing processes that share this machine's cores."""
     if "TLQ_PARALLEL" in os.environ:
         return max(1, int(os.environ["TLQ_PARALLEL"]))
     return 1 if torch.cuda.is_available() else 2
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment with its Python first on the path (dvc.yaml says `python`) and its cores shared."""
+def stage_environment() -> dict[str, str]:
+    """The environment of a stage's command.
+
+    This process's Python comes first on the path, because dvc.yaml names `python`. ``OMP_NUM_THREADS``, unless it is
+    set, is the stage's share of the cores. ``TLQ_FLOW_OWNER`` is the run that the command belongs to.
+    """
     folder = str(Path(sys.executable).parent)
     threads = max(1, (os.cpu_count() or 1) // _shares())
     path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -1,4 +1,4 @@
-"""Where the servers keep their data: files in the project's folder, or one PostgreSQL database."""
+"""The databases of the servers: files in the project's folder, or one PostgreSQL database."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from services.supervisor import ServiceError
 
 VARIABLE = "TLQ_DATABASE_URL"
 
-#: Prefect and MLflow both have a table `alembic_version`: each gets a schema of its own.
+#: One schema per server, because Prefect and MLflow both have a table `alembic_version`.
 SCHEMAS = ("prefect", "mlflow")
 
 
 def postgres(url: str) -> URL:
-    """``TLQ_DATABASE_URL``, checked.
+    """Parse and check ``TLQ_DATABASE_URL``.
 
     Raises:
-        ServiceError: it is no address of a PostgreSQL database.
+        ServiceError: the variable is no address of a PostgreSQL database.
     """
     try:
         parsed = make_url(url)
@@ -37,10 +37,10 @@ def postgres(url: str) -> URL:
 
 
 def create_schemas(url: URL) -> None:
-    """Make the schemas that are missing.
+    """Create the schemas that do not exist.
 
     Raises:
-        ServiceError: no driver, or the database does not let us in.
+        ServiceError: no driver is installed, or the database rejects the connection.
     """
     try:
         engine = sqlalchemy.create_engine(url.set(drivername="postgresql+psycopg2"))
@@ -60,10 +60,12 @@ def create_schemas(url: URL) -> None:
 
 
 def prefect_environment(url: URL | None) -> dict[str, str]:
-    """Settings of the Prefect server; without ``url`` it keeps a SQLite file in PREFECT_HOME."""
+    """Settings of the Prefect server. Without ``url`` it uses a SQLite file in PREFECT_HOME."""
     if url is None:
         return {}
-    query = {("ssl" if name == "sslmode" else name): value for name, value in url.query.items()}  # asyncpg's word
+    query = {
+        ("ssl" if name == "sslmode" else name): value for name, value in url.query.items()
+    }  # asyncpg's name for it
     address = url.set(drivername="postgresql+asyncpg", query=query)
     return {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": address.render_as_string(hide_password=False),
@@ -73,7 +75,10 @@ def prefect_environment(url: URL | None) -> dict[str, str]:
 
 
 def mlflow_environment(url: URL | None, folder: Path) -> dict[str, str]:
-    """Settings of the MLflow server; without ``url`` the file that `make demo` uses. No password on a command line."""
+    """Settings of the MLflow server. Without ``url`` it uses the same file as `make demo`.
+
+    They are environment variables, because other users can read a command line with its password.
+    """
     if url is None:
         return {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder / 'mlflow.db'}"}
     address = url.set(drivername="postgresql+psycopg2").update_query_dict({"options": "-csearch_path=mlflow"})

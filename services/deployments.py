@@ -1,4 +1,4 @@
-"""Deployments and runs on a Prefect server: applying prefect.yaml, letting go of lost runs, cancelling at the end."""
+"""Deployments and runs on a Prefect server: apply prefect.yaml, release lost runs, cancel runs at the end."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ _CANCEL_SECONDS = 60.0
 
 @contextmanager
 def server() -> Iterator[SyncPrefectClient]:
-    """A client of PREFECT_API_URL as it is now: Prefect itself reads it once, at import."""
+    """A client of the present PREFECT_API_URL; Prefect reads that variable only once, at import."""
     with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
         yield client
 
 
 def create_pool(client: SyncPrefectClient) -> None:
-    """The pool of this folder's worker. One run at a time: deployments share params.yaml, dvc.lock and outputs."""
+    """Create the pool of this folder's worker.
+
+    It runs one flow at a time, because all flows share params.yaml, dvc.lock and outputs.
+    """
     pool = WorkPoolCreate(
         name=POOL,
         type="process",
@@ -53,17 +56,17 @@ def create_pool(client: SyncPrefectClient) -> None:
     try:
         client.create_work_pool(pool)
     except ObjectAlreadyExists:
-        logger.debug("pool %s is there already", POOL)
+        logger.debug("pool %s exists", POOL)
 
 
 def apply_deployments(folder: Path, scratch: Path, client: SyncPrefectClient) -> list[str]:
     """Apply prefect.yaml; returns the deployments' names.
 
-    Schedules are applied with a deployment's first appearance only: afterwards they are what was made of them in the
-    UI, and applying the file again would switch them back.
+    A deployment's schedules are applied only when it is created: users change them in the UI, and applying the file
+    again would undo their changes.
 
     Raises:
-        ServiceError: Prefect refuses the file.
+        ServiceError: Prefect rejects the file.
     """
     content = yaml.safe_load((folder / "prefect.yaml").read_text())
     for deployment in content["deployments"]:
@@ -86,9 +89,10 @@ def _exists(flow: str, name: str, client: SyncPrefectClient) -> bool:
 
 
 def release_lost_runs(client: SyncPrefectClient) -> list[str]:
-    """Mark runs of the pool as crashed whose process is gone; returns their names.
+    """Set the runs of the pool whose process has ended to Crashed; returns their names.
 
-    When a worker and its run are killed together nobody tells the server: the run would hold the pool's only place.
+    If a worker and its run are killed together, nothing reports it to the server, and the run would occupy the pool's
+    only slot for ever.
     """
     active = client.read_flow_runs(
         flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": _ACTIVE}}}),
@@ -96,16 +100,16 @@ def release_lost_runs(client: SyncPrefectClient) -> list[str]:
     )
     lost = [run for run in active if not with_environment(FLOW_RUN, str(run.id))]
     for run in lost:
-        client.set_flow_run_state(run.id, Crashed(message="Its process is gone; start it again."), force=True)
+        client.set_flow_run_state(run.id, Crashed(message="Its process has ended; start it again."), force=True)
     return [run.name for run in lost]
 
 
 def cancel_runs(worker: Iterable[psutil.Process]) -> None:
-    """Cancel the runs among a worker's processes and wait for them: a worker that is only stopped waits for ever."""
-    runs = {found for process in worker if (found := _flow_run(process))}
+    """Cancel the flow runs among a worker's processes and wait for their end; the worker alone would wait for ever."""
+    runs = {run for process in worker if (run := _flow_run(process))}
     if not runs:
         return
-    logger.info("cancelling %d running flow", len(runs))
+    logger.info("cancelling %d flow runs", len(runs))
     with server() as client:
         for run in runs:
             client.set_flow_run_state(run, Cancelling(message="The services are being stopped."))
@@ -116,10 +120,10 @@ def cancel_runs(worker: Iterable[psutil.Process]) -> None:
 
 def _flow_run(process: psutil.Process) -> UUID | None:
     try:
-        found = process.environ().get(FLOW_RUN)
+        run = process.environ().get(FLOW_RUN)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
-    return UUID(found) if found else None
+    return UUID(run) if run else None
 
 
 def _is_active(run: UUID, client: SyncPrefectClient) -> bool:

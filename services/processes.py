@@ -1,41 +1,45 @@
-"""Finding and stopping processes that belong to a flow run, whoever started them."""
+"""Find and stop the processes of a flow run, whichever process started them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
-#: Set by Prefect for a run that a worker started; children inherit it.
+#: The project's folder.
+ROOT = Path(__file__).resolve().parent.parent
+
+#: The flow run, in the environment of a run that a Prefect worker started and of its children.
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 
-#: Set for the commands of stages: the flow run, or the process, that they work for.
+#: The owner (see ``owner``), in the environment of the commands of stages.
 OWNER = "TLQ_FLOW_OWNER"
 
 _GRACE_SECONDS = 20.0
 
 
 def owner() -> str:
-    """What this process's stages carry in their environment."""
+    """The flow run of this process or, if a terminal started it, the process: what its stages belong to."""
     return os.environ.get(FLOW_RUN) or f"process {os.getpid()}"
 
 
 def with_environment(name: str, value: str) -> list[psutil.Process]:
-    """Processes of this user, this one excepted, that were started with ``name`` set to ``value``."""
-    found = []
+    """Processes of this user, except this one, whose environment has ``name`` set to ``value``."""
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.environ().get(name) == value:
-                found.append(process)
+                processes.append(process)
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue  # another user's, or it has just ended
-    return found
+            continue  # it belongs to another user, or has just ended
+    return processes
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and everything below it; empty if it has ended."""
+    """A process and its descendants; empty if it has ended."""
     try:
         top = psutil.Process(pid)
         return [top, *top.children(recursive=True)]
@@ -44,7 +48,10 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def stop(processes: Iterable[psutil.Process], grace: float = _GRACE_SECONDS) -> int:
-    """SIGTERM, so that stages remove their temporary files; SIGKILL after ``grace`` seconds. Returns how many."""
+    """Send SIGTERM, on which stages remove their temporary files, and SIGKILL after ``grace`` seconds.
+
+    Returns the number of processes.
+    """
     processes = list(processes)
     for process in processes:
         _signal(process.terminate)
@@ -55,11 +62,11 @@ def stop(processes: Iterable[psutil.Process], grace: float = _GRACE_SECONDS) -> 
     return len(processes)
 
 
-def stop_stages(of: str) -> int:
-    """Stop every process that works on a stage for ``of`` (see :func:`owner`). Returns how many there were."""
-    return stop(with_environment(OWNER, of))
+def stop_stages(owner: str) -> int:
+    """Stop every process that runs a stage for ``owner``; returns the number of processes."""
+    return stop(with_environment(OWNER, owner))
 
 
 def _signal(send: Callable[[], None]) -> None:
-    with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+    with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
         send()

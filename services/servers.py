@@ -1,10 +1,10 @@
-"""Start what one machine needs to schedule and track the pipeline, and stop it together.
+"""Start the servers and workers that schedule and track the pipeline on one machine, and stop them together.
 
     python -m services serve               # make serve: Prefect, MLflow, a worker, the deployments
     python -m services pool --workers 2    # make pool: Prefect and workers of the GPU pool
 
-A server that the environment names (PREFECT_API_URL, MLFLOW_TRACKING_URI) is used instead of starting one. Everything
-listens on the loopback interface only. Ctrl-C or SIGTERM stops everything.
+If PREFECT_API_URL or MLFLOW_TRACKING_URI is set, that server is used and none is started. All servers listen on the
+loopback interface only. Ctrl-C or SIGTERM stops everything.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import httpx
 import torch
 from sqlalchemy.engine import URL
 
-from flows.stages import ROOT
 from services import database
 from services.deployments import POOL, apply_deployments, cancel_runs, create_pool, release_lost_runs, server
-from services.processes import tree
+from services.processes import ROOT, tree
 from services.supervisor import HOST, Service, ServiceError, Supervisor, check_port
 
 logger = logging.getLogger("tlq.services")
@@ -44,10 +43,10 @@ def prefect_server(port: int, url: URL | None) -> Service:
 
 
 def mlflow_server(port: int, url: URL | None) -> Service:
-    """One process, because SQLite has one writer.
+    """The MLflow server, with one process because SQLite has one writer.
 
-    Artifacts are files that clients write themselves, where `make demo` puts them: a place that only this server could
-    resolve would be none for a run without it.
+    Clients write artifacts as files to the folder that `make demo` uses, so that runs with and without this server find
+    each other's artifacts.
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     return Service(
@@ -59,75 +58,79 @@ def mlflow_server(port: int, url: URL | None) -> Service:
 
 
 def worker(name: str, pool: str, environment: dict[str, str]) -> Service:
-    """A Prefect worker that runs one flow at a time, started again when it ends."""
+    """A Prefect worker that runs one flow at a time and is restarted when it ends."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     command += ["--name", name, "--limit", "1", "--install-policy", "never"]
     return Service(name, command, environment, restarts=True)
 
 
 def gpu_workers(count: int) -> Iterator[Service]:
-    """``count`` workers of the pool ``TLQ_POOL`` (default `gpu`), each with a GPU of its own where there are any.
+    """``count`` workers of the pool ``TLQ_POOL`` (default `gpu`), one per GPU if this machine has GPUs.
 
     Raises:
-        ServiceError: more workers than GPUs.
+        ServiceError: ``count`` is larger than the number of GPUs.
     """
     pool = os.environ.get("TLQ_POOL", "gpu")
     gpus = visible_gpus()
     if gpus and count > len(gpus):
-        raise ServiceError(
-            f"{count} workers for {len(gpus)} GPUs; each serves one GPU, give WORKERS={len(gpus)} or fewer"
-        )
+        raise ServiceError(f"{count} workers for {len(gpus)} GPUs; each uses one GPU, set WORKERS={len(gpus)} or fewer")
     for index in range(count):
         environment = {"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}
         yield worker(f"{pool}-{index}", pool, environment)
 
 
 def visible_gpus() -> list[str]:
-    """GPUs as CUDA_VISIBLE_DEVICES names them; empty without any."""
+    """The GPUs of this process, named as in CUDA_VISIBLE_DEVICES; empty without a GPU."""
     if not torch.cuda.is_available():
         return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
 class Machine:
     """The services of this machine, started in order."""
 
-    def __init__(self, prefect_port: int, mlflow_port: int) -> None:
+    def __init__(self, prefect_port: int, mlflow_port: int, supervisor: Supervisor | None = None) -> None:
+        """``supervisor``: starts the services; the default writes their logs to ``PREFECT_HOME``/logs."""
         home = Path(os.environ.setdefault("PREFECT_HOME", str(ROOT / ".prefect")))
         os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
         os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "5")
         self.home = home
         self.ports = {"prefect": prefect_port, "mlflow": mlflow_port}
-        self.supervisor = Supervisor(ROOT, home / "logs")
+        self.supervisor = supervisor or Supervisor(ROOT, home / "logs")
         self.cancels_runs = False
 
     def serve(self) -> None:
-        """Both servers, the deployments of prefect.yaml, and the worker that runs them."""
-        own = "PREFECT_API_URL" not in os.environ
-        self._start_servers(with_mlflow=True)
+        """Start both servers, apply the deployments of prefect.yaml, and start the worker that runs them."""
+        starts_prefect = "PREFECT_API_URL" not in os.environ
+        self.start_servers(with_mlflow=True)
         with server() as client:
             create_pool(client)
-            if own:
+            if starts_prefect:
                 for name in release_lost_runs(client):
-                    logger.warning("run %s was lost when its worker was killed; it is marked as crashed", name)
+                    logger.warning("run %s was lost when its worker was killed; its state is now Crashed", name)
             names = apply_deployments(ROOT, self.home / "prefect.yaml", client)
         logger.info("deployments: %s", ", ".join(names))
         self.supervisor.start(worker(LOCAL_WORKER, POOL, {}))
         self.cancels_runs = True
 
     def pool(self, workers: int) -> None:
-        """A Prefect server if none is named, the pool `gpu` with its deployment, and its workers."""
+        """Start a Prefect server unless the environment names one, create the pool `gpu`, and start its workers."""
         services = list(gpu_workers(workers))
-        self._start_servers(with_mlflow=False)
+        self.start_servers(with_mlflow=False)
         command = [sys.executable, "-m", "flows.pool", "--deploy"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ServiceError(f"the pool cannot be made: {' '.join(command[1:])}:\n{done.stdout}{done.stderr}")
+            raise ServiceError(f"the pool cannot be created: {' '.join(command[1:])}:\n{done.stdout}{done.stderr}")
         for service in services:
             self.supervisor.start(service)
 
-    def _start_servers(self, with_mlflow: bool) -> None:
+    def start_servers(self, with_mlflow: bool) -> None:
+        """Start the servers that the environment does not name, and set the variables that name them.
+
+        Raises:
+            ServiceError: a port is in use, the database cannot be used, or a server does not start.
+        """
         start_prefect = "PREFECT_API_URL" not in os.environ
         start_mlflow = with_mlflow and not os.environ.get("MLFLOW_TRACKING_URI")
         if start_prefect:
@@ -155,7 +158,7 @@ class Machine:
             if self.cancels_runs and process is not None and process.poll() is None:
                 cancel_runs(tree(process.pid))
         except httpx.HTTPError as error:
-            logger.warning("runs cannot be cancelled, their processes are stopped: %s", error)
+            logger.warning("the runs cannot be cancelled, so their processes are stopped: %s", error)
         finally:
             self.supervisor.stop()
 
@@ -171,7 +174,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _log_to_terminal() -> None:
-    """A handler of our own: Prefect configures the root logger for itself."""
+    """Log to stderr through a handler of the services' logger, because Prefect configures the root logger."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
@@ -192,7 +195,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     _log_to_terminal()
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background job starts with it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell's background job ignores from its start
         signal.signal(number, _interrupt)
     machine = Machine(arguments.prefect_port, arguments.mlflow_port)
     try:

@@ -1,4 +1,4 @@
-"""Starting processes that belong together, watching them, and stopping every one of them."""
+"""Start processes that belong together, restart or report those that end, and stop all of them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from services.processes import stop, tree
 logger = logging.getLogger("tlq.services")
 
 HOST = "127.0.0.1"
+#: A service must be healthy so long after its start.
 START_SECONDS = 180.0
+#: A service that ends sooner after its start has failed to start: another start would fail too.
 LEAST_SECONDS = 10.0
 _POLL_SECONDS = 0.5
 _LAST_LINES = 15
 
 
 class ServiceError(RuntimeError):
-    """A service cannot be started, or has ended by itself."""
+    """A service cannot be started, or has ended."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Service:
 
     Attributes:
         command: its command line.
-        environment: added to this process's own.
-        health: address that answers with 200 once it is ready; empty if starting is all there is to wait for.
-        restarts: whether it is started again when it ends, as one that others can do without for a moment.
+        environment: added to the environment of this process.
+        health: address that answers with 200 when the service is ready; empty if nothing has to wait for it.
+        restarts: whether the service is restarted when it ends.
     """
 
     name: str
@@ -48,10 +50,10 @@ class Service:
 
 
 class Supervisor:
-    """Services of one machine: what is started last is stopped first."""
+    """The services of one machine. They stop in reverse order of their start."""
 
     def __init__(self, folder: Path, logs: Path) -> None:
-        """``folder``: where services work; ``logs``: where each writes <name>.log."""
+        """``folder``: working directory of the services; ``logs``: folder in which each writes <name>.log."""
         self.folder = folder
         self.logs = logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
@@ -61,7 +63,7 @@ class Supervisor:
         """Start a service and wait until it is healthy.
 
         Raises:
-            ServiceError: it ended, or was not healthy after ``START_SECONDS``.
+            ServiceError: the service ended, or was not healthy after ``START_SECONDS``.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         with self._log(service.name).open("ab") as log:
@@ -72,7 +74,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches this process only, which stops them in order
+                start_new_session=True,  # so that Ctrl-C reaches this process only, which stops the services in order
             )
         self.running[service.name] = process
         if service.restarts:
@@ -92,10 +94,10 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def watch(self) -> None:
-        """Return never: start again what may be, raise as soon as another service ends.
+        """Restart the services that allow it, until another service ends. Blocks and never returns.
 
         Raises:
-            ServiceError: names it, with the last lines of its log.
+            ServiceError: a service ended; the message holds its name and the last lines of its log.
         """
         while True:
             self._restart()
@@ -103,22 +105,22 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _restart(self) -> None:
-        """Start services that were killed; one that ends soon after its start is left to ``check``."""
+        """Restart services that have ended, except one that failed to start, which ``check`` reports."""
         for service, started in list(self._restartable.values()):
             status = self.running[service.name].poll()
             if status is not None and time.monotonic() - started > LEAST_SECONDS:
-                logger.warning("%s ended with status %d; it is started again", service.name, status)
+                logger.warning("%s ended with status %d and is restarted", service.name, status)
                 self.start(service)
 
     def check(self) -> None:
-        """Raises ServiceError if a service has ended."""
+        """Raise ServiceError if a service has ended."""
         for name, process in self.running.items():
             status = process.poll()
             if status is not None:
-                raise ServiceError(f"{name} ended by itself with status {status}:\n{self._last_lines(name)}")
+                raise ServiceError(f"{name} ended with status {status}:\n{self._last_lines(name)}")
 
     def stop(self) -> None:
-        """Stop everything, also what services have started themselves. A second Ctrl-C does not interrupt this."""
+        """Stop every service and its child processes. A second Ctrl-C does not interrupt this."""
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.running:
@@ -136,11 +138,11 @@ class Supervisor:
     def _last_lines(self, name: str) -> str:
         path = self._log(name)
         lines = path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        return "\n".join([*lines, f"(all of it is in {path})"])
+        return "\n".join([*lines, f"(the whole log is {path})"])
 
 
 def is_healthy(address: str) -> bool:
-    """Whether a GET of ``address`` is answered with 200."""
+    """Whether ``address`` answers a GET request with status 200."""
     try:
         return httpx.get(address, timeout=5, trust_env=False).status_code == 200
     except httpx.TransportError:
@@ -148,13 +150,13 @@ def is_healthy(address: str) -> bool:
 
 
 def check_port(port: int, service: str, variable: str) -> None:
-    """Raises ServiceError if something listens on ``port`` already."""
+    """Raise ServiceError if a process listens on ``port``."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
             raise ServiceError(
-                f"port {port} for {service} cannot be had ({error.strerror}); stop what listens there "
-                f"(another `make serve`?) or choose another port with {variable}"
+                f"port {port} for {service} is not free ({error.strerror}); stop the process that listens "
+                f"there (another `make serve`?) or set {variable} to another port"
             ) from error

@@ -11,7 +11,7 @@ from prefect.states import Failed
 
 from flows import stages
 from flows.hooks import HOOKS, advice
-from flows.stages import StageFailed, StageUnavailable, may_pass
+from flows.stages import StageFailed, StageUnavailable, is_retryable
 from tasks.stages.command import TRY_AGAIN, is_transient
 
 
@@ -61,7 +61,7 @@ def test_only_what_did_not_answer_is_tried_again(code: str, kind: type[StageFail
         stages.run_command([sys.executable, "-c", code], "prepare")
     assert type(caught.value) is kind
     state = Failed(data=caught.value)
-    assert may_pass(None, None, state) == (kind is StageUnavailable)
+    assert is_retryable(None, None, state) == (kind is StageUnavailable)
 
 
 def raised_from(cause: Exception) -> Exception:

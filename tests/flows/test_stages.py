@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -41,10 +42,29 @@ def test_progress_bars_are_thinned_and_advice_is_dropped() -> None:
     assert list(stages.worth_logging(lines, lambda: next(ticks))) == ["importance:  50%|##  | 5/10", "INFO tlq: done"]
 
 
-def test_how_many_stages_run_at_once_is_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TLQ_PARALLEL", "3")
-    assert stages.stages_at_once() == 3
+def logged(caplog: pytest.LogCaptureFixture, code: str) -> list[str]:
+    """What a stage's command that runs ``code`` puts into the log."""
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    stages.run_command([sys.executable, "-c", code], "stage")
+    return [record.message for record in caplog.records]
+
+
+def test_concurrent_stages_share_the_cores(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    monkeypatch.setenv("TLQ_PARALLEL", "2")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert int(stages._environment()["OMP_NUM_THREADS"]) >= 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert stages._environment()["OMP_NUM_THREADS"] == "7"
+    assert stages.stages_at_once() == 2
+    assert logged(caplog, threads) == ["4"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's number of threads has precedence
+    assert logged(caplog, threads) == ["7"]
+
+
+def test_a_stage_finds_the_python_of_its_flow(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """dvc.yaml calls `python`, which may be another one, or none, on the path of whoever starts the flow."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = logged(caplog, "import shutil; print(shutil.which('python'))")
+    assert [Path(path).parent for path in found] == [Path(sys.executable).parent]

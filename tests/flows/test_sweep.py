@@ -1,48 +1,68 @@
-"""A sweep is one run of the pipeline per model, and one that fails does not stop the others."""
+"""Flow `sweep` runs flow `quantize` once per model, collects the scores, and goes on after a model that fails."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect import State
+from prefect.artifacts import Artifact
 from prefect.states import Completed, Failed
 
-from flows import sweep
+from flows import artifacts, sweep
 from flows.stages import StageFailed
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What was run, and the last table; models called `broken` fail."""
-    seen: dict[str, Any] = {"parameters": []}
+def runs(prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The parameters of every run of `quantize`, which leaves a model's results in the project's folder or fails."""
+    seen: list[dict[str, Any]] = []
 
     def quantize(**parameters: Any) -> State[Any]:
-        seen["parameters"].append(parameters)
-        return Failed(message="calibrate@tlq-w3a16 failed: no") if parameters["model"] == "broken" else Completed()
+        seen.append(parameters)
+        name = Path(parameters["model"]).name
+        if name == "broken":
+            return Failed(message="calibrate@tlq-w3a16 failed: no")
+        registry = [{"variant": "full"}, {"variant": "tlq-w3a16", "model": f"{name}-w3a16", "version": 3}]
+        (tmp_path / "registry.json").write_text(json.dumps(registry))
+        for variant, score in (("full", 91.0), ("tlq-w3a16", float(len(seen)))):
+            folder = tmp_path / "evaluation" / variant
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "summary.json").write_text(json.dumps({"score": score}))
+        return Completed()
 
     monkeypatch.setattr(sweep, "quantize", quantize)
-    monkeypatch.setattr(sweep, "variants_registered", lambda: ["full", "tlq-w3a16"])
-    monkeypatch.setattr(sweep, "score_rows", lambda variants: [{"variant": name, "score": 90.0} for name in variants])
-    monkeypatch.setattr(sweep, "create_table_artifact", lambda rows, **_: seen.update(table=list(rows)))
+    for module in (sweep, artifacts):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     return seen
 
 
-def test_every_model_is_run_with_the_same_recipes_and_schemes(runs: dict[str, Any]) -> None:
-    sweep.sweep.fn(["data/models/a", "b"], recipes=("tlq",), schemes=("w3a16",), limit=4)
-    assert [each["model"] for each in runs["parameters"]] == ["data/models/a", "b"]
-    assert {(each["recipes"], each["schemes"], each["limit"]) for each in runs["parameters"]} == {
-        (("tlq",), ("w3a16",), 4)
-    }
-    assert [(row["model"], row["variant"]) for row in runs["table"]] == [
-        ("a", "full"),
-        ("a", "tlq-w3a16"),
-        ("b", "full"),
-        ("b", "tlq-w3a16"),
+def table() -> list[tuple[str, str, str, float]]:
+    """The rows that the Prefect UI shows: model, variant, registered version, score."""
+    artifact = Artifact.get("sweep")
+    assert isinstance(artifact, Artifact)
+    assert artifact.data is not None
+    rows = json.loads(str(artifact.data))
+    return [(row["model"], row["variant"], row["registered"], row["score"]) for row in rows]
+
+
+def test_sweep_quantizes_every_model_alike_and_collects_their_scores(runs: list[dict[str, Any]]) -> None:
+    sweep.sweep(["data/models/a", "b"], recipes=("tlq",), schemes=("w3a16",), limit=4)
+    assert [run.pop("model") for run in runs] == ["data/models/a", "b"]
+    assert runs[0] == runs[1]
+    assert (runs[0]["recipes"], runs[0]["schemes"], runs[0]["limit"]) == (("tlq",), ("w3a16",), 4)
+    assert table() == [
+        ("a", "full", "", 91.0),
+        ("a", "tlq-w3a16", "a-w3a16/3", 1.0),
+        ("b", "full", "", 91.0),
+        ("b", "tlq-w3a16", "b-w3a16/3", 2.0),
     ]
 
 
-def test_a_model_that_fails_is_named_at_the_end(runs: dict[str, Any]) -> None:
+@pytest.mark.usefixtures("runs")
+def test_sweep_goes_on_after_a_failed_model_and_names_it_at_the_end() -> None:
     with pytest.raises(StageFailed, match="1 of 2 models failed. broken: calibrate@tlq-w3a16 failed: no"):
-        sweep.sweep.fn(["broken", "good"])
-    assert {row["model"] for row in runs["table"]} == {"good"}
+        sweep.sweep(["broken", "good"])
+    assert {model for model, *_ in table()} == {"good"}

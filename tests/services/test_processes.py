@@ -1,4 +1,4 @@
-"""Stages of a run are found and stopped, whoever started them."""
+"""The stages of a flow run are stopped with their child processes, and those of other runs go on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_stage_ends_with_everything_below_it() -> None:
+def test_stop_ends_a_stage_and_its_children() -> None:
     process = started(NESTED)
     everything = tree(process.pid)
     assert len(everything) == 2
@@ -35,7 +35,7 @@ def test_a_stage_ends_with_everything_below_it() -> None:
     assert not any(alive(each) for each in everything)
 
 
-def test_processes_of_one_run_are_stopped_and_those_of_others_go_on() -> None:
+def test_stop_stages_ends_only_the_stages_of_its_run() -> None:
     mine, other = started(NESTED, **{OWNER: "run-1"}), started("import time; time.sleep(60)", **{OWNER: "run-2"})
     try:
         assert stop_stages("run-1") == 2
@@ -46,14 +46,16 @@ def test_processes_of_one_run_are_stopped_and_those_of_others_go_on() -> None:
         other.wait()
 
 
-def test_what_does_not_listen_is_killed(tmp_path: Path) -> None:
+def test_stop_kills_a_process_that_ignores_sigterm(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     code = (
         "import signal, time, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
     )
     process = started(code)
+    deadline = time.monotonic() + 30
     while not ready.exists():
+        assert time.monotonic() < deadline, "the process does not start"
         time.sleep(0.05)
     stop(tree(process.pid), grace=0.3)
     assert not tree(process.pid)

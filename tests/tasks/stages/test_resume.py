@@ -24,7 +24,7 @@ from tlq.export import compressed_tensors as export
 from tlq.importance import gradients as scoring
 from tlq.runtime.resume import WorkFolder
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 STAGES = ("importance", "calibrate")
 COMMANDS = {"importance": [], "calibrate": ["--recipe", "tlq-c", "--scheme", "w3a16"]}
 RESULTS = {"importance": Path("data/importance"), "calibrate": Path("models/tlq-c-w3a16")}
@@ -192,10 +192,12 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(
     status: int,
 ) -> None:
     made = expected(stage)
-    command = [sys.executable, "-m", f"tasks.{stage}", *COMMANDS[stage]]
+    command = [sys.executable, "-m", f"tasks.stages.{stage}", *COMMANDS[stage]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TLQ_DEVICE": "cpu"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
     while not parts(stage) and process.poll() is None:
+        assert time.monotonic() < deadline, "no part within 120 s"
         time.sleep(0.005)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)

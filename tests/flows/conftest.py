@@ -1,0 +1,27 @@
+"""A Prefect server of the tests' own, and flows whose stages are recorded in place of being run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import evaluate, quantize, stages
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A temporary Prefect server with an empty database."""
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def commands(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """The stages that a flow runs, in order: name, and whether it was forced. Their results are not published."""
+    run: list[tuple[str, bool]] = []
+    monkeypatch.setattr(stages, "run_command", lambda command, name: run.append((name, "--force" in command)))
+    for flow in (evaluate, quantize):
+        monkeypatch.setattr(flow, "publish_results", lambda variants: " ".join(variants))
+    return run

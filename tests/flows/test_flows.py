@@ -1,0 +1,62 @@
+"""The order in which flows `quantize` and `evaluate` run their stages, and which stages `force` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import evaluate, parameters, quantize
+
+Commands = list[tuple[str, bool]]
+
+
+@pytest.fixture(autouse=True)
+def _params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A params.yaml with two variants and one download."""
+    params = {
+        "fetch": {"qwen": {"out": "data/models/qwen"}},
+        "variants": {"recipes": ["rtn", "tlq"], "schemes": ["w3a16"]},
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.setattr(parameters, "PARAMS", tmp_path / "params.yaml")
+
+
+def test_evaluate_reports_before_it_registers(commands: Commands) -> None:
+    assert evaluate.evaluate() == "full rtn-w3a16 tlq-w3a16"
+    names = [name for name, _ in commands]
+    assert names[:2] == ["check MLflow", "baseline"]
+    assert sorted(names[2:4]) == ["evaluate@rtn-w3a16", "evaluate@tlq-w3a16"]
+    assert names[4:] == ["report", "register"]
+
+
+def test_evaluate_scores_only_the_models_named(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "find_models", lambda models, variants: [f"{name}-w3a16" for name in models])
+    evaluate.evaluate(models=("tlq",), again=True)
+    assert commands[1:] == [("baseline", False), ("evaluate@tlq-w3a16", True), ("report", False), ("register", False)]
+
+
+def test_quantize_evaluates_each_variant_after_its_calibration_and_registers_last(commands: Commands) -> None:
+    quantize.quantize()
+    names = [name for name, _ in commands]
+    assert names[:3] == ["check MLflow", "demo", "fetch@qwen"]
+    assert names.index("prepare") < names.index("importance") < names.index("calibset")
+    for variant in ("rtn-w3a16", "tlq-w3a16"):
+        assert names.index("calibset") < names.index(f"calibrate@{variant}") < names.index(f"evaluate@{variant}")
+        assert names.index("baseline") < names.index(f"evaluate@{variant}")
+    assert names[-2:] == ["report", "register"]
+    assert not any(forced for _, forced in commands)
+
+
+def test_force_runs_exactly_the_stages_named(commands: Commands) -> None:
+    """Every stage of the flow is in the form's menu, and every entry of the menu forces its stages only."""
+    quantize.quantize(force=parameters.STAGES)
+    assert {name for name, forced in commands if not forced} == {"check MLflow"}
+    commands.clear()
+    quantize.quantize(force=("fetch", "calibrate"))
+    assert {name for name, forced in commands if forced} == {
+        "fetch@qwen",
+        "calibrate@rtn-w3a16",
+        "calibrate@tlq-w3a16",
+    }
