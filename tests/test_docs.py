@@ -23,7 +23,10 @@ from quick_project import QuickProject
 
 from demo.world import random_scene, render
 
-PROJECT = ("tlq", "tasks", "flows", "benchmarks", "demo", "bench")
+PROJECT = ("tlq", "tasks", "flows", "services", "benchmarks", "demo", "bench")
+
+#: Folders whose files documents may name; a path in ``data`` or ``models`` is made by a run.
+FOLDERS = (*PROJECT, "docs", "presets", "tests")
 
 #: Programs that are never run here: why.
 NEVER_RUN = {"make": "builds an environment", "pip": "changes the environment"}
@@ -160,6 +163,24 @@ def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text())
     absent = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
     assert not absent
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_and_modules_in_documents_exist(path: Path) -> None:
+    """Every file or folder of the project in back-ticks, and every module after ``python -m``."""
+    text = path.read_text()
+    files = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text)
+    modules = re.findall(r"python -m ([\w.]+\w)", text)
+    assert not [name for name in files if not (ROOT / name).exists()]
+    assert not [name for name in modules if find_spec(name) is None]
+
+
+def test_docs_index_links_every_page() -> None:
+    index = ROOT / "docs/README.md"
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", index.read_text()))
+    pages = {path.name for path in index.parent.glob("*.md")} - {index.name}
+    assert linked == pages
+    assert not [name for name in pages if "(README.md)" not in (index.parent / name).read_text()]
 
 
 def messages_of_code() -> set[str]:

@@ -1,6 +1,6 @@
 """Model cards: report/cards/<variant>.md, copied into the checkpoint as its README.md.
 
-    python -m tasks.stages.report.cards
+    python -m tasks.report.cards
 
 copies them again, where a checkpoint was made anew or pulled. DVC does not look at a checkpoint's README.md
 (.dvcignore), and the checkpoint's digest leaves it out: a card changes neither.
