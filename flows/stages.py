@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import State
 from flows.progress import with_progress
 from services.processes import OWNER, owner, stop, stop_stages, tree
 from tasks.stages.command import TRY_AGAIN
-from tlq.parallel import SHARDS
+from tlq.parallel import REDUCTION_CHUNKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,7 +154,7 @@ def stages_at_once() -> int:
     On a pool it is the workers that share them: stages only wait here, as many as could keep the largest pool busy.
     """
     if os.environ.get("TLQ_POOL") and "TLQ_PARALLEL" not in os.environ:
-        return SHARDS
+        return REDUCTION_CHUNKS
     return _shares()
 
 

@@ -12,15 +12,23 @@ from typing import Any
 
 import torch
 
+from tlq.calibration.job import CalibrationJob
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_resumably
 from tlq.importance.token_set import TokenBudget
-from tlq.importance.token_weights import SampleWeights, all_tokens, token_set, uniform_tokens
+from tlq.importance.token_weights import (
+    SampleWeights,
+    TokenWeights,
+    all_tokens,
+    to_batches,
+    token_set,
+    uniform_tokens,
+)
 from tlq.importance.weighting import Weighting, loss_of
-from tlq.job import quantize_checkpoint
+from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import plan_importance, refuse_impossible
-from tlq.quantization.formats import Scheme, get_scheme
+from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.runtime.resume import WorkFolder
 from tlq.samples import Batch, Sample, sequences_of
@@ -69,14 +77,17 @@ def quantize(
     budget = budget or TokenBudget(4096)
     scoring = WorkFolder(out.with_name(f"{out.name}-importance"))
 
-    def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
-        return _weights(model, batches, row, number_format, weighting or Weighting(), budget, seed, scoring)
+    batches = calibration_batches(model, calibration, row, batch_size, max_tokens)
+    quantizer = WeightQuantizer(number_format, model.checkpoint_dtype)
+    job = CalibrationJob(row, quantizer, batches, ranks=Ranks(device=model.device))
+
+    def weigh() -> TokenWeights:
+        weights = _weights(model, batches, row, number_format, weighting or Weighting(), budget, seed, scoring)
+        return to_batches(weights, batches)
 
     counted = budget.tokens_per_layer if row.tokens == "set" else None
     with scoring.locked():
-        reports = quantize_checkpoint(
-            model, out, calibration, row, number_format, weigh, batch_size, max_tokens, counted=counted
-        )
+        reports = quantize_checkpoint(model, out, job, weigh, counted)
         scoring.remove()
     return reports
 

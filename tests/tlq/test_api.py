@@ -12,7 +12,8 @@ import tlq
 from tlq import quantize
 from tlq.importance.token_set import TokenBudget
 from tlq.models.checkpoint import load_model
-from tlq.recipes import Equalization, Recipe
+from tlq.quantization.equalization import Equalization
+from tlq.recipes import Recipe
 from tlq.samples import Sample
 
 
