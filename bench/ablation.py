@@ -30,6 +30,7 @@ from bench.laboratory import MODEL, WORLD, Laboratory
 from tasks.config.params import Columns, PrepareParams
 from tasks.stages.command import quiet_libraries
 from tasks.stages.prepare import draw, read_table
+from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate
 from tlq.importance.gradients import BlockLoss, score_tokens
 from tlq.importance.token_set import TokenBudget
@@ -37,7 +38,7 @@ from tlq.importance.token_weights import SampleWeights, all_tokens, to_batches, 
 from tlq.importance.weighting import Importance, Weighting, loss_of
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.streaming import ResidentModel
-from tlq.quantization.formats import get_scheme
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, Sequences, encode_batches, image_token_id, sequences_of
 
@@ -119,14 +120,8 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     if choice.recipe.needs_data:
         weights = to_batches(pool.weights(choice, seed), pool.batches)
     started = time.perf_counter()
-    calibrate(
-        model,
-        pool.batches,
-        weights,
-        choice.recipe,
-        get_scheme(scheme),
-        checkpoint_dtype_of(read_config(MODEL)),
-    )
+    quantizer = WeightQuantizer(get_scheme(scheme), checkpoint_dtype_of(read_config(MODEL)))
+    calibrate(model, CalibrationJob(choice.recipe, quantizer, pool.batches, weights))
     seconds = time.perf_counter() - started
     return laboratory.measure(model, laboratory.reader) | {"seconds": round(seconds, 2)}
 

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from tlq.api import quantize
+from tlq.calibration.job import CalibrationJob
 from tlq.importance.gradients import score_tokens
 from tlq.importance.token_set import TokenBudget
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, plan_importance
-from tlq.quantization.formats import get_scheme
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import get_recipe
 from tlq.runtime.memory import peak_resident
 from tlq.samples import encode_batches, image_token_id
@@ -51,8 +52,9 @@ def main() -> None:
     if arguments.job == "importance":
         score_tokens(model, batches, len(samples))
     else:
-        plans.append(plan_calibration(model, batches, recipe, scheme, alone, arguments.tokens))
-        del model, batches
+        job = CalibrationJob(recipe, WeightQuantizer(scheme, model.checkpoint_dtype), batches, ranks=alone)
+        plans.append(plan_calibration(model, job, arguments.tokens))
+        del model, batches, job
         budget = TokenBudget(arguments.tokens)
         quantize(
             arguments.model, arguments.out, samples, recipe, scheme, budget=budget, batch_size=arguments.batch_size

@@ -15,14 +15,15 @@ import torch
 
 from tasks.cluster.launch import on_ranks
 from tasks.stages.command import device, run
+from tlq.calibration.job import CalibrationJob
 from tlq.importance.gradients import AnswerLoss, score_resumably
 from tlq.importance.token_set import TokenBudget
-from tlq.importance.token_weights import SampleWeights, token_set
+from tlq.importance.token_weights import SampleWeights, TokenWeights, to_batches, token_set
 from tlq.importance.weighting import Weighting
-from tlq.job import quantize_checkpoint
+from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
-from tlq.quantization.formats import get_scheme
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import get_recipe
 from tlq.runtime.resume import WorkFolder
 from tlq.samples import Batch, Sample, token_rows
@@ -54,24 +55,17 @@ def calibrate() -> None:
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})
 
-        def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
-            with ranks.clock.phase("importance"):
-                return _weights(model, batches, arguments, ranks)
-
         ranks.barrier()
         started = time.perf_counter()
-        layers = quantize_checkpoint(
-            model,
-            arguments.out,
-            samples,
-            get_recipe(arguments.recipe),
-            get_scheme("w3a16"),
-            weigh,
-            arguments.batch_size,
-            10**6,
-            ranks,
-            counted=arguments.tokens,
-        )
+        recipe, quantizer = get_recipe(arguments.recipe), WeightQuantizer(get_scheme("w3a16"), model.checkpoint_dtype)
+        batches = calibration_batches(model, samples, recipe, arguments.batch_size, 10**6)
+
+        def weigh() -> TokenWeights:
+            with ranks.clock.phase("importance"):
+                return to_batches(_weights(model, batches, arguments, ranks), batches)
+
+        job = CalibrationJob(recipe, quantizer, batches, ranks=ranks)
+        layers = quantize_checkpoint(model, arguments.out, job, weigh, arguments.tokens)
         if ranks.leads:
             seconds = time.perf_counter() - started
             device_name = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"

@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 from flows.progress import with_progress
 from services.processes import OWNER, ROOT, owner, stop, stop_stages, tree
 from tasks.stages.command import TRY_AGAIN
-from tlq.parallel import SHARDS
+from tlq.parallel import REDUCTION_CHUNKS
 
 #: The command that reproduces a stage; it waits while a concurrent stage holds DVC's lock to save its result.
 REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")
@@ -160,7 +160,7 @@ def stages_at_once() -> int:
     as the largest pool has workers.
     """
     if os.environ.get("TLQ_POOL") and "TLQ_PARALLEL" not in os.environ:
-        return SHARDS
+        return REDUCTION_CHUNKS
     return _shares()
 
 

@@ -21,39 +21,40 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-import tlq.calibration.loop
+import tlq.quantization.rounding
 from tasks.stages.command import run
 from tasks.stages.files import read_samples
 from tasks.cluster.launch import on_ranks
-from tlq.job import quantize_checkpoint
-from tlq.quantization.formats import get_scheme
+from tlq.calibration.job import CalibrationJob
+from tlq.job import calibration_batches, quantize_checkpoint
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.parallel import joined_ranks
 from tlq.recipes import get_recipe
 from tlq.importance.gradients import AnswerLoss, score_resumably
 from tlq.runtime.resume import WorkFolder
 from tlq.models.streaming import StreamedModel
 from tlq.importance.weighting import Weighting
-from tlq.samples import encode_batches, image_token_id
-from tlq.models.processor import load_processor
 from tlq.importance.token_set import TokenBudget
-from tlq.importance.token_weights import token_set
+from tlq.importance.token_weights import to_batches, token_set
 
 folder, recipe, scheme = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-tlq.calibration.loop._LEAST_ROWS = 32  # so that weights as small as these are rounded in several parts
+tlq.quantization.rounding._LEAST_ROWS = 32  # so that weights as small as these are rounded in several parts
 
 def work():
     torch.set_num_threads(1)
     samples = read_samples(folder / "samples.parquet")
     model = StreamedModel(folder / "model")
     with joined_ranks(torch.device("cpu")) as ranks:
-        def weigh(model, batches):
+        quantizer = WeightQuantizer(get_scheme(scheme), model.checkpoint_dtype)
+        batches = calibration_batches(model, samples, get_recipe(recipe), 2, 512)
+        def weigh():
             scores = score_resumably(model, batches, len(samples), AnswerLoss(), WorkFolder(folder / "scores"), ranks)
             marks = {s: b.is_image[r, b.valid[r]].numpy() for b in batches for r, s in enumerate(b.samples)}
             is_image = [marks[s] for s in range(len(samples))]
-            return token_set(scores, is_image, "token", Weighting(), TokenBudget(300), 0)
-        quantize_checkpoint(
-            model, folder / "out", samples, get_recipe(recipe), get_scheme(scheme), weigh, 2, 512, ranks
-        )
+            chosen = token_set(scores, is_image, "token", Weighting(), TokenBudget(300), 0)
+            return to_batches(chosen, batches)
+        job = CalibrationJob(get_recipe(recipe), quantizer, batches, ranks=ranks)
+        quantize_checkpoint(model, folder / "out", job, weigh)
 
 run(lambda: on_ranks("ranks_worker", sys.argv[1:], work))
 """

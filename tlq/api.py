@@ -11,20 +11,28 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from tlq.calibration.job import CalibrationJob
 from tlq.export.model_card import write_card
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_resumably
 from tlq.importance.token_set import TokenBudget
-from tlq.importance.token_weights import SampleWeights, all_tokens, token_set, uniform_tokens
+from tlq.importance.token_weights import (
+    SampleWeights,
+    TokenWeights,
+    all_tokens,
+    to_batches,
+    token_set,
+    uniform_tokens,
+)
 from tlq.importance.weighting import Weighting, loss_of
 from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import Plan, plan_calibration, plan_importance, refuse_impossible
-from tlq.quantization.formats import Scheme, get_scheme
+from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.runtime.resume import WorkFolder
-from tlq.samples import Batch, Sample, sequences_of
+from tlq.samples import Sample, sequences_of
 
 logger = logging.getLogger("tlq.api")
 
@@ -134,21 +142,13 @@ def quantize(
     streamed = settings.open_model(model)
     scoring = WorkFolder(folder.with_name(f"{folder.name}-importance"))
 
-    def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
-        return _weights(model, batches, recipe_row, scheme_row, settings, scoring)
+    job = _job(streamed, samples, recipe_row, scheme_row, settings)
+
+    def weigh() -> TokenWeights:
+        return to_batches(_weights(streamed, job, settings, scoring), job.batches)
 
     with scoring.locked():
-        layers = quantize_checkpoint(
-            streamed,
-            folder,
-            samples,
-            recipe_row,
-            scheme_row,
-            weigh,
-            settings.batch_size,
-            settings.max_tokens,
-            counted=_counted(recipe_row, settings),
-        )
+        layers = quantize_checkpoint(streamed, folder, job, weigh, _counted(recipe_row, settings))
         scoring.remove()
     report = QuantizationReport(folder, layers, time.perf_counter() - started)
     write_card(folder, model, recipe_row, scheme_row, report.groups, len(samples))
@@ -171,12 +171,19 @@ def plan(
     settings = CalibrationOptions(**options)
     recipe_row, scheme_row = _rows(recipe, scheme)
     streamed = settings.open_model(model)
-    ranks = Ranks(device=streamed.device)
-    batches = calibration_batches(streamed, samples, recipe_row, settings.batch_size, settings.max_tokens)
-    plans = [plan_calibration(streamed, batches, recipe_row, scheme_row, ranks, _counted(recipe_row, settings))]
+    job = _job(streamed, samples, recipe_row, scheme_row, settings)
+    plans = [plan_calibration(streamed, job, _counted(recipe_row, settings))]
     if _scores_gradients(recipe_row):
-        plans.insert(0, plan_importance(streamed, batches, ranks))
+        plans.insert(0, plan_importance(streamed, job.batches, job.ranks))
     return plans
+
+
+def _job(
+    model: StreamedModel, samples: Sequence[Sample], recipe: Recipe, scheme: Scheme, settings: CalibrationOptions
+) -> CalibrationJob:
+    batches = calibration_batches(model, samples, recipe, settings.batch_size, settings.max_tokens)
+    quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
+    return CalibrationJob(recipe, quantizer, batches, ranks=Ranks(device=model.device))
 
 
 def _rows(recipe: str | Recipe, scheme: str | Scheme) -> tuple[Recipe, Scheme]:
@@ -196,25 +203,21 @@ def _scores_gradients(recipe: Recipe) -> bool:
 
 
 def _weights(
-    model: StreamedModel,
-    batches: Sequence[Batch],
-    recipe: Recipe,
-    scheme: Scheme,
-    settings: CalibrationOptions,
-    scoring: WorkFolder,
+    model: StreamedModel, job: CalibrationJob, settings: CalibrationOptions, scoring: WorkFolder
 ) -> SampleWeights:
     """Token weights for calibration, as the stages importance and calibset make them.
 
     Args:
         scoring: keeps finished scores, so that an interrupted call continues.
     """
+    recipe, batches = job.recipe, job.batches
     sequences = sequences_of(batches)
     is_image, is_answer = sequences.is_image, sequences.is_answer
     if not _scores_gradients(recipe):
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
         return uniform_tokens(keys, is_image)
-    loss = BlockLoss(scheme, model.checkpoint_dtype) if loss_of(recipe.importance) == "block" else AnswerLoss()
+    loss = BlockLoss(job.scheme, model.checkpoint_dtype) if loss_of(recipe.importance) == "block" else AnswerLoss()
     alone = Ranks(device=model.device)
     refuse_impossible(plan_importance(model, batches, alone), scoring.folder, alone.device, 1, scoring.size())
     scores = score_resumably(model, batches, len(is_image), loss, scoring, alone)

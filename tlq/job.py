@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerResult, calibrate_layers
 from tlq.export.compressed_tensors import finish_checkpoint, read_layer, write_layer
-from tlq.importance.token_weights import SampleWeights, TokenWeights, to_batches
+from tlq.importance.token_weights import TokenWeights
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, refuse_impossible
-from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.runtime.activations import host_memory, processes_here
 from tlq.runtime.files import new_directory, write_text
@@ -32,53 +32,48 @@ from tlq.samples import Batch, Sample, encode_batches, image_token_id
 def quantize_checkpoint(
     model: StreamedModel,
     out: Path,
-    samples: Sequence[Sample],
-    recipe: Recipe,
-    scheme: Scheme,
-    weigh: Callable[[StreamedModel, Sequence[Batch]], SampleWeights],
-    batch_size: int,
-    max_tokens: int,
-    ranks: Ranks | None = None,
-    on_layer: Callable[[dict[str, Any]], None] | None = None,
+    job: CalibrationJob,
+    weigh: Callable[[], TokenWeights] | None = None,
     counted: int | None = None,
+    on_layer: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Calibrate layer by layer, export to ``out``, and write calibration.json there.
 
-    What is finished is kept in a folder beside ``out`` until all is: after an interruption the same call continues.
+    Finished layers are kept in a folder next to ``out`` until the checkpoint is complete: after an interruption the
+    same call continues. Ranks share this folder through their file system.
 
     Args:
-        weigh: gives the weights of every token that counts, from the full-precision model and the encoded samples;
-            not called for a recipe that needs no data.
-        ranks: this process's place in a group that shares the work and a file system; alone without it.
+        job: its scales must have the checkpoint's dtype; hidden states that exceed the host's budget go to the folder.
+        weigh: computes ``job.weights`` after the job is planned, where that takes long; not called for a recipe that
+            needs no data.
+        counted: most tokens with a weight in a linear group, for the plan; from ``job.weights`` by default, or all
+            tokens where these are not known yet.
         on_layer: called by the leading rank with the report of each layer as it is finished.
-        counted: most tokens whose error counts in a linear group, where that is known before ``weigh`` is called; the
-            job is planned with it.
 
     Returns:
         One report per layer: its groups' reports, seconds by phase, peak memory.
 
     Raises:
-        BlockingIOError, ValueError: the folder beside ``out`` is in use, or was begun with other choices.
+        BlockingIOError, ValueError: the folder next to ``out`` is in use, or was begun with other choices.
         MemoryError, OSError: this machine cannot do it (see ``tlq.plan``).
     """
-    ranks = ranks or Ranks(device=model.device)
-    checkpoint_dtype = model.checkpoint_dtype
-    work = WorkFolder(out)
-    batches = calibration_batches(model, samples, recipe, batch_size, max_tokens)
-    needed = plan_calibration(model, batches, recipe, scheme, ranks, counted)
+    ranks, work = job.ranks, WorkFolder(out)
+    needed = plan_calibration(model, job, counted)
     refuse_impossible(needed, out, ranks.device, processes_here(), work.size())
-    weights: TokenWeights = to_batches(weigh(model, batches), batches) if recipe.needs_data else {}
+    if weigh is not None and job.recipe.needs_data:
+        job = replace(job, weights=weigh())
+    job = replace(job, memory=host_memory(work.folder))
     with work.locked() if ranks.leads else nullcontext():
         if ranks.leads:
-            work.begin(_fingerprint(model, recipe, scheme, checkpoint_dtype, batches, weights))
-        reports = _calibrate_into(work, model, batches, weights, recipe, scheme, checkpoint_dtype, ranks, on_layer)
+            work.begin(_fingerprint(model, job))
+        reports = _calibrate_into(work, model, job, on_layer)
         if ranks.leads:
             with new_directory(out) as folder:
                 shards = [work.part(index) for index in range(len(reports))]
-                finish_checkpoint(folder, shards, model, scheme)
+                finish_checkpoint(folder, shards, model, job.scheme)
                 report = {
-                    "recipe": asdict(recipe),
-                    "scheme": asdict(scheme),
+                    "recipe": asdict(job.recipe),
+                    "scheme": asdict(job.scheme),
                     "groups": [group for layer in reports for group in layer["groups"]],
                     "layers": [{name: layer[name] for name in layer if name != "groups"} for layer in reports],
                 }
@@ -91,7 +86,7 @@ def quantize_checkpoint(
 def calibration_batches(
     model: StreamedModel, samples: Sequence[Sample], recipe: Recipe, batch_size: int, max_tokens: int
 ) -> list[Batch]:
-    """The samples as the recipe sees them: encoded, or none of them for one that needs no data."""
+    """Encoded micro-batches of the samples; none for a recipe that needs no data."""
     if not recipe.needs_data:
         return []
     processor = load_processor(model.folder)
@@ -99,17 +94,10 @@ def calibration_batches(
 
 
 def _calibrate_into(
-    work: WorkFolder,
-    model: StreamedModel,
-    batches: Sequence[Batch],
-    weights: TokenWeights,
-    recipe: Recipe,
-    scheme: Scheme,
-    checkpoint_dtype: torch.dtype,
-    ranks: Ranks,
-    on_layer: Callable[[dict[str, Any]], None] | None,
+    work: WorkFolder, model: StreamedModel, job: CalibrationJob, on_layer: Callable[[dict[str, Any]], None] | None
 ) -> list[dict[str, Any]]:
-    """Finish the layers that ``work`` does not have yet; returns the reports of all."""
+    """Finish the layers that ``work`` does not have yet; returns the reports of all layers."""
+    ranks, scheme = job.ranks, job.scheme
     reports = work.reports() if ranks.leads else []
     done = int(ranks.broadcast(torch.tensor(len(reports), device=ranks.device), 0))
 
@@ -118,9 +106,8 @@ def _calibrate_into(
 
     finished = {index: partial(stored, index) for index in range(done)}
     layers = len(model.architecture.decoder_layers(model.skeleton))
-    name = f"{recipe.name} {scheme.name}"
-    memory = host_memory(work.folder)
-    results = calibrate_layers(model, batches, weights, recipe, scheme, checkpoint_dtype, ranks, finished, memory)
+    name = f"{job.recipe.name} {scheme.name}"
+    results = calibrate_layers(model, job, finished)
     with tqdm(total=layers, initial=done, desc=name, unit="layer", disable=not ranks.leads) as bar:
         for result in results:
             if ranks.leads:
@@ -137,7 +124,7 @@ def _calibrate_into(
 
 
 def _layer_report(result: LayerResult, ranks: Ranks) -> dict[str, Any]:
-    """What is kept of a finished layer beside its weights; times and peaks of memory are the leading rank's."""
+    """The report of a finished layer; seconds and peaks of memory are those of the leading rank."""
     phases = ranks.clock.take()
     host = peak_resident()
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
@@ -152,21 +139,14 @@ def _layer_report(result: LayerResult, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _fingerprint(
-    model: StreamedModel,
-    recipe: Recipe,
-    scheme: Scheme,
-    checkpoint_dtype: torch.dtype,
-    batches: Sequence[Batch],
-    weights: TokenWeights,
-) -> dict[str, Any]:
+def _fingerprint(model: StreamedModel, job: CalibrationJob) -> dict[str, Any]:
     """Everything that the quantized weights depend on."""
     return {
-        "recipe": asdict(recipe),
-        "scheme": asdict(scheme),
+        "recipe": asdict(job.recipe),
+        "scheme": asdict(job.scheme),
         "model": model_digest(model.folder),
         "dtype": str(model.dtype),
-        "checkpoint_dtype": str(checkpoint_dtype),
-        "data": data_digest(batches, weights),
+        "checkpoint_dtype": str(job.quantizer.scale_dtype),
+        "data": data_digest(job.batches, job.weights),
         "versions": versions(),
     }

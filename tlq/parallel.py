@@ -1,8 +1,8 @@
 """Ranks: the processes that share one calibration, and sums that do not depend on how many there are.
 
-Micro-batches belong to a fixed number of virtual shards. A rank works on whole shards, and what shards contribute is
-added in the order of the shards: float addition depends on order, so this is what makes the quantized codes the same
-bits for one rank, for eight, and for a group that was formed again after a crash.
+Micro-batches are divided into a fixed number of reduction chunks. A rank works on whole chunks, and partial sums are
+added in the order of the chunks. Float addition depends on order, so this makes the quantized codes the same bits for
+one rank, for eight ranks, and for a group of ranks that formed again after a crash.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from tlq.runtime.clock import Clock
 
-#: Virtual shards; more ranks than these would have nothing to do.
-SHARDS = 16
+#: Chunks in whose order partial sums are added; more ranks than chunks would have nothing to do.
+REDUCTION_CHUNKS = 16
 
 _TIMEOUT = timedelta(minutes=30)
 
 
-def shard_ranges(batches: int) -> list[range]:
-    """Micro-batches of every virtual shard: contiguous, as even as can be, empty ones left out."""
-    shards = min(SHARDS, batches)
-    edges = [number * batches // shards for number in range(shards + 1)] if shards else [0]
+def chunk_ranges(batches: int) -> list[range]:
+    """Micro-batches of every reduction chunk: contiguous, of sizes that differ by one at most, none empty."""
+    chunks = min(REDUCTION_CHUNKS, batches)
+    edges = [chunk * batches // chunks for chunk in range(chunks + 1)] if chunks else [0]
     return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
@@ -39,7 +39,7 @@ class Ranks:
     Attributes:
         rank, size: this process's number, and how many there are.
         device: where this process computes.
-        clock: what its time goes into.
+        clock: seconds that this process spends in each phase.
     """
 
     rank: int = 0
@@ -52,41 +52,41 @@ class Ranks:
         """Whether this is the rank that writes files and shows progress."""
         return self.rank == 0
 
-    def own_shards(self, shards: int) -> range:
-        """Numbers of the shards that this rank works on: contiguous, in order of rank."""
-        return range(self.rank * shards // self.size, (self.rank + 1) * shards // self.size)
+    def own_chunks(self, chunks: int) -> range:
+        """Indices of the chunks that this rank works on: contiguous, in order of rank."""
+        return range(self.rank * chunks // self.size, (self.rank + 1) * chunks // self.size)
 
     def ordered_sum(self, parts: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
-        """Sum over all shards in their order, on every rank.
+        """Sum over all chunks in their order, on every rank.
 
         Args:
-            parts: contributions of this rank's shards, in order, each ``shape`` float32; taken one by one.
+            parts: partial sums of this rank's chunks, in order, each ``shape`` float32; consumed one by one.
         """
         if self.size == 1:
-            return _fold(None, parts, shape, self.device)
-        # A rank behind the first computes its parts while it waits; they may be too many for the device.
+            return _add_up(None, parts, shape, self.device)
+        # A rank after the first computes its parts while it waits; all of them at once may not fit on the device.
         own: Iterable[Tensor] = parts if self.rank == 0 else [part.cpu() for part in parts]
         total = None
         if self.rank > 0:
             total = torch.empty(tuple(shape), device=self.device)
             with self.clock.phase("reduce"):
                 dist.recv(total, self.rank - 1)
-        total = _fold(total, own, shape, self.device)
+        total = _add_up(total, own, shape, self.device)
         with self.clock.phase("reduce"):
             if self.rank < self.size - 1:
                 dist.send(total, self.rank + 1)
             dist.broadcast(total, self.size - 1)
         return total
 
-    def table(self, own: Sequence[Sequence[float]], shards: int) -> Tensor:
-        """Rows with one value per shard, [rows, shards] float64, from those of this rank's shards."""
-        columns = self.own_shards(shards)
-        table = torch.zeros(len(own), shards, dtype=torch.float64)
+    def table(self, own: Sequence[Sequence[float]], chunks: int) -> Tensor:
+        """Rows with one value per chunk, [rows, chunks] float64, from the values of every rank's chunks."""
+        columns = self.own_chunks(chunks)
+        table = torch.zeros(len(own), chunks, dtype=torch.float64)
         table[:, columns.start : columns.stop] = torch.tensor(own, dtype=torch.float64).view(len(own), len(columns))
         return self.all_reduce(table)  # one rank has a value, the others zero: exact
 
     def all_reduce(self, value: Tensor) -> Tensor:
-        """Sum over ranks in no stated order: for what must be equal on all ranks, but may depend on their number."""
+        """Sum over ranks in no fixed order: equal on all ranks, while its last bits may depend on their number."""
         if self.size > 1:
             with self.clock.phase("reduce"):
                 dist.all_reduce(value)
@@ -99,11 +99,11 @@ class Ranks:
         return value
 
     def assigned(self, count: int) -> Iterator[int]:
-        """Which of ``count`` independent pieces of work are this rank's."""
+        """Indices of the pieces of work, out of ``count`` independent ones, that this rank does."""
         return iter(range(self.rank, count, self.size))
 
     def owner(self, number: int) -> int:
-        """The rank that piece ``number`` was dealt to."""
+        """The rank that does piece ``number``."""
         return number % self.size
 
     def broadcast(self, value: Tensor, owner: int) -> Tensor:
@@ -114,12 +114,12 @@ class Ranks:
         return value
 
     def barrier(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has come here."""
         if self.size > 1:
             dist.barrier()
 
 
-def _fold(total: Tensor | None, parts: Iterable[Tensor], shape: Sequence[int], device: torch.device) -> Tensor:
+def _add_up(total: Tensor | None, parts: Iterable[Tensor], shape: Sequence[int], device: torch.device) -> Tensor:
     for part in parts:
         total = part.to(device) if total is None else total.add_(part.to(device))
     return torch.zeros(tuple(shape), device=device) if total is None else total

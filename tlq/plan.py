@@ -14,11 +14,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from tlq.calibration.loop import check_shapes
+from tlq.calibration.job import CalibrationJob
+from tlq.calibration.preflight import check_shapes
 from tlq.importance.gradients import WAVES, bytes_per_token
-from tlq.models.architectures import LinearGroup, get_linear, linear_paths
+from tlq.models.architectures import LinearGroup, get_linear, head_dim_of, linear_paths
 from tlq.models.streaming import StreamedModel
-from tlq.parallel import Ranks, shard_ranges
+from tlq.parallel import Ranks, chunk_ranges
+from tlq.quantization.errors import from_statistics
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.runtime.activations import GIB, gib_of, host_budget
@@ -29,8 +31,6 @@ _FLOAT = 4
 _RUNTIME = 256 * 2**20
 #: Copies of a group's weight that solving it holds: original, scaled, W G, dequantized, temporaries.
 _WEIGHTS = 5
-#: Matrices of a group's width that its second moments are turned into factors with.
-_FACTORING = 2
 
 
 @dataclass(frozen=True)
@@ -86,27 +86,23 @@ def gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def plan_calibration(
-    model: StreamedModel,
-    batches: Sequence[Batch],
-    recipe: Recipe,
-    scheme: Scheme,
-    ranks: Ranks,
-    counted: int | None = None,
-) -> Plan:
-    """What ``quantize_checkpoint`` will need.
+def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | None = None) -> Plan:
+    """The needs of ``quantize_checkpoint``.
 
     Args:
-        batches: all micro-batches; none for a recipe that needs no data.
-        counted: most tokens whose error counts in a linear group; all of them if not given.
+        counted: most tokens with a weight in a linear group; from ``job.weights`` by default, or all tokens where these
+            are not known yet.
 
     Raises:
         ValueError: a group size does not divide a layer's width, an override matches nothing, a linear is missing.
     """
+    recipe, scheme, batches = job.recipe, job.scheme, job.batches
     check_shapes(model.skeleton, model.architecture, scheme)
     sizes = _Sizes(model)
-    own = _own_tokens(batches, ranks)
+    own = _own_tokens(batches, job.ranks)
     tokens = sum(_all_tokens(batch) for batch in batches)
+    if counted is None and job.weights:
+        counted = job.counted_tokens()
     counted = tokens if counted is None else min(counted, tokens)
     exposed = recipe.sees("exposed", scheme)
     paths = recipe.sees("full_precision", scheme) + exposed
@@ -170,10 +166,8 @@ class _Sizes:
 
     def calls(self, batches: Sequence[Batch], own: int) -> int:
         """Attention masks and rotary embeddings of all of this rank's micro-batches."""
-        heads = self.text.num_attention_heads
-        head_dim = getattr(self.text, "head_dim", None) or self.text.hidden_size // heads
         longest = max((batch.valid.shape[1] for batch in batches), default=0)
-        return own * (longest + 2 * head_dim) * self.item
+        return own * (longest + 2 * head_dim_of(self.model.skeleton.config)) * self.item
 
     def activations(self, batches: Sequence[Batch], graph: bool) -> int:
         """A micro-batch inside a decoder layer; with a graph, what backward needs and makes."""
@@ -212,12 +206,11 @@ class _Sizes:
         if paths == 2:  # the original inputs of all groups are noted in one pass
             widths = [get_linear(layer, each.linears[0]).in_features for each in architecture.groups]
             inputs += own * sum(widths) * self.item
-        if recipe.equalization.error == "parent" and group.parent:
-            inputs += own * 4 * self.state
-        compensated = recipe.rounding == "compensated"
-        measures = scheme.activation_bits is None and own * (1 + compensated) > width
-        moments = measures + _FACTORING * compensated
-        return weights + inputs + moments * width * width * _FLOAT
+        if recipe.error_measure.parent_of(group) is not None:
+            inputs += recipe.error_measure.bytes_needed(own, self.state)
+        rounding = recipe.rounding_method
+        measures = from_statistics(own, width, scheme, rounding.needs_statistics)
+        return weights + inputs + measures * width * width * _FLOAT + rounding.bytes_needed(rows, width)
 
 
 def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
@@ -251,10 +244,10 @@ def _all_tokens(batch: Batch) -> int:
 
 def _own_tokens(batches: Sequence[Batch], ranks: Ranks) -> int:
     """Tokens of the micro-batches of the rank that has most, padding included."""
-    shards = shard_ranges(len(batches))
+    chunks = chunk_ranges(len(batches))
     most = 0
     for rank in range(ranks.size):
-        numbers = [number for shard in Ranks(rank, ranks.size).own_shards(len(shards)) for number in shards[shard]]
+        numbers = [number for chunk in Ranks(rank, ranks.size).own_chunks(len(chunks)) for number in chunks[chunk]]
         most = max(most, sum(_all_tokens(batches[number]) for number in numbers))
     return most
 

@@ -13,55 +13,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tlq.importance.weighting import Source
+from tlq.quantization.equalization import Equalization
+from tlq.quantization.errors import ERROR_MEASURES, ErrorMeasure
 from tlq.quantization.formats import Scheme
-from tlq.quantization.objective import Norm
+from tlq.quantization.rounding import ROUNDINGS, Rounding
 
 InputPath = Literal["full_precision", "exposed"]
 
 
 @dataclass(frozen=True)
-class Equalization:
-    """How the per-channel scales of V = Q(W diag(s)) diag(1/s) are chosen.
+class Recipe:
+    """A quantization method.
 
     Attributes:
-        method: `none` (s = 1), `fixed` (one exponent) or `grid` (the exponent with the smallest error).
-        alpha: the exponent of `fixed`.
-        points: grid points in [0, 1).
-        search: `exhaustive` finds the exponent with the smallest error; `halving` drops the worse half of them each
-            time it has seen the error of twice as many output channels.
-        duo: also try exponents on the weight magnitude, s = |x|^a / |w|^(1 - a).
-        error: measured on the output of the group's `linears`, or of the `parent` module.
-        norm: `l2` (squared) or `l1` error.
-        magnitude: activation magnitude as `mean` of |x| over the tokens, `weighted` by their importance, or `max`.
-        folds: groups that may be scaled: those behind `norms` only, also those behind a linear of `matching` width
-            (AWQ's code), or `all`: under grouped-query attention the input channels of the output projection that
-            come from one value channel then get one scale.
+        inputs_quantized_activations: replaces ``inputs`` where the scheme quantizes activations too.
+        rounding: key of ``tlq.quantization.rounding.ROUNDINGS``.
+        damping: fraction of the Hessian's mean diagonal that is added to its diagonal (GPTQ's ``percdamp``).
     """
-
-    method: Literal["none", "fixed", "grid"] = "none"
-    alpha: float = 0.5
-    points: int = 20
-    search: Literal["exhaustive", "halving"] = "exhaustive"
-    duo: bool = False
-    error: Literal["linears", "parent"] = "linears"
-    norm: Norm = "l2"
-    magnitude: Literal["mean", "weighted", "max"] = "mean"
-    folds: Literal["norms", "matching", "all"] = "all"
-
-    def __post_init__(self) -> None:
-        if self.points < 2:
-            raise ValueError(f"equalization.points is {self.points}, must be at least 2 for a grid")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"equalization.alpha is {self.alpha}, must be in [0, 1]")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A quantization method. ``inputs_w4a8`` replaces ``inputs`` where activations are quantized too."""
 
     name: str
     importance: Source = "uniform"
@@ -70,7 +43,7 @@ class Recipe:
     target: InputPath = "full_precision"
     inputs_quantized_activations: InputPath | None = None
     equalization: Equalization = field(default_factory=Equalization)
-    rounding: Literal["nearest", "compensated"] = "nearest"
+    rounding: str = "nearest"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -78,20 +51,35 @@ class Recipe:
             raise ValueError(
                 f"damping is {self.damping}, must not be negative; it is a share of the Hessian's diagonal"
             )
+        _check("rounding", self.rounding, ROUNDINGS)
+        _check("equalization.error", self.equalization.error, ERROR_MEASURES)
 
     @property
     def needs_data(self) -> bool:
-        """Round-to-nearest without scales looks at weights only."""
-        return self.equalization.method != "none" or self.rounding != "nearest"
+        """Whether the recipe reads calibration data; plain round-to-nearest depends on the weights only."""
+        return self.equalization.method != "none" or self.rounding_method.needs_data
+
+    @property
+    def rounding_method(self) -> Rounding:
+        return ROUNDINGS[self.rounding]
+
+    @property
+    def error_measure(self) -> ErrorMeasure:
+        return ERROR_MEASURES[self.equalization.error]
 
     def sees(self, path: InputPath, scheme: Scheme) -> bool:
-        """Whether inputs on ``path`` are looked at: by the quantized linear, or full precision's for the target."""
+        """Whether inputs from ``path`` are needed: for the quantized linear, or full-precision ones for the target."""
         return path == self.inputs_for(scheme) or (path == "full_precision" and path == self.target)
 
     def inputs_for(self, scheme: Scheme) -> InputPath:
         if scheme.activation_bits is not None and self.inputs_quantized_activations is not None:
             return self.inputs_quantized_activations
         return self.inputs
+
+
+def _check(name: str, key: str, registry: Collection[str]) -> None:
+    if key not in registry:
+        raise ValueError(f"{name} is {key!r}; choose one of {', '.join(registry)}")
 
 
 RECIPES: dict[str, Recipe] = {

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tasks.cluster.environment import own_address, positive, restarts_allowed
 from tasks.cluster.store import JobStore
-from tlq.parallel import SHARDS
+from tlq.parallel import REDUCTION_CHUNKS
 
 logger = logging.getLogger("tlq.ranks")
 
@@ -48,7 +48,7 @@ def is_rank() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], most: int = SHARDS) -> None:
+def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], most: int = REDUCTION_CHUNKS) -> None:
     """Do ``work`` here, or on the ranks that the environment asks for by running ``module`` in each.
 
     Args:

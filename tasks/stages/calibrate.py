@@ -32,13 +32,14 @@ from tasks.stages.files import (
     read_tokens,
 )
 from tasks.stages.planning import show_plan
-from tlq.importance.token_weights import SampleWeights, all_tokens
+from tlq.calibration.job import CalibrationJob
+from tlq.importance.token_weights import SampleWeights, all_tokens, to_batches
 from tlq.importance.weighting import loss_of
 from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan import plan_calibration
-from tlq.quantization.formats import get_scheme
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import Recipe
 from tlq.samples import Sample
 
@@ -102,32 +103,21 @@ def quantize() -> None:
         lengths = read_sequences(IMPORTANCE).lengths
         samples, longest = read_samples(PREPARED / "calibration.parquet", len(lengths)), max(lengths)
         weights = weights_of(row, section("calibset", CalibsetParams), IMPORTANCE, CALIBSET / "tokens.parquet")
-    counted = max((sum(int((one > 0).sum()) for one in part.values()) for part in weights.values()), default=0)
 
     model = StreamedModel(model_params.path, model_params.torch_dtype, device())
     out = MODELS / f"{row.name}-{scheme.name}"
+    batches = calibration_batches(model, samples, row, params.batch_size, longest)
+    quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
+    job = CalibrationJob(row, quantizer, batches, to_batches(weights, batches))
     if arguments.dry_run:
-        batches = calibration_batches(model, samples, row, params.batch_size, longest)
         ranks = Ranks(size=ranks_wanted(), device=model.device)
-        show_plan(plan_calibration(model, batches, row, scheme, ranks, counted), out, ranks)
+        show_plan(plan_calibration(model, replace(job, ranks=ranks)), out, ranks)
         return
     with (
         joined_ranks(device()) as ranks,
         tracked_calibration(out, model.folder, row, scheme, ranks.leads) as on_layer,
     ):
-        quantize_checkpoint(
-            model,
-            out,
-            samples,
-            row,
-            scheme,
-            lambda _model, _batches: weights,
-            params.batch_size,
-            longest,
-            ranks,
-            on_layer,
-            counted=counted,
-        )
+        quantize_checkpoint(model, out, replace(job, ranks=ranks), on_layer=on_layer)
     if ranks.leads:
         logger.info("%s-%s exported", row.name, scheme.name)
 

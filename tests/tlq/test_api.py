@@ -17,7 +17,8 @@ from tlq import CalibrationOptions, quantize
 from tlq.api import Options, plan
 from tlq.importance.token_set import TokenBudget
 from tlq.models.checkpoint import load_model
-from tlq.recipes import Equalization, Recipe
+from tlq.quantization.equalization import Equalization
+from tlq.recipes import Recipe
 from tlq.samples import Sample
 
 

@@ -17,9 +17,9 @@ from tlq.importance.token_set import TokenBudget
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
-from tlq.quantization.formats import fake_quantize, get_scheme
-from tlq.quantization.objective import Statistics, Tokens
-from tlq.quantization.rounding import Factor, round_compensated
+from tlq.quantization.formats import WeightQuantizer, fake_quantize, get_scheme
+from tlq.quantization.objective import Factor, Statistics, Tokens
+from tlq.quantization.rounding import round_compensated
 from tlq.recipes import RECIPES
 from tlq.runtime.digest import digest
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
@@ -60,7 +60,7 @@ def test_compensated_rounding_gives_the_codes_of_the_host(scheme: str) -> None:
         weight, _, u, w = problem(device)
         factor = Factor.of((u * w[:, None]).T @ u)
         assert factor is not None
-        (rounded,) = round_compensated([weight], factor, get_scheme(scheme), torch.bfloat16)
+        (rounded,) = round_compensated([weight], factor, WeightQuantizer(get_scheme(scheme), torch.bfloat16))
         codes.append(rounded.codes.cpu())
     # A value in the middle between two codes falls to either side, and what follows makes up for it.
     assert float((codes[0] != codes[1]).float().mean()) < 0.01
@@ -71,9 +71,9 @@ def test_codes_do_not_depend_on_what_is_rounded_beside_them() -> None:
     factor = Factor.of((u * w[:, None]).T @ u)
     assert factor is not None
     scheme, parts = get_scheme("w3a16"), weight.split(64)
-    together = round_compensated(parts, factor, scheme, torch.bfloat16)
+    together = round_compensated(parts, factor, WeightQuantizer(scheme, torch.bfloat16))
     for part, beside in zip(parts, together, strict=True):
-        (alone,) = round_compensated([part], factor, scheme, torch.bfloat16)
+        (alone,) = round_compensated([part], factor, WeightQuantizer(scheme, torch.bfloat16))
         assert torch.equal(alone.codes, beside.codes)
 
 

@@ -19,17 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranked_job import assert_equal, finish, processes_of, wait_until_gone, write_job
 
-from tlq.parallel import SHARDS, Ranks, shard_ranges
+from tlq.parallel import REDUCTION_CHUNKS, Ranks, chunk_ranges
 
 
 @given(batches=st.integers(0, 300), size=st.integers(1, 20))
-def test_every_micro_batch_belongs_to_one_shard_and_every_shard_to_one_rank(batches: int, size: int) -> None:
-    shards = shard_ranges(batches)
-    assert [number for shard in shards for number in shard] == list(range(batches))
-    assert len(shards) == min(SHARDS, batches)
-    assert max(map(len, shards), default=0) - min(map(len, shards), default=0) <= 1
-    owned = [shard for rank in range(size) for shard in Ranks(rank, size).own_shards(len(shards))]
-    assert owned == list(range(len(shards)))
+def test_every_micro_batch_belongs_to_one_chunk_and_every_chunk_to_one_rank(batches: int, size: int) -> None:
+    chunks = chunk_ranges(batches)
+    assert [number for chunk in chunks for number in chunk] == list(range(batches))
+    assert len(chunks) == min(REDUCTION_CHUNKS, batches)
+    assert max(map(len, chunks), default=0) - min(map(len, chunks), default=0) <= 1
+    owned = [chunk for rank in range(size) for chunk in Ranks(rank, size).own_chunks(len(chunks))]
+    assert owned == list(range(len(chunks)))
     dealt = sorted(piece for rank in range(size) for piece in Ranks(rank, size).assigned(batches))
     assert dealt == list(range(batches))
 

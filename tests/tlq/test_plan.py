@@ -13,10 +13,11 @@ import torch
 from exporting import read_tensors
 
 import tlq
+from tlq.calibration.job import CalibrationJob
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import Plan, exported_bytes, plan_calibration, plan_importance, refuse_impossible
-from tlq.quantization.formats import get_scheme
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 from tlq.samples import Batch, Sample
 
@@ -25,13 +26,17 @@ GIB = 2**30
 SMALL = Plan("calibration", 2, 0, 0, 8, 8, device=3 * GIB, hidden_states=2 * GIB, budget=GIB, disk=5 * GIB)
 
 
+def job_of(recipe: str, batches: list[Batch], ranks: Ranks = Ranks()) -> CalibrationJob:  # noqa: B008
+    return CalibrationJob(RECIPES[recipe], WeightQuantizer(get_scheme("w3a16"), torch.bfloat16), batches, ranks=ranks)
+
+
 @pytest.fixture(scope="module")
 def streamed(tiny_checkpoint: Path) -> StreamedModel:
     return StreamedModel(tiny_checkpoint)
 
 
 def test_it_counts_weights_and_tokens(streamed: StreamedModel, batches: list[Batch]) -> None:
-    found = plan_calibration(streamed, batches, RECIPES["tlq"], get_scheme("w3a16"), Ranks(), counted=40)
+    found = plan_calibration(streamed, job_of("tlq", batches), counted=40)
     layer = streamed.architecture.decoder_layers(streamed.skeleton)[0]
     assert found.layer == 4 * sum(parameter.numel() for parameter in layer.parameters())
     assert found.outside == 4 * sum(parameter.numel() for parameter in streamed.skeleton.parameters()) - 2 * found.layer
@@ -42,10 +47,8 @@ def test_it_counts_weights_and_tokens(streamed: StreamedModel, batches: list[Bat
 
 
 def test_more_of_anything_needs_more(streamed: StreamedModel, batches: list[Batch]) -> None:
-    scheme = get_scheme("w3a16")
-
     def device(recipe: str, ranks: Ranks | None = None, own: list[Batch] = batches) -> int:
-        return plan_calibration(streamed, own, RECIPES[recipe], scheme, ranks or Ranks()).device
+        return plan_calibration(streamed, job_of(recipe, own, ranks or Ranks())).device
 
     assert device("tlq-c", own=batches[:1]) < device("tlq-c", own=batches) < device("tlq-c", own=batches * 20)
     assert device("tlq-c", Ranks(size=2), batches * 20) < device("tlq-c", Ranks(), batches * 20)

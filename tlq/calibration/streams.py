@@ -1,7 +1,7 @@
-"""The two paths through the decoder, one layer at a time, and what the linear groups of a layer see on them.
+"""The two activation streams through the decoder, one layer at a time, and the inputs of linear groups on them.
 
-On the full-precision path the layers are what they were; its inputs give the target. On the exposed path they are
-quantized as far as calibration has come, and so are a layer's groups behind the one at hand.
+The full-precision stream passes through the original layers; its inputs give the target. The exposed stream passes
+through the layers and groups that are quantized already, as it will in the finished model.
 """
 
 from __future__ import annotations
@@ -14,62 +14,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlq.importance.token_weights import TokenWeights
+from tlq.calibration.job import CalibrationJob
 from tlq.models.architectures import LinearGroup
 from tlq.models.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.models.streaming import LayeredModel
-from tlq.parallel import Ranks
-from tlq.quantization.formats import Scheme
-from tlq.quantization.search import Arguments
-from tlq.recipes import Recipe
-from tlq.runtime.activations import Activations, HostMemory
-from tlq.samples import Batch
+from tlq.quantization.errors import Arguments
+from tlq.runtime.activations import Activations
 
 
 @dataclass
 class FullPrecision:
-    """One layer on the full-precision path, by micro-batch: group inputs [tokens, in], parents' arguments."""
+    """One layer on the full-precision stream, by micro-batch: group inputs [tokens, in], parents' arguments."""
 
     inputs: dict[str, list[Tensor]]
     parents: dict[str, list[Arguments]]
 
 
-class Paths:
-    """Hidden states of this rank's micro-batches on both paths.
+class Streams:
+    """Hidden states of this rank's micro-batches on both streams.
 
-    Nothing is computed that nobody looks at: on the exposed path a module is run once after its last group is solved,
-    a module that computes token by token is run on the tokens that count, and no path goes behind the last group.
+    Computation is lazy: on the exposed stream the output of a module is kept after its last group is solved, a module
+    that computes token by token runs on the tokens with a weight only, and nothing runs past the last group.
 
     Attributes:
-        numbers: numbers of the micro-batches.
-        full, exposed: hidden states before the layer at hand; empty for a path that the recipe does not look at.
+        numbers: indices of this rank's micro-batches among all.
+        full, exposed: hidden states before the current layer; empty for a stream that the recipe does not use.
     """
 
-    def __init__(
-        self,
-        model: LayeredModel,
-        batches: Sequence[Batch],
-        numbers: Sequence[int],
-        weights: TokenWeights,
-        recipe: Recipe,
-        scheme: Scheme,
-        ranks: Ranks,
-        memory: HostMemory,
-    ) -> None:
-        """``batches`` and ``weights`` are those of all ranks, ``numbers`` says which are this one's."""
-        self.architecture, self.numbers, self._weights = model.architecture, numbers, weights
-        self._device = model.device
-        self._batches = [batches[number] for number in numbers]
+    def __init__(self, model: LayeredModel, job: CalibrationJob) -> None:
+        recipe = job.recipe
+        self.architecture, self.numbers, self._weights = model.architecture, job.own_batches, job.weights
+        self._device, self._memory = model.device, job.memory
+        self._batches = [job.batches[number] for number in self.numbers]
         self._last = len(model.architecture.decoder_layers(model.skeleton)) - 1
-        self._by_parent = recipe.equalization.error == "parent"
-        self.sees_full_precision = recipe.sees("full_precision", scheme)
-        self.sees_exposed = recipe.sees("exposed", scheme)
+        self._parent_of = recipe.error_measure.parent_of
+        self.sees_full_precision = recipe.sees("full_precision", job.scheme)
+        self.sees_exposed = recipe.sees("exposed", job.scheme)
         self.calls: list[LayerCalls] = []
         if self._batches:
-            with ranks.clock.phase("enter"), model.outside() as entered:
+            with job.ranks.clock.phase("enter"), model.outside() as entered:
                 self.calls = enter_decoder(entered, self.architecture, self._batches, model.device)
         first = [call.take_hidden_states() for call in self.calls]
-        self._memory = memory
         self.full = self._activations(first if self.sees_full_precision else [])
         self.exposed = self._activations(first if self.sees_exposed else [])
         self._finished: dict[str, Activations] = {}
@@ -84,15 +69,15 @@ class Paths:
     # -- full precision ------------------------------------------------------------------------------------------
 
     def full_precision(self, index: int, layer: nn.Module) -> FullPrecision | None:
-        """Inputs of every group on the full-precision path, advanced past ``layer``; None if nobody looks at it."""
+        """Inputs of every group on the full-precision stream, advanced past ``layer``; None if the recipe uses none."""
         if not self.sees_full_precision:
             return None
         groups = self.architecture.groups
         modules = {group.name: _first_linear(layer, group) for group in groups}
-        parents = {group.parent for group in groups if group.parent and self._by_parent}
+        parents = {parent for group in groups if (parent := self._parent_of(group)) is not None}
         modules |= {parent: layer.get_submodule(parent) for parent in parents}
         stop = modules[groups[-1].name] if index == self._last else None
-        found = FullPrecision({group.name: [] for group in groups}, {parent: [] for parent in parents})
+        reference = FullPrecision({group.name: [] for group in groups}, {parent: [] for parent in parents})
         for number, call in enumerate(self.calls):
             seen, output = observe(layer, self.full[number], call.kwargs[index], modules, stop)
             if output is not None:
@@ -100,13 +85,13 @@ class Paths:
             for group in groups:
                 (hidden,), _ = seen[group.name]
                 counts = self.weights_of(index, group, number) > 0
-                found.inputs[group.name].append(_finite(hidden[counts], index, group))
+                reference.inputs[group.name].append(_finite(hidden[counts], index, group))
             for parent in parents:
-                found.parents[parent].append(seen[parent])
-        return found
+                reference.parents[parent].append(seen[parent])
+        return reference
 
     def advance_full_precision(self, index: int, layer: nn.Module) -> None:
-        """Past ``layer``, which was solved before and still has its own weights."""
+        """Advance past ``layer``, which was solved by an earlier run and still has its original weights."""
         for number in range(len(self.full)):
             self._advance(
                 self.full, index, number, run_layer(layer, self.full[number], self.calls[number].kwargs[index])
@@ -115,17 +100,17 @@ class Paths:
     # -- exposed -------------------------------------------------------------------------------------------------
 
     def exposed_inputs(self, index: int, layer: nn.Module, group: LinearGroup) -> tuple[list[Tensor], list[Arguments]]:
-        """Inputs of ``group`` [tokens, in] behind everything quantized so far, and its parent module's arguments.
+        """Inputs of ``group`` [tokens, in] after everything quantized so far, and its parent module's arguments.
 
-        Both are given by micro-batch. What comes before the module that the group is part of is final from now on.
+        Both are given by micro-batch. From this call on, the modules before the group's own are final.
         """
         order = [each.block for each in self.architecture.groups]
         for path in order[: order.index(group.block)]:
             self._finished.setdefault(path, self._activations())
         stop = _first_linear(layer, group)
-        modules = {group.name: stop}
-        if group.parent and self._by_parent:
-            modules[group.parent] = layer.get_submodule(group.parent)
+        modules, parent = {group.name: stop}, self._parent_of(group)
+        if parent is not None:
+            modules[parent] = layer.get_submodule(parent)
         rows, parents = [], []
         for number in range(len(self.exposed)):
             counts = self.weights_of(index, group, number) > 0
@@ -133,18 +118,18 @@ class Paths:
                 block = layer.get_submodule(group.block)
                 (hidden,), _ = self._observed(index, number, layer, {group.block: block}, block)[group.block]
                 seen, _ = observe(block, hidden[counts], {}, modules, stop)
-                (chosen,), _ = seen[group.name]
+                (counted,), _ = seen[group.name]
             else:
                 seen = self._observed(index, number, layer, modules, stop)
                 (hidden,), _ = seen[group.name]
-                chosen = hidden[counts]
-            rows.append(_finite(chosen, index, group))
-            if group.parent in modules:
-                parents.append(seen[group.parent])
+                counted = hidden[counts]
+            rows.append(_finite(counted, index, group))
+            if parent is not None:
+                parents.append(seen[parent])
         return rows, parents
 
     def advance_exposed(self, index: int, layer: nn.Module) -> None:
-        """Past ``layer``, all of whose groups are installed; nobody looks behind the last."""
+        """Advance past ``layer``, all of whose groups are installed; nothing runs past the last layer."""
         if index != self._last:
             for number in range(len(self.exposed)):
                 with self._shortcuts(layer, number):
@@ -157,7 +142,7 @@ class Paths:
     def _observed(
         self, index: int, number: int, layer: nn.Module, modules: dict[str, nn.Module], stop: nn.Module
     ) -> dict[str, Arguments]:
-        """What ``modules`` are called with on the exposed path up to ``stop``."""
+        """Arguments of ``modules`` on the exposed stream, in a pass that ends at ``stop``."""
         with self._shortcuts(layer, number):
             return observe(layer, self.exposed[number], self.calls[number].kwargs[index], modules, stop)[0]
 
@@ -170,29 +155,27 @@ class Paths:
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def _advance(self, path: Activations, index: int, number: int, output: Tensor) -> None:
+    def _advance(self, stream: Activations, index: int, number: int, output: Tensor) -> None:
         if not torch.isfinite(output[self._batches[number].valid.to(output.device)]).all():
-            raise FloatingPointError(
-                f"layer {index}: its output is not finite; run in float32 or bfloat16 (model.dtype)"
-            )
-        path[number] = self.calls[number].next_input(index, output)
+            raise FloatingPointError(f"layer {index}: its output is not finite; run in float32 or bfloat16")
+        stream[number] = self.calls[number].next_input(index, output)
 
 
 @contextmanager
 def _shortcut(module: nn.Module, outputs: Activations, number: int) -> Iterator[None]:
-    """Let ``module``, whose output is final, return what it returned for micro-batch ``number`` before.
+    """Inside this context ``module``, whose output is final, returns its kept output for micro-batch ``number``.
 
     Args:
-        outputs: of the micro-batches so far; that of the following one is computed and appended.
+        outputs: outputs of the micro-batches so far; the output of the next one is computed and appended.
     """
     compute = module.forward
 
     def forward(*args: Any, **named: Any) -> Any:
         if number < len(outputs):
             return outputs[number], None
-        found = compute(*args, **named)
-        outputs.append(found[0])
-        return found
+        returned = compute(*args, **named)
+        outputs.append(returned[0])
+        return returned
 
     module.forward = forward
     try:
@@ -208,6 +191,6 @@ def _first_linear(layer: nn.Module, group: LinearGroup) -> nn.Module:
 def _finite(rows: Tensor, index: int, group: LinearGroup) -> Tensor:
     if not torch.isfinite(rows).all():
         raise FloatingPointError(
-            f"layer {index}, group {group.name}: its input is not finite; run in float32 or bfloat16 (model.dtype)"
+            f"layer {index}, group {group.name}: its input is not finite; run in float32 or bfloat16"
         )
     return rows

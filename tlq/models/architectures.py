@@ -8,7 +8,7 @@ A model is a family (``FAMILIES``: vision tower, connector, and where the decode
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -213,6 +213,12 @@ def check_linears(model: nn.Module, architecture: Architecture) -> None:
                     f"{where}.{path}: this Linear is in no linear group and would not be quantized; "
                     "add it to the groups of the decoder's row in tlq/models/architectures.py"
                 )
+
+
+def head_dim_of(config: Any) -> int:
+    """Width of an attention head of the decoder."""
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def linear_paths(architecture: Architecture, layer: int) -> list[str]:

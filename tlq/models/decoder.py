@@ -108,7 +108,11 @@ def _stop_before_head(model: nn.Module) -> Iterator[None]:
 
 def run_layer(layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """One decoder layer: hidden states in, hidden states out, [batch, time, hidden] both."""
-    output = layer(hidden_states, **kwargs)
+    return first_output(layer(hidden_states, **kwargs))
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states in what a module returns: alone, or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 

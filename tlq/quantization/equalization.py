@@ -9,17 +9,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from tlq.recipes import Equalization
+from tlq.quantization.objective import Norm
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """How the per-channel scales of V = Q(W diag(s)) diag(1/s) are chosen.
+
+    Attributes:
+        method: `none` (s = 1), `fixed` (one exponent) or `grid` (the exponent with the smallest error).
+        alpha: the exponent of `fixed`.
+        points: grid points in [0, 1).
+        search: `exhaustive` finds the exponent with the smallest error; `halving` (successive halving) drops the worse
+            half of the candidates each time the number of measured output channels has doubled.
+        duo: also try exponents on the weight magnitude, s = |x|^a / |w|^(1 - a).
+        error: key of ``tlq.quantization.errors.ERROR_MEASURES``: measured on the output of the group's `linears`, or
+            of the `parent` module.
+        norm: `l2` (squared) or `l1` error.
+        magnitude: activation magnitude as `mean` of |x| over the tokens, `weighted` by their importance, or `max`.
+        folds: groups that may be scaled: those after `norms` only, also those after a linear of `matching` width
+            (AWQ's code), or `all`: under grouped-query attention, all input channels of the output projection that
+            read the same value channel then share one scale.
+    """
+
+    method: Literal["none", "fixed", "grid"] = "none"
+    alpha: float = 0.5
+    points: int = 20
+    search: Literal["exhaustive", "halving"] = "exhaustive"
+    duo: bool = False
+    error: str = "linears"
+    norm: Norm = "l2"
+    magnitude: Literal["mean", "weighted", "max"] = "mean"
+    folds: Literal["norms", "matching", "all"] = "all"
+
+    def __post_init__(self) -> None:
+        if self.points < 2:
+            raise ValueError(f"equalization.points is {self.points}, must be at least 2 for a grid")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"equalization.alpha is {self.alpha}, must be in [0, 1]")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Scales s [in] and the exponent that gave them; ``duo`` tells whether weight magnitude took part."""
+    """Scales s [in] and their exponent; ``duo``: whether they also depend on the weight magnitude."""
 
     s: Tensor
     alpha: float
@@ -77,7 +114,7 @@ class Fold:
         return per_row.view(-1, 1, self.head_dim).expand(-1, self.repeats, -1).flatten()
 
     def realizable(self, per_row: Tensor) -> Tensor:
-        """The scales nearest to ``per_row`` for which the folded gain is exact in the checkpoint_dtype dtype."""
+        """The scales nearest to ``per_row`` for which the folded gain is exact in the dtype of the checkpoint."""
         if not self.is_norm:
             return per_row
         gain = self.offset + self.weight.float()
@@ -85,11 +122,11 @@ class Fold:
         return torch.where((gain == 0) | (folded == 0), torch.ones_like(gain), gain / folded)
 
     def folded_weight(self, per_row: Tensor) -> Tensor:
-        """The norm's weight with 1/s in its gain, in the checkpoint_dtype dtype."""
+        """The norm's weight with 1/s in its gain, in the dtype of the checkpoint."""
         return ((self.offset + self.weight.float()) / per_row - self.offset).to(self.checkpoint_dtype)
 
     def allows(self, folds: str) -> bool:
-        """Whether an equalization that scales only ``folds`` may use this one."""
+        """Whether a group with this fold is scaled under ``Equalization.folds`` = ``folds``."""
         return folds == "all" or self.is_norm or (folds == "matching" and self.repeats == 1)
 
     def per_row(self, s: Tensor) -> Tensor:

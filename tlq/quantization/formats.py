@@ -114,18 +114,6 @@ class QuantizedWeight:
         return dequantize(self.codes, self.scale, self.zero_point).to(dtype).float()
 
     @classmethod
-    def empty(
-        cls, rows: int, in_features: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device
-    ) -> QuantizedWeight:
-        """Room for the codes of a weight."""
-        groups = 1 if scheme.group_size is None else in_features // scheme.group_size
-        return cls(
-            torch.empty(rows, in_features, dtype=torch.int8, device=device),
-            torch.empty(rows, groups, dtype=scale_dtype, device=device),
-            torch.empty(rows, groups, dtype=torch.int8, device=device),
-        )
-
-    @classmethod
     def stacked(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         """Weights over the same inputs, one below the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
@@ -201,6 +189,49 @@ def fake_quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> T
     groups = weight.float().unflatten(1, (scale.shape[1], -1))
     step, offset = scale.float()[:, :, None], zero_point.float()[:, :, None]
     return values_of(nearest_codes(groups, step, offset, scheme.weight_bits), step, offset).flatten(1)
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """A scheme and the dtype in which the checkpoint stores scales: together they decide how a weight is quantized."""
+
+    scheme: Scheme
+    scale_dtype: torch.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype in which engines compute with the dequantized weight; exact where activations are quantized too."""
+        return self.scale_dtype if self.scheme.activation_bits is None else torch.float32
+
+    def of(self, path: str) -> WeightQuantizer | None:
+        """The quantizer of the linear at module path ``path``; None if it stays in full precision."""
+        scheme = self.scheme.of(path)
+        return None if scheme is None else replace(self, scheme=scheme)
+
+    def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``weight_qparams``."""
+        return weight_qparams(weight, self.scheme, self.scale_dtype)
+
+    def quantize(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Nearest codes for the given scale and zero-point, as the function ``quantize``."""
+        return quantize(weight, scale, zero_point, self.scheme.weight_bits)
+
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        """As the function ``fake_quantize``."""
+        return fake_quantize(weight, self.scheme, self.scale_dtype)
+
+    def round_nearest(self, weight: Tensor) -> QuantizedWeight:
+        """As the function ``round_nearest``."""
+        return round_nearest(weight, self.scheme, self.scale_dtype)
+
+    def empty(self, rows: int, in_features: int, device: torch.device) -> QuantizedWeight:
+        """Uninitialised codes, scales and zero-points of a weight [rows, in_features]."""
+        groups = 1 if self.scheme.group_size is None else in_features // self.scheme.group_size
+        return QuantizedWeight(
+            torch.empty(rows, in_features, dtype=torch.int8, device=device),
+            torch.empty(rows, groups, dtype=self.scale_dtype, device=device),
+            torch.empty(rows, groups, dtype=torch.int8, device=device),
+        )
 
 
 def fake_quantize_activations(hidden_states: Tensor, bits: int) -> Tensor:

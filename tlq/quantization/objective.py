@@ -4,11 +4,13 @@ W [out, in] is the full-precision weight, x_t the full-precision input, u_t the 
 token's importance. Two forms give the same number:
 
 * ``Statistics``: with D = V - W,  E = sum w ||W (x-u)||^2 - 2 tr(W G D') + tr(D C D'),
-  G = sum w (x-u) u', C = sum w u u'. What does not depend on V is additive over tokens; no search step touches a token
-  again. It equals tr(W A W') - 2 tr(W B V') + tr(V C V') with A = sum w x x', B = sum w x u', but does not cancel when
-  V is close to W. W G is kept in G's place: the error and the target of compensated rounding need no more.
-* ``Tokens``: the sum itself. For fewer tokens than channels, other norms than L2, and quantized activations, which
-  depend on the equalization scales.
+  G = sum w (x-u) u', C = sum w u u'. What does not depend on V is additive over tokens, so no search step touches a
+  token again. E equals tr(W A W') - 2 tr(W B V') + tr(V C V') with A = sum w x x', B = sum w x u', without that form's
+  cancellation when V is close to W. W G [out, in] is stored in place of G [in, in]: the error and the target of
+  compensated rounding need W G only. This is the asymmetric calibration of GPTAQ (arXiv 2504.02692) with token weights;
+  GPTAQ's closed form W* = W + W G C^-1 stands in ``Statistics.shifted_target``.
+* ``Tokens``: the sum itself. It serves fewer tokens than channels, norms other than L2, and quantized activations,
+  which depend on the equalization scales.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from torch import Tensor
 
 from tlq.parallel import Ranks
 from tlq.quantization.formats import fake_quantize_activations
-from tlq.quantization.rounding import Factor
 
 Norm = Literal["l1", "l2"]
 
@@ -31,8 +32,8 @@ _BLOCK_ROWS = 512
 
 
 @dataclass
-class ShardInputs:
-    """Inputs of one linear group at the tokens that count, from one virtual shard.
+class ChunkInputs:
+    """Inputs of one linear group at the tokens with a weight, from the micro-batches of one reduction chunk.
 
     Attributes:
         x: [tokens, in], inputs that the target is computed from.
@@ -43,6 +44,41 @@ class ShardInputs:
     x: Tensor
     u: Tensor
     w: Tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = U diag(p) U'.
+
+    Attributes:
+        upper: U [in, in], unit upper triangular.
+        pivots: p [in], positive.
+    """
+
+    upper: Tensor
+    pivots: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor) -> Factor | None:
+        """Factors of a symmetric matrix [in, in], or None if it is not positive definite."""
+        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        return None if int(info) else cls.of_reversed(lower)
+
+    @classmethod
+    def of_reversed(cls, lower: Tensor) -> Factor:
+        """Factors of a matrix from the lower Cholesky factor of the same matrix with rows and columns reversed.
+
+        Read backwards, that is an upper one of the matrix itself.
+        """
+        upper = lower.flip(0, 1)
+        diagonal = upper.diagonal().clone()
+        return cls(upper.div_(diagonal), diagonal.square())
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """rows H^-1, for rows [rows, in]."""
+        half = torch.linalg.solve_triangular(self.upper.T, rows, upper=False, left=False, unitriangular=True)
+        half /= self.pivots
+        return torch.linalg.solve_triangular(self.upper, half, upper=True, left=False, unitriangular=True)
 
 
 @dataclass
@@ -64,16 +100,16 @@ class Statistics:
     @classmethod
     def of(cls, weight: Tensor, x: Tensor, u: Tensor, w: Tensor) -> Statistics:
         """From W [out, in], full-precision inputs x [tokens, in], exposed inputs u [tokens, in], weights w [tokens]."""
-        return cls.added(weight, [ShardInputs(x, u, w)], x is u, Ranks(device=weight.device))
+        return cls.added(weight, [ChunkInputs(x, u, w)], x is u, Ranks(device=weight.device))
 
     @classmethod
-    def added(cls, weight: Tensor, own: Sequence[ShardInputs], same: bool, ranks: Ranks) -> Statistics:
-        """The sum over all virtual shards, on every rank.
+    def added(cls, weight: Tensor, own: Sequence[ChunkInputs], same: bool, ranks: Ranks) -> Statistics:
+        """The sum over all chunks, on every rank.
 
-        A few rows at a time, so that what shards contribute never takes much memory beside the sum.
+        Summed a few rows at a time, so that partial sums take little memory in addition to the result.
 
         Args:
-            own: inputs of this rank's shards.
+            own: inputs of this rank's chunks.
             same: whether full-precision and exposed inputs are the same.
         """
         hessian = _second_moments(own, weight.shape[1], ranks)
@@ -92,8 +128,8 @@ class Statistics:
     def errors(self, changes: Sequence[tuple[slice, Tensor]]) -> list[float]:
         """Errors of some output rows, of each pair (rows, their D = V - W [rows, in]).
 
-        All go through C together: a few rows alone do not keep a processor busy. Of C, which is symmetric, the blocks
-        above the diagonal count twice and those below are left out.
+        All pairs are multiplied by C together: a product of a few rows alone would not use a processor's threads. C is
+        symmetric, so blocks above its diagonal count twice and those below are skipped.
         """
         stacked = torch.cat([change for _, change in changes])
         products = torch.zeros(len(stacked), dtype=torch.float64, device=stacked.device)
@@ -101,26 +137,30 @@ class Statistics:
             above = (stacked[:, block] @ self.hessian[block, block.start :]).mul_(stacked[:, block.start :])
             width = block.stop - block.start
             products += above[:, :width].sum(1) + 2 * above[:, width:].sum(1)
-        found = []
+        errors = []
         for (rows, change), squares in zip(changes, products.split([len(each) for _, each in changes]), strict=True):
             total = squares.sum()
             if self.exposure is not None and self.cross is not None:
                 linear = (self.cross[rows] * change).sum(dtype=torch.float64)
                 total = total + self.exposure[rows].sum(dtype=torch.float64) - 2 * linear
-            found.append(float(total))
-        return found
+            errors.append(float(total))
+        return errors
 
     def factor(self, damping: float, s: Tensor | None = None, keep: bool = True) -> tuple[Factor, float]:
-        """The damped C of inputs divided by s [in] in factors; the damping used, a share of its mean diagonal.
+        """Factorise the damped C of inputs divided by s [in].
 
-        Channels that no token excites get a unit diagonal. The damping grows tenfold until the factorisation succeeds.
+        The damping (GPTQ's ``percdamp``) is a fraction of the mean diagonal; it grows tenfold until the factorisation
+        succeeds. A channel that is zero at every token gets the mean diagonal.
 
         Args:
-            keep: whether C is needed after this. If not it is given up, so that of the widest group's matrices, of
-                gigabytes each at 72B, no more than two are in memory.
+            keep: whether C is needed afterwards. If not, C is freed, so that no more than two matrices of the group's
+                width (gigabytes each at 72B) are in memory at once.
+
+        Returns:
+            The factor, and the damping used.
 
         Raises:
-            FloatingPointError: it never does.
+            FloatingPointError: the factorisation fails even with strong damping.
         """
         hessian = self.hessian.flip(0, 1)
         if not keep:
@@ -144,10 +184,11 @@ class Statistics:
     def shifted_target(
         self, weight: Tensor, factor: Factor, rows: slice = slice(None), s: Tensor | None = None
     ) -> Tensor:
-        """W* = W B C^-1, the full-precision weight that answers best to exposed inputs; rows of it.
+        """W* = W B C^-1, the real-valued weight with the smallest error on exposed inputs; some rows of it.
 
         E(V) = const + tr((V - W*) C (V - W*)'), so error feedback with target W* and Hessian C solves the exposed
-        problem. With B = C + G:  W* = W + W G C^-1.
+        problem. With B = C + G:  W* = W + W G C^-1, the closed form of GPTAQ (arXiv 2504.02692), here for weighted
+        tokens.
 
         Args:
             weight: W diag(s) [rows, in], its rows ``rows``.
@@ -159,8 +200,8 @@ class Statistics:
         return weight + factor.solve(cross if s is None else cross / s)
 
 
-def _second_moments(own: Sequence[ShardInputs], in_features: int, ranks: Ranks) -> Tensor:
-    """C = sum w u u' [in, in] over all shards; its lower half is the mirrored upper one."""
+def _second_moments(own: Sequence[ChunkInputs], in_features: int, ranks: Ranks) -> Tensor:
+    """C = sum w u u' [in, in] over all chunks; the lower half mirrors the upper one."""
     total = torch.empty(in_features, in_features, device=ranks.device)
     for rows in _row_blocks(in_features):
         parts = ((part.u[:, rows] * part.w[:, None]).T @ part.u[:, rows.start :].float() for part in own)

@@ -1,92 +1,161 @@
-"""Compensated rounding: GPTQ's error feedback (arXiv 2210.17323), columns in blocks.
+"""Rounding: nearest, or compensated by GPTQ's error feedback (arXiv 2210.17323) with lazy batch updates.
 
-Rounding a column leaves an error that the columns not yet rounded can partly make up for. With the Hessian in the
-factors H = U diag(p) U', U unit upper triangular, the error of rows d = V - W is the sum over columns k of
-p_k ((d U)_k)^2, and (d U)_k holds columns up to k only. So column k, given the ones before it, is best rounded from
-w_k - sum_{j<k} d_j U_jk. These are the codes of GPTQ, which writes the same feedback with the Cholesky factor of the
-inverse Hessian; nothing is inverted here.
+With the Hessian factorised as H = U diag(p) U', U unit upper triangular, the error of rows d = V - W is the sum over
+columns k of p_k ((d U)_k)^2, and (d U)_k depends on columns up to k only. So column k, after the columns before it, is
+best rounded from w_k - sum_{j<k} d_j U_jk. This is GPTQ's error feedback with the same codes: its ``Hinv`` (the upper
+Cholesky factor of H^-1) is diag(p)^-1/2 U^-1, and its ``Err`` of column k is -p_k^1/2 (d U)_k. No matrix is inverted
+here.
 
-Feedback is given column by column inside a strip of a few columns, once per strip inside a block, and once per block to
-the rest of the matrix: matrix products in place of small updates, of which threads make nothing. A block is one
-quantization group, whose range is taken when its turn comes.
+Error feedback reaches later columns in three steps: column by column inside a strip of a few columns, once per strip
+inside a block, and once per block for the rest of the matrix. These are GPTQ's lazy batch updates: one matrix product
+in place of many small updates, which do not parallelise. A block is one quantization group, whose scale and zero-point
+are computed from the columns with the feedback so far.
+
+A new rounding is one class with the methods of ``Rounding`` and one row in ``ROUNDINGS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tlq.quantization.formats import QuantizedWeight, Scheme, code_range, weight_qparams
+from tlq.parallel import Ranks
+from tlq.quantization.errors import LinearsError
+from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, code_range
+from tlq.quantization.objective import Factor
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 128
 _STRIP = 16
+_LEAST_ROWS = 512
+_ROW_PARTS = 8
+_FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Factor:
-    """H = U diag(p) U'.
+class Rounded:
+    """Codes of V diag(s), and the damping that was needed (None where nothing is factorised)."""
+
+    weight: QuantizedWeight
+    damping: float | None = None
+
+
+class Rounding(Protocol):
+    """A way to choose the codes of a linear group.
 
     Attributes:
-        upper: U [in, in], unit upper triangular.
-        pivots: p [in], positive.
+        needs_data: whether the codes depend on calibration data.
+        needs_statistics: whether it needs the second moments of the group's inputs.
     """
 
-    upper: Tensor
-    pivots: Tensor
+    needs_data: bool
+    needs_statistics: bool
 
-    @classmethod
-    def of(cls, hessian: Tensor) -> Factor | None:
-        """Factors of a symmetric matrix [in, in], or None if it is not positive definite."""
-        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        return None if int(info) else cls.of_reversed(lower)
+    def bytes_needed(self, rows: int, in_features: int) -> int:
+        """Memory in addition to the weight [rows, in_features], its inputs and the statistics."""
+        ...
 
-    @classmethod
-    def of_reversed(cls, lower: Tensor) -> Factor:
-        """Factors of a matrix from the lower Cholesky factor of the same matrix with rows and columns reversed.
-
-        Read backwards, that is an upper one of the matrix itself.
-        """
-        upper = lower.flip(0, 1)
-        diagonal = upper.diagonal().clone()
-        return cls(upper.div_(diagonal), diagonal.square())
-
-    def solve(self, rows: Tensor) -> Tensor:
-        """rows H^-1, for rows [rows, in]."""
-        half = torch.linalg.solve_triangular(self.upper.T, rows, upper=False, left=False, unitriangular=True)
-        half /= self.pivots
-        return torch.linalg.solve_triangular(self.upper, half, upper=True, left=False, unitriangular=True)
+    def solve(self, error: LinearsError, s: Tensor, damping: float) -> Rounded:
+        """Codes of W diag(s), for the group whose weight and inputs ``error`` holds."""
+        ...
 
 
-def round_compensated(
-    targets: Iterable[Tensor], factor: Factor, scheme: Scheme, scale_dtype: torch.dtype
-) -> list[QuantizedWeight]:
-    """Codes V of every target that make tr((V - target) H (V - target)') small.
+class Nearest:
+    """Round to nearest."""
 
-    Rows do not depend on each other. A column of all targets is rounded at once, matrix products are taken for each
-    target alone, on memory of its own: so a target's codes are the same bits whichever others it is rounded with.
+    needs_data = False
+    needs_statistics = False
+
+    def bytes_needed(self, rows: int, in_features: int) -> int:
+        return 0
+
+    def solve(self, error: LinearsError, s: Tensor, damping: float) -> Rounded:
+        return Rounded(error.quantizer.round_nearest(error.weight * s))
+
+
+class Compensated:
+    """Error feedback towards W* (see ``Statistics.shifted_target``): GPTQ, and GPTAQ on exposed inputs."""
+
+    needs_data = True
+    needs_statistics = True
+
+    def bytes_needed(self, rows: int, in_features: int) -> int:
+        """The damped Hessian and its Cholesky factor."""
+        return 2 * in_features * in_features * _FLOAT
+
+    def solve(self, error: LinearsError, s: Tensor, damping: float) -> Rounded:
+        statistics, scales = error.statistics_for(s)
+        factor, used = statistics.factor(damping, scales, keep=error.uses(statistics))
+        if used > damping and error.inputs.ranks.leads:
+            logger.warning("damping raised from %g to %g: the second moments are close to singular", damping, used)
+
+        def target(rows: slice) -> Tensor:
+            return statistics.shifted_target(error.weight[rows] * s, factor, rows, scales)
+
+        return Rounded(round_on_ranks(target, error.weight.shape, factor, error.quantizer, error.inputs.ranks), used)
+
+
+def round_on_ranks(
+    target: Callable[[slice], Tensor], shape: torch.Size, factor: Factor, quantizer: WeightQuantizer, ranks: Ranks
+) -> QuantizedWeight:
+    """Round all output rows of a target [out, in] with error feedback, each rank some of them.
+
+    The rows are divided into equal parts whose number depends on ``shape`` alone. A rank rounds several of its parts
+    together, up to as many rows as there are columns and at least one part; it holds two copies of them.
 
     Args:
-        targets: [rows, in] each, all of one shape; they are turned on their side, so that the values of an input
-            channel lie side by side.
+        target: computes some rows of the target.
+    """
+    count = 1
+    while count < _ROW_PARTS and shape[0] >= 2 * count * _LEAST_ROWS and shape[0] % (2 * count) == 0:
+        count *= 2
+    rows = shape[0] // count
+    own = list(ranks.assigned(count))
+    together = max(1, shape[1] // rows)
+    rounded: dict[int, QuantizedWeight] = {}
+    for start in range(0, len(own), together):
+        numbers = own[start : start + together]
+        targets = (target(slice(number * rows, (number + 1) * rows)) for number in numbers)
+        rounded |= zip(numbers, round_compensated(targets, factor, quantizer), strict=True)
+    parts = [rounded.get(number) or quantizer.empty(rows, shape[1], factor.upper.device) for number in range(count)]
+    for number, part in enumerate(parts):
+        for tensor in (part.codes, part.scale, part.zero_point):
+            ranks.broadcast(tensor, ranks.owner(number))
+    return QuantizedWeight.stacked(parts)
+
+
+def round_compensated(targets: Iterable[Tensor], factor: Factor, quantizer: WeightQuantizer) -> list[QuantizedWeight]:
+    """Codes V of every target that make tr((V - target) H (V - target)') small.
+
+    Rows do not depend on each other. A column of all targets is rounded at once, while matrix products are computed
+    for each target alone, on memory of its own: so a target's codes are the same bits whatever it is rounded with.
+
+    Args:
+        targets: [rows, in] each, all of one shape; they are transposed here, so that the values of an input channel
+            are contiguous.
         factor: of H [in, in] (see ``Statistics.factor``).
     """
-    wanted = torch.stack([target.float().T for target in targets])
-    feedback = wanted.clone()
-    count, width, rows = wanted.shape
+    scheme = quantizer.scheme
+    original = torch.stack([target.float().T for target in targets])
+    updated = original.clone()
+    count, width, rows = original.shape
     block_size = scheme.group_size or _BLOCK
-    whole_row = weight_qparams(_stacked(wanted), scheme, scale_dtype) if scheme.group_size is None else None
+    whole_row = quantizer.qparams(_stacked(original)) if scheme.group_size is None else None
     qparams = []
     blocks = []
     for start in range(0, width, block_size):
         columns = slice(start, min(start + block_size, width))
         upper = factor.upper[columns]
-        inside = (feedback[:, columns], wanted[:, columns], upper[:, columns])
-        qparams.append(whole_row or weight_qparams(_stacked(_ahead(*inside)), scheme, scale_dtype))
-        codes, errors = _round_block(*inside, *qparams[-1], scheme.weight_bits)
-        _make_up(feedback[:, columns.stop :], upper[:, columns.stop :], errors)
+        block = (updated[:, columns], original[:, columns], upper[:, columns])
+        qparams.append(whole_row or quantizer.qparams(_stacked(_with_pending_feedback(*block))))
+        codes, errors = _round_block(*block, *qparams[-1], scheme.weight_bits)
+        _feed_back(updated[:, columns.stop :], upper[:, columns.stop :], errors)
         blocks.append(_stacked(codes))
     scales, zero_points = zip(*(qparams[:1] if whole_row else qparams), strict=True)
     together = QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
@@ -98,42 +167,49 @@ def _stacked(values: Tensor) -> Tensor:
     return values.transpose(1, 2).flatten(0, 1)
 
 
-def _make_up(later: Tensor, upper: Tensor, errors: Tensor) -> None:
-    """Let the columns ``later`` of every target make up for ``errors`` [targets, columns, rows] before them."""
+def _feed_back(later: Tensor, upper: Tensor, errors: Tensor) -> None:
+    """Lazy batch update: subtract from the columns ``later`` the feedback of ``errors`` [targets, columns, rows]."""
     for own, error in zip(later, errors, strict=True):
         own.addmm_(upper.T, error, alpha=-1)
 
 
-def _ahead(block: Tensor, wanted: Tensor, upper: Tensor) -> Tensor:
-    """What a block would be if its columns could still take any value: the error so far made up for in full.
+def _with_pending_feedback(block: Tensor, original: Tensor, upper: Tensor) -> Tensor:
+    """The block after all pending error feedback, as if its own columns were not rounded.
 
-    The d of those columns that makes their (d U)_k vanish is that of a triangular system.
+    The d of these columns for which their (d U)_k vanish solves a triangular system.
     """
-    gaps = block - wanted
+    gaps = block - original
     solved = [torch.linalg.solve_triangular(upper.T, gap, upper=False, unitriangular=True) for gap in gaps]
-    return wanted + torch.stack(solved)
+    return original + torch.stack(solved)
 
 
 def _round_block(
-    block: Tensor, wanted: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+    block: Tensor, original: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Round ``block`` [targets, columns, rows], ``wanted`` with feedback; codes and V - W, same shape.
+    """Round ``block`` [targets, columns, rows], which is ``original`` with the feedback of earlier blocks.
 
-    In units of the rows' steps, from their zero-points: there the nearest code is the value rounded (a tie may go the
-    other way than in ``nearest_codes``, for the same error). A column takes four operations on few numbers, whose time
-    is that of launching them.
+    Computed in units of the scales and relative to the zero-points: there the nearest code is the rounded value (a tie
+    may round the other way than in ``nearest_codes``, with the same error). A column takes four operations on few
+    numbers, so that the time of a block is that of launching them.
+
+    Returns:
+        codes, and d = V - W, both of the shape of ``block``.
     """
     low, high = code_range(bits)
     step, offset = (values[:, 0].float().view(len(block), 1, -1) for values in (scale, zero_point))
-    block, wanted = (values.div(step).add_(offset) for values in (block, wanted))
+    block, original = (values.div(step).add_(offset) for values in (block, original))
     codes, errors = torch.empty_like(block), torch.empty_like(block)
     width = block.shape[1]
     for start in range(0, width, _STRIP):
         stop = min(start + _STRIP, width)
         for column in range(start, stop):
             code = torch.round(block[:, column], out=codes[:, column]).clamp_(low, high)
-            error = torch.sub(code, wanted[:, column], out=errors[:, column])
-            # not addr_: its last bits depend on where in the row a value stands
+            error = torch.sub(code, original[:, column], out=errors[:, column])
+            # not addr_, whose last bits depend on the position of a value in its row
             block[:, column + 1 : stop].addcmul_(upper[column, column + 1 : stop, None], error[:, None], value=-1)
-        _make_up(block[:, stop:], upper[start:stop, stop:], errors[:, start:stop])
+        _feed_back(block[:, stop:], upper[start:stop, stop:], errors[:, start:stop])
     return codes.to(torch.int8), errors.mul_(step)
+
+
+#: Roundings by the name that ``Recipe.rounding`` gives them.
+ROUNDINGS: dict[str, Rounding] = {"nearest": Nearest(), "compensated": Compensated()}

@@ -154,7 +154,11 @@ def test_an_override_changes_one_choice_and_keeps_the_rest(tmp_path: Path) -> No
         ({"tlqq": {"rounding": "nearest"}}, "tlq", "unknown recipe 'tlqq'; choose one of rtn, smoothquant"),
         ({"tlq": {"roundin": "nearest"}}, "tlq", "recipes.tlq.roundin: unknown key"),
         ({"tlq": {"equalization": {"duos": True}}}, "tlq", "recipes.tlq.equalization.duos: unknown key"),
-        ({"tlq": {"rounding": "random"}}, "tlq", "recipes.tlq.rounding: must be 'nearest' or 'compensated'"),
+        (
+            {"tlq": {"rounding": "random"}},
+            "tlq",
+            "recipes.tlq: rounding is 'random'; choose one of nearest, compensated",
+        ),
         ({"tlq": {"name": "mine"}}, "tlq", "recipes.tlq.name: a recipe keeps its name"),
     ],
 )

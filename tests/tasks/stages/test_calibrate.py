@@ -22,6 +22,7 @@ from tasks.stages.calibrate import weights_of
 from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_sequences
 from tlq import api
 from tlq.calibration import loop as calibration
+from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerResult
 from tlq.importance.token_weights import all_tokens, to_batches
 from tlq.importance.weighting import Weighting
@@ -67,10 +68,10 @@ def test_the_checkpoint_is_the_model_calibrated_in_memory(
     kept: dict[str, Any] = {}
     layers = api.calibrate_layers
 
-    def keeping(model: StreamedModel, *args: Any) -> Iterator[LayerResult]:
+    def keeping(model: StreamedModel, job: CalibrationJob, *rest: Any) -> Iterator[LayerResult]:
         kept["in memory"] = load_model(model.folder)
-        calibration.calibrate(kept["in memory"], *args[:5])
-        return layers(model, *args)
+        calibration.calibrate(kept["in memory"], job)
+        return layers(model, job, *rest)
 
     monkeypatch.setattr(api, "calibrate_layers", keeping)
     path = stage(recipe, scheme)

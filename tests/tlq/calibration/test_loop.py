@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tlq.calibration.group import GroupProblem, GroupSolution, GroupSolver
+from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import Calibrated, LayerLoop, calibrate
 from tlq.importance.token_weights import TokenWeights
 from tlq.importance.weighting import Importance
 from tlq.models.architectures import architecture_of, get_linear
-from tlq.quantization.formats import get_scheme
-from tlq.quantization.search import ShardInputs
+from tlq.models.streaming import ResidentModel
+from tlq.quantization.formats import WeightQuantizer, get_scheme
+from tlq.quantization.objective import ChunkInputs
 from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Batch
 
@@ -53,8 +56,21 @@ class Run:
 
     model: nn.Module
     calibrated: Calibrated
-    inputs: dict[Key, ShardInputs]
+    inputs: dict[Key, ChunkInputs]
     scales: dict[Key, Tensor]
+
+
+class Recorder(GroupSolver):
+    """Keeps every problem with its solution, in order of layers and groups."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.solved: list[tuple[GroupProblem, GroupSolution]] = []
+
+    def solve(self, problem: GroupProblem) -> GroupSolution:
+        solution = super().solve(problem)
+        self.solved.append((problem, solution))
+        return solution
 
 
 Runner = Callable[..., Run]
@@ -64,27 +80,22 @@ Runner = Callable[..., Run]
 def run(tiny_model: PreTrainedModel, batches: list[Batch], weights: TokenWeights) -> Runner:
     def calibrated(name: str, scheme: str, attempt: int = 0) -> Run:
         model = copy.deepcopy(tiny_model)
-        inputs: dict[Key, ShardInputs] = {}
+        quantizer = WeightQuantizer(get_scheme(scheme), torch.bfloat16)
+        resident = ResidentModel(model)
+        loop = LayerLoop(resident, CalibrationJob(quick(name), quantizer, batches, weights))
+        solver = Recorder(resident, loop.job, loop.streams)
+        loop.solver = solver
+        with torch.no_grad():
+            layers = [loop.solve_layer(index, module) for index, module in resident.layers(range(2))]
+        inputs: dict[Key, ChunkInputs] = {}
         scales: dict[Key, Tensor] = {}
-        with pytest.MonkeyPatch.context() as patch:
-            gather, install = LayerLoop._group_inputs, LayerLoop._install
-
-            def gathering(loop: LayerLoop, index: int, layer: Any, group: Any, *rest: Any) -> Any:
-                found = gather(loop, index, layer, group, *rest)
-                own = found[0].own
-                parts = ([part.x for part in own], [part.u for part in own], [part.w for part in own])
-                inputs[index, group.name] = ShardInputs(*(torch.cat(each) for each in parts))
-                return found
-
-            def installing(
-                loop: LayerLoop, index: int, layer: Any, group: Any, fold: Any, solution: Any, codes: Any
-            ) -> None:
-                scales[index, group.name] = solution.chosen.s
-                install(loop, index, layer, group, fold, solution, codes)
-
-            patch.setattr(LayerLoop, "_group_inputs", gathering)
-            patch.setattr(LayerLoop, "_install", installing)
-            result = calibrate(model, batches, weights, quick(name), get_scheme(scheme), torch.bfloat16)
+        keys = [(layer.index, group.name) for layer in layers for group in resident.architecture.groups]
+        for key, (problem, solution) in zip(keys, solver.solved, strict=True):
+            own = problem.inputs.own
+            parts = ([part.x for part in own], [part.u for part in own], [part.w for part in own])
+            inputs[key] = ChunkInputs(*(torch.cat(each) for each in parts))
+            scales[key] = solution.candidate.s
+        result = Calibrated(layers)
         return Run(model, result, inputs, scales)
 
     return cache(calibrated)
@@ -145,7 +156,7 @@ def test_groups_are_solved_on_the_inputs_that_they_get_in_the_finished_model(
 
 
 @pytest.mark.parametrize("name", ["smoothquant", "mbq"])
-def test_weight_only_baselines_look_at_full_precision_inputs(
+def test_weight_only_baselines_use_full_precision_inputs(
     run: Runner, tiny_model: PreTrainedModel, batches: list[Batch], weights: TokenWeights, name: str
 ) -> None:
     original = inputs_by_hand(tiny_model, batches, weights)
@@ -236,14 +247,8 @@ def attempt(tiny_model: PreTrainedModel, batches: list[Batch], weights: TokenWei
         if break_it is not None:
             with torch.no_grad():
                 break_it(model)
-        arguments = {
-            "batches": batches,
-            "weights": weights,
-            "recipe": quick(name),
-            "scheme": get_scheme("w3a16"),
-            "checkpoint_dtype": torch.bfloat16,
-        }
-        return calibrate(model, **{**arguments, **changes})
+        job = CalibrationJob(quick(name), WeightQuantizer(get_scheme("w3a16"), torch.bfloat16), batches, weights)
+        return calibrate(model, replace(job, **changes))
 
     return calibrated
 
@@ -252,7 +257,7 @@ def test_a_group_size_that_does_not_divide_is_refused_before_any_work(attempt: C
     with pytest.raises(
         ValueError, match=r"layers\.0\.self_attn\.q_proj: scheme w3a16 has groups of 96.*128 input channels"
     ):
-        attempt(scheme=get_scheme("w3a16", 96))
+        attempt(quantizer=WeightQuantizer(get_scheme("w3a16", 96), torch.bfloat16))
 
 
 def test_a_weight_that_is_not_finite_is_named(attempt: Callable[..., Calibrated]) -> None:
@@ -276,7 +281,7 @@ def test_missing_data_is_refused(attempt: Callable[..., Calibrated], weights: To
     """Without the check a recipe would silently round to nearest."""
     with pytest.raises(ValueError, match="no calibration samples"):
         attempt(batches=[])
-    with pytest.raises(ValueError, match="layer 1, group o: no token"):
+    with pytest.raises(ValueError, match="layer 1, group o_proj: no token"):
         attempt(weights={key: value for key, value in weights.items() if key != (1, "o_proj")})
     assert len(attempt("rtn", batches=[], weights={}).weights) == 14
 

@@ -1,4 +1,4 @@
-"""What is computed on the two paths, and how often."""
+"""What is computed on the two activation streams, and how often."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerLoop
+from tlq.calibration.streams import Streams
+from tlq.models.architectures import get_linear
 from tlq.models.decoder import observe
 from tlq.models.streaming import ResidentModel
-from tlq.quantization.formats import get_scheme
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 from tlq.samples import Batch
 
-SCHEME = get_scheme("w3a16", group_size=64)
+QUANTIZER = WeightQuantizer(get_scheme("w3a16", group_size=64), torch.float32)
 
 
 class Rows:
@@ -51,11 +54,11 @@ def few(tiny_model: PreTrainedModel, batches: list[Batch]) -> dict[tuple[int, st
 
 
 def loop_over(model: PreTrainedModel, batches: Sequence[Batch], weights: Any) -> LayerLoop:
-    return LayerLoop(ResidentModel(model), batches, weights, RECIPES["tlq"], SCHEME, torch.float32)
+    return LayerLoop(ResidentModel(model), CalibrationJob(RECIPES["tlq"], QUANTIZER, batches, weights))
 
 
 @torch.no_grad()
-def test_nothing_is_computed_that_nobody_looks_at(
+def test_no_module_runs_more_often_than_the_streams_need(
     model: PreTrainedModel, batches: list[Batch], few: dict[tuple[int, str], list[Tensor]]
 ) -> None:
     loop = loop_over(model, batches, few)
@@ -73,27 +76,23 @@ def test_nothing_is_computed_that_nobody_looks_at(
 
 
 @torch.no_grad()
-def test_groups_see_what_the_whole_quantized_layer_would_give_them(
-    model: PreTrainedModel,
-    batches: list[Batch],
-    few: dict[tuple[int, str], list[Tensor]],
-    monkeypatch: pytest.MonkeyPatch,
+def test_group_inputs_are_those_in_a_pass_through_the_whole_quantized_layer(
+    model: PreTrainedModel, batches: list[Batch], few: dict[tuple[int, str], list[Tensor]]
 ) -> None:
-    loop = loop_over(model, batches, few)
-    paths, compared = loop.paths, []
-    given = paths.exposed_inputs
-
-    def checked(index: int, layer: nn.Module, group: Any) -> Any:
-        rows, parents = given(index, layer, group)
-        linear = layer.get_submodule(group.linears[0])
-        for number, call in enumerate(paths.calls):
-            seen, _ = observe(layer, paths.exposed[number], call.kwargs[index], {group.name: linear})
-            (hidden,), _ = seen[group.name]
-            torch.testing.assert_close(rows[number], hidden[few[index, group.name][number] > 0])
-        compared.append((index, group.name))
-        return rows, parents
-
-    monkeypatch.setattr(paths, "exposed_inputs", checked)
-    for index, layer in ResidentModel(model).layers(range(2)):
-        loop.solve_layer(index, layer)
-    assert compared == [(index, name) for index in range(2) for name in ("qkv", "o_proj", "gate_up", "down")]
+    """The streams are walked by hand here, and every group is rounded to nearest in between."""
+    job = CalibrationJob(RECIPES["tlq"], QUANTIZER, batches, few)
+    resident = ResidentModel(model)
+    streams = Streams(resident, job)
+    for index, layer in resident.layers(range(2)):
+        streams.full_precision(index, layer)
+        for group in resident.architecture.groups:
+            rows, _ = streams.exposed_inputs(index, layer, group)
+            linear = layer.get_submodule(group.linears[0])
+            for number, call in enumerate(streams.calls):
+                seen, _ = observe(layer, streams.exposed[number], call.kwargs[index], {group.name: linear})
+                (hidden,), _ = seen[group.name]
+                torch.testing.assert_close(rows[number], hidden[few[index, group.name][number] > 0])
+            for path in group.linears:
+                quantized = get_linear(layer, path)
+                quantized.weight.copy_(QUANTIZER.fake_quantize(quantized.weight))
+        streams.advance_exposed(index, layer)

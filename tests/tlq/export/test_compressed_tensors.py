@@ -15,13 +15,14 @@ import torch
 from exporting import read_tensors, whole_model_tensors, write_export
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate
 from tlq.export.compressed_tensors import read_layer, write_layer
 from tlq.importance.weighting import Importance
 from tlq.models.architectures import FAMILIES
 from tlq.models.checkpoint import checkpoint_dtype_of, load_model, read_config
 from tlq.models.streaming import StreamedModel
-from tlq.quantization.formats import SCHEMES, Scheme, get_scheme
+from tlq.quantization.formats import SCHEMES, Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 from tlq.samples import Batch
 
@@ -52,7 +53,9 @@ def exported(
         weights = {key: [batch.valid.float() for batch in batches] for key in scores}
         checkpoint_dtype = checkpoint_dtype_of(read_config(tiny_checkpoint))
         assert checkpoint_dtype == torch.bfloat16
-        calibrated = calibrate(model, batches, weights, recipe, scheme, checkpoint_dtype)
+        calibrated = calibrate(
+            model, CalibrationJob(recipe, WeightQuantizer(scheme, checkpoint_dtype), batches, weights)
+        )
         out = tmp_path_factory.mktemp("exported") / f"{name}-{scheme_name}"
         write_export(tiny_checkpoint, calibrated, scheme, out)
         return model, out
@@ -132,7 +135,10 @@ def test_shards_hold_what_compressing_the_whole_model_gives(
     """The layer by layer writer against compressed-tensors' own compression of a model in memory."""
     model = copy.deepcopy(tiny_model)
     weights = {key: [batch.valid.float() for batch in batches] for key in scores}
-    calibrated = calibrate(model, batches, weights, RECIPES["smoothquant"], get_scheme(scheme), torch.bfloat16)
+    calibrated = calibrate(
+        model,
+        CalibrationJob(RECIPES["smoothquant"], WeightQuantizer(get_scheme(scheme), torch.bfloat16), batches, weights),
+    )
     path = write_export(tiny_checkpoint, calibrated, get_scheme(scheme), tmp_path / "out")
     names = {place.key: name for name, place in StreamedModel(tiny_checkpoint).stored.items()}
     expected = whole_model_tensors(tiny_checkpoint, model, calibrated.weights, get_scheme(scheme))
@@ -150,7 +156,9 @@ def test_a_written_layer_reads_back_exactly(
     tiny_checkpoint: Path, tiny_model: PreTrainedModel, scheme: str, tmp_path: Path
 ) -> None:
     own = replace(get_scheme(scheme), overrides=(("*.layers.0.mlp.down_proj", "full_precision"),))
-    calibrated = calibrate(copy.deepcopy(tiny_model), [], {}, RECIPES["rtn"], own, torch.bfloat16)
+    calibrated = calibrate(
+        copy.deepcopy(tiny_model), CalibrationJob(RECIPES["rtn"], WeightQuantizer(own, torch.bfloat16))
+    )
     model = StreamedModel(tiny_checkpoint)
     for layer in calibrated.layers:
         write_layer(tmp_path / "layer.safetensors", model, layer.weights, layer.others, own)
@@ -220,7 +228,7 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
     model = copy.deepcopy(tiny_model)
     scheme = get_scheme("w3a16")
     checkpoint_dtype = checkpoint_dtype_of(model.config)
-    calibrated = calibrate(model, [], {}, RECIPES["rtn"], scheme, checkpoint_dtype)
+    calibrated = calibrate(model, CalibrationJob(RECIPES["rtn"], WeightQuantizer(scheme, checkpoint_dtype)))
     with pytest.raises(ValueError, match=r"stores torch\.bfloat16, its weights were quantized for another dtype"):
         write_export(tiny_checkpoint, calibrated, scheme, tmp_path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,16 +16,21 @@ from families import TINY, batches_of, tiny_config, write_tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tlq.calibration.loop import LayerLoop, _Solution, calibrate
+from tlq.calibration.group import GroupSolver
+from tlq.calibration.install import QuantizedLayer
+from tlq.calibration.job import CalibrationJob
+from tlq.calibration.loop import LayerLoop, calibrate
+from tlq.calibration.streams import Streams
 from tlq.importance.gradients import score_tokens
+from tlq.importance.token_weights import TokenWeights
 from tlq.importance.weighting import Importance
 from tlq.models import architectures
 from tlq.models.architectures import FAMILIES, Architecture, Decoder, Family, architecture_of, get_linear, linear_paths
 from tlq.models.checkpoint import load_model
 from tlq.models.decoder import enter_decoder, run_layer
 from tlq.models.streaming import ResidentModel
-from tlq.quantization.equalization import Candidate, Fold
-from tlq.quantization.formats import SCHEMES, QuantizedWeight, get_scheme
+from tlq.quantization.equalization import Fold
+from tlq.quantization.formats import SCHEMES, QuantizedWeight, Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Batch
 
@@ -69,6 +74,12 @@ def quick(name: str) -> Recipe:
     return replace(recipe, equalization=replace(recipe.equalization, points=3))
 
 
+def job_of(
+    recipe: Recipe, scheme: Scheme, batches: Sequence[Batch] = (), weights: TokenWeights | None = None
+) -> CalibrationJob:
+    return CalibrationJob(recipe, WeightQuantizer(scheme, torch.bfloat16), batches, weights or {})
+
+
 def last_layer_inputs(built: Built, batch: Batch) -> Tensor:
     """What the last decoder layer is called with, [batch, time, hidden]."""
     seen: list[Tensor] = []
@@ -84,20 +95,18 @@ def test_every_family_is_tested() -> None:
 
 
 @every_family
-def test_layer_by_layer_the_decoder_computes_what_the_model_does(
-    build: Builder, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both paths of the loop, with groups left as they are: masks, rotary embeddings, what is added in between."""
+def test_layer_by_layer_the_decoder_computes_what_the_model_does(build: Builder, name: str) -> None:
+    """Both streams of the loop, with every group in full precision: masks, rotary embeddings, what is added between."""
     built = build(name)
-    monkeypatch.setattr(LayerLoop, "_solve_group", lambda *_: None)
     weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
-    recipe, scheme = RECIPES["tlq"], get_scheme("w3a16")
-    loop = LayerLoop(ResidentModel(built.model), built.batches, weights, recipe, scheme, torch.bfloat16)
+    keep_all = replace(get_scheme("w3a16"), overrides=(("*", "full_precision"),))
+    job = CalibrationJob(RECIPES["tlq"], WeightQuantizer(keep_all, torch.float32), built.batches, weights)
+    loop = LayerLoop(ResidentModel(built.model), job)
     with torch.no_grad():
         for index, layer in enumerate(built.layers):
             loop.solve_layer(index, layer)
     assert len(built.layers) > 1
-    for batch, full, exposed in zip(built.batches, loop.paths.full, loop.paths.exposed, strict=True):
+    for batch, full, exposed in zip(built.batches, loop.streams.full, loop.streams.exposed, strict=True):
         expected = last_layer_inputs(built, batch)[batch.valid]
         torch.testing.assert_close(full[batch.valid], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(exposed[batch.valid], expected, rtol=1e-5, atol=1e-5)
@@ -132,21 +141,23 @@ def test_folded_scales_leave_every_layer_as_it_was(build: Builder, name: str) ->
     built = build(name)
     model = copy.deepcopy(built.model)
     (call, *_) = enter_decoder(model, built.architecture, built.batches)
-    loop = LayerLoop(ResidentModel(model), [], {}, RECIPES["rtn"], get_scheme("w4a8"), torch.float32)
-    loop.scheme = get_scheme("w3a16")  # no activation quantization, weights kept in float32
+    resident = ResidentModel(model)
+    # no activation quantization, weights kept in float32
+    job = CalibrationJob(RECIPES["rtn"], WeightQuantizer(get_scheme("w3a16"), torch.float32))
+    solver = GroupSolver(resident, job, Streams(resident, job))
     generator = torch.Generator().manual_seed(1)
-    codes: dict[str, QuantizedWeight] = {}
     for index, layer in enumerate(built.architecture.decoder_layers(model)):
+        quantized = QuantizedLayer(index, layer, built.architecture, job.quantizer)
         for group in built.architecture.groups:
             with torch.no_grad():
                 before = run_layer(layer, call.hidden_states, call.kwargs[index])
                 weight = torch.cat([get_linear(layer, path).weight for path in group.linears])
-                fold = loop._fold(layer, group, weight.shape[1])
+                fold = solver.fold(layer, group)
                 if not fold.is_norm:
                     path = f"{built.architecture.layers}.{index}.{group.fold}"
-                    codes[path] = unquantized(fold.weight.clone())
+                    quantized.weights[path] = unquantized(fold.weight.clone())
                 s = fold.expand(fold.realizable(torch.rand(len(fold.weight), generator=generator) + 0.5))
-                loop._install(index, layer, group, fold, _Solution(Candidate(s, 0.5), unquantized(weight * s)), codes)
+                quantized.install(group, unquantized(weight * s), fold, s)
                 after = run_layer(layer, call.hidden_states, call.kwargs[index])
             torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
@@ -197,7 +208,7 @@ def export(build: Builder, tmp_path_factory: pytest.TempPathFactory) -> Callable
         built, scheme = build(name), get_scheme(scheme_name)
         model = copy.deepcopy(built.model)
         weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
-        calibrated = calibrate(model, built.batches, weights, quick(recipe), scheme, torch.bfloat16)
+        calibrated = calibrate(model, job_of(quick(recipe), scheme, built.batches, weights))
         out = tmp_path_factory.mktemp("exported") / f"{name}-{recipe}-{scheme_name}"
         write_export(built.path, calibrated, scheme, out)
         return model, out
@@ -337,7 +348,7 @@ def test_named_layers_keep_a_higher_precision_through_export_and_loading(
     built, mixed = build(name), replace(get_scheme(scheme), overrides=overrides)
     model = copy.deepcopy(built.model)
     weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
-    calibrated = calibrate(model, built.batches, weights, quick("tlq"), mixed, torch.bfloat16)
+    calibrated = calibrate(model, job_of(quick("tlq"), mixed, built.batches, weights))
     paths = [path for index in range(2) for path in linear_paths(built.architecture, index)]
     assert set(calibrated.weights) == {path for path in paths if mixed.of(path) is not None}
     for path, weight in calibrated.weights.items():
@@ -370,7 +381,7 @@ def test_overrides_that_cannot_be_are_refused(
 
     def attempt() -> None:
         mixed = replace(get_scheme(scheme), overrides=(override,))
-        calibrate(built.model, [], {}, RECIPES["rtn"], mixed, torch.bfloat16)
+        calibrate(built.model, job_of(RECIPES["rtn"], mixed))
 
     with pytest.raises(ValueError, match=message):
         attempt()
@@ -420,7 +431,7 @@ def test_fused_linears_and_experts_are_refused_by_name(
     with pytest.raises(ValueError, match=message + ".*choose a model with one Linear per projection"):
         score_tokens(ResidentModel(model), batches_of("llava"), 4)
     with pytest.raises(ValueError, match=message):
-        calibrate(model, [], {}, RECIPES["rtn"], get_scheme("w4a8"), torch.bfloat16)
+        calibrate(model, job_of(RECIPES["rtn"], get_scheme("w4a8")))
 
 
 def test_a_linear_that_no_group_covers_is_refused(build: Builder) -> None:
@@ -428,7 +439,7 @@ def test_a_linear_that_no_group_covers_is_refused(build: Builder) -> None:
     model = copy.deepcopy(build("llava").model)
     architecture_of(model.config).decoder_layers(model)[1].mlp.shared = nn.Linear(128, 128)
     with pytest.raises(ValueError, match=r"language_model\.layers\.1\.mlp\.shared: this Linear is in no linear group"):
-        calibrate(model, [], {}, RECIPES["rtn"], get_scheme("w4a8"), torch.bfloat16)
+        calibrate(model, job_of(RECIPES["rtn"], get_scheme("w4a8")))
 
 
 def test_a_family_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,5 +449,5 @@ def test_a_family_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
         "vipllava", text_config=small_text("llama"), vision_config=TINY["llava"].config["vision_config"]
     )
     model = AutoModelForImageTextToText.from_config(config)
-    found = calibrate(model, [], {}, RECIPES["rtn"], get_scheme("w4a8"), torch.bfloat16)
+    found = calibrate(model, job_of(RECIPES["rtn"], get_scheme("w4a8")))
     assert len(found.weights) == 14

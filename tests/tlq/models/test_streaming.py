@@ -13,13 +13,14 @@ import torch
 from families import TINY, batches_of, write_tiny
 from safetensors.torch import load_file, save_file
 
+from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate, calibrate_layers
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_batches, score_tokens
 from tlq.importance.weighting import Importance
 from tlq.models.checkpoint import load_model
 from tlq.models.decoder import enter_decoder
 from tlq.models.streaming import ResidentModel, StreamedModel
-from tlq.quantization.formats import get_scheme
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 from tlq.runtime.activations import Activations, HostMemory
 from tlq.samples import Batch
@@ -61,9 +62,9 @@ def test_scores_and_codes_are_those_of_the_model_in_memory(name: str, tmp_path: 
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
     weights = {key: [batch.valid.float() for batch in batches] for key in expected}
     recipe = replace(RECIPES["tlq-c"], equalization=replace(RECIPES["tlq-c"].equalization, points=3))
-    arguments = (batches, weights, recipe, get_scheme("w3a16"), torch.bfloat16)
-    in_memory = calibrate(model, *arguments)
-    for expected_layer, layer in zip(in_memory.layers, calibrate_layers(StreamedModel(path), *arguments), strict=True):
+    job = CalibrationJob(recipe, WeightQuantizer(get_scheme("w3a16"), torch.bfloat16), batches, weights)
+    in_memory = calibrate(model, job)
+    for expected_layer, layer in zip(in_memory.layers, calibrate_layers(StreamedModel(path), job), strict=True):
         for linear, weight in expected_layer.weights.items():
             assert float((weight.codes != layer.weights[linear].codes).float().mean()) < 0.01, linear
         assert set(expected_layer.others) == set(layer.others)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlq.calibration.loop import LayerLoop, _Solution
-from tlq.models.architectures import DECODERS, LinearGroup, architecture_of, get_linear
+from tlq.calibration.install import QuantizedLayer
+from tlq.models.architectures import DECODERS, LinearGroup, architecture_of, get_linear, head_dim_of
 from tlq.models.decoder import enter_decoder, run_layer
-from tlq.models.streaming import ResidentModel
-from tlq.quantization.equalization import Candidate, Fold, candidates, weight_magnitude
-from tlq.quantization.formats import QuantizedWeight, get_scheme
-from tlq.recipes import Equalization, get_recipe
+from tlq.quantization.equalization import Candidate, Equalization, Fold, candidates, weight_magnitude
+from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, get_scheme
+from tlq.recipes import get_recipe
 from tlq.samples import Batch
 
 HEAD = 4
@@ -140,17 +139,17 @@ def test_folding_leaves_the_layer_function_unchanged(
     (calls, *_) = enter_decoder(model, architecture, batches)
     with torch.no_grad():
         before = run_layer(layer, calls.hidden_states, calls.kwargs[0])
-        loop = LayerLoop(ResidentModel(model), [], {}, get_recipe("rtn"), get_scheme("w4a8"), torch.float32)
-        codes: dict[str, QuantizedWeight] = {}
-        loop.scheme = get_scheme("w3a16")  # no activation quantization, weights kept in float32
+        # no activation quantization, weights kept in float32
+        quantizer = WeightQuantizer(get_scheme("w3a16"), torch.float32)
+        quantized = QuantizedLayer(0, layer, architecture, quantizer)
         linears = [get_linear(layer, path) for path in group.linears]
         weight = torch.cat([linear.weight for linear in linears])
-        fold = Fold.into(layer.get_submodule(group.fold), weight.shape[1], loop.head_dim, torch.float32)
+        fold = Fold.into(layer.get_submodule(group.fold), weight.shape[1], head_dim_of(model.config), torch.float32)
         if not fold.is_norm:
-            codes[f"{architecture.layers}.0.{group.fold}"] = unquantized(fold.weight.clone())
+            quantized.weights[f"{architecture.layers}.0.{group.fold}"] = unquantized(fold.weight.clone())
         per_row = torch.rand(len(fold.weight), generator=torch.Generator().manual_seed(1)) + 0.5
         s = fold.expand(fold.realizable(per_row))
-        loop._install(0, layer, group, fold, _Solution(Candidate(s, 0.5), unquantized(weight * s)), codes)
+        quantized.install(group, unquantized(weight * s), fold, s)
         after = run_layer(layer, calls.hidden_states, calls.kwargs[0])
     assert not torch.equal(linears[0].weight, weight[: len(linears[0].weight)])
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)

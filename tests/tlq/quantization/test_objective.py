@@ -13,7 +13,7 @@ from torch import Tensor
 from tlq.parallel import Ranks
 from tlq.quantization import objective
 from tlq.quantization.formats import fake_quantize_activations
-from tlq.quantization.objective import ShardInputs, Statistics, Tokens
+from tlq.quantization.objective import ChunkInputs, Statistics, Tokens
 
 
 def problem(seed: int, tokens: int = 40, width: int = 12, out: int = 7) -> tuple[Tensor, ...]:
@@ -67,7 +67,7 @@ def test_statistics_do_not_cancel_for_a_nearly_exact_weight() -> None:
 def test_statistics_add_up_over_tokens() -> None:
     weight, quantized, x, u, w = problem(1)
     whole = Statistics.of(weight, x, u, w)
-    halves = [ShardInputs(x[:15], u[:15], w[:15]), ShardInputs(x[15:], u[15:], w[15:])]
+    halves = [ChunkInputs(x[:15], u[:15], w[:15]), ChunkInputs(x[15:], u[15:], w[15:])]
     parts = Statistics.added(weight, halves, False, Ranks())
     assert error_of(parts, weight, quantized) == pytest.approx(error_of(whole, weight, quantized), rel=1e-5)
     torch.testing.assert_close(parts.hessian, whole.hessian)

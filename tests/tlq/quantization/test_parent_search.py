@@ -7,7 +7,6 @@ goes through the grid with one loop.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlq.calibration import loop as calibration
-from tlq.calibration.loop import calibrate
+from tlq.calibration.group import GroupProblem, GroupSolution, GroupSolver
+from tlq.calibration.job import CalibrationJob
+from tlq.calibration.loop import LayerLoop
 from tlq.importance.weighting import Importance, Weighting, token_weights
 from tlq.models.architectures import architecture_of
-from tlq.quantization.equalization import Candidate
-from tlq.quantization.formats import get_scheme
-from tlq.quantization.search import CandidateErrors
+from tlq.models.streaming import ResidentModel
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 from tlq.samples import Batch
 
@@ -106,6 +105,20 @@ def plain_search(
     return losses
 
 
+class Recorder(GroupSolver):
+    """Keeps the errors of all candidates of every group, measured before the group is solved."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.errors_of_groups: list[list[float]] = []
+
+    def solve(self, problem: GroupProblem) -> GroupSolution:
+        errors, tried = self.errors(problem), self.candidates(problem)
+        parts = range(errors.parts)
+        self.errors_of_groups.append([sum(errors.measure([(each, part) for part in parts])) for each in tried])
+        return super().solve(problem)
+
+
 @pytest.mark.parametrize(
     ("name", "scheme", "group"),
     [
@@ -122,7 +135,6 @@ def test_chooses_the_exponent_of_a_plain_implementation(
     tiny_model: PreTrainedModel,
     batches: list[Batch],
     scores: Importance,
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
     scheme: str,
     group: str,
@@ -146,19 +158,13 @@ def test_chooses_the_exponent_of_a_plain_implementation(
     best = min(losses, key=losses.__getitem__)
     assert 0 < best[0] < 0.95  # a search whose answer is an end of the grid would prove little
 
-    found: dict[str, list[float]] = {}
-    least = calibration.least_error
-
-    def noting(errors: CandidateErrors, tried: Sequence[Candidate]) -> Candidate:
-        each = [sum(errors.measure([(candidate, part) for part in range(errors.parts)])) for candidate in tried]
-        found.setdefault(next(name for name in ("qkv", "o_proj", "gate_up", "down") if name not in found), each)
-        return least(errors, tried)
-
-    monkeypatch.setattr(calibration, "least_error", noting)
-    # The output projection's scales cannot fold into a narrower v_proj: nothing is searched there.
-    found["o_proj"] = []
-    calibrated = calibrate(model, batches, weights, recipe, get_scheme(scheme), torch.float32)
-    report = next(report for report in calibrated.reports if report.group == group)
+    job = CalibrationJob(recipe, WeightQuantizer(get_scheme(scheme), torch.float32), batches, weights)
+    resident = ResidentModel(model)
+    loop = LayerLoop(resident, job)
+    loop.solver = recorder = Recorder(resident, job, loop.streams)
+    ((index, layer),) = resident.layers([0])
+    report = next(report for report in loop.solve_layer(index, layer).reports if report.group == group)
+    found = dict(zip(("qkv", "o_proj", "gate_up", "down"), recorder.errors_of_groups, strict=True))
     if scheme == "w4a8":  # activations on a rounding edge fall either way
         assert np.median([a / b for a, b in zip(found[group], losses.values(), strict=True)]) == pytest.approx(
             1, abs=1e-3

@@ -8,9 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tlq.quantization.formats import QuantizedWeight, Scheme, dequantize, quantize, round_nearest, weight_qparams
-from tlq.quantization.objective import Statistics
-from tlq.quantization.rounding import Factor, round_compensated
+from tlq.quantization.formats import (
+    QuantizedWeight,
+    Scheme,
+    WeightQuantizer,
+    dequantize,
+    quantize,
+    round_nearest,
+    weight_qparams,
+)
+from tlq.quantization.objective import Factor, Statistics
+from tlq.quantization.rounding import round_compensated
 
 GROUPED = Scheme("grouped", 3, 16, symmetric=False)
 ROWS = Scheme("rows", 4, None, symmetric=True)
@@ -59,7 +67,7 @@ def factor(hessian: Tensor) -> Factor:
 
 def rounded(target: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
     """One target alone."""
-    (found,) = round_compensated([target], factor, scheme, scale_dtype)
+    (found,) = round_compensated([target], factor, WeightQuantizer(scheme, scale_dtype))
     return found
 
 
@@ -132,7 +140,9 @@ def test_codes_do_not_depend_on_what_is_rounded_beside_them(scheme: Scheme) -> N
     parts = weight.split(37)
     alone = [rounded(part, found, scheme, torch.bfloat16) for part in parts]
     for numbers in ([0, 1, 2], [1, 2], [2, 0]):
-        beside = round_compensated([parts[number] for number in numbers], found, scheme, torch.bfloat16)
+        beside = round_compensated(
+            [parts[number] for number in numbers], found, WeightQuantizer(scheme, torch.bfloat16)
+        )
         for number, part in zip(numbers, beside, strict=True):
             assert torch.equal(part.codes, alone[number].codes)
             assert torch.equal(part.scale, alone[number].scale)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from tlq.parallel import Ranks
 from tlq.quantization.equalization import Candidate, Fold, candidates
-from tlq.quantization.formats import get_scheme
-from tlq.quantization.objective import ShardInputs
-from tlq.quantization.search import GroupInputs, StatisticsError, TokensError, least_error, successive_halving
+from tlq.quantization.errors import GroupInputs, StatisticsError, TokensError
+from tlq.quantization.formats import WeightQuantizer, get_scheme
+from tlq.quantization.objective import ChunkInputs
+from tlq.quantization.search import least_error, successive_halving
 from tlq.recipes import RECIPES
 
 
@@ -79,15 +80,15 @@ def test_the_error_of_what_halving_finds_is_close_to_the_least(form: str, seed: 
     u = x + 0.05 * torch.randn(400, 128, generator=generator) * channels
     weight = torch.randn(2048, 128, generator=generator) * 0.05
     w = torch.rand(400, generator=generator)
-    ranks, scheme = Ranks(), get_scheme("w3a16")
-    inputs = GroupInputs([ShardInputs(x, u, w)], 1, w, 128, False, ranks)
+    ranks, quantizer = Ranks(), WeightQuantizer(get_scheme("w3a16"), torch.float32)
+    inputs = GroupInputs([ChunkInputs(x, u, w)], 1, w, 128, False, ranks)
     if form == "statistics":
-        errors = StatisticsError(weight, inputs.statistics(weight), scheme, torch.float32, ranks)
+        errors = StatisticsError(weight, inputs.statistics(weight), quantizer, ranks)
     else:
-        errors = TokensError(weight, inputs, scheme, torch.float32)
+        errors = TokensError(weight, inputs, quantizer)
     fold = Fold.into(torch.nn.LayerNorm(128, bias=False), 128, 64, torch.float32)
     method = RECIPES["tlq"].equalization
-    tried = list(candidates(method, inputs.magnitude("weighted"), weight, scheme.group_size, fold))
+    tried = list(candidates(method, inputs.magnitude("weighted"), weight, quantizer.scheme.group_size, fold))
     places = {id(candidate): number for number, candidate in enumerate(tried)}
     totals = [sum(errors.measure([(candidate, part) for part in range(errors.parts)])) for candidate in tried]
     assert totals[places[id(successive_halving(errors, tried))]] < 1.02 * min(totals)

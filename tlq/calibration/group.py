@@ -1,0 +1,180 @@
+"""Solve one linear group: gather its inputs, search for equalization scales, round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tlq.calibration.job import CalibrationJob
+from tlq.calibration.preflight import group_quantizer
+from tlq.calibration.streams import FullPrecision, Streams
+from tlq.models.architectures import LinearGroup, get_linear, head_dim_of
+from tlq.models.streaming import LayeredModel
+from tlq.quantization.equalization import Candidate, Fold, candidates
+from tlq.quantization.errors import (
+    Arguments,
+    CandidateErrors,
+    GroupInputs,
+    LinearsError,
+    ParentCalls,
+    ParentChunk,
+)
+from tlq.quantization.formats import QuantizedWeight, WeightQuantizer
+from tlq.quantization.objective import ChunkInputs
+from tlq.quantization.search import SEARCHES
+
+
+@dataclass(frozen=True)
+class GroupProblem:
+    """One linear group to quantize.
+
+    Attributes:
+        quantizer: of this group, overrides applied.
+        error: the group's weights stacked [out, in], its inputs, and E(V).
+        fold: the module that takes 1/s.
+        parent: calls of the module around the group, where the recipe's error measure needs them.
+    """
+
+    quantizer: WeightQuantizer
+    error: LinearsError
+    fold: Fold
+    parent: ParentCalls | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.error.weight
+
+    @property
+    def inputs(self) -> GroupInputs:
+        return self.error.inputs
+
+
+@dataclass(frozen=True)
+class GroupSolution:
+    """Scales and codes of one group; errors are E(V) / sum_t w_t, None where no data was used.
+
+    Attributes:
+        error_before: with s = 1 and nearest rounding.
+        damping: fraction of the Hessian's mean diagonal that compensated rounding added.
+    """
+
+    candidate: Candidate
+    rounded: QuantizedWeight
+    error_before: float | None = None
+    error_after: float | None = None
+    damping: float | None = None
+
+
+class GroupSolver:
+    """Solves linear groups with one recipe, on the inputs that the activation streams give."""
+
+    def __init__(self, model: LayeredModel, job: CalibrationJob, streams: Streams) -> None:
+        self.architecture, self.job, self.streams = model.architecture, job, streams
+        self.clock = job.ranks.clock
+        self.head_dim = head_dim_of(model.skeleton.config)
+
+    def problem(
+        self, index: int, layer: nn.Module, group: LinearGroup, reference: FullPrecision | None
+    ) -> GroupProblem | None:
+        """The problem of ``group`` of decoder layer ``index``; None if the group stays in full precision.
+
+        Args:
+            reference: the layer on the full-precision stream; its inputs of this group are taken out.
+        """
+        quantizer = group_quantizer(self.architecture, index, group, self.job.quantizer)
+        if quantizer is None:
+            return None
+        weight = torch.cat([get_linear(layer, path).weight.float() for path in group.linears])
+        with self.clock.phase("search"):
+            if self.job.recipe.needs_data:
+                inputs, parent = self._gather(index, layer, group, reference, weight.shape[1])
+            else:
+                no_tokens = torch.empty(0, device=weight.device)
+                inputs, parent = GroupInputs([], 0, no_tokens, weight.shape[1], True, self.job.ranks), None
+        error = LinearsError(weight, inputs, quantizer, self.job.recipe.rounding_method.needs_statistics)
+        return GroupProblem(quantizer, error, self.fold(layer, group), parent)
+
+    def fold(self, layer: nn.Module, group: LinearGroup) -> Fold:
+        """The module of ``layer`` that takes 1/s of ``group``."""
+        return Fold.into(
+            layer.get_submodule(group.fold),
+            get_linear(layer, group.linears[0]).in_features,
+            self.head_dim,
+            self.job.quantizer.scale_dtype,
+            self.architecture.norm_offset,
+        )
+
+    def _gather(
+        self, index: int, layer: nn.Module, group: LinearGroup, reference: FullPrecision | None, in_features: int
+    ) -> tuple[GroupInputs, ParentCalls | None]:
+        recipe, parent_path = self.job.recipe, self.job.recipe.error_measure.parent_of(group)
+        u_calls: list[Arguments] = []
+        x_calls: list[Arguments] = []
+        if reference is not None:
+            x = reference.inputs.pop(group.name)
+            x_calls = reference.parents.get(parent_path or "", [])
+        if self.streams.sees_exposed:
+            with self.clock.phase("forward"):
+                u, u_calls = self.streams.exposed_inputs(index, layer, group)
+        else:
+            u, u_calls = x, x_calls
+        if recipe.target == "exposed":
+            x, x_calls = u, u_calls
+        weights = [self.streams.weights_of(index, group, number) for number in range(len(self.streams.calls))]
+        same = x is u
+        own = []
+        for x_parts, u_parts, w_parts in zip(*map(self.job.by_chunk, (x, u, weights)), strict=True):
+            exposed = torch.cat(u_parts)
+            w = torch.cat([part[part > 0] for part in w_parts])
+            own.append(ChunkInputs(exposed if same else torch.cat(x_parts), exposed, w))
+        all_weights = torch.cat(self.job.counted_weights(index, group.name))
+        inputs = GroupInputs(own, len(self.job.chunks), all_weights, in_features, same, self.job.ranks)
+        if parent_path is None:
+            return inputs, None
+        calls = (self.job.by_chunk(x_calls), self.job.by_chunk(u_calls), self.job.by_chunk(weights))
+        chunks = [ParentChunk(*parts) for parts in zip(*calls, strict=True)]
+        linears = [get_linear(layer, path) for path in group.linears]
+        return inputs, ParentCalls(layer.get_submodule(parent_path), linears, chunks)
+
+    def errors(self, problem: GroupProblem) -> CandidateErrors:
+        """The errors that the search for scales minimises."""
+        recipe = self.job.recipe
+        return recipe.error_measure.errors(problem.error, problem.parent, recipe.equalization.norm)
+
+    def candidates(self, problem: GroupProblem) -> list[Candidate]:
+        """Scales that the recipe tries, the neutral ones (s = 1) first."""
+        method = self.job.recipe.equalization
+        if method.method == "none":
+            return [_neutral(problem.weight)]
+        magnitude = problem.inputs.magnitude(method.magnitude)
+        return list(candidates(method, magnitude, problem.weight, problem.quantizer.scheme.group_size, problem.fold))
+
+    def solve(self, problem: GroupProblem) -> GroupSolution:
+        """Choose scales by the error under nearest rounding, then round with them as the recipe does."""
+        recipe, error = self.job.recipe, problem.error
+        with self.clock.phase("search"):
+            candidate = self._search(problem)
+        with self.clock.phase("round"):
+            rounded = recipe.rounding_method.solve(error, candidate.s, recipe.damping)
+        if not recipe.needs_data:
+            return GroupSolution(candidate, rounded.weight)
+        with self.clock.phase("search"):
+            total = float(problem.inputs.w.sum())
+            linears = error.cheapest
+            neutral = _neutral(problem.weight)
+            before = sum(linears.measure([(neutral, part) for part in range(linears.parts)]))
+            after = linears.total(rounded.weight.dequantize(), candidate.s)
+        return GroupSolution(candidate, rounded.weight, before / total, after / total, rounded.damping)
+
+    def _search(self, problem: GroupProblem) -> Candidate:
+        method = self.job.recipe.equalization
+        tried = self.candidates(problem)
+        if len(tried) == 1 or method.method == "fixed":
+            return tried[-1]
+        return SEARCHES[method.search](self.errors(problem), tried)
+
+
+def _neutral(weight: Tensor) -> Candidate:
+    return Candidate(torch.ones(weight.shape[1], device=weight.device), 0.0)

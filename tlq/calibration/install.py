@@ -1,0 +1,84 @@
+"""Install solved groups: rounded weights and folded scales in the modules of a layer, and the codes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from tlq.models.architectures import Architecture, LinearGroup, get_linear
+from tlq.quantization.equalization import Fold
+from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, fake_quantize_activations
+
+
+@dataclass
+class QuantizedLayer:
+    """A decoder layer of which some groups are quantized already.
+
+    Attributes:
+        weights: quantized weights by full module path.
+        quantizer: scheme with overrides, and dtype of the checkpoint.
+    """
+
+    index: int
+    layer: nn.Module
+    architecture: Architecture
+    quantizer: WeightQuantizer
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.architecture.layers}.{self.index}."
+
+    def install(self, group: LinearGroup, rounded: QuantizedWeight, fold: Fold, s: Tensor) -> None:
+        """Put the codes of V diag(s), stacked over the linears of ``group``, and 1/s into the layer."""
+        rows = [get_linear(self.layer, path).out_features for path in group.linears]
+        for path, part in zip(group.linears, rounded.split(rows), strict=True):
+            self.weights[f"{self.prefix}{path}"] = part
+            self._install_linear(path, part)
+        per_row = fold.per_row(s)
+        if bool((per_row == 1).all()):
+            return
+        if fold.is_norm:
+            fold.weight.copy_(fold.folded_weight(per_row))
+            return
+        name = f"{self.prefix}{group.fold}"
+        before = get_linear(self.layer, group.fold)
+        if name in self.weights:
+            self.weights[name] = self.weights[name].rescale_rows(1 / per_row)
+            before.weight.copy_(self.weights[name].dequantize(self.quantizer.compute_dtype))
+        else:  # the linear stays in full precision
+            before.weight.copy_((before.weight / per_row[:, None]).to(self.quantizer.scale_dtype))
+        if before.bias is not None:
+            before.bias.copy_((before.bias / per_row).to(self.quantizer.scale_dtype))
+
+    def restore(self, weights: dict[str, QuantizedWeight], others: dict[str, Tensor]) -> None:
+        """Install what an earlier run made of this layer, as ``LayerResult`` holds it."""
+        parameters = dict(self.layer.named_parameters())
+        for name, value in others.items():
+            parameters[name.removeprefix(self.prefix)].copy_(value)
+        for name, weight in weights.items():
+            self.weights[name] = weight
+            self._install_linear(name.removeprefix(self.prefix), weight)
+
+    def others(self) -> dict[str, Tensor]:
+        """Every other tensor of the layer by full name, in the dtype of the checkpoint."""
+        quantized = {f"{name}.weight" for name in self.weights}
+        tensors = {f"{self.prefix}{name}": value for name, value in self.layer.state_dict().items()}
+        dtype = self.quantizer.scale_dtype
+        return {name: value.to(dtype) for name, value in tensors.items() if name not in quantized}
+
+    def _install_linear(self, path: str, weight: QuantizedWeight) -> None:
+        linear = get_linear(self.layer, path)
+        linear.weight.copy_(weight.dequantize(self.quantizer.compute_dtype))
+        bits = self.quantizer.scheme.activation_bits  # an override never changes it
+        if bits is not None:
+            linear.register_forward_pre_hook(_quantize_input(bits))
+
+
+def _quantize_input(bits: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (fake_quantize_activations(args[0], bits), *args[1:])
+
+    return hook

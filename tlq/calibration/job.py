@@ -1,0 +1,67 @@
+"""The job of a calibration: the choices and the data that travel together through all its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from tlq.importance.token_weights import TokenWeights
+from tlq.parallel import Ranks, chunk_ranges
+from tlq.quantization.formats import Scheme, WeightQuantizer
+from tlq.recipes import Recipe
+from tlq.runtime.activations import HostMemory, host_memory
+from tlq.samples import Batch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationJob:
+    """What to do with a model.
+
+    Attributes:
+        recipe: the method.
+        quantizer: the scheme, and the dtype in which the checkpoint stores scales and norms.
+        batches: all micro-batches, the same on every rank; none for a recipe that needs no data.
+        weights: token weights of every layer and group; none for a recipe that needs no data.
+        ranks: this process's place in a group of ranks; its device is that of the model.
+        memory: where hidden states are kept.
+    """
+
+    recipe: Recipe
+    quantizer: WeightQuantizer
+    batches: Sequence[Batch] = ()
+    weights: TokenWeights = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
+    memory: HostMemory = field(default_factory=host_memory)
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.quantizer.scheme
+
+    @property
+    def chunks(self) -> list[range]:
+        """Indices of the micro-batches of every reduction chunk; none for a recipe that needs no data."""
+        return chunk_ranges(len(self.batches)) if self.recipe.needs_data else []
+
+    @property
+    def own_batches(self) -> list[int]:
+        """Indices of the micro-batches that this rank works on."""
+        chunks = self.chunks
+        return [index for chunk in self.ranks.own_chunks(len(chunks)) for index in chunks[chunk]]
+
+    def by_chunk(self, parts: Iterable[T]) -> list[list[T]]:
+        """One value per micro-batch of this rank, grouped by chunk."""
+        chunks, values = self.chunks, iter(parts)
+        return [[next(values) for _ in chunks[chunk]] for chunk in self.ranks.own_chunks(len(chunks))]
+
+    def counted_weights(self, layer: int, group: str) -> list[Tensor]:
+        """Weights [tokens] of the tokens that count in a linear group, by micro-batch of all ranks."""
+        return [part[part > 0] for part in self.weights[layer, group]]
+
+    def counted_tokens(self) -> int:
+        """Most tokens with a weight in one linear group."""
+        return max((sum(int((part > 0).sum()) for part in parts) for parts in self.weights.values()), default=0)

@@ -1,0 +1,105 @@
+"""Checks before and during a calibration: what cannot succeed is refused before any work, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from tlq.calibration.job import CalibrationJob
+from tlq.importance.token_weights import TokenWeights
+from tlq.models.architectures import Architecture, LinearGroup, check_linears, get_linear, linear_paths
+from tlq.models.streaming import LayeredModel
+from tlq.quantization.formats import Scheme, WeightQuantizer
+from tlq.samples import Batch
+
+
+def check_job(model: LayeredModel, job: CalibrationJob) -> None:
+    """Refuse a job that cannot succeed.
+
+    Raises:
+        ValueError: see ``check_shapes`` and ``check_data``; or the ranks compute on another device than the model.
+    """
+    if job.ranks.device.type != model.device.type:
+        raise ValueError(
+            f"the ranks compute on {job.ranks.device}, the model is on {model.device}; give the job "
+            "Ranks(device=model.device)"
+        )
+    check_shapes(model.skeleton, model.architecture, job.scheme)
+    if job.recipe.needs_data:
+        layers = len(model.architecture.decoder_layers(model.skeleton))
+        check_data(model.architecture, layers, job.batches, job.weights)
+
+
+def check_shapes(model: nn.Module, architecture: Architecture, scheme: Scheme) -> None:
+    """Check that the scheme fits the model.
+
+    Raises:
+        ValueError: a linear is missing or is no Linear, a group size does not divide its width, an override matches
+            no linear or only some of a group.
+    """
+    check_linears(model, architecture)
+    layers = architecture.decoder_layers(model)
+    check_overrides(architecture, len(layers), scheme)
+    for index, layer in enumerate(layers):
+        for group in architecture.groups:
+            of_group = group_scheme(architecture, index, group, scheme)
+            for path in group.linears:
+                if of_group is not None:
+                    of_group.check_width(get_linear(layer, path).in_features, f"{architecture.layers}.{index}.{path}")
+
+
+def check_weights(layer: nn.Module, architecture: Architecture, index: int) -> None:
+    """Raises FloatingPointError if a weight of the layer is not finite."""
+    for path in architecture.linears:
+        if not torch.isfinite(get_linear(layer, path).weight).all():
+            raise FloatingPointError(
+                f"{architecture.layers}.{index}.{path}: weight is not finite; the checkpoint is damaged"
+            )
+
+
+def group_scheme(architecture: Architecture, index: int, group: LinearGroup, scheme: Scheme) -> Scheme | None:
+    """The scheme of a group of layer ``index`` with overrides applied; None if it stays in full precision.
+
+    Raises:
+        ValueError: an override matches some linears of the group only; they share scales and the norm before them.
+    """
+    schemes = {scheme.of(f"{architecture.layers}.{index}.{path}") for path in group.linears}
+    if len(schemes) > 1:
+        raise ValueError(
+            f"layer {index}, group {group.name}: its linears {', '.join(group.linears)} share an input and need one "
+            "scheme; let the override match all of them or none"
+        )
+    return schemes.pop()
+
+
+def group_quantizer(
+    architecture: Architecture, index: int, group: LinearGroup, quantizer: WeightQuantizer
+) -> WeightQuantizer | None:
+    """As ``group_scheme``, with the dtype of the scales."""
+    scheme = group_scheme(architecture, index, group, quantizer.scheme)
+    return None if scheme is None else WeightQuantizer(scheme, quantizer.scale_dtype)
+
+
+def check_overrides(architecture: Architecture, layers: int, scheme: Scheme) -> None:
+    """Raises ValueError if a pattern matches no linear: a typing error would quantize what should be kept."""
+    paths = [path for index in range(layers) for path in linear_paths(architecture, index)]
+    for pattern, _ in scheme.overrides:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(f"override {pattern!r} matches no linear; their paths are like {paths[-1]}")
+
+
+def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch], weights: TokenWeights) -> None:
+    """Raises ValueError if calibration data is missing: without data every method would round to nearest."""
+    if not batches:
+        raise ValueError("no calibration samples; give some, or use the recipe rtn, which needs none")
+    for layer in range(layers):
+        for group in architecture.groups:
+            parts = weights.get((layer, group.name), [])
+            if len(parts) != len(batches) or not any(bool((part > 0).any()) for part in parts):
+                raise ValueError(
+                    f"layer {layer}, group {group.name}: no token of the calibration data has a weight; "
+                    "compute the token weights again, for this model and these samples"
+                )
