@@ -49,7 +49,7 @@ def main() -> None:
     start = peak_resident()
     plans = [plan_importance(model, batches, alone)]
     if arguments.job == "importance":
-        score_tokens(model, batches, len(samples))
+        score_tokens(model, batches)
     else:
         plans.append(plan_calibration(model, batches, recipe, scheme, alone, arguments.tokens))
         del model, batches

@@ -30,11 +30,12 @@ from tlq.quantization.formats import get_scheme
 from tlq.parallel import joined_ranks
 from tlq.recipes import get_recipe
 from tlq.importance.gradients import AnswerLoss, score_resumably
-from tlq.runtime.resume import WorkFolder
+from tlq.runtime.resume import ResumeState
 from tlq.models.streaming import StreamedModel
 from tlq.importance.weighting import Weighting
 from tlq.samples import encode_batches, image_token_id
 from tlq.models.processor import load_processor
+from tlq.importance.pool import TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import token_set
 
@@ -47,10 +48,8 @@ def work():
     model = StreamedModel(folder / "model")
     with joined_ranks(torch.device("cpu")) as ranks:
         def weigh(model, batches):
-            scores = score_resumably(model, batches, len(samples), AnswerLoss(), WorkFolder(folder / "scores"), ranks)
-            marks = {s: b.is_image[r, b.valid[r]].numpy() for b in batches for r, s in enumerate(b.samples)}
-            is_image = [marks[s] for s in range(len(samples))]
-            return token_set(scores, is_image, "token", Weighting(), TokenBudget(300), 0)
+            scores = score_resumably(model, batches, AnswerLoss(), ResumeState(folder / "scores"), ranks)
+            return token_set(scores, TokenPool.of(batches), "token", Weighting(), TokenBudget(300), 0)
         quantize_checkpoint(
             model, folder / "out", samples, get_recipe(recipe), get_scheme(scheme), weigh, 2, 512, ranks
         )

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_resumably
+from tlq.importance.pool import PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
-from tlq.importance.token_weights import SampleWeights, all_tokens, token_set, uniform_tokens
+from tlq.importance.token_weights import all_tokens, token_set, uniform_tokens
 from tlq.importance.weighting import Weighting, loss_of
 from tlq.job import quantize_checkpoint
 from tlq.models.streaming import StreamedModel
@@ -22,8 +23,8 @@ from tlq.parallel import Ranks
 from tlq.plan import plan_importance, refuse_impossible
 from tlq.quantization.formats import Scheme, get_scheme
 from tlq.recipes import Recipe, get_recipe
-from tlq.runtime.resume import WorkFolder
-from tlq.samples import Batch, Sample, sequences_of
+from tlq.runtime.resume import ResumeState
+from tlq.samples import Batch, Sample
 
 
 def quantize(
@@ -67,9 +68,9 @@ def quantize(
 
     model = StreamedModel(model_dir, dtype, device)
     budget = budget or TokenBudget(4096)
-    scoring = WorkFolder(out.with_name(f"{out.name}-importance"))
+    scoring = ResumeState(out.with_name(f"{out.name}-importance"))
 
-    def weigh(model: StreamedModel, batches: Sequence[Batch]) -> SampleWeights:
+    def weigh(model: StreamedModel, batches: Sequence[Batch]) -> PoolWeights:
         return _weights(model, batches, row, number_format, weighting or Weighting(), budget, seed, scoring)
 
     counted = budget.tokens_per_layer if row.tokens == "set" else None
@@ -89,19 +90,18 @@ def _weights(
     weighting: Weighting,
     budget: TokenBudget,
     seed: int,
-    scoring: WorkFolder,
-) -> SampleWeights:
+    scoring: ResumeState,
+) -> PoolWeights:
     """What the stages importance and calibset would hand to calibration."""
-    sequences = sequences_of(batches)
-    is_image, is_answer = sequences.is_image, sequences.is_answer
+    pool = TokenPool.of(batches)
     if recipe.importance == "uniform" and recipe.tokens == "all":
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
-        return uniform_tokens(keys, is_image)
+        return uniform_tokens(keys, pool)
     loss = BlockLoss(scheme, model.checkpoint_dtype) if loss_of(recipe.importance) == "block" else AnswerLoss()
     alone = Ranks(device=model.device)
     refuse_impossible(plan_importance(model, batches, alone), scoring.folder, alone.device, 1, scoring.size())
-    scores = score_resumably(model, batches, len(is_image), loss, scoring, alone)
+    scores = score_resumably(model, batches, loss, scoring, alone)
     if recipe.tokens == "set":
-        return token_set(scores, is_image, recipe.importance, weighting, budget, seed, is_answer)
-    return all_tokens(scores, is_image, recipe.importance, weighting, is_answer)
+        return token_set(scores, pool, recipe.importance, weighting, budget, seed)
+    return all_tokens(scores, pool, recipe.importance, weighting)

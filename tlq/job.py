@@ -15,17 +15,19 @@ from tqdm import tqdm
 
 from tlq.calibration.loop import LayerResult, calibrate_layers
 from tlq.export.compressed_tensors import finish_checkpoint, read_layer, write_layer
-from tlq.importance.token_weights import SampleWeights, TokenWeights, to_batches
+from tlq.importance.pool import PoolWeights
+from tlq.importance.token_weights import TokenWeights, to_batches
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, refuse_impossible
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
-from tlq.runtime.activations import host_memory, processes_here
+from tlq.runtime.activations import host_memory
+from tlq.runtime.digest import calibration_data_digest, sampled_checkpoint_digest
 from tlq.runtime.files import new_directory, write_text
-from tlq.runtime.memory import peak_resident
-from tlq.runtime.resume import WorkFolder, data_digest, model_digest, versions
+from tlq.runtime.memory import peak_resident, processes_here
+from tlq.runtime.resume import ResumeState, package_versions
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 
@@ -35,7 +37,7 @@ def quantize_checkpoint(
     samples: Sequence[Sample],
     recipe: Recipe,
     scheme: Scheme,
-    weigh: Callable[[StreamedModel, Sequence[Batch]], SampleWeights],
+    weigh: Callable[[StreamedModel, Sequence[Batch]], PoolWeights],
     batch_size: int,
     max_tokens: int,
     ranks: Ranks | None = None,
@@ -63,7 +65,7 @@ def quantize_checkpoint(
     """
     ranks = ranks or Ranks(device=model.device)
     checkpoint_dtype = model.checkpoint_dtype
-    work = WorkFolder(out)
+    work = ResumeState(out)
     batches = calibration_batches(model, samples, recipe, batch_size, max_tokens)
     needed = plan_calibration(model, batches, recipe, scheme, ranks, counted)
     refuse_impossible(needed, out, ranks.device, processes_here(), work.size())
@@ -99,7 +101,7 @@ def calibration_batches(
 
 
 def _calibrate_into(
-    work: WorkFolder,
+    work: ResumeState,
     model: StreamedModel,
     batches: Sequence[Batch],
     weights: TokenWeights,
@@ -164,9 +166,9 @@ def _fingerprint(
     return {
         "recipe": asdict(recipe),
         "scheme": asdict(scheme),
-        "model": model_digest(model.folder),
+        "model": sampled_checkpoint_digest(model.folder),
         "dtype": str(model.dtype),
         "checkpoint_dtype": str(checkpoint_dtype),
-        "data": data_digest(batches, weights),
-        "versions": versions(),
+        "data": calibration_data_digest([batch.digest for batch in batches], weights),
+        "versions": package_versions(),
     }

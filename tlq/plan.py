@@ -15,13 +15,13 @@ import psutil
 import torch
 
 from tlq.calibration.loop import check_shapes
-from tlq.importance.gradients import WAVES, bytes_per_token
+from tlq.importance.gradients import MIN_PASSES, bytes_per_token
 from tlq.models.architectures import LinearGroup, get_linear, linear_paths
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, shard_ranges
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
-from tlq.runtime.activations import GIB, gib_of, host_budget
+from tlq.runtime.memory import GIB, gib_of, host_budget
 from tlq.samples import Batch
 
 _FLOAT = 4
@@ -139,7 +139,7 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
     own = _own_tokens(batches, ranks)
     largest = max((_all_tokens(batch) for batch in batches), default=0)
     tokens = sum(_all_tokens(batch) for batch in batches)
-    wave = min(own, -(-tokens // WAVES))
+    wave = min(own, -(-tokens // MIN_PASSES))
     per_token = bytes_per_token(model)
     backward = 2 * sizes.layer + sizes.activations(batches, graph=True) + wave * sizes.state
     return Plan(

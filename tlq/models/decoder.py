@@ -60,7 +60,7 @@ def enter_decoder(
         for batch in batches:
             noted.clear()
             with _stop_before_head(model):
-                model(**to_device(batch.inputs, device), use_cache=False)
+                model(**to_device(batch.encode(), device), use_cache=False)
             hidden_states, *injected = [hidden for hidden, _ in noted]
             assert hidden_states is not None
             calls.append(LayerCalls(hidden_states, [kwargs for _, kwargs in noted], [None, *injected]))

@@ -27,7 +27,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from tlq.models.architectures import Architecture, architecture_of
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
-from tlq.runtime.memory import give_back
+from tlq.runtime.memory import release_freed_memory
 
 _INDEX = "model.safetensors.index.json"
 
@@ -170,7 +170,7 @@ class StreamedModel:
     def _with_weights(self, names: Iterable[str]) -> Iterator[nn.Module]:
         with self._filled(self.read(names)):
             yield self.skeleton
-        give_back()
+        release_freed_memory()
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """Raises FloatingPointError if a weight is not finite."""
@@ -183,7 +183,7 @@ class StreamedModel:
                 with self._filled(tensors):
                     del tensors
                     yield index, modules[index]
-                give_back()
+                release_freed_memory()
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors by name on the compute device; floating-point ones in the dtype of computation, or ``dtype``."""

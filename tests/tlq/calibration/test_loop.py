@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlq.calibration.loop import Calibrated, LayerLoop, calibrate
+from tlq.importance.pool import Importance
 from tlq.importance.token_weights import TokenWeights
-from tlq.importance.weighting import Importance
 from tlq.models.architectures import architecture_of, get_linear
 from tlq.quantization.formats import get_scheme
 from tlq.quantization.search import ShardInputs
@@ -111,7 +111,7 @@ def inputs_by_hand(model: nn.Module, batches: list[Batch], weights: TokenWeights
                 linear = get_linear(layer, group.linears[0])
                 handles.append(linear.register_forward_pre_hook(note, prepend=True))
         with torch.no_grad():
-            model(**batch.inputs)
+            model(**batch.encode())
         for handle in handles:
             handle.remove()
     return {key: torch.cat(parts) for key, parts in seen.items()}
