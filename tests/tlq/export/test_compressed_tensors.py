@@ -226,9 +226,9 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
 
 
 def test_a_missing_checkpoint_says_what_to_correct(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not a directory here and not a hub model.*check model.path"):
+    with pytest.raises(FileNotFoundError, match="not a directory here and not a hub model.*check the path or hub id"):
         read_config(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="no config.json; model.path must be a Hugging Face checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no config.json; give a Hugging Face checkpoint"):
         read_config(tmp_path)
 
 
