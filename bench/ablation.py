@@ -33,14 +33,15 @@ from tasks.stages.prepare import draw, read_table
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate
 from tlq.importance.gradients import BlockLoss, score_tokens
+from tlq.importance.pool import Importance, PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
-from tlq.importance.token_weights import SampleWeights, all_tokens, to_batches, token_set
-from tlq.importance.weighting import Importance, Weighting, loss_of
+from tlq.importance.token_weights import all_tokens, to_batches, token_set
+from tlq.importance.weighting import Weighting, loss_of
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.streaming import ResidentModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
-from tlq.samples import Batch, Sequences, encode_batches, image_token_id, sequences_of
+from tlq.samples import Batch, encode_batches, image_token_id
 
 logger = logging.getLogger("bench.ablation")
 
@@ -142,18 +143,17 @@ class Pool:
         self.batches: list[Batch] = encode_batches(
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )
-        self.scores: Importance = score_tokens(ResidentModel(model), self.batches, size)
+        self.scores: Importance = score_tokens(ResidentModel(model), self.batches)
         block = BlockLoss(get_scheme("w3a16"), checkpoint_dtype_of(read_config(MODEL)))
-        self.block_scores: Importance = score_tokens(ResidentModel(model), self.batches, size, block)
-        self.sequences: Sequences = sequences_of(self.batches)
+        self.block_scores: Importance = score_tokens(ResidentModel(model), self.batches, block)
+        self.tokens = TokenPool.of(self.batches)
 
-    def weights(self, choice: Choice, seed: int) -> SampleWeights:
+    def weights(self, choice: Choice, seed: int) -> PoolWeights:
         source = choice.recipe.importance
-        is_image, is_answer = self.sequences.is_image, self.sequences.is_answer
         scores = self.scores if loss_of(source) == "answer" else self.block_scores
         if choice.recipe.tokens == "all":
-            return all_tokens(scores, is_image, source, choice.weighting, is_answer)
-        return token_set(scores, is_image, source, choice.weighting, choice.budget, seed, is_answer)
+            return all_tokens(scores, self.tokens, source, choice.weighting)
+        return token_set(scores, self.tokens, source, choice.weighting, choice.budget, seed)
 
 
 def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: str | None) -> None:

@@ -24,7 +24,7 @@ from tasks.config.params import ModelParams, section
 from tasks.report.charts import GROUPS, INK, MUTED, SERIES, STYLE, draw_importance, new_figure
 from tasks.report.tokens import read_token_data, show_samples
 from tasks.stages.files import IMPORTANCE, MODELS, read_importance
-from tlq.importance.weighting import Importance
+from tlq.importance.pool import Importance
 from tlq.models.processor import load_processor
 
 DOCS = Path("docs")
@@ -45,7 +45,7 @@ def draw_concentration(scores: Importance) -> Figure:
     axes = figure.subplots()
     points = np.geomspace(5e-4, 1, 300)
     for color, group in zip(GROUPS, dict.fromkeys(group for _, group in scores), strict=False):
-        layers = [np.concatenate(parts).astype(np.float64) for (_, name), parts in scores.items() if name == group]
+        layers = [values.astype(np.float64) for (_, name), values in scores.items() if name == group]
         curve = np.mean([concentration(values, points) for values in layers], axis=0)
         axes.plot(100 * points, 100 * curve, color=color, linewidth=2, label=group)
     axes.plot(100 * points, 100 * points, color=MUTED, linestyle="--", linewidth=1, label="all alike")

@@ -50,7 +50,7 @@ def main() -> None:
     start = peak_resident()
     plans = [plan_importance(model, batches, alone)]
     if arguments.job == "importance":
-        score_tokens(model, batches, len(samples))
+        score_tokens(model, batches)
     else:
         job = CalibrationJob(recipe, WeightQuantizer(scheme, model.checkpoint_dtype), batches, ranks=alone)
         plans.append(plan_calibration(model, job, arguments.tokens))

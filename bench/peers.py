@@ -64,7 +64,7 @@ def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int
     ranked = sorted(range(len(samples)), key=lambda index: (-of_length[index], index))
     for _, group in groupby(ranked, key=of_length.__getitem__):
         batches = encode_batches([samples[index] for index in group], processor, image_id, BATCH, 10**6)
-        inputs += [batch.inputs for batch in batches]
+        inputs += [batch.encode() for batch in batches]
     return inputs
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from bench.models import SHAPES, Shape, demo_samples, large_samples, write_random_model
 from bench.sections import table, write_section
 from tasks.stages.command import quiet_libraries
-from tlq.runtime.digest import digest
+from tlq.runtime.digest import checkpoint_digest
 
 logger = logging.getLogger("bench.scaling")
 
@@ -91,7 +91,7 @@ def run_job(arguments: argparse.Namespace, ranks: int, folder: Path) -> Run:
         raise RuntimeError(f"{ranks} rank(s) failed: {done.stderr[-1500:]}")
     measured = json.loads((folder / "measured").read_text())
     (out / "calibration.json").unlink()  # it tells times
-    found = Run(ranks, measured["seconds"], measured["layers"], digest(out), measured["device"])
+    found = Run(ranks, measured["seconds"], measured["layers"], checkpoint_digest(out), measured["device"])
     logger.info("%d rank(s): %.1f s", ranks, found.seconds)
     return found
 

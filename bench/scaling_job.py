@@ -17,16 +17,17 @@ from tasks.cluster.launch import on_ranks
 from tasks.stages.command import device, run
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.gradients import AnswerLoss, score_resumably
+from tlq.importance.pool import PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
-from tlq.importance.token_weights import SampleWeights, TokenWeights, to_batches, token_set
+from tlq.importance.token_weights import TokenWeights, to_batches, token_set
 from tlq.importance.weighting import Weighting
 from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import get_recipe
-from tlq.runtime.resume import WorkFolder
-from tlq.samples import Batch, Sample, token_rows
+from tlq.runtime.resume import ResumeState
+from tlq.samples import Batch, Sample
 
 
 def main() -> None:
@@ -75,16 +76,14 @@ def calibrate() -> None:
 
 def _weights(
     model: StreamedModel, batches: Sequence[Batch], arguments: argparse.Namespace, ranks: Ranks
-) -> SampleWeights:
+) -> PoolWeights:
     """As the stages importance and calibset."""
-    work = WorkFolder(arguments.out.with_name("scores"))
-    marks = {sample: batch.is_image[row, batch.valid[row]].numpy() for sample, row, batch in token_rows(batches)}
-    is_image = [marks[sample] for sample in sorted(marks)]
-    scores = score_resumably(model, batches, len(is_image), AnswerLoss(), work, ranks)
+    work = ResumeState(arguments.out.with_name("scores"))
+    scores = score_resumably(model, batches, AnswerLoss(), work, ranks)
     ranks.barrier()
     if ranks.leads:
         work.remove()
-    return token_set(scores, is_image, "token", Weighting(), TokenBudget(arguments.tokens), 0)
+    return token_set(scores, TokenPool.of(batches), "token", Weighting(), TokenBudget(arguments.tokens), 0)
 
 
 if __name__ == "__main__":

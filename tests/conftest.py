@@ -19,7 +19,7 @@ from tiny import random_samples, write_tiny_qwen2_vl
 from transformers import PreTrainedModel
 
 from tlq.importance.gradients import score_tokens
-from tlq.importance.weighting import Importance
+from tlq.importance.pool import Importance
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.models.streaming import ResidentModel
@@ -84,12 +84,12 @@ def tiny_processor(tiny_checkpoint: Path) -> Any:
 @pytest.fixture(scope="session")
 def batches(tiny_model: PreTrainedModel, tiny_processor: Any, samples: list[Sample]) -> list[Batch]:
     """The six samples as a micro-batch of four and one of two, padded."""
-    return encode_batches(samples, tiny_processor, image_token_id(tiny_model.config), batch_size=4, max_length=512)
+    return encode_batches(samples, tiny_processor, image_token_id(tiny_model.config), batch_size=4, max_tokens=512)
 
 
 @pytest.fixture(scope="session")
-def scores(tiny_model: PreTrainedModel, batches: list[Batch], samples: list[Sample]) -> Importance:
-    return score_tokens(ResidentModel(tiny_model), batches, len(samples))
+def scores(tiny_model: PreTrainedModel, batches: list[Batch]) -> Importance:
+    return score_tokens(ResidentModel(tiny_model), batches)
 
 
 @pytest.fixture(scope="session")

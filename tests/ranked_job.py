@@ -31,9 +31,10 @@ from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.parallel import joined_ranks
 from tlq.recipes import get_recipe
 from tlq.importance.gradients import AnswerLoss, score_resumably
-from tlq.runtime.resume import WorkFolder
+from tlq.runtime.resume import ResumeState
 from tlq.models.streaming import StreamedModel
 from tlq.importance.weighting import Weighting
+from tlq.importance.pool import TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import to_batches, token_set
 
@@ -48,11 +49,9 @@ def work():
         quantizer = WeightQuantizer(get_scheme(scheme), model.checkpoint_dtype)
         batches = calibration_batches(model, samples, get_recipe(recipe), 2, 512)
         def weigh():
-            scores = score_resumably(model, batches, len(samples), AnswerLoss(), WorkFolder(folder / "scores"), ranks)
-            marks = {s: b.is_image[r, b.valid[r]].numpy() for b in batches for r, s in enumerate(b.samples)}
-            is_image = [marks[s] for s in range(len(samples))]
-            chosen = token_set(scores, is_image, "token", Weighting(), TokenBudget(300), 0)
-            return to_batches(chosen, batches)
+            scores = score_resumably(model, batches, AnswerLoss(), ResumeState(folder / "scores"), ranks)
+            pool = TokenPool.of(batches)
+            return to_batches(token_set(scores, pool, "token", Weighting(), TokenBudget(300), 0), batches)
         job = CalibrationJob(get_recipe(recipe), quantizer, batches, ranks=ranks)
         quantize_checkpoint(model, folder / "out", job, weigh)
 

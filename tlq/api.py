@@ -14,9 +14,9 @@ import torch
 from tlq.calibration.job import CalibrationJob
 from tlq.export.model_card import write_card
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_resumably
+from tlq.importance.pool import PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import (
-    SampleWeights,
     TokenWeights,
     all_tokens,
     to_batches,
@@ -31,8 +31,8 @@ from tlq.parallel import Ranks
 from tlq.plan import Plan, plan_calibration, plan_importance, refuse_impossible
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
-from tlq.runtime.resume import WorkFolder
-from tlq.samples import Sample, sequences_of
+from tlq.runtime.resume import ResumeState
+from tlq.samples import Sample
 
 logger = logging.getLogger("tlq.api")
 
@@ -140,7 +140,7 @@ def quantize(
         raise FileExistsError(f"{folder}: not empty; remove it or choose another folder")
     recipe_row, scheme_row = _rows(recipe, scheme)
     streamed = settings.open_model(model)
-    scoring = WorkFolder(folder.with_name(f"{folder.name}-importance"))
+    scoring = ResumeState(folder.with_name(f"{folder.name}-importance"))
 
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
 
@@ -203,25 +203,24 @@ def _scores_gradients(recipe: Recipe) -> bool:
 
 
 def _weights(
-    model: StreamedModel, job: CalibrationJob, settings: CalibrationOptions, scoring: WorkFolder
-) -> SampleWeights:
+    model: StreamedModel, job: CalibrationJob, settings: CalibrationOptions, scoring: ResumeState
+) -> PoolWeights:
     """Token weights for calibration, as the stages importance and calibset make them.
 
     Args:
         scoring: keeps finished scores, so that an interrupted call continues.
     """
     recipe, batches = job.recipe, job.batches
-    sequences = sequences_of(batches)
-    is_image, is_answer = sequences.is_image, sequences.is_answer
+    pool = TokenPool.of(batches)
     if not _scores_gradients(recipe):
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
-        return uniform_tokens(keys, is_image)
+        return uniform_tokens(keys, pool)
     loss = BlockLoss(job.scheme, model.checkpoint_dtype) if loss_of(recipe.importance) == "block" else AnswerLoss()
     alone = Ranks(device=model.device)
     refuse_impossible(plan_importance(model, batches, alone), scoring.folder, alone.device, 1, scoring.size())
-    scores = score_resumably(model, batches, len(is_image), loss, scoring, alone)
+    scores = score_resumably(model, batches, loss, scoring, alone)
     weighting, budget = settings.weighting, settings.budget
     if recipe.tokens == "set":
-        return token_set(scores, is_image, recipe.importance, weighting, budget, settings.seed, is_answer)
-    return all_tokens(scores, is_image, recipe.importance, weighting, is_answer)
+        return token_set(scores, pool, recipe.importance, weighting, budget, settings.seed)
+    return all_tokens(scores, pool, recipe.importance, weighting)

@@ -22,10 +22,11 @@ from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, refuse_impossible
 from tlq.recipes import Recipe
-from tlq.runtime.activations import host_memory, processes_here
+from tlq.runtime.activations import host_memory
+from tlq.runtime.digest import calibration_data_digest, sampled_checkpoint_digest
 from tlq.runtime.files import new_directory, write_text
-from tlq.runtime.memory import peak_resident
-from tlq.runtime.resume import WorkFolder, data_digest, model_digest, versions
+from tlq.runtime.memory import peak_resident, processes_here
+from tlq.runtime.resume import ResumeState, package_versions
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 
@@ -57,7 +58,7 @@ def quantize_checkpoint(
         BlockingIOError, ValueError: the folder next to ``out`` is in use, or was begun with other choices.
         MemoryError, OSError: this machine cannot do it (see ``tlq.plan``).
     """
-    ranks, work = job.ranks, WorkFolder(out)
+    ranks, work = job.ranks, ResumeState(out)
     needed = plan_calibration(model, job, counted)
     refuse_impossible(needed, out, ranks.device, processes_here(), work.size())
     if weigh is not None and job.recipe.needs_data:
@@ -94,7 +95,7 @@ def calibration_batches(
 
 
 def _calibrate_into(
-    work: WorkFolder, model: StreamedModel, job: CalibrationJob, on_layer: Callable[[dict[str, Any]], None] | None
+    work: ResumeState, model: StreamedModel, job: CalibrationJob, on_layer: Callable[[dict[str, Any]], None] | None
 ) -> list[dict[str, Any]]:
     """Finish the layers that ``work`` does not have yet; returns the reports of all layers."""
     ranks, scheme = job.ranks, job.scheme
@@ -144,9 +145,9 @@ def _fingerprint(model: StreamedModel, job: CalibrationJob) -> dict[str, Any]:
     return {
         "recipe": asdict(job.recipe),
         "scheme": asdict(job.scheme),
-        "model": model_digest(model.folder),
+        "model": sampled_checkpoint_digest(model.folder),
         "dtype": str(model.dtype),
         "checkpoint_dtype": str(job.quantizer.scale_dtype),
-        "data": data_digest(job.batches, job.weights),
-        "versions": versions(),
+        "data": calibration_data_digest([batch.digest for batch in job.batches], job.weights),
+        "versions": package_versions(),
     }

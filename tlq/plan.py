@@ -16,14 +16,14 @@ import torch
 
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import check_shapes
-from tlq.importance.gradients import WAVES, bytes_per_token
+from tlq.importance.gradients import MIN_PASSES, bytes_per_token
 from tlq.models.architectures import LinearGroup, get_linear, head_dim_of, linear_paths
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, chunk_ranges
 from tlq.quantization.errors import from_statistics
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
-from tlq.runtime.activations import GIB, gib_of, host_budget
+from tlq.runtime.memory import GIB, gib_of, host_budget
 from tlq.samples import Batch
 
 _FLOAT = 4
@@ -135,7 +135,7 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
     own = _own_tokens(batches, ranks)
     largest = max((_all_tokens(batch) for batch in batches), default=0)
     tokens = sum(_all_tokens(batch) for batch in batches)
-    wave = min(own, -(-tokens // WAVES))
+    wave = min(own, -(-tokens // MIN_PASSES))
     per_token = bytes_per_token(model)
     backward = 2 * sizes.layer + sizes.activations(batches, graph=True) + wave * sizes.state
     return Plan(

@@ -1,26 +1,23 @@
 """Calibration samples: chat turns with images, encoded into padded micro-batches.
 
-A sample's messages hold plain text in which ``<image>`` marks where an image goes (the convention of LLaVA data); the
-last turn is the answer, whose tokens make the loss that importance is the gradient of.
+A sample's messages hold plain text in which ``<image>`` marks the place of an image (the convention of LLaVA data). The
+last turn is the answer; importance is the gradient of the loss on its tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tlq.runtime.digest import add_tensor
+from tlq.runtime.digest import update_with_tensor
 
 IMAGE_MARK = "<image>"
 
@@ -47,15 +44,17 @@ class Sample:
 class Batch:
     """A micro-batch of samples, padded on the right.
 
-    Its pixels are not kept: for 512 photographs they take tens of GiB, and are looked at once or twice.
+    It does not keep its pixels, which take tens of GiB for 512 photographs and are used once or twice: ``encode()``
+    computes the model's inputs anew at every call.
 
     Attributes:
         samples: index of each row in the list of samples.
         input_ids: [batch, time].
-        valid, is_image, is_answer: bool [batch, time]; padding, image tokens, tokens the loss is taken on.
-        size: bytes of ``inputs`` without padding.
-        digest: SHA-256 of what the samples are encoded to.
-        encode: makes ``inputs``.
+        valid, is_image, is_answer: bool [batch, time]; false for padding, true for image tokens, true for tokens that
+            the loss is taken on.
+        size: bytes of the encoded inputs without padding.
+        digest: SHA-256 of the encoded samples.
+        encode: returns the inputs of the model's forward, with all images processed again.
     """
 
     samples: list[int]
@@ -66,40 +65,6 @@ class Batch:
     size: int
     digest: str
     encode: Callable[[], Inputs] = field(repr=False)
-
-    @property
-    def inputs(self) -> Inputs:
-        """What the model's forward takes, encoded anew."""
-        return self.encode()
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What every sample consists of, padding removed: one array per sample, one element per token.
-
-    Attributes:
-        token_ids: int32.
-        is_image: whether it is an image token.
-        is_answer: whether the loss is taken on it.
-    """
-
-    token_ids: list[NDArray[np.int32]]
-    is_image: list[NDArray[np.bool_]]
-    is_answer: list[NDArray[np.bool_]]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.token_ids]
-
-
-def sequences_of(batches: Sequence[Batch]) -> Sequences:
-    """The samples of all micro-batches, in order of their numbers."""
-    rows = [(batch, row, batch.valid[row]) for _, row, batch in sorted(token_rows(batches), key=itemgetter(0))]
-    return Sequences(
-        [batch.input_ids[row][valid].numpy().astype(np.int32) for batch, row, valid in rows],
-        [batch.is_image[row][valid].numpy() for batch, row, valid in rows],
-        [batch.is_answer[row][valid].numpy() for batch, row, valid in rows],
-    )
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -129,20 +94,20 @@ def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def encode_batches(
-    samples: Sequence[Sample], processor: Any, image_token_id: int, batch_size: int, max_length: int
+    samples: Sequence[Sample], processor: Any, image_token_id: int, batch_size: int, max_tokens: int
 ) -> list[Batch]:
-    """All samples as micro-batches, longest first so that rows of one batch need little padding.
+    """All samples as micro-batches, longest first so that the rows of a batch need little padding.
 
     Raises:
-        ValueError: a sample is longer than ``max_length`` tokens (image tokens are never cut), has no answer, or an
-            unreadable image.
+        ValueError: a sample is longer than ``max_tokens`` (samples are never cut), has no answer, or has an unreadable
+            image.
     """
     rows = [_Row.of(*_encode(sample, processor)) for sample in samples]
     for sample, row in zip(samples, rows, strict=True):
-        if row.length > max_length:
+        if row.length > max_tokens:
             raise ValueError(
-                f"sample {sample.id}: {row.length} tokens, more than the {max_length} allowed; "
-                "raise importance.max_tokens, or leave the sample out of the calibration data"
+                f"sample {sample.id}: {row.length} tokens, more than the {max_tokens} allowed; "
+                "raise max_tokens, or leave the sample out of the calibration data"
             )
     order = sorted(range(len(rows)), key=lambda index: (-rows[index].length, index))
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -156,12 +121,12 @@ def encode_batches(
 
 @dataclass(frozen=True)
 class _Row:
-    """What is kept of an encoded sample.
+    """The parts of an encoded sample that a batch keeps.
 
     Attributes:
         input_ids: [tokens].
-        answer_length: how many of them, at the end, are the answer.
-        size, digest: bytes and SHA-256 of everything the model's forward takes.
+        answer_length: number of answer tokens, at the end of the sample.
+        size, digest: bytes and SHA-256 of all inputs of the model's forward.
     """
 
     input_ids: Tensor
@@ -173,7 +138,7 @@ class _Row:
     def of(cls, encoded: Inputs, answer_length: int) -> _Row:
         total = hashlib.sha256()
         for name, tensor in sorted(encoded.items()):
-            add_tensor(total, name, tensor)
+            update_with_tensor(total, name, tensor)
         size = sum(value.numel() * value.element_size() for value in encoded.values())
         return cls(encoded["input_ids"][0], answer_length, size, total.digest())
 
@@ -183,39 +148,40 @@ class _Row:
 
 
 def _encode(sample: Sample, processor: Any) -> tuple[Inputs, int]:
-    """One sample through the processor, and how many of its last tokens are the answer."""
+    """One sample encoded by the processor, and the number of its last tokens that are the answer."""
     prompt, answer = _prompt_and_answer(sample, processor)
     images = [[decode_image(data) for data in sample.images]] if sample.images else None
-    bos = processor.tokenizer.bos_token  # a template that writes it (Gemma) leaves none to add, as in transformers
+    # As in transformers: where the chat template writes the bos token (Gemma), the tokenizer must not add another.
+    bos = processor.tokenizer.bos_token
     special = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
     encoded = processor(text=[prompt + answer], images=images, return_tensors="pt", **special)
     answer_ids = _answer_ids(processor.tokenizer, prompt, answer)
     if encoded["input_ids"][0, -len(answer_ids) :].tolist() != answer_ids:
-        raise ValueError(f"sample {sample.id}: its tokens do not end with the answer's; leave the sample out")
+        raise ValueError(f"sample {sample.id}: its tokens do not end with those of the answer; leave the sample out")
     return dict(encoded), len(answer_ids)
 
 
 def _prompt_and_answer(sample: Sample, processor: Any) -> tuple[str, str]:
-    """The text up to the answer exactly as for generation, and the answer with what ends its turn.
+    """The text before the answer, exactly as for generation, and the answer with the end of its turn.
 
     Raises:
-        ValueError: the last turn is no answer, or it cannot be found in what the chat template makes of it.
+        ValueError: the last turn is no answer, or the text of the chat template does not contain it.
     """
     turns = chat(sample.messages)
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError(f"sample {sample.id}: the last turn must be the assistant's answer")
     prompt: str = processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     conversation: str = processor.apply_chat_template(turns, tokenize=False)
-    words = sample.messages[-1]["content"].strip()
-    # LLaVA-OneVision's generation prompt is spelt a little otherwise than the same words inside a conversation.
-    start = len(prompt) if conversation.startswith(prompt) else conversation.rfind(words)
-    if not words or start < 0:
+    answer = sample.messages[-1]["content"].strip()
+    # LLaVA-OneVision's template writes a generation prompt slightly differently from the same turn in a conversation.
+    start = len(prompt) if conversation.startswith(prompt) else conversation.rfind(answer)
+    if not answer or start < 0:
         raise ValueError(f"sample {sample.id}: its chat template does not end with the answer, or it is empty")
     return prompt, conversation[start:].rstrip("\n")
 
 
 def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    """Token ids from the first that is not the prompt's alone: a token across the boundary belongs to the answer."""
+    """Token ids after the prompt; a token across the boundary belongs to the answer."""
     alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     together = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
     common = 0
@@ -227,30 +193,34 @@ def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
 def _batch(
     chunk: list[int], rows: Sequence[_Row], encode: Callable[[int], Inputs], pad_id: int, image_token_id: int
 ) -> Batch:
-    """The samples ``chunk`` as a micro-batch; ``encode`` gives any of them anew."""
-    chosen = [rows[index] for index in chunk]
-    lengths = torch.tensor([row.length for row in chosen])[:, None]
-    answers = torch.tensor([row.answer_length for row in chosen])[:, None]
+    """The samples at the indices ``chunk`` as a micro-batch.
+
+    Args:
+        encode: encodes the sample at an index anew.
+    """
+    members = [rows[index] for index in chunk]
+    lengths = torch.tensor([row.length for row in members])[:, None]
+    answers = torch.tensor([row.answer_length for row in members])[:, None]
     position = torch.arange(int(lengths.max()))[None]
-    input_ids = pad_sequence([row.input_ids for row in chosen], batch_first=True, padding_value=pad_id)
+    input_ids = pad_sequence([row.input_ids for row in members], batch_first=True, padding_value=pad_id)
     return Batch(
         samples=chunk,
         input_ids=input_ids,
         valid=position < lengths,
         is_image=input_ids == image_token_id,
         is_answer=(position < lengths) & (position >= lengths - answers),
-        size=sum(row.size for row in chosen),
-        digest=hashlib.sha256(b"".join(row.digest for row in chosen)).hexdigest(),
+        size=sum(row.size for row in members),
+        digest=hashlib.sha256(b"".join(row.digest for row in members)).hexdigest(),
         encode=lambda: _collate([encode(index) for index in chunk], pad_id),
     )
 
 
 def _collate(rows: Sequence[Inputs], pad_id: int) -> Inputs:
-    """Encoded samples, [1, ...] each, as one."""
+    """Encoded samples, [1, ...] each, as one padded batch."""
     width = max(row["input_ids"].shape[1] for row in rows)
     per_token = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
     inputs: Inputs = {}
-    for name in dict.fromkeys(name for row in rows for name in row):  # rows without an image have no pixels
+    for name in dict.fromkeys(name for row in rows for name in row):  # samples without an image have no pixels
         values = [row[name] for row in rows if name in row]
         if name in per_token:
             values = [_pad_right(value, width, per_token[name]) for value in values]
@@ -259,15 +229,15 @@ def _collate(rows: Sequence[Inputs], pad_id: int) -> Inputs:
 
 
 def _pad_to_common(values: list[Tensor]) -> list[Tensor]:
-    """Zeros behind every dimension but the first, up to the largest.
+    """Pad every dimension except the first with zeros, up to the largest size.
 
-    Images are cut into tiles, and how many differs; models that take tiles [images, tiles, ...] leave out those that
-    the image's size does not account for (LLaVA-NeXT, LLaVA-OneVision) or that are all zero (Idefics3, SmolVLM).
+    Images are cut into different numbers of tiles. Models that take tiles [images, tiles, ...] ignore the tiles beyond
+    those of the image's size (LLaVA-NeXT, LLaVA-OneVision) or tiles of zeros (Idefics3, SmolVLM).
     """
     common = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     padded = []
     for value in values:
-        missing = [size for wanted, own in zip(common, value.shape[1:], strict=True) for size in (wanted - own, 0)]
+        missing = [each for target, size in zip(common, value.shape[1:], strict=True) for each in (target - size, 0)]
         padded.append(torch.nn.functional.pad(value, missing[::-1]))
     return padded
 
@@ -277,15 +247,12 @@ def _pad_right(values: Tensor, width: int, fill: int) -> Tensor:
 
 
 def image_token_id(config: Any) -> int:
-    """The id that stands for one image token in ``input_ids``."""
+    """The id of image tokens in ``input_ids``.
+
+    Raises:
+        ValueError: the config names none.
+    """
     for name in ("image_token_id", "image_token_index"):
         if getattr(config, name, None) is not None:
             return int(getattr(config, name))
     raise ValueError(f"model type {config.model_type!r} names no image token in its config")
-
-
-def token_rows(batches: Sequence[Batch]) -> Iterator[tuple[int, int, Batch]]:
-    """(sample, row in its batch, batch) over all samples."""
-    for batch in batches:
-        for row, sample in enumerate(batch.samples):
-            yield sample, row, batch

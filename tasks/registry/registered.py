@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from tasks.registry.tracking import CHECKPOINT
 from tasks.stages.files import MODELS
-from tlq.runtime.digest import digest
+from tlq.runtime.digest import checkpoint_digest
 
 
 class RegisteredError(ValueError):
@@ -72,4 +72,4 @@ def _versions(name: str, client: MlflowClient) -> list[ModelVersion]:
 
 def _is_here(version: ModelVersion, folder: Path) -> bool:
     checkpoint = folder / MODELS / version.tags.get("variant", "?")
-    return checkpoint.is_dir() and digest(checkpoint) == version.tags.get(CHECKPOINT)
+    return checkpoint.is_dir() and checkpoint_digest(checkpoint) == version.tags.get(CHECKPOINT)

@@ -21,7 +21,7 @@ from PIL.Image import Image
 
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
-from tlq.runtime.digest import digest
+from tlq.runtime.digest import checkpoint_digest
 from tlq.samples import decode_image
 
 
@@ -36,7 +36,7 @@ class VisionQuestionAnswering(PythonModel):
                 f"{checkpoint} is gone; bring it back with `dvc checkout` or `dvc pull`, or say where it is with "
                 'SERVING_MODEL_CONFIG=\'{"checkpoint": "..."}\''
             )
-        if digest(checkpoint) != config["digest"]:
+        if checkpoint_digest(checkpoint) != config["digest"]:
             raise ValueError(
                 f"{checkpoint} is not the checkpoint that was registered; check out commit {config['commit']} "
                 "and run `dvc checkout`"

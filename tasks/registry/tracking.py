@@ -26,8 +26,7 @@ from tasks.registry.lineage import locked_outputs
 from tasks.registry.provenance import calibration_inputs, lineage, machine
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
-from tlq.runtime.digest import digest
-from tlq.runtime.resume import model_digest
+from tlq.runtime.digest import checkpoint_digest, sampled_checkpoint_digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -327,7 +326,7 @@ def tracked_calibration(
     except BaseException as error:
         live.end("FAILED", {ERROR: first_line(error)})
         raise
-    live.end("FINISHED", {CHECKPOINT: digest(out)})
+    live.end("FINISHED", {CHECKPOINT: checkpoint_digest(out)})
 
 
 def _open(
@@ -354,7 +353,7 @@ def _fingerprint(made_with: Mapping[str, Any], variant: str, model: Path) -> str
     """Changes with whatever makes it other work: parameters, model, or DVC's hashes of the data."""
     stages = ("prepare", "importance", "calibset")
     data = {output.path: output.md5 for output in locked_outputs([variant]) if output.stage in stages}
-    parts = {"params": made_with, "data": data, "model": model_digest(model)}
+    parts = {"params": made_with, "data": data, "model": sampled_checkpoint_digest(model)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -81,8 +81,8 @@ class CalibrationData:
             origin=f"`{params.path}`" + (f" ({named})" if named else ""),
             samples=len(data.samples),
             sources=dict(Counter(sample.source for sample in data.samples if sample.source).most_common()),
-            tokens=sum(data.sequences.lengths),
-            image_tokens=sum(int(marks.sum()) for marks in data.sequences.is_image),
+            tokens=len(data.pool),
+            image_tokens=int(data.pool.is_image.sum()),
         )
 
 

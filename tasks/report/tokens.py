@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tasks.report.pictures import grid_shape
-from tasks.stages.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_samples, read_sequences
+from tasks.stages.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
 from tasks.stages.files import read_tokens as read_token_set
-from tlq.importance.weighting import Importance
-from tlq.samples import Sample, Sequences, decode_image
+from tlq.importance.pool import Importance, TokenPool
+from tlq.samples import Sample, decode_image
 
 HEAT = "inferno"
 #: Share of the sets that a token is in; the square root lets small shares be seen.
@@ -38,7 +38,7 @@ class TokenData:
     """
 
     samples: list[Sample]
-    sequences: Sequences
+    pool: TokenPool
     relative: list[NDArray[np.float64]]
     share: list[NDArray[np.float64]]
     shares: pd.DataFrame
@@ -70,48 +70,44 @@ class SampleTokens:
 
 def read_token_data() -> TokenData:
     """Raises: as the readers of tasks/stages/files.py."""
-    sequences = read_sequences(IMPORTANCE)
+    pool = read_pool(IMPORTANCE)
     scores = read_importance(IMPORTANCE)
     chosen = read_token_set(CALIBSET / "tokens.parquet")
     return TokenData(
-        samples=read_samples(PREPARED / "calibration.parquet", len(sequences.lengths)),
-        sequences=sequences,
-        relative=relative_importance(scores),
-        share=set_share(chosen, sequences.lengths, len(scores)),
-        shares=modality_shares(scores, chosen, sequences),
+        samples=read_samples(PREPARED / "calibration.parquet", pool.samples),
+        pool=pool,
+        relative=relative_importance(scores, pool),
+        share=set_share(chosen, pool, len(scores)),
+        shares=modality_shares(scores, chosen, pool),
     )
 
 
-def relative_importance(scores: Importance) -> list[NDArray[np.float64]]:
+def relative_importance(scores: Importance, pool: TokenPool) -> list[NDArray[np.float64]]:
     """Per sample, importance over the mean of its layer and group, averaged over layers and groups, [tokens]."""
-    means = {key: np.mean(np.concatenate(part), dtype=np.float64) for key, part in scores.items()}
-    count = len(next(iter(scores.values())))
-    return [np.mean([part[index] / means[key] for key, part in scores.items()], axis=0) for index in range(count)]
+    return pool.split(np.mean([values / values.mean(dtype=np.float64) for values in scores.values()], axis=0))
 
 
-def set_share(chosen: pd.DataFrame, lengths: list[int], sets: int) -> list[NDArray[np.float64]]:
+def set_share(chosen: pd.DataFrame, pool: TokenPool, sets: int) -> list[NDArray[np.float64]]:
     """Per sample, the share of the ``sets`` (one per layer and group) that each token is in, [tokens]."""
-    counts = [np.zeros(length) for length in lengths]
     rows = chosen[["layer", "group", "sample", "position"]].drop_duplicates()
-    for sample, positions in rows.groupby("sample")["position"]:
-        np.add.at(counts[cast(int, sample)], positions.to_numpy(), 1.0)
-    return [count / sets for count in counts]
+    indices = pool.cu_seqlens[rows["sample"].to_numpy()] + rows["position"].to_numpy()
+    return pool.split(np.bincount(indices, minlength=len(pool)) / sets)
 
 
-def modality_shares(scores: Importance, chosen: pd.DataFrame, sequences: Sequences) -> pd.DataFrame:
+def modality_shares(scores: Importance, chosen: pd.DataFrame, pool: TokenPool) -> pd.DataFrame:
     """Percent that image tokens hold, by layer and group.
 
     Returns:
         columns layer, group, tokens (of all tokens), importance (of raw importance), chosen (of the set's weight).
     """
-    is_image = np.concatenate(sequences.is_image)
+    is_image = pool.is_image
     of_set = {}
     for key, part in chosen.groupby(["layer", "group"]):
         weight = part["weight"].to_numpy(float)
         of_set[cast(tuple[int, str], key)] = 100 * weight[part["is_image"].to_numpy(bool)].sum() / weight.sum()
     rows = []
-    for (layer, group), per_sample in scores.items():
-        values = np.concatenate(per_sample).astype(np.float64)
+    for (layer, group), raw in scores.items():
+        values = raw.astype(np.float64)
         rows.append(
             {
                 "layer": layer,
@@ -130,7 +126,7 @@ def show_samples(data: TokenData, count: int, tokenizer: Any) -> list[SampleToke
 
 
 def show_sample(data: TokenData, index: int, tokenizer: Any) -> SampleTokens:
-    sample, image = data.samples[index], data.sequences.is_image[index]
+    sample, image = data.samples[index], data.pool.split(data.pool.is_image)[index]
     values, share = data.relative[index], data.share[index]
     return SampleTokens(
         id=sample.id,
@@ -138,7 +134,7 @@ def show_sample(data: TokenData, index: int, tokenizer: Any) -> SampleTokens:
         image=decode_image(sample.images[0]) if len(sample.images) == 1 else None,
         image_values=values[image],
         image_share=share[image],
-        texts=[tokenizer.decode([token]) for token in data.sequences.token_ids[index][~image]],
+        texts=[tokenizer.decode([token]) for token in data.pool.split(data.pool.token_ids)[index][~image]],
         text_values=values[~image],
         text_share=share[~image],
     )

@@ -12,10 +12,6 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tasks.cluster.launch import on_ranks, ranks_wanted
 from tasks.config.params import CalibrateParams, CalibsetParams, ModelParams, ParamsError, recipe, section
@@ -27,13 +23,14 @@ from tasks.stages.files import (
     MODELS,
     PREPARED,
     read_importance,
+    read_pool,
     read_samples,
-    read_sequences,
-    read_tokens,
+    read_token_weights,
 )
 from tasks.stages.planning import show_plan
 from tlq.calibration.job import CalibrationJob
-from tlq.importance.token_weights import SampleWeights, all_tokens, to_batches
+from tlq.importance.pool import PoolWeights, TokenPool
+from tlq.importance.token_weights import all_tokens, to_batches
 from tlq.importance.weighting import loss_of
 from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
@@ -46,28 +43,23 @@ from tlq.samples import Sample
 logger = logging.getLogger("tlq.calibrate")
 
 
-def weights_of(recipe: Recipe, calibset: CalibsetParams, importance: Path, tokens: Path) -> SampleWeights:
+def weights_of(
+    recipe: Recipe, calibset: CalibsetParams, pool: TokenPool, importance: Path, tokens: Path
+) -> PoolWeights:
     """The token weights that a recipe calibrates with: of all tokens, or of the token-level calibration set.
 
     Raises:
         ParamsError: the set was chosen by another importance than the recipe's.
     """
-    sequences = read_sequences(importance)
     if recipe.tokens == "all":
         scores = read_importance(importance, loss_of(recipe.importance))
-        return all_tokens(scores, sequences.is_image, recipe.importance, calibset.weighting, sequences.is_answer)
+        return all_tokens(scores, pool, recipe.importance, calibset.weighting)
     if recipe.importance != calibset.source:
         raise ParamsError(
             f"params.yaml: recipe {recipe.name} weighs tokens by {recipe.importance} importance, the token set was "
             f"chosen by {calibset.source}; make recipes.{recipe.name}.importance and calibset.source equal"
         )
-    weights: dict[tuple[int, str], dict[int, NDArray[np.float32]]] = {}
-    for key, chosen in read_tokens(tokens).groupby(["layer", "group", "sample"]):
-        layer, group, sample = cast(tuple[int, str, int], key)
-        values = np.zeros(sequences.lengths[sample], np.float32)
-        values[chosen["position"].to_numpy()] = chosen["weight"].to_numpy()
-        weights.setdefault((layer, group), {})[sample] = values
-    return weights
+    return read_token_weights(tokens, pool)
 
 
 def main() -> None:
@@ -98,11 +90,11 @@ def quantize() -> None:
     scheme = replace(scheme, overrides=tuple(params.overrides.items()))
     samples: list[Sample] = []
     longest = 0
-    weights: SampleWeights = {}
+    weights = PoolWeights.empty()
     if row.needs_data:
-        lengths = read_sequences(IMPORTANCE).lengths
-        samples, longest = read_samples(PREPARED / "calibration.parquet", len(lengths)), max(lengths)
-        weights = weights_of(row, section("calibset", CalibsetParams), IMPORTANCE, CALIBSET / "tokens.parquet")
+        pool = read_pool(IMPORTANCE)
+        samples, longest = read_samples(PREPARED / "calibration.parquet", pool.samples), int(pool.lengths.max())
+        weights = weights_of(row, section("calibset", CalibsetParams), pool, IMPORTANCE, CALIBSET / "tokens.parquet")
 
     model = StreamedModel(model_params.path, model_params.torch_dtype, device())
     out = MODELS / f"{row.name}-{scheme.name}"

@@ -1,8 +1,8 @@
 """Stage `calibset`: choose the tokens whose error calibration will count.
 
 Reads data/importance, writes data/calibset/tokens.parquet (layer, group, sample, position, token_id, is_image, weight)
-and summary.csv (per layer and group: tokens, effective tokens, image share). Sets with fewer effective tokens than
-calibset.weighting.least_effective are warned of.
+and summary.csv (per layer and group: tokens, effective tokens, image share). A warning names every set
+with fewer effective tokens than calibset.weighting.least_effective.
 """
 
 from __future__ import annotations
@@ -12,50 +12,36 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from tasks.config.params import CalibsetParams, section
 from tasks.stages.command import run
-from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_sequences, write_parquet
+from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_pool, write_parquet
+from tlq.importance.pool import Importance, TokenPool, WeightedTokens
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.token_weights import token_set
-from tlq.importance.weighting import Importance, loss_of
+from tlq.importance.weighting import loss_of
 from tlq.runtime.files import new_directory, write_text
-from tlq.samples import Sequences
 
 logger = logging.getLogger("tlq.calibset")
 
 
-def build(scores: Importance, sequences: Sequences, params: CalibsetParams) -> pd.DataFrame:
+def build(scores: Importance, pool: TokenPool, params: CalibsetParams) -> pd.DataFrame:
     """The token-level calibration set of every layer and group, one row per chosen token."""
-    weights = token_set(
-        scores,
-        sequences.is_image,
-        params.source,
-        params.weighting,
-        params.budget,
-        params.seed,
-        sequences.is_answer,
-    )
-    parts = [
-        _rows(layer, group, sample, values, sequences)
-        for (layer, group), per_sample in weights.items()
-        for sample, values in sorted(per_sample.items())
-    ]
-    return pd.concat(parts, ignore_index=True)
+    weights = token_set(scores, pool, params.source, params.weighting, params.budget, params.seed)
+    return pd.concat([_rows(*key, tokens, pool) for key, tokens in weights.groups.items()], ignore_index=True)
 
 
-def _rows(layer: int, group: str, sample: int, values: NDArray[np.float32], sequences: Sequences) -> pd.DataFrame:
-    """Chosen tokens of one sample, in order of position."""
-    position = np.flatnonzero(values)
+def _rows(layer: int, group: str, tokens: WeightedTokens, pool: TokenPool) -> pd.DataFrame:
+    """The set of one layer and group, in order of sample and position."""
+    sample, position = pool.positions(tokens.indices)
     columns = {
         "layer": np.int32(layer),
         "group": group,
-        "sample": np.int32(sample),
+        "sample": sample.astype(np.int32),
         "position": position.astype(np.int32),
-        "token_id": sequences.token_ids[sample][position],
-        "is_image": sequences.is_image[sample][position],
-        "weight": values[position],
+        "token_id": pool.token_ids[tokens.indices],
+        "is_image": pool.is_image[tokens.indices],
+        "weight": tokens.weights,
     }
     return pd.DataFrame(columns)
 
@@ -76,7 +62,7 @@ def summarise(tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
-    """Name every set with fewer effective tokens than asked for: by floors, caps, or a source not evened out."""
+    """Log every set with fewer effective tokens than required, because of floors, caps or a source never evened out."""
     for row in summary[summary["effective_tokens"] < least_effective].to_dict("records"):
         logger.warning(
             "layer %d, group %s: %.1f effective tokens, fewer than calibset.weighting.least_effective %d; raise "
@@ -90,7 +76,7 @@ def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
 
 def main() -> None:
     params = section("calibset", CalibsetParams)
-    tokens = build(read_importance(IMPORTANCE, loss_of(params.source)), read_sequences(IMPORTANCE), params)
+    tokens = build(read_importance(IMPORTANCE, loss_of(params.source)), read_pool(IMPORTANCE), params)
     summary = summarise(tokens)
     warn_of_few(summary, params.weighting.least_effective)
     with new_directory(Path(CALIBSET)) as folder:

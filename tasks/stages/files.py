@@ -1,21 +1,23 @@
-"""Files that stages leave for each other, and their formats."""
+"""Files that one stage writes and others read, and their formats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from tlq.importance.weighting import Importance, LossName
+from tlq.importance.pool import GroupKey, Importance, PoolWeights, TokenPool, WeightedTokens
+from tlq.importance.weighting import LossName
 from tlq.runtime.files import new_directory, new_file
-from tlq.samples import Sample, Sequences
+from tlq.samples import Sample
 
 PREPARED = Path("data/prepared")
 IMPORTANCE = Path("data/importance")
@@ -60,36 +62,38 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     return [Sample(**row) for row in table.slice(0, limit).to_pylist()]
 
 
-def write_importance(scores: Mapping[LossName, Importance], sequences: Sequences, folder: Path) -> None:
+def write_importance(scores: Mapping[LossName, Importance], pool: TokenPool, folder: Path) -> None:
     """Write ``scores.parquet`` (loss, layer, group, sample, values) and ``sequences.parquet``, a row per sample."""
-    rows: list[dict[str, Any]] = [
-        {"loss": loss, "layer": layer, "group": group, "sample": sample, "values": values}
-        for loss, importance in scores.items()
-        for (layer, group), per_sample in importance.items()
-        for sample, values in enumerate(per_sample)
-    ]
-    schema = pa.schema(
-        [
-            ("loss", pa.string()),
-            ("layer", pa.int32()),
-            ("group", pa.string()),
-            ("sample", pa.int32()),
-            ("values", pa.list_(pa.float32())),
-        ]
+    keys = [(loss, *key, sample) for loss in scores for key in scores[loss] for sample in range(pool.samples)]
+    losses, layers, groups, samples = zip(*keys, strict=True)
+    table = pa.table(
+        {
+            "loss": pa.array(losses, pa.string()),
+            "layer": pa.array(layers, pa.int32()),
+            "group": pa.array(groups, pa.string()),
+            "sample": pa.array(samples, pa.int32()),
+            "values": pa.chunked_array(
+                [_lists(values, pool) for importance in scores.values() for values in importance.values()]
+            ),
+        }
     )
-    marks = {"is_image": sequences.is_image, "is_answer": sequences.is_answer}
-    token_rows = {"token_ids": sequences.token_ids, **marks}
+    tokens = {name: _lists(getattr(pool, name), pool) for name in ("token_ids", "is_image", "is_answer")}
     with new_directory(folder) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary / "scores.parquet", compression="zstd")
-        pq.write_table(pa.table(token_rows), temporary / "sequences.parquet", compression="zstd")
+        pq.write_table(table, temporary / "scores.parquet", compression="zstd")
+        pq.write_table(pa.table(tokens), temporary / "sequences.parquet", compression="zstd")
 
 
-def read_sequences(folder: Path) -> Sequences:
+def _lists(values: NDArray[Any], pool: TokenPool) -> pa.ListArray:
+    """Values [tokens] as one list per sample."""
+    return pa.ListArray.from_arrays(pa.array(pool.cu_seqlens, pa.int32()), pa.array(values))
+
+
+def read_pool(folder: Path) -> TokenPool:
+    """The tokens of all scored samples."""
     table = _read_table(folder / "sequences.parquet", "importance")
-    is_image, is_answer = (
-        [np.asarray(marks, np.bool_) for marks in table[name].to_pylist()] for name in ("is_image", "is_answer")
-    )
-    return Sequences([np.asarray(ids, np.int32) for ids in table["token_ids"].to_pylist()], is_image, is_answer)
+    lengths = pc.list_value_length(table["token_ids"]).to_numpy()
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return TokenPool(cu_seqlens, *(_flat(table[name]) for name in ("token_ids", "is_image", "is_answer")))
 
 
 def read_importance(folder: Path, loss: LossName = "answer") -> Importance:
@@ -102,16 +106,32 @@ def read_importance(folder: Path, loss: LossName = "answer") -> Importance:
     table = table.filter(pc.equal(table["loss"], loss))
     if not table.num_rows:
         raise ValueError(f"{folder}: holds no scores of the loss {loss}; add it to importance.losses in params.yaml")
-    scores: Importance = {}
-    columns = (table[name].to_pylist() for name in ("layer", "group", "values"))
-    for layer, group, values in zip(*columns, strict=True):
-        scores.setdefault((layer, group), []).append(np.asarray(values, np.float32))
-    return scores
+    samples = 1 + pc.max(table["sample"]).as_py()  # the rows of a layer and group follow each other, sample by sample
+    rows = range(0, table.num_rows, samples)
+    keys = [(table["layer"][row].as_py(), table["group"][row].as_py()) for row in rows]
+    return {key: _flat(table["values"].slice(row, samples)) for key, row in zip(keys, rows, strict=True)}
+
+
+def _flat(lists: pa.ChunkedArray) -> NDArray[Any]:
+    """A column of lists as one flat array."""
+    return pc.list_flatten(lists).to_numpy()
 
 
 def read_tokens(path: Path) -> pd.DataFrame:
     """The token-level calibration set: layer, group, sample, position, token_id, is_image, weight."""
     return _read_table(path, "calibset").to_pandas()
+
+
+def read_token_weights(path: Path, pool: TokenPool) -> PoolWeights:
+    """The token-level calibration set as weights of the pool's tokens."""
+    table = read_tokens(path)
+    indices = pool.cu_seqlens[table["sample"].to_numpy()] + table["position"].to_numpy()
+    weights = table["weight"].to_numpy()
+    groups: dict[GroupKey, WeightedTokens] = {}
+    for key, rows in table.groupby(["layer", "group"]).indices.items():
+        layer, group = cast(tuple[int, str], key)
+        groups[int(layer), group] = WeightedTokens(indices[rows], weights[rows])
+    return PoolWeights(pool.cu_seqlens, groups)
 
 
 def _read_table(path: Path, stage: str) -> pa.Table:

@@ -17,15 +17,16 @@ from tasks.stages.command import device, run
 from tasks.stages.files import IMPORTANCE, PREPARED, read_samples, write_importance
 from tasks.stages.planning import show_plan
 from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_resumably
+from tlq.importance.pool import TokenPool
 from tlq.importance.weighting import LossName
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan import Plan, plan_importance, refuse_impossible
 from tlq.quantization.formats import get_scheme
-from tlq.runtime.activations import processes_here
-from tlq.runtime.resume import WorkFolder
-from tlq.samples import encode_batches, image_token_id, sequences_of
+from tlq.runtime.memory import processes_here
+from tlq.runtime.resume import ResumeState
+from tlq.samples import encode_batches, image_token_id
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 class _Job:
-    """What there is to score."""
+    """The model, the micro-batches and the losses to score."""
 
     def __init__(self) -> None:
         model_params = section("model", ModelParams)
@@ -48,14 +49,13 @@ class _Job:
         samples = read_samples(PREPARED / "calibration.parquet", params.samples)
         self.model = StreamedModel(model_params.path, model_params.torch_dtype, device())
         processor, image_id = load_processor(self.model.folder), image_token_id(self.model.config)
-        self.samples = len(samples)
         self.batches = encode_batches(samples, processor, image_id, params.batch_size, params.max_tokens)
         losses: dict[LossName, Loss] = {
             "answer": AnswerLoss(),
             "block": BlockLoss(get_scheme(params.block_scheme), self.model.checkpoint_dtype),
         }
         self.losses = {name: losses[name] for name in params.losses}
-        self.work = {name: WorkFolder(IMPORTANCE.with_name(f"importance-{name}")) for name in params.losses}
+        self.states = {name: ResumeState(IMPORTANCE.with_name(f"importance-{name}")) for name in params.losses}
 
     def plan(self, ranks: Ranks) -> Plan:
         return plan_importance(self.model, self.batches, ranks, len(self.losses))
@@ -65,19 +65,19 @@ def score() -> None:
     """Score every sample on this process's share of the work; the leading rank writes the result."""
     job = _Job()
     with joined_ranks(device()) as ranks, ExitStack() as locks:
-        there = sum(folder.size() for folder in job.work.values())
+        there = sum(state.size() for state in job.states.values())
         refuse_impossible(job.plan(ranks), IMPORTANCE, ranks.device, processes_here(), there)
         if ranks.leads:
-            for folder in job.work.values():
-                locks.enter_context(folder.locked())
+            for state in job.states.values():
+                locks.enter_context(state.locked())
         scores = {
-            name: score_resumably(job.model, job.batches, job.samples, job.losses[name], folder, ranks)
-            for name, folder in job.work.items()
+            name: score_resumably(job.model, job.batches, job.losses[name], state, ranks)
+            for name, state in job.states.items()
         }
         if ranks.leads:
-            write_importance(scores, sequences_of(job.batches), Path(IMPORTANCE))
-            for folder in job.work.values():
-                folder.remove()
+            write_importance(scores, TokenPool.of(job.batches), Path(IMPORTANCE))
+            for state in job.states.values():
+                state.remove()
 
 
 if __name__ == "__main__":

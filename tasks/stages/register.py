@@ -55,7 +55,7 @@ from tasks.registry.tracking import (
 from tasks.stages.command import run
 from tasks.stages.files import EVALUATION, MODELS, REPORT
 from tlq.recipes import Recipe
-from tlq.runtime.digest import digest
+from tlq.runtime.digest import checkpoint_digest
 from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.register")
@@ -120,7 +120,7 @@ def read_result(variant: str, evaluation: EvaluateParams) -> Result:
         return Result(variant, metrics, {}, items, identity)
     checkpoint = MODELS / variant
     calibration = json.loads(_existing(checkpoint / "calibration.json", f"calibrate@{variant}").read_text())
-    return Result(variant, metrics, calibration, items, identity | {CHECKPOINT: digest(checkpoint)})
+    return Result(variant, metrics, calibration, items, identity | {CHECKPOINT: checkpoint_digest(checkpoint)})
 
 
 def evaluation_digest(params: EvaluateParams) -> str:

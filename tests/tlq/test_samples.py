@@ -34,9 +34,9 @@ def test_image_tokens_are_marked_and_match_the_pixels(
     tiny_processor: Any, samples: list[Sample], image_id: int
 ) -> None:
     for batch in encode_batches(samples, tiny_processor, image_id, 4, 512):
-        patches = batch.inputs["image_grid_thw"].prod(1)
+        patches = batch.encode()["image_grid_thw"].prod(1)
         assert batch.is_image.sum(1).tolist() == (patches // 4).tolist()
-        assert len(batch.inputs["pixel_values"]) == int(patches.sum())
+        assert len(batch.encode()["pixel_values"]) == int(patches.sum())
         assert not bool((batch.is_image & ~batch.valid).any())
 
 
@@ -44,12 +44,12 @@ def test_pixels_are_made_when_asked_for_and_known_by_their_digest(
     tiny_processor: Any, samples: list[Sample], image_id: int
 ) -> None:
     first, *others = encode_batches(samples, tiny_processor, image_id, 4, 512)
-    assert first.inputs["pixel_values"] is not first.inputs["pixel_values"]
-    torch.testing.assert_close(first.inputs, first.inputs, rtol=0, atol=0)
-    total = sum(value.numel() * value.element_size() for value in first.inputs.values())
+    assert first.encode()["pixel_values"] is not first.encode()["pixel_values"]
+    torch.testing.assert_close(first.encode(), first.encode(), rtol=0, atol=0)
+    total = sum(value.numel() * value.element_size() for value in first.encode().values())
     assert 0.9 * total < first.size <= total
-    assert torch.equal(first.inputs["input_ids"], first.input_ids)
-    assert torch.equal(first.inputs["attention_mask"].bool(), first.valid)
+    assert torch.equal(first.encode()["input_ids"], first.input_ids)
+    assert torch.equal(first.encode()["attention_mask"].bool(), first.valid)
     assert len({batch.digest for batch in (first, *others)}) == 1 + len(others)
     number, *rest = first.samples
     changed = list(samples)
@@ -72,11 +72,13 @@ def test_a_batch_may_mix_samples_with_and_without_images(
     mixed = [text_only("A question that is far longer than those about images, and about nothing." * 2), *samples[:2]]
     (batch,) = encode_batches(mixed, tiny_processor, image_id, 3, 512)
     with torch.no_grad():
-        together = tiny_model(**batch.inputs).logits
+        together = tiny_model(**batch.encode()).logits
         for alone in encode_batches(mixed, tiny_processor, image_id, 1, 512):
             row = batch.samples.index(alone.samples[0])
             length = alone.valid.shape[1]
-            torch.testing.assert_close(tiny_model(**alone.inputs).logits[0], together[row, :length], rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                tiny_model(**alone.encode()).logits[0], together[row, :length], rtol=0, atol=1e-4
+            )
 
 
 def test_image_marks_become_image_parts_in_their_place() -> None:
@@ -86,9 +88,7 @@ def test_image_marks_become_image_parts_in_their_place() -> None:
 
 
 def test_a_sample_too_long_is_never_cut(tiny_processor: Any, samples: list[Sample], image_id: int) -> None:
-    with pytest.raises(
-        ValueError, match=r"sample s\d: \d+ tokens, more than the 20 allowed; raise importance.max_tokens"
-    ):
+    with pytest.raises(ValueError, match=r"sample s\d: \d+ tokens, more than the 20 allowed; raise max_tokens"):
         encode_batches(samples, tiny_processor, image_id, 4, 20)
 
 

@@ -1,9 +1,9 @@
-"""Score tokens: how much a loss feels an error on each token, at each linear group.
+"""Score tokens: how sensitive a loss is to an error on each token, at each linear group.
 
 For token t of a group with output y_t the raw importance is g_t = mean over channels of |dL/dy_t|. L is the
 cross-entropy of the answer (TLQ, arXiv 2602.07899) or the error of the block's own rounding (VLMQ, arXiv 2508.03351).
-Weights stay frozen: only activations carry gradients. Decoder layers come one at a time: forward keeps what each is
-called with, backward computes each once more.
+Weights stay frozen: only activations carry gradients. Decoder layers are loaded one at a time: the forward pass keeps
+the input of each layer, the backward pass computes each layer once more (gradient checkpointing).
 """
 
 from __future__ import annotations
@@ -21,186 +21,187 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tlq.importance.weighting import Importance
+from tlq.importance.pool import GroupKey, Importance, pool_indices
 from tlq.models.architectures import check_linears, get_linear
 from tlq.models.decoder import LayerCalls, enter_decoder, run_layer
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.parallel import Ranks
 from tlq.quantization.formats import Scheme, fake_quantize
 from tlq.runtime.activations import Activations, HostMemory, host_memory
+from tlq.runtime.digest import calibration_data_digest, sampled_checkpoint_digest
 from tlq.runtime.files import new_file
-from tlq.runtime.memory import give_back
-from tlq.runtime.resume import WorkFolder, data_digest, model_digest, versions
+from tlq.runtime.memory import release_freed_memory
+from tlq.runtime.resume import ResumeState, package_versions
 from tlq.samples import Batch
 
-WAVES = 4
+#: Least number of passes over the model's weights: an interruption loses the scores of one pass.
+MIN_PASSES = 4
 
 
 @dataclass(frozen=True)
 class BatchScores:
-    """Raw importance of one micro-batch: (layer, group name) -> [batch, time]; padding holds anything."""
+    """Raw importance of the micro-batch at index ``batch``: (layer, group name) -> [batch, time], padding undefined."""
 
-    number: int
-    values: dict[tuple[int, str], Tensor]
+    batch: int
+    values: dict[GroupKey, Tensor]
 
 
 def score_tokens(
-    model: LayeredModel,
-    batches: Sequence[Batch],
-    samples: int,
-    loss: Loss | None = None,
-    memory: HostMemory | None = None,
+    model: LayeredModel, batches: Sequence[Batch], loss: Loss | None = None, memory: HostMemory | None = None
 ) -> Importance:
-    """Raw importance of every token of every sample, by layer and linear group.
+    """Raw importance of every token of the pool, by layer and linear group.
 
-    Args and errors: as ``score_batches``.
+    Args:
+        loss: the answer's cross-entropy if not given.
+
+    Raises: as ``score_batches``.
     """
-    found = score_batches(model, batches, range(len(batches)), loss or AnswerLoss(), memory)
-    return by_sample(found, batches, samples)
+    return to_pool(score_batches(model, batches, range(len(batches)), loss or AnswerLoss(), memory), batches)
 
 
-def by_sample(scores: Iterable[BatchScores], batches: Sequence[Batch], samples: int) -> Importance:
-    """Scores of micro-batches as scores of samples, padding removed."""
+def to_pool(scores: Iterable[BatchScores], batches: Sequence[Batch]) -> Importance:
+    """The scores of all micro-batches as flat arrays over the pool, without padding, sorted by key."""
+    indices = pool_indices(batches)
+    tokens = sum(map(len, indices))
     importance: Importance = {}
-    for part in scores:
-        batch = batches[part.number]
-        for key, values in part.values.items():
-            per_sample = importance.setdefault(key, [np.empty(0, np.float32)] * samples)
-            for row, sample in enumerate(batch.samples):
-                per_sample[sample] = values[row, batch.valid[row]].numpy()
+    for scored in scores:
+        valid = batches[scored.batch].valid
+        for key, values in scored.values.items():
+            if key not in importance:
+                importance[key] = np.empty(tokens, np.float32)
+            importance[key][indices[scored.batch]] = values[valid].numpy()
     return dict(sorted(importance.items()))
 
 
 def score_resumably(
     model: StreamedModel,
     batches: Sequence[Batch],
-    samples: int,
     loss: Loss,
-    work: WorkFolder,
+    state: ResumeState,
     ranks: Ranks,
     memory: HostMemory | None = None,
 ) -> Importance:
-    """``score_tokens`` with the micro-batches dealt to ranks, each kept in ``work`` as soon as it is scored.
+    """``score_tokens`` with the micro-batches divided among ranks; ``state`` keeps each scored micro-batch.
 
     Args:
-        work: locked by the caller, who removes it once the scores are safe.
+        state: locked by the caller, who removes it after saving the scores.
 
     Returns:
         All scores, on every rank.
 
     Raises:
-        ValueError: ``work`` was begun with other samples, another model or another loss. Others as ``score_batches``.
+        ValueError: ``state`` was begun with other samples, another model or another loss. Others as ``score_batches``.
     """
     if ranks.leads:
-        work.begin(
+        state.begin(
             {
-                "model": model_digest(model.folder),
+                "model": sampled_checkpoint_digest(model.folder),
                 "dtype": str(model.dtype),
-                "data": data_digest(batches, {}),
+                "data": calibration_data_digest([batch.digest for batch in batches], {}),
                 "loss": repr(loss),
-                "versions": versions(),
+                "versions": package_versions(),
             }
         )
     ranks.barrier()
-    missing = [number for number in ranks.assigned(len(batches)) if not work.part(number).exists()]
-    memory = memory or host_memory(work.folder)
-    for part in score_batches(model, batches, missing, loss, memory, show=ranks.leads):
-        tensors = {f"{layer} {group}": values.contiguous() for (layer, group), values in part.values.items()}
-        with new_file(work.part(part.number)) as temporary:
+    missing = [index for index in ranks.assigned(len(batches)) if not state.part(index).exists()]
+    memory = memory or host_memory(state.folder)
+    for scored in score_batches(model, batches, missing, loss, memory, show=ranks.leads):
+        tensors = {f"{layer} {group}": values.contiguous() for (layer, group), values in scored.values.items()}
+        with new_file(state.part(scored.batch)) as temporary:
             save_file(tensors, temporary)
     ranks.barrier()
-    return by_sample((_read_part(work.part(number), number) for number in range(len(batches))), batches, samples)
+    return to_pool((_read_part(state.part(index), index) for index in range(len(batches))), batches)
 
 
-def _read_part(path: Path, number: int) -> BatchScores:
+def _read_part(path: Path, batch: int) -> BatchScores:
     values = {}
     for name, tensor in load_file(path).items():
         layer, group = name.split()
         values[int(layer), group] = tensor
-    return BatchScores(number, values)
+    return BatchScores(batch, values)
 
 
 def score_batches(
     model: LayeredModel,
     batches: Sequence[Batch],
-    numbers: Sequence[int],
+    indices: Sequence[int],
     loss: Loss,
     memory: HostMemory | None = None,
     show: bool = True,
 ) -> Iterator[BatchScores]:
-    """Raw importance of the micro-batches ``numbers``, each as soon as it is known.
+    """Raw importance of the micro-batches at ``indices``, in order.
 
-    As many micro-batches at a time as their hidden states at every layer fit the host's memory: forward keeps the
-    input of every layer, backward computes each layer once more. A micro-batch's scores do not depend on which others
-    it is scored with.
+    One pass over the model's weights scores as many micro-batches as fit the host's memory with their hidden states at
+    every layer. The scores of a micro-batch do not depend on which others share its pass.
 
     Raises:
-        ValueError: the decoder is not made of the linears of its row.
+        ValueError: the decoder layers do not consist of the linears of the architecture's row.
         FloatingPointError: a loss or a gradient is not finite; the message names the sample or the layer.
     """
     check_linears(model.skeleton, model.architecture)
     model.skeleton.requires_grad_(False)
     memory = memory or host_memory()
-    with tqdm(total=len(numbers), desc="importance", unit="batch", disable=not show) as bar:
-        for wave in _waves(model, batches, numbers, memory.budget):
-            yield from _score_wave(model, [batches[number] for number in wave], wave, loss, memory)
-            bar.update(len(wave))
+    with tqdm(total=len(indices), desc="importance", unit="batch", disable=not show) as bar:
+        for one_pass in _passes(model, batches, indices, memory.budget):
+            yield from _score_pass(model, [batches[index] for index in one_pass], one_pass, loss, memory)
+            bar.update(len(one_pass))
 
 
 def bytes_per_token(model: LayeredModel) -> int:
-    """Hidden states that scoring keeps for a token: the inputs of all layers, and what comes behind the last."""
+    """Bytes of hidden states that scoring keeps per token: the inputs of all layers and the last layer's output."""
     text = model.skeleton.config.get_text_config()
     return int((text.num_hidden_layers + 1) * text.hidden_size * model.dtype.itemsize)
 
 
-def _waves(
-    model: LayeredModel, batches: Sequence[Batch], numbers: Sequence[int], budget: int
+def _passes(
+    model: LayeredModel, batches: Sequence[Batch], indices: Sequence[int], budget: int
 ) -> Iterator[Sequence[int]]:
-    """Micro-batches to score together: as many as fit ``budget`` bytes, at least one, at most a quarter of ``batches``.
+    """Micro-batches to score in one pass: as many as fit ``budget`` bytes, at least one.
 
-    The scores of a wave are known when it ends: an interruption loses no more than one. More waves would read the
-    model's weights more often; so a rank that has fewer micro-batches to score has fewer waves, not smaller ones.
+    A pass has at most 1 / MIN_PASSES of all ``batches``, because its scores are known only when it ends: an
+    interruption loses no more than one pass. More passes would read the model's weights more often; therefore a rank
+    with fewer micro-batches makes fewer passes of the same size.
     """
-    most = -(-len(batches) // WAVES)
+    most = -(-len(batches) // MIN_PASSES)
     per_token = bytes_per_token(model)
-    wave: list[int] = []
+    one_pass: list[int] = []
     size = 0
-    for number in numbers:
-        needed = batches[number].valid.numel() * per_token
-        if wave and (size + needed > budget or len(wave) == most):
-            yield wave
-            wave, size = [], 0
-        wave.append(number)
+    for index in indices:
+        needed = batches[index].valid.numel() * per_token
+        if one_pass and (size + needed > budget or len(one_pass) == most):
+            yield one_pass
+            one_pass, size = [], 0
+        one_pass.append(index)
         size += needed
-    if wave:
-        yield wave
+    if one_pass:
+        yield one_pass
 
 
-def _score_wave(
-    model: LayeredModel, batches: Sequence[Batch], numbers: Sequence[int], loss: Loss, memory: HostMemory
+def _score_pass(
+    model: LayeredModel, batches: Sequence[Batch], indices: Sequence[int], loss: Loss, memory: HostMemory
 ) -> list[BatchScores]:
     with model.outside() as entered:
         calls = enter_decoder(entered, model.architecture, batches, model.device)
-    wave = Wave(model, batches, calls, memory)
-    with closing(wave):
-        scores = [BatchScores(number, {}) for number in numbers]
-        for index, number, gradients in loss.gradients(wave):
+    resident = ResidentBatches(model, batches, calls, memory)
+    with closing(resident):
+        scores = [BatchScores(index, {}) for index in indices]
+        for layer, position, gradients in loss.gradients(resident):
             for group, values in gradients.items():
-                if not torch.isfinite(values[batches[number].valid]).all():
+                if not torch.isfinite(values[batches[position].valid]).all():
                     raise FloatingPointError(
-                        f"layer {index}, group {group}: gradient is not finite; run importance in float32 "
-                        "(model.dtype) or drop the sample"
+                        f"layer {layer}, group {group}: gradient is not finite; score in float32 or leave the sample "
+                        "out"
                     )
-                scores[number].values[index, group] = values
+                scores[position].values[layer, group] = values
     return scores
 
 
-class Wave:
-    """Micro-batches that are scored together.
+class ResidentBatches:
+    """Micro-batches of one pass, whose hidden states at every decoder layer are kept.
 
     Attributes:
-        inputs: per decoder layer, its input [batch, time, hidden] of every micro-batch; one entry more for what comes
-            behind the last layer.
+        inputs: per decoder layer, its input [batch, time, hidden] of every micro-batch; the last entry is the output of
+            the last layer.
     """
 
     def __init__(
@@ -215,54 +216,58 @@ class Wave:
 
     @property
     def order(self) -> range:
-        """Numbers of the decoder layers."""
+        """Indices of the decoder layers, in forward order."""
         return range(len(self.model.architecture.decoder_layers(self.model.skeleton)))
 
     @torch.no_grad()
     def forward(self, index: int, layer: nn.Module) -> None:
-        """Advance every micro-batch past layer ``index``."""
+        """Append the output of layer ``index`` for every micro-batch."""
         self.inputs.append(
             self._activations(
-                call.next_input(index, run_layer(layer, self.inputs[index][number], call.kwargs[index]))
-                for number, call in enumerate(self.calls)
+                call.next_input(index, run_layer(layer, self.inputs[index][position], call.kwargs[index]))
+                for position, call in enumerate(self.calls)
             )
         )
 
-    def watched(self, index: int, number: int, layer: nn.Module) -> tuple[Tensor, Tensor, dict[str, list[Tensor]]]:
-        """Layer ``index`` once more, with a graph: its input, its output, and the outputs of each group's linears."""
-        hidden = self.inputs[index][number].detach().requires_grad_()
+    def recompute(self, index: int, position: int, layer: nn.Module) -> tuple[Tensor, Tensor, dict[str, list[Tensor]]]:
+        """Layer ``index`` once more with an autograd graph, for the micro-batch at ``position``.
+
+        Returns:
+            its input, its output, and group name -> outputs of the group's linears.
+        """
+        hidden = self.inputs[index][position].detach().requires_grad_()
         outputs: dict[str, list[Tensor]] = {group.name: [] for group in self.model.architecture.groups}
         handles = []
         for group in self.model.architecture.groups:
             for path in group.linears:
 
-                def note(_module: nn.Module, _args: Any, output: Tensor, name: str = group.name) -> None:
+                def keep(_module: nn.Module, _args: Any, output: Tensor, name: str = group.name) -> None:
                     outputs[name].append(output)
 
-                handles.append(layer.get_submodule(path).register_forward_hook(note))
+                handles.append(layer.get_submodule(path).register_forward_hook(keep))
         try:
-            with torch.enable_grad(), _repeatable():
-                output = run_layer(layer, hidden, self.calls[number].kwargs[index])
+            with torch.enable_grad(), _deterministic():
+                output = run_layer(layer, hidden, self.calls[position].kwargs[index])
         finally:
             for handle in handles:
                 handle.remove()
         return hidden, output, outputs
 
     def close(self) -> None:
-        """Give back the memory of all hidden states."""
+        """Release the memory of all hidden states."""
         for states in self.inputs:
             states.clear()
-        give_back()
+        release_freed_memory()
 
 
-#: What ``Loss.gradients`` yields: layer, number in the wave, group name -> g_t [batch, time].
+#: What ``Loss.gradients`` yields: layer, position of the micro-batch in the pass, group name -> g_t [batch, time].
 LayerGradients = tuple[int, int, dict[str, Tensor]]
 
 
 class Loss(Protocol):
-    """A loss whose gradient tells how much a token matters."""
+    """A loss whose gradient is the importance of a token."""
 
-    def gradients(self, wave: Wave) -> Iterator[LayerGradients]:
+    def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         """g_t of every layer, micro-batch and group, in any order."""
         ...
 
@@ -271,22 +276,23 @@ class Loss(Protocol):
 class AnswerLoss:
     """The cross-entropy of the answer (TLQ)."""
 
-    def gradients(self, wave: Wave) -> Iterator[LayerGradients]:
-        for index, layer in wave.model.layers(wave.order):
-            wave.forward(index, layer)
-        with wave.model.head():
-            behind = [self._behind(wave, number) for number in range(len(wave.batches))]
-        for index, layer in wave.model.layers(wave.order[::-1]):
-            for number, gradient in enumerate(behind):
-                hidden, output, outputs = wave.watched(index, number, layer)
-                behind[number], values = _gradients(output, gradient, hidden, outputs)
-                yield index, number, values
+    def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
+        for index, layer in resident.model.layers(resident.order):
+            resident.forward(index, layer)
+        with resident.model.head():
+            output_gradients = [self._last_gradient(resident, position) for position in range(len(resident.batches))]
+        for index, layer in resident.model.layers(resident.order[::-1]):
+            for position, output_gradient in enumerate(output_gradients):
+                hidden, output, outputs = resident.recompute(index, position, layer)
+                output_gradients[position], values = _gradients(output, output_gradient, hidden, outputs)
+                yield index, position, values
 
-    def _behind(self, wave: Wave, number: int) -> Tensor:
+    def _last_gradient(self, resident: ResidentBatches, position: int) -> Tensor:
         """Gradient of the loss with respect to the last layer's output, [batch, time, hidden]."""
-        hidden = wave.inputs[-1][number].detach().requires_grad_()
-        with torch.enable_grad(), _repeatable():
-            loss = answer_loss(_answer_logits(wave.model, hidden, wave.batches[number]), wave.batches[number])
+        hidden = resident.inputs[-1][position].detach().requires_grad_()
+        batch = resident.batches[position]
+        with torch.enable_grad(), _deterministic():
+            loss = answer_loss(_answer_logits(resident.model, hidden, batch), batch)
             (gradient,) = torch.autograd.grad(loss, [hidden])
         return gradient
 
@@ -296,23 +302,23 @@ class BlockLoss:
     """The squared error of each decoder layer's output when its own weights are rounded to nearest (VLMQ).
 
     Attributes:
-        scheme: what they are rounded to.
+        scheme: the number format of the rounded weights.
         checkpoint_dtype: dtype of the checkpoint.
     """
 
     scheme: Scheme
     checkpoint_dtype: torch.dtype
 
-    def gradients(self, wave: Wave) -> Iterator[LayerGradients]:
-        architecture = wave.model.architecture
-        for index, layer in wave.model.layers(wave.order):
-            wave.forward(index, layer)
+    def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
+        architecture = resident.model.architecture
+        for index, layer in resident.model.layers(resident.order):
+            resident.forward(index, layer)
             with torch.no_grad(), self._rounded([get_linear(layer, path) for path in architecture.linears]):
-                for number, call in enumerate(wave.calls):
-                    hidden, output, outputs = wave.watched(index, number, layer)
-                    difference = call.next_input(index, output.detach()) - wave.inputs[index + 1][number]
-                    difference[~wave.batches[number].valid.to(difference.device)] = 0
-                    yield index, number, _gradients(output, 2 * difference, hidden, outputs)[1]
+                for position, call in enumerate(resident.calls):
+                    hidden, output, outputs = resident.recompute(index, position, layer)
+                    difference = call.next_input(index, output.detach()) - resident.inputs[index + 1][position]
+                    difference[~resident.batches[position].valid.to(difference.device)] = 0
+                    yield index, position, _gradients(output, 2 * difference, hidden, outputs)[1]
 
     @contextmanager
     def _rounded(self, linears: Sequence[nn.Linear]) -> Iterator[None]:
@@ -328,38 +334,39 @@ class BlockLoss:
 
 
 @contextmanager
-def _repeatable() -> Iterator[None]:
-    """The same bits in every run: on a GPU, attention's backward pass otherwise adds up in whatever order threads end.
+def _deterministic() -> Iterator[None]:
+    """Use torch's deterministic algorithms: on a GPU, attention's backward pass otherwise adds in the order of threads.
 
-    A run that goes on after a crash would draw other tokens than the one that crashed. The forward pass chooses how
-    attention is computed, so it belongs inside. The environment keeps what torch asks for there.
+    A run that continues after a crash would draw other tokens than the run that crashed. The forward pass selects the
+    attention kernel, so it needs this context too. ``CUBLAS_WORKSPACE_CONFIG`` keeps a value that is set already.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def _gradients(
-    output: Tensor, behind: Tensor, hidden: Tensor, outputs: dict[str, list[Tensor]]
+    output: Tensor, output_gradient: Tensor, hidden: Tensor, outputs: dict[str, list[Tensor]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient with respect to ``hidden``, and g_t [batch, time] of every group: mean over channels of |dL/dy_t|."""
-    watched = [each for group in outputs.values() for each in group]
-    with _repeatable():
-        before, *found = torch.autograd.grad(output, [hidden, *watched], behind)
-    gradients = iter(found)
+    linear_outputs = [each for group in outputs.values() for each in group]
+    with _deterministic():
+        input_gradient, *rest = torch.autograd.grad(output, [hidden, *linear_outputs], output_gradient)
+    gradients = iter(rest)
     values = {}
     for name, group in outputs.items():
         total = torch.stack([next(gradients).float().abs().sum(-1) for _ in group]).sum(0)
         values[name] = (total / sum(each.shape[-1] for each in group)).cpu()
-    return before, values
+    return input_gradient, values
 
 
 def _answer_logits(model: LayeredModel, hidden: Tensor, batch: Batch) -> Tensor:
-    """Logits [answer tokens, vocabulary] of the tokens that the loss is taken on, from the last layer's output."""
+    """Logits [answer tokens, vocabulary] that predict the answer's tokens, from the last layer's output."""
     before_answer = batch.is_answer[:, 1:].to(hidden.device)
     normed = model.skeleton.get_submodule(model.architecture.final_norm)(hidden[:, :-1][before_answer])
     logits: Tensor = model.skeleton.get_output_embeddings()(normed)

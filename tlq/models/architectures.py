@@ -1,4 +1,4 @@
-"""Model families as data: where the decoder is, which linears share an input, where a scale can be folded.
+"""Model families as data: the place of the decoder, the linears that share an input, the modules that absorb a scale.
 
 A model is a family (``FAMILIES``: vision tower, connector, and where the decoder sits) around a text decoder
 (``DECODERS``: its linears and norms), so supporting another one is one more row in either table.
@@ -22,8 +22,8 @@ class LinearGroup:
         name: short name used in files and reports.
         linears: module paths inside the decoder layer.
         fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows.
-        parent: module whose output error AWQ and MBQ measure; None where they measure the linear itself.
-        tokenwise: whether the module that the linears are part of computes token by token, from hidden states alone.
+        parent: module whose output error AWQ and MBQ measure; None if they measure the linear itself.
+        tokenwise: whether the module around the linears computes each token from its hidden state alone.
     """
 
     name: str
@@ -34,7 +34,7 @@ class LinearGroup:
 
     @property
     def block(self) -> str:
-        """The module that the linears are part of: the attention, or the MLP."""
+        """Path of the module around the linears: the attention, or the MLP."""
         return self.linears[0].rpartition(".")[0]
 
 
@@ -44,7 +44,7 @@ GATE_UP = LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attenti
 DOWN = LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", tokenwise=True)
 
 
-#: The group whose output is that of the attention or MLP around a group: where MBQ takes the ratio of modalities from.
+#: Group name -> the group whose output is the output of the same attention or MLP; MBQ's ratio of modalities uses it.
 BLOCK_OUTPUT = {QKV.name: O_PROJ.name, O_PROJ.name: O_PROJ.name, GATE_UP.name: DOWN.name, DOWN.name: DOWN.name}
 
 
@@ -52,11 +52,11 @@ BLOCK_OUTPUT = {QKV.name: O_PROJ.name, O_PROJ.name: O_PROJ.name, GATE_UP.name: D
 class Decoder:
     """A kind of text decoder.
 
-    Norms on queries and keys come after their projections and so never meet a folded scale; norms on an attention or
-    MLP output come after the last linear and do not either.
+    Folded scales never reach norms on queries and keys, which follow their projections, nor norms on an attention or
+    MLP output, which follow the last linear.
 
     Attributes:
-        groups: linear groups in the order in which data flows through them.
+        groups: linear groups in the order of computation.
         norm_offset: the gain of a norm is ``norm_offset + weight``.
     """
 
@@ -79,7 +79,7 @@ DECODERS: dict[str, Decoder] = {
     "gemma3_text": GEMMA3,
 }
 
-#: Well-known decoders and families that a row cannot describe, and the module that stands in the way.
+#: Well-known decoders and families that a row cannot describe -> the reason.
 UNSUPPORTED: dict[str, str] = {
     "phi3": "its self_attn.qkv_proj and mlp.gate_up_proj are fused linears",
     "mixtral": "its mlp.experts is a mixture of experts",
@@ -96,7 +96,7 @@ class Family:
     """A vision-language model around a decoder.
 
     Attributes:
-        ignore: what stays in full precision, in compressed-tensors' notation (embeddings are no linears).
+        ignore: linears that stay in full precision, in compressed-tensors' notation.
         layers: module path of the decoder layers.
     """
 
@@ -125,7 +125,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What calibration and export need to know about a model: its family's row and its decoder's row together."""
+    """The rows of a model's family and decoder together: everything that calibration and export need."""
 
     model_type: str
     layers: str
@@ -140,7 +140,7 @@ class Architecture:
 
     @property
     def final_norm(self) -> str:
-        """Module path of the norm behind the last decoder layer."""
+        """Module path of the norm after the last decoder layer."""
         return self.layers.removesuffix("layers") + "norm"
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -151,7 +151,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a model, from its config alone.
 
     Raises:
-        ValueError: its family or its decoder is not supported; the message says why where that is known.
+        ValueError: its family or its decoder is not supported; the message gives the reason in ``UNSUPPORTED``.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -183,10 +183,10 @@ def get_linear(layer: nn.Module, path: str) -> nn.Linear:
     module = layer
     for name in path.split("."):
         if name not in dict(module.named_children()):
-            found = ", ".join(child for child, _ in module.named_children())
+            children = ", ".join(child for child, _ in module.named_children())
             raise ValueError(
-                f"{path}: there is no {name} in {type(module).__name__}, which has {found}; fused linears and mixtures "
-                "of experts are not supported, choose a model with one Linear per projection"
+                f"{path}: there is no {name} in {type(module).__name__}, which has {children}; "
+                "fused linears and mixtures of experts are not supported, choose a model with one Linear per projection"
             )
         module = module.get_submodule(name)
     if not isinstance(module, nn.Linear):
@@ -195,10 +195,10 @@ def get_linear(layer: nn.Module, path: str) -> nn.Linear:
 
 
 def check_linears(model: nn.Module, architecture: Architecture) -> None:
-    """Refuse a decoder that is not made of the linears of its row, before any work.
+    """Refuse a decoder whose linears differ from those of its row, before any work.
 
     Raises:
-        ValueError: a linear is missing, or one is there that belongs to no group and would be left out.
+        ValueError: a linear is missing, or a linear belongs to no group and would not be quantized.
     """
     for index, layer in enumerate(architecture.decoder_layers(model)):
         where = f"{architecture.layers}.{index}"

@@ -1,7 +1,6 @@
-"""Load a vision-language checkpoint; export a calibrated model in compressed-tensors form.
+"""Read a checkpoint: its config, the whole model as its user loads it, and the files of its processor.
 
-The exported directory loads with ``AutoModelForImageTextToText.from_pretrained`` and nothing else, and holds the
-processor files of the model it came from.
+``tlq.export`` writes checkpoints, ``tlq.models.streaming`` reads one layer at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from tlq.models.architectures import FAMILIES, architecture_of
 
-_TARGETS = "Linear"
 _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 _NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
 
@@ -26,17 +24,17 @@ def read_config(checkpoint: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: neither a directory with a config.json nor a hub id that can be reached.
-        ValueError: a model family that is not supported.
+        ValueError: the model family is not supported.
     """
     path = Path(checkpoint)
     if path.exists() and not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path}: no config.json; model.path must be a Hugging Face checkpoint directory")
+        raise FileNotFoundError(f"{path}: no config.json; give a Hugging Face checkpoint directory")
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except OSError as error:
         raise FileNotFoundError(
             f"model {checkpoint!s}: not a directory here and not a hub model that can be reached; "
-            "check model.path in params.yaml"
+            "check the path or hub id"
         ) from error
     except ValueError as error:
         raise ValueError(
@@ -52,11 +50,11 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """A checkpoint as its user loads it, in evaluation mode on ``device``.
+    """The model of a checkpoint in evaluation mode on ``device``, as its user loads it.
 
-    Quantized checkpoints are decompressed once here, and the module wrappers of compressed-tensors taken off: left to
-    itself it decompresses on the first forward pass, and its wrappers turn a model output handed to a module into a
-    plain dict, which ``generate`` of LLaVA-NeXT and LLaVA-OneVision does not survive (0.20).
+    A quantized checkpoint is decompressed here, and the module wrappers of compressed-tensors are removed. Otherwise
+    compressed-tensors 0.20 decompresses during the first forward pass, and its wrappers turn a model output that is
+    passed to a module into a plain dict, which breaks ``generate`` of LLaVA-NeXT and LLaVA-OneVision.
 
     Raises: as ``read_config``.
     """
@@ -73,21 +71,21 @@ def checkpoint_dtype_of(config: Any) -> torch.dtype:
     """The dtype in which a checkpoint keeps its weights.
 
     Args:
-        config: from ``read_config``; that of a loaded model says the dtype it was loaded in.
+        config: from ``read_config``; the config of a loaded model states the dtype it was loaded in instead.
     """
     dtype = config.dtype or config.get_text_config().dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def local_folder(source: str | Path, weights: bool = True) -> Path:
-    """The directory of a checkpoint; a hub id is downloaded, without its weights if they are not wanted."""
+    """The directory of a checkpoint; a hub id is downloaded, without its weights if ``weights`` is false."""
     folder = Path(source)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    unwanted = _NOT_PROCESSOR - {".safetensors"} if weights else _NOT_PROCESSOR
-    return Path(snapshot_download(str(source), ignore_patterns=[f"*{suffix}" for suffix in sorted(unwanted)]))
+    skipped = _NOT_PROCESSOR - {".safetensors"} if weights else _NOT_PROCESSOR
+    return Path(snapshot_download(str(source), ignore_patterns=[f"*{suffix}" for suffix in sorted(skipped)]))
 
 
 def copy_processor_files(source: str | Path, out: Path) -> None:

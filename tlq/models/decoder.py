@@ -1,7 +1,8 @@
 """Run a decoder one layer at a time.
 
-``enter_decoder`` runs the embeddings and the vision tower once and records what every decoder layer would be called
-with; after that a layer needs only hidden states, and can be run, stopped at one of its linears, or observed.
+``enter_decoder`` runs the embeddings and the vision tower once and records the arguments of every decoder layer. After
+that a layer needs only hidden states: ``run_layer`` runs it, ``observe`` records the inputs of its modules and may stop
+at one of them.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from tlq.samples import Batch
 
 
 class _Stop(Exception):
-    """Ends a forward pass early once everything of interest has been seen."""
+    """Ends a forward pass early, after everything that is needed has been recorded."""
 
 
 @dataclass
 class LayerCalls:
-    """What decoder layers are called with, for one micro-batch.
+    """Arguments of all decoder layers, for one micro-batch.
 
     Attributes:
         hidden_states: [batch, time, hidden], the first layer's input.
         kwargs: one dict per layer (masks, rotary embeddings); layers may share the tensors.
-        injected: one per layer, what the model adds to the hidden states between the layer before and this one
-            [batch, time, hidden] (visual features of Qwen3-VL, "DeepStack"), or None.
+        injected: one per layer, [batch, time, hidden] that the model adds to the output of the previous layer to make
+            the input of this one (visual features of Qwen3-VL, "DeepStack"), or None.
     """
 
     hidden_states: Tensor
@@ -38,12 +39,12 @@ class LayerCalls:
     injected: list[Tensor | None]
 
     def take_hidden_states(self) -> Tensor:
-        """The first layer's input, which these calls then hold no longer."""
+        """Return the first layer's input and drop it from these calls."""
         hidden_states, self.hidden_states = self.hidden_states, torch.empty(0)
         return hidden_states
 
     def next_input(self, index: int, output: Tensor) -> Tensor:
-        """What the layer after layer ``index`` is called with, given the output of layer ``index``."""
+        """Input of layer ``index`` + 1, [batch, time, hidden], from the output of layer ``index``."""
         following = self.injected[index + 1] if index + 1 < len(self.injected) else None
         return output if following is None else output + following
 
@@ -52,39 +53,39 @@ class LayerCalls:
 def enter_decoder(
     model: nn.Module, architecture: Architecture, batches: Sequence[Batch], device: torch.device | None = None
 ) -> list[LayerCalls]:
-    """Run embeddings and vision tower over ``batches``; the decoder layers only note their arguments."""
+    """Run embeddings and vision tower over ``batches``; record the arguments of the decoder layers."""
     layers = architecture.decoder_layers(model)
     device = device or next(model.parameters()).device
     calls: list[LayerCalls] = []
-    with _layers_noting_arguments(layers) as noted:
+    with _recorded_arguments(layers) as recorded:
         for batch in batches:
-            noted.clear()
+            recorded.clear()
             with _stop_before_head(model):
-                model(**to_device(batch.inputs, device), use_cache=False)
-            hidden_states, *injected = [hidden for hidden, _ in noted]
+                model(**to_device(batch.encode(), device), use_cache=False)
+            hidden_states, *injected = [hidden for hidden, _ in recorded]
             assert hidden_states is not None
-            calls.append(LayerCalls(hidden_states, [kwargs for _, kwargs in noted], [None, *injected]))
+            calls.append(LayerCalls(hidden_states, [kwargs for _, kwargs in recorded], [None, *injected]))
     return calls
 
 
 @contextmanager
-def _layers_noting_arguments(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor | None, dict[str, Any]]]]:
-    """Replace every layer's forward by one that notes its arguments and returns zeros.
+def _recorded_arguments(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor | None, dict[str, Any]]]]:
+    """Replace every layer's forward by one that records its arguments and returns zeros.
 
-    With zeros for outputs, the next layer's input is exactly what the model adds on the way there; where it adds
-    nothing, None is noted and no memory held.
+    With outputs of zero, the input of the next layer is exactly what the model adds in between. Where it adds nothing,
+    the record is None and holds no memory.
     """
-    noted: list[tuple[Tensor | None, dict[str, Any]]] = []
+    recorded: list[tuple[Tensor | None, dict[str, Any]]] = []
 
-    def note(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        needed = not noted or bool(hidden_states.any())
-        noted.append((hidden_states if needed else None, kwargs))
+    def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        needed = not recorded or bool(hidden_states.any())
+        recorded.append((hidden_states if needed else None, kwargs))
         return torch.zeros_like(hidden_states)
 
     for layer in layers:
-        layer.forward = note
+        layer.forward = record
     try:
-        yield noted
+        yield recorded
     finally:
         for layer in layers:
             del layer.forward
@@ -92,7 +93,7 @@ def _layers_noting_arguments(layers: nn.ModuleList) -> Iterator[list[tuple[Tenso
 
 @contextmanager
 def _stop_before_head(model: nn.Module) -> Iterator[None]:
-    """Do not compute logits: they are the largest tensor of a forward pass and nobody reads them here."""
+    """Skip the logits: they are the largest tensor of a forward pass and are not needed here."""
 
     def stop(*_: Any) -> None:
         raise _Stop
@@ -107,7 +108,7 @@ def _stop_before_head(model: nn.Module) -> Iterator[None]:
 
 
 def run_layer(layer: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """One decoder layer: hidden states in, hidden states out, [batch, time, hidden] both."""
+    """Output of one decoder layer for its input ``hidden_states``, both [batch, time, hidden]."""
     return first_output(layer(hidden_states, **kwargs))
 
 
@@ -124,16 +125,16 @@ def observe(
     modules: dict[str, nn.Module],
     stop_at: nn.Module | None = None,
 ) -> tuple[dict[str, tuple[tuple[Any, ...], dict[str, Any]]], Tensor | None]:
-    """Run a layer and note what each of ``modules`` is called with.
+    """Run a layer and record the arguments of each of ``modules``.
 
-    With ``stop_at`` the pass ends when that module is reached and there is no layer output.
+    With ``stop_at`` the pass ends at that module, and there is no layer output.
 
     Returns:
         arguments (positional, keyword) per module name, and the layer's output or None.
     """
     seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             seen[name] = (args, named)
             if module is stop_at:
@@ -142,7 +143,8 @@ def observe(
         return hook
 
     handles = [
-        module.register_forward_pre_hook(note(name), with_kwargs=True, prepend=True) for name, module in modules.items()
+        module.register_forward_pre_hook(record(name), with_kwargs=True, prepend=True)
+        for name, module in modules.items()
     ]
     try:
         return seen, run_layer(layer, hidden_states, kwargs)

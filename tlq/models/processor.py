@@ -1,8 +1,8 @@
 """Load the processor that ships with a checkpoint, with or without torchvision.
 
-transformers builds VLM processors with a video part, and that part needs torchvision. Image-text work does not, so
-without torchvision the same processor class is built with its image processor and tokenizer only. Both ways give the
-same pixel values and token ids.
+transformers builds VLM processors with a video processor, which needs torchvision. Images and text do not: without
+torchvision the same processor class is built with its image processor and tokenizer only. Both give the same pixel
+values and token ids.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
-#: Families whose processors use their video part for images too, and what they need installed.
+#: Families whose processors use their video processor for images too -> the packages that they need.
 NEEDS_VIDEO = {"smolvlm": "torchvision and num2words"}
 
 

@@ -1,8 +1,8 @@
-"""A model whose decoder layers come from disk one at a time, so that no process ever holds all of it.
+"""Read a model's decoder layers from disk one at a time, so that no process holds all weights.
 
 ``StreamedModel`` builds the model without weights and reads them when they are needed: embeddings and vision tower to
-enter the decoder, one decoder layer at a time, the next one being read meanwhile. ``ResidentModel`` gives a model that
-is in memory the same face.
+enter the decoder, then one decoder layer at a time, with the next layer prefetched. ``ResidentModel`` has the same
+interface for a model in memory.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from tlq.models.architectures import Architecture, architecture_of
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
-from tlq.runtime.memory import give_back
+from tlq.runtime.memory import release_freed_memory
 
 _INDEX = "model.safetensors.index.json"
 
 
 class LayeredModel(Protocol):
-    """A model as calibration sees it.
+    """A model whose weights may be loaded part by part.
 
     Attributes:
-        skeleton: the model's modules; their weights may be missing outside the blocks below.
-        architecture: where its decoder is.
-        device, dtype: where and in what it computes.
+        skeleton: the model's modules; outside the contexts below their weights may be missing.
+        architecture: the place of its decoder, and the decoder's linear groups.
+        device, dtype: of its computation.
     """
 
     skeleton: PreTrainedModel
@@ -47,7 +47,7 @@ class LayeredModel(Protocol):
     dtype: torch.dtype
 
     def outside(self) -> Any:
-        """A context in which everything but the decoder layers has its weights."""
+        """A context in which everything except the decoder layers has its weights."""
         ...
 
     def head(self) -> Any:
@@ -55,13 +55,13 @@ class LayeredModel(Protocol):
         ...
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
-        """Decoder layers with their weights, one after the other."""
+        """Yield (index, decoder layer) in ``order``; each layer has its weights until the next one is yielded."""
         ...
 
 
 @dataclass
 class ResidentModel:
-    """A model in memory; what is done to a layer stays done."""
+    """A model in memory; changes to a layer are permanent."""
 
     skeleton: PreTrainedModel
 
@@ -83,7 +83,7 @@ class ResidentModel:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is: a file and its key there."""
+    """The file of a tensor, and its key in that file."""
 
     file: Path
     key: str
@@ -94,8 +94,8 @@ class StreamedModel:
 
     Attributes:
         config: of the checkpoint.
-        checkpoint_dtype: dtype in which it keeps its weights.
-        stored: where each parameter of the model is, by the name that the module tree gives it.
+        checkpoint_dtype: dtype of the stored weights.
+        weight_map: name of a parameter in the module tree -> its place on disk.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class StreamedModel:
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Raises: as ``read_config``; ValueError if a weight is missing, or is stored otherwise than it is used."""
+        """Raises: as ``read_config``; ValueError if a weight is missing or its stored form differs from the model's."""
         self.config = read_config(checkpoint)
         self.checkpoint_dtype = checkpoint_dtype_of(self.config)
         self.folder = local_folder(checkpoint)
@@ -129,7 +129,7 @@ class StreamedModel:
             name, converter = rename_source_key(key, renamings, converters, self.skeleton.base_model_prefix, wanted)
             if converter is not None:
                 raise ValueError(
-                    f"{self.folder}: {key} is stored otherwise than the model uses it, which is not supported"
+                    f"{self.folder}: {key} is not stored in the form that the model uses; convert the checkpoint"
                 )
             if name not in wanted and key in wanted:
                 name = key
@@ -150,7 +150,7 @@ class StreamedModel:
 
     @property
     def outside_names(self) -> list[str]:
-        """Names of the stored tensors that belong to no decoder layer."""
+        """Names of the stored tensors outside the decoder layers."""
         return [name for name in self.weight_map if not name.startswith(self._inside)]
 
     def layer_names(self, index: int) -> list[str]:
@@ -170,7 +170,7 @@ class StreamedModel:
     def _with_weights(self, names: Iterable[str]) -> Iterator[nn.Module]:
         with self._filled(self.read(names)):
             yield self.skeleton
-        give_back()
+        release_freed_memory()
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """Raises FloatingPointError if a weight is not finite."""
@@ -183,10 +183,10 @@ class StreamedModel:
                 with self._filled(tensors):
                     del tensors
                     yield index, modules[index]
-                give_back()
+                release_freed_memory()
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Tensors by name on the compute device; floating-point ones in the dtype of computation, or ``dtype``."""
+        """Tensors by name on the compute device; floating-point ones in ``dtype``, else in the dtype of computation."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.weight_map[name].file, []).append(name)
@@ -200,13 +200,13 @@ class StreamedModel:
                         continue
                     tensor = opened.get_tensor(self.weight_map[name].key)
                     wanted = (dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
-                    # A copy even if nothing changes: the file must not stay mapped.
+                    # Copy even if dtype and device stay: the file must not remain mapped.
                     tensors[name] = tensor.to(self.device, wanted, copy=True)
         return tensors
 
     @contextmanager
     def _filled(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """Put weights into the skeleton for a while."""
+        """Hold the weights in the skeleton during the context."""
         empty: list[tuple[nn.Module, str, Any]] = []
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
@@ -227,7 +227,7 @@ def _keys(folder: Path) -> dict[str, Path]:
     """Key and file of every tensor of a checkpoint.
 
     Raises:
-        FileNotFoundError: there are no safetensors, or a file that the index names is missing.
+        FileNotFoundError: there are no safetensors, or a file of the index is missing.
     """
     index = folder / _INDEX
     if index.exists():

@@ -1,24 +1,22 @@
-"""Hidden states of every micro-batch: in host memory until a budget is spent, on disk beyond it."""
+"""Hidden states of every micro-batch: in host memory up to a budget, on disk beyond it."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-GIB = 2**30
+from tlq.runtime.memory import host_budget
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor lies in the file."""
+    """The place of a tensor in the file."""
 
     offset: int
     size: int
@@ -27,17 +25,17 @@ class _Slot:
 
 
 class HostMemory:
-    """A budget of host memory that the activations of a process share, and the file that takes what exceeds it.
+    """A budget of host memory that the activations of a process share, and a temporary file for the excess.
 
-    The file has no name: the system takes its space back when the process ends, however it ends.
+    The file has no name: the system frees its space when the process ends, even after a crash.
 
     Attributes:
         budget, used: bytes.
-        spilled: bytes ever written to the file.
+        spilled: total bytes written to the file.
     """
 
     def __init__(self, budget: int, folder: Path | None = None) -> None:
-        """``folder`` takes the file; the system's folder for temporary files without it."""
+        """The file is created in ``folder``, or in the system's folder for temporary files if there is none."""
         self.budget, self.used, self.spilled = budget, 0, 0
         self.folder = folder
         self._file: Any = None
@@ -83,44 +81,21 @@ class HostMemory:
         return data.view(slot.dtype).view(slot.shape)
 
     def release(self, slot: _Slot) -> None:
-        """Let another tensor of the same size take the place."""
+        """Free the slot for another tensor of the same size."""
         self._free.setdefault(slot.size, []).append(slot.offset)
 
 
 def host_memory(folder: Path | None = None) -> HostMemory:
-    """``TLQ_HOST_MEMORY`` (GiB a process), else half of what is free now, divided among the processes of this host.
+    """The budget of ``tlq.runtime.memory.host_budget``.
 
     Args:
-        folder: takes what exceeds it.
+        folder: for the temporary file.
     """
     return HostMemory(host_budget(), folder)
 
 
-def host_budget() -> int:
-    """Bytes of host memory for the hidden states of this process."""
-    return gib_of("TLQ_HOST_MEMORY", psutil.virtual_memory().available // 2 // processes_here())
-
-
-def gib_of(variable: str, default: int) -> int:
-    """Bytes that an environment variable states in GiB.
-
-    Raises:
-        ValueError: it is no number.
-    """
-    stated = os.environ.get(variable)
-    try:
-        return default if stated is None else int(float(stated) * GIB)
-    except ValueError as error:
-        raise ValueError(f"{variable} is {stated!r}, must be a number of GiB") from error
-
-
-def processes_here() -> int:
-    """How many ranks share this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 class Activations:
-    """A list of tensors. What does not fit the host's budget lies on disk; reading gives it on the compute device."""
+    """A list of tensors in host memory or, beyond its budget, on disk; indexing returns them on the compute device."""
 
     def __init__(self, memory: HostMemory, device: torch.device, values: Iterable[Tensor] = ()) -> None:
         self._memory, self._device = memory, device
@@ -131,23 +106,23 @@ class Activations:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, number: int) -> Tensor:
-        place = self._places[number]
+    def __getitem__(self, index: int) -> Tensor:
+        place = self._places[index]
         tensor = self._memory.read(place) if isinstance(place, _Slot) else place
         return tensor.to(self._device)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self[number] for number in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
     def append(self, value: Tensor) -> None:
         self._places.append(self._put(value))
 
-    def __setitem__(self, number: int, value: Tensor) -> None:
-        self._forget(self._places[number])
-        self._places[number] = self._put(value)
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        self._forget(self._places[index])
+        self._places[index] = self._put(value)
 
     def clear(self) -> None:
-        """Give back what these activations hold."""
+        """Release the memory and the slots of all tensors."""
         for place in self._places:
             self._forget(place)
         self._places.clear()

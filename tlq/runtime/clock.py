@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by phase of the work."""
+"""Seconds by phase of the work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Seconds spent in each phase. Phases may nest; the inner one's time is not the outer one's."""
+    """Seconds spent in each phase. Phases may nest; the time of an inner phase does not count for the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

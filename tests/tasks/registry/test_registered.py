@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from tasks.registry.registered import RegisteredError, find_variants
 from tasks.registry.tracking import CHECKPOINT
-from tlq.runtime.digest import digest
+from tlq.runtime.digest import checkpoint_digest
 
 VARIANTS = ("rtn-w3a16", "tlq-w3a16")
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folder: Path) -> MlflowClient:
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     client.create_registered_model("demo-w3a16")
-    digests = ["of an earlier checkpoint", *(digest(folder / "models" / variant) for variant in VARIANTS)]
+    digests = ["of an earlier checkpoint", *(checkpoint_digest(folder / "models" / variant) for variant in VARIANTS)]
     for variant, found in zip(("rtn-w3a16", *VARIANTS), digests, strict=True):
         client.create_model_version("demo-w3a16", str(folder), tags={"variant": variant, CHECKPOINT: found})
     client.set_registered_model_alias("demo-w3a16", "champion", "3")

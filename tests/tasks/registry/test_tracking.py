@@ -26,7 +26,7 @@ from tasks.stages import calibrate
 from tasks.stages import command as cli
 from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe
-from tlq.runtime.digest import digest
+from tlq.runtime.digest import checkpoint_digest
 
 OUT = Path("models/rtn-w3a16")
 
@@ -71,7 +71,7 @@ def test_layers_show_while_the_calibration_runs(workspace: Path) -> None:
         finish()
     (run,) = runs()
     assert (run.info.status, steps(run)) == ("FINISHED", [0, 1])
-    assert run.data.tags[CHECKPOINT] == digest(OUT)
+    assert run.data.tags[CHECKPOINT] == checkpoint_digest(OUT)
     assert run.data.params["recipe.name"] == "rtn"
     assert "hardware.cpu" in run.data.tags
     assert run.data.metrics["layer/qkv/error_before"] == 3.0
@@ -236,7 +236,7 @@ def test_the_stage_shows_its_layers_and_the_checkpoint_knows_its_run(
     calibrate.main()
     (run,) = runs()
     assert (run.info.status, steps(run)) == ("FINISHED", [0, 1])
-    assert run.data.tags[CHECKPOINT] == digest(Path("models/tlq-w3a16"))
+    assert run.data.tags[CHECKPOINT] == checkpoint_digest(Path("models/tlq-w3a16"))
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["calibration", "tokens"]
     report = json.loads(Path("models/tlq-w3a16/calibration.json").read_text())
     assert tracking.fill_in_layers(connect(), run.info.run_id, report) == 0

@@ -21,7 +21,7 @@ from tasks.report.cards import Base, CalibrationData, in_vllm, place_cards, read
 from tasks.report.results import read_results
 from tlq.models.processor import load_processor
 from tlq.quantization.formats import SCHEMES
-from tlq.runtime.digest import digest
+from tlq.runtime.digest import checkpoint_digest
 from tlq.samples import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,11 +156,11 @@ def test_cards_are_placed_and_leave_the_digest(reported: Path, monkeypatch: pyte
         written = (reported / "models" / name / "README.md").read_text()
         assert written == (reported / "report/cards" / f"{name}.md").read_text()
     checkpoint = reported / "models/tlq-w4a8"
-    before = digest(checkpoint)
+    before = checkpoint_digest(checkpoint)
     (checkpoint / "README.md").unlink()
-    assert digest(checkpoint) == before
+    assert checkpoint_digest(checkpoint) == before
     assert checkpoint / "README.md" in {reported / path for path in place_cards()}
-    assert digest(checkpoint) == before
+    assert checkpoint_digest(checkpoint) == before
 
 
 def test_a_card_is_not_put_into_another_checkpoint(

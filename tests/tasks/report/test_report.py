@@ -23,7 +23,8 @@ from tasks.report.inline import VARIABLES, svg
 from tasks.report.pictures import TokenPicture, draw_scores, draw_tokens, grid_shape
 from tasks.report.results import Results, Variant, read_results, weight_bytes
 from tasks.report.tokens import SampleTokens, modality_shares, relative_importance, set_picture, set_share, spread
-from tlq.samples import Sample, Sequences
+from tlq.importance.pool import TokenPool
+from tlq.samples import Sample
 
 
 class Resources(HTMLParser):
@@ -324,9 +325,9 @@ def test_a_token_in_every_set_is_darker_than_one_in_none() -> None:
 
 
 def test_shares_of_image_tokens() -> None:
-    scores = {(0, "qkv"): [np.array([1, 3], np.float32), np.array([4], np.float32)]}
-    is_image = [np.array([False, True]), np.array([False])]
-    sequences = Sequences([np.zeros(2, np.int32), np.zeros(1, np.int32)], is_image, [~marks for marks in is_image])
+    scores = {(0, "qkv"): np.array([1, 3, 4], np.float32)}
+    is_image = np.array([False, True, False])
+    pool = TokenPool(np.array([0, 2, 3]), np.zeros(3, np.int32), is_image, ~is_image)
     chosen = pd.DataFrame(
         {
             "layer": 0,
@@ -337,12 +338,12 @@ def test_shares_of_image_tokens() -> None:
             "weight": [1.5, 0.5],
         }
     )
-    (row,) = modality_shares(scores, chosen, sequences).to_dict("records")
+    (row,) = modality_shares(scores, chosen, pool).to_dict("records")
     assert row["tokens"] == pytest.approx(100 / 3)
     assert row["importance"] == pytest.approx(100 * 3 / 8)
     assert row["chosen"] == 75
-    assert [share.tolist() for share in set_share(chosen, sequences.lengths, 4)] == [[0, 0.25], [0.25]]
-    assert [values.tolist() for values in relative_importance(scores)] == [
+    assert [share.tolist() for share in set_share(chosen, pool, 4)] == [[0, 0.25], [0.25]]
+    assert [values.tolist() for values in relative_importance(scores, pool)] == [
         pytest.approx([3 / 8, 9 / 8]),
         pytest.approx([12 / 8]),
     ]

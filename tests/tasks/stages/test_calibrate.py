@@ -19,8 +19,8 @@ from transformers import AutoModelForImageTextToText
 from tasks.config.params import CalibsetParams, ParamsError, section
 from tasks.stages import calibrate
 from tasks.stages.calibrate import weights_of
-from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_sequences
-from tlq import api
+from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_pool
+from tlq import job
 from tlq.calibration import loop as calibration
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerResult
@@ -66,18 +66,18 @@ def test_the_checkpoint_is_the_model_calibrated_in_memory(
 ) -> None:
     """Loaded with transformers alone, logits within 1e-4 of a model that was quantized in memory."""
     kept: dict[str, Any] = {}
-    layers = api.calibrate_layers
+    layers = job.calibrate_layers
 
     def keeping(model: StreamedModel, job: CalibrationJob, *rest: Any) -> Iterator[LayerResult]:
         kept["in memory"] = load_model(model.folder)
         calibration.calibrate(kept["in memory"], job)
         return layers(model, job, *rest)
 
-    monkeypatch.setattr(api, "calibrate_layers", keeping)
+    monkeypatch.setattr(job, "calibrate_layers", keeping)
     path = stage(recipe, scheme)
     loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     batch = batches[0]
-    difference = (loaded(**batch.inputs).logits - kept["in memory"](**batch.inputs).logits)[batch.valid]
+    difference = (loaded(**batch.encode()).logits - kept["in memory"](**batch.encode()).logits)[batch.valid]
     assert float(difference.abs().max()) < 1e-4
     assert (
         load_processor(path).tokenizer("hello")["input_ids"]
@@ -138,7 +138,7 @@ def test_an_interrupted_export_leaves_the_old_checkpoint(
         (out / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "finish_checkpoint", interrupted)
+    monkeypatch.setattr(job, "finish_checkpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stage("rtn", "w3a16")
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
@@ -200,10 +200,9 @@ def unpadded(weights: list[torch.Tensor], batches: list[Batch]) -> dict[int, np.
 
 
 def test_a_token_set_weighs_exactly_its_tokens(encoded: list[Batch]) -> None:
-    per_sample = weights_of(
-        RECIPES["tlq"], section("calibset", CalibsetParams), IMPORTANCE, CALIBSET / "tokens.parquet"
-    )
-    weights = to_batches(per_sample, encoded)
+    params, pool = section("calibset", CalibsetParams), read_pool(IMPORTANCE)
+    of_pool = weights_of(RECIPES["tlq"], params, pool, IMPORTANCE, CALIBSET / "tokens.parquet")
+    weights = to_batches(of_pool, encoded)
     tokens = pd.read_parquet(CALIBSET / "tokens.parquet")
     assert set(weights) == {(layer, group) for layer in (0, 1) for group in ("qkv", "o_proj", "gate_up", "down")}
     for (layer, group), part in tokens.groupby(["layer", "group"]):
@@ -215,25 +214,25 @@ def test_a_token_set_weighs_exactly_its_tokens(encoded: list[Batch]) -> None:
 
 def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch]) -> None:
     params = section("calibset", CalibsetParams)
-    scores, sequences = read_importance(IMPORTANCE), read_sequences(IMPORTANCE)
+    scores, pool = read_importance(IMPORTANCE), read_pool(IMPORTANCE)
     for name in ("awq", "mbq"):
-        weights = to_batches(weights_of(RECIPES[name], params, IMPORTANCE, CALIBSET / "tokens.parquet"), encoded)
-        source, marks = RECIPES[name].importance, (sequences.is_image, sequences.is_answer)
-        expected = all_tokens(scores, marks[0], source, Weighting(), marks[1])
-        assert set(weights) == set(expected) == set(scores)
+        weights = to_batches(weights_of(RECIPES[name], params, pool, IMPORTANCE, CALIBSET / "tokens.parquet"), encoded)
+        expected = all_tokens(scores, pool, RECIPES[name].importance, Weighting())
+        assert set(weights) == set(expected.groups) == set(scores)
         for key in scores:
             found = unpadded(list(weights[key]), encoded)
-            for sample, values in expected[key].items():
+            for sample, values in enumerate(pool.split(expected.groups[key].weights)):
                 np.testing.assert_array_equal(found[sample], values)
 
 
 def test_mbq_may_count_answers_alone_as_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    params, sequences = section("calibset", CalibsetParams), read_sequences(IMPORTANCE)
+    params, pool = section("calibset", CalibsetParams), read_pool(IMPORTANCE)
     params = params.model_copy(update={"weighting": Weighting(text="answer")})
-    for per_sample in weights_of(RECIPES["mbq"], params, IMPORTANCE, CALIBSET / "tokens.parquet").values():
-        for sample, values in per_sample.items():
-            assert np.array_equal(values > 0, sequences.is_image[sample] | sequences.is_answer[sample])
+    weights = weights_of(RECIPES["mbq"], params, pool, IMPORTANCE, CALIBSET / "tokens.parquet")
+    for tokens in weights.groups.values():
+        assert np.array_equal(tokens.weights > 0, pool.is_image | pool.is_answer)
+    assert weights.most_counted == (pool.is_image | pool.is_answer).sum()
 
 
 def test_named_layers_keep_full_precision(stage: Stage) -> None:

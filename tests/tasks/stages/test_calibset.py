@@ -10,23 +10,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from pools import pool_of
 
 from tasks.config.params import CalibsetParams
 from tasks.stages import calibset
 from tasks.stages.calibset import build, summarise
 from tasks.stages.files import IMPORTANCE, write_importance
+from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_set import TokenBudget, effective_sample_size
-from tlq.importance.weighting import Importance, Weighting, token_weights
-from tlq.samples import Sequences
+from tlq.importance.weighting import Weighting, token_weights
 
 LENGTHS = [30, 22, 41]
 
 
 @pytest.fixture
-def scored() -> tuple[Importance, Sequences]:
+def scored() -> tuple[Importance, TokenPool]:
     generator = np.random.default_rng(0)
     scores = {
-        (layer, group): [generator.lognormal(-9, 2, length).astype(np.float32) for length in LENGTHS]
+        (layer, group): np.concatenate([generator.lognormal(-9, 2, length).astype(np.float32) for length in LENGTHS])
         for layer in range(2)
         for group in ("qkv", "down")
     }
@@ -34,47 +35,49 @@ def scored() -> tuple[Importance, Sequences]:
     positions = [np.arange(length) for length in LENGTHS]
     is_image = [position < len(position) // 2 for position in positions]
     is_answer = [position >= len(position) - 3 for position in positions]
-    return scores, Sequences(token_ids, is_image, is_answer)
+    return scores, pool_of(is_image, is_answer, token_ids)
 
 
 @pytest.mark.parametrize("selection", ["top", "sample"])
-def test_rows_point_at_the_tokens_that_they_describe(scored: tuple[Importance, Sequences], selection: str) -> None:
-    scores, sequences = scored
-    tokens = build(scores, sequences, CalibsetParams(budget=TokenBudget(20, selection)))  # type: ignore[arg-type]
+def test_rows_point_at_the_tokens_that_they_describe(scored: tuple[Importance, TokenPool], selection: str) -> None:
+    scores, pool = scored
+    tokens = build(scores, pool, CalibsetParams(budget=TokenBudget(20, selection)))  # type: ignore[arg-type]
     assert tokens.groupby(["layer", "group"]).ngroups == 4
     assert tokens.groupby(["layer", "group"]).size().max() <= 20
     for row in tokens.to_dict("records"):
-        assert row["token_id"] == sequences.token_ids[row["sample"]][row["position"]]
-        assert row["is_image"] == sequences.is_image[row["sample"]][row["position"]]
+        index = pool.cu_seqlens[row["sample"]] + row["position"]
+        assert index < pool.cu_seqlens[row["sample"] + 1]
+        assert row["token_id"] == pool.token_ids[index]
+        assert row["is_image"] == pool.is_image[index]
     assert not tokens.duplicated(["layer", "group", "sample", "position"]).any()
     assert np.allclose(tokens.groupby(["layer", "group"])["weight"].mean(), 1, atol=1e-4)
 
 
-def test_top_weights_are_the_importance(scored: tuple[Importance, Sequences]) -> None:
-    scores, sequences = scored
+def test_top_weights_are_the_importance(scored: tuple[Importance, TokenPool]) -> None:
+    scores, pool = scored
     weighting = Weighting(power=0.5, clip_quantile=1)
-    tokens = build(scores, sequences, CalibsetParams(budget=TokenBudget(20, "top"), weighting=weighting))
+    tokens = build(scores, pool, CalibsetParams(budget=TokenBudget(20, "top"), weighting=weighting))
     part = tokens[(tokens["layer"] == 1) & (tokens["group"] == "down")]
-    weights = token_weights(scores[1, "down"], sequences.is_image, "token", weighting)
+    weights = pool.split(token_weights(scores[1, "down"], pool, "token", weighting))
     expected = np.array([weights[row["sample"]][row["position"]] for row in part.to_dict("records")])
     np.testing.assert_allclose(part["weight"], expected / expected.mean(), rtol=1e-5)
 
 
-def test_layers_and_seeds_draw_for_themselves(scored: tuple[Importance, Sequences]) -> None:
+def test_layers_and_seeds_draw_for_themselves(scored: tuple[Importance, TokenPool]) -> None:
     """Uniform importance everywhere: only the random numbers can differ between groups, and must."""
-    scores, sequences = scored
+    scores, pool = scored
     draws = {
-        seed: build(scores, sequences, CalibsetParams(budget=TokenBudget(20), source="uniform", seed=seed))
+        seed: build(scores, pool, CalibsetParams(budget=TokenBudget(20), source="uniform", seed=seed))
         for seed in (0, 1)
     }
-    assert build(scores, sequences, CalibsetParams(budget=TokenBudget(20), source="uniform", seed=0)).equals(draws[0])
+    assert build(scores, pool, CalibsetParams(budget=TokenBudget(20), source="uniform", seed=0)).equals(draws[0])
     assert not draws[0].equals(draws[1])
     columns = ["sample", "position"]
     one, other = (draws[0][draws[0]["layer"] == layer][columns].to_numpy().tolist() for layer in (0, 1))
     assert one != other
 
 
-def test_summary(scored: tuple[Importance, Sequences]) -> None:
+def test_summary(scored: tuple[Importance, TokenPool]) -> None:
     tokens = build(*scored, CalibsetParams(budget=TokenBudget(20, "top")))
     summary = summarise(tokens).set_index(["layer", "group"])
     assert len(summary) == 4
@@ -86,7 +89,7 @@ def test_summary(scored: tuple[Importance, Sequences]) -> None:
 
 
 def test_the_stage_twice_writes_the_same_bytes(
-    scored: tuple[Importance, Sequences], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scored: tuple[Importance, TokenPool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump({"calibset": {"budget": {"tokens_per_layer": 25}, "seed": 4}}))
@@ -101,19 +104,18 @@ def test_the_stage_twice_writes_the_same_bytes(
 
 
 def test_sets_with_too_few_effective_tokens_are_warned_of(
-    scored: tuple[Importance, Sequences],
+    scored: tuple[Importance, TokenPool],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Where images weigh far more than text, half the tokens count; MBQ's weights are not evened out."""
     monkeypatch.chdir(tmp_path)
-    sequences = scored[1]
+    pool = scored[1]
     scores = {(layer, "o_proj" if group == "qkv" else group): values for (layer, group), values in scored[0].items()}
-    for per_sample in scores.values():
-        for values, marks in zip(per_sample, sequences.is_image, strict=True):
-            values[marks] *= 1000
-    write_importance({"answer": scores}, sequences, IMPORTANCE)
+    for values in scores.values():
+        values[pool.is_image] *= 1000
+    write_importance({"answer": scores}, pool, IMPORTANCE)
     for source, warned in (("token", 0), ("modality", 4)):
         params = {"source": source, "budget": {"tokens_per_layer": 400}, "weighting": {"least_effective": 60}}
         Path("params.yaml").write_text(yaml.safe_dump({"calibset": params}))

@@ -6,20 +6,24 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pools import pool_of
 
 from tasks.stages.files import (
     read_importance,
+    read_pool,
     read_samples,
-    read_sequences,
+    read_token_weights,
     read_tokens,
     write_importance,
+    write_parquet,
     write_samples,
 )
 from tlq.runtime.files import new_directory, new_file, write_text
-from tlq.samples import Sample, Sequences
+from tlq.samples import Sample
 
 
 def names(folder: Path) -> list[str]:
@@ -142,26 +146,61 @@ def test_a_missing_file_names_the_stage_that_makes_it(tmp_path: Path, read: obje
 def test_importance_survives_the_round_trip(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     lengths = [4, 1, 7]
-    scores = {
-        (layer, group): [generator.random(length).astype(np.float32) for length in lengths]
-        for layer in (0, 1)
-        for group in ("qkv", "o_proj")
-    }
-    sequences = Sequences(
-        [np.arange(length, dtype=np.int32) for length in lengths],
+    pool = pool_of(
         [np.arange(length) % 2 == 0 for length in lengths],
         [np.arange(length) % 3 == 1 for length in lengths],
+        [np.arange(length, dtype=np.int32) for length in lengths],
     )
-    write_importance({"answer": scores}, sequences, tmp_path / "importance")
+    answer, block = (
+        {
+            (layer, group): generator.random(len(pool)).astype(np.float32)
+            for layer in (0, 1)
+            for group in ("qkv", "o_proj")
+        }
+        for _ in range(2)
+    )
+    write_importance({"answer": answer}, pool, tmp_path / "importance")
     with pytest.raises(ValueError, match="no scores of the loss block; add it to importance.losses"):
         read_importance(tmp_path / "importance", "block")
-    found = read_importance(tmp_path / "importance")
-    assert list(found) == list(scores)
-    for key, values in scores.items():
-        for one, other in zip(values, found[key], strict=True):
-            np.testing.assert_array_equal(one, other)
-    again = read_sequences(tmp_path / "importance")
-    assert again.lengths == lengths
-    for name in ("token_ids", "is_image", "is_answer"):
-        before, after = getattr(sequences, name), getattr(again, name)
-        assert [(part.dtype, part.tolist()) for part in before] == [(part.dtype, part.tolist()) for part in after]
+    write_importance({"answer": answer, "block": block}, pool, tmp_path / "importance")
+    for loss, scores in (("answer", answer), ("block", block)):
+        again = read_importance(tmp_path / "importance", loss)  # type: ignore[arg-type]
+        assert list(again) == list(scores)
+        for key, values in scores.items():
+            assert again[key].dtype == np.float32
+            np.testing.assert_array_equal(again[key], values)
+    for name in ("cu_seqlens", "token_ids", "is_image", "is_answer"):
+        before, after = getattr(pool, name), getattr(read_pool(tmp_path / "importance"), name)
+        assert (before.dtype, before.tolist()) == (after.dtype, after.tolist())
+
+
+def test_scores_are_stored_one_list_per_sample(tmp_path: Path) -> None:
+    """The format that other readers of data/importance rely on."""
+    token_ids = [np.array([5, 6], np.int32), np.array([7], np.int32)]
+    pool = pool_of([np.array([True, False]), np.array([False])], token_ids=token_ids)
+    scores = {(layer, "qkv"): np.array([1, 2, 3], np.float32) * (1 + layer) for layer in (0, 1)}
+    write_importance({"answer": scores}, pool, tmp_path / "importance")
+    table = pq.read_table(tmp_path / "importance/scores.parquet")
+    assert table.schema.field("values").type == pa.list_(pa.float32())
+    assert table.to_pylist() == [
+        {"loss": "answer", "layer": layer, "group": "qkv", "sample": sample, "values": values}
+        for layer, sample, values in [(0, 0, [1, 2]), (0, 1, [3]), (1, 0, [2, 4]), (1, 1, [6])]
+    ]
+    assert pq.read_table(tmp_path / "importance/sequences.parquet").to_pylist() == [
+        {"token_ids": [5, 6], "is_image": [True, False], "is_answer": [False, False]},
+        {"token_ids": [7], "is_image": [False], "is_answer": [False]},
+    ]
+
+
+def test_a_token_set_becomes_weights_of_the_pool(tmp_path: Path) -> None:
+    pool = pool_of([np.zeros(length, np.bool_) for length in (3, 2, 4)])
+    columns = ["layer", "group", "sample", "position", "token_id", "is_image", "weight"]
+    rows = [(0, "down", 0, 2, 0, False, 0.5), (0, "down", 2, 0, 0, False, 1.5), (1, "qkv", 1, 1, 0, False, 1.0)]
+    frame = pd.DataFrame(rows, columns=columns).astype({"weight": np.float32})
+    write_parquet(frame, tmp_path / "tokens.parquet")
+    weights = read_token_weights(tmp_path / "tokens.parquet", pool)
+    assert {key: (tokens.indices.tolist(), tokens.weights.tolist()) for key, tokens in weights.groups.items()} == {
+        (0, "down"): ([2, 5], [0.5, 1.5]),
+        (1, "qkv"): ([4], [1.0]),
+    }
+    assert weights.most_counted == 2

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from tasks.stages import importance
-from tasks.stages.files import IMPORTANCE, PREPARED, read_importance, read_samples, read_sequences
-from tlq.importance.weighting import Importance
+from tasks.stages.files import IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
+from tlq.importance.pool import Importance, TokenPool
+from tlq.samples import Batch
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +21,11 @@ def _in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sequences_are_the_tokens_of_the_samples_asked_for(tiny_processor: Any) -> None:
-    sequences = read_sequences(IMPORTANCE)
+    pool = read_pool(IMPORTANCE)
     samples = read_samples(PREPARED / "calibration.parquet", 5)
-    assert len(sequences.token_ids) == 5
+    assert pool.samples == 5
     image_id = tiny_processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    for sample, ids, marks in zip(samples, sequences.token_ids, sequences.is_image, strict=True):
+    for sample, ids, marks in zip(samples, pool.split(pool.token_ids), pool.split(pool.is_image), strict=True):
         text = tiny_processor.tokenizer.decode(ids).replace("<|image_pad|>", "")
         question, answer = (message["content"] for message in sample.messages)
         assert text == (
@@ -32,19 +33,20 @@ def test_sequences_are_the_tokens_of_the_samples_asked_for(tiny_processor: Any) 
             f"<|im_start|>assistant\n{answer}<|im_end|>"
         )
         assert np.array_equal(marks, ids == image_id)
-    for sample, ids, marks in zip(samples, sequences.token_ids, sequences.is_answer, strict=True):
+    for sample, ids, marks in zip(samples, pool.split(pool.token_ids), pool.split(pool.is_answer), strict=True):
         assert tiny_processor.tokenizer.decode(ids[marks]) == sample.messages[1]["content"] + "<|im_end|>"
 
 
-def test_scores_are_those_of_the_method(scores: Importance, project: Path) -> None:
+def test_scores_are_those_of_the_method(scores: Importance, batches: list[Batch], project: Path) -> None:
     """The same samples scored in other batches; `prepare` has shuffled them, their ids tell which is which."""
     assert project.exists()
     found = read_importance(IMPORTANCE)
     order = [int(sample.id[1:]) for sample in read_samples(PREPARED / "calibration.parquet", 5)]
     assert set(found) == set(scores)
-    for key, per_sample in found.items():
-        for values, number in zip(per_sample, order, strict=True):
-            np.testing.assert_allclose(values, scores[key][number], rtol=1e-3, atol=1e-8)
+    pool = TokenPool.of(batches)
+    for key, values in found.items():
+        expected = np.concatenate([pool.split(scores[key])[sample] for sample in order])
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_scores_are_those_of_the_method(scores: Importance, project: Path) -> No
         (
             {"importance": {"samples": 5, "max_tokens": 10}},
             ValueError,
-            "more than the 10 allowed; raise importance.max",
+            "more than the 10 allowed; raise max_tokens",
         ),
         ({"model": {"path": "nowhere/at/all"}}, FileNotFoundError, "model nowhere/at/all: not a directory here"),
     ],

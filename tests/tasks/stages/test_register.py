@@ -22,7 +22,7 @@ from tasks.registry import promotion
 from tasks.registry.tracking import CHECKPOINT, connect, layer_metrics, log_metrics, new_run
 from tasks.stages.command import TRY_AGAIN
 from tasks.stages.register import Registrar, main, register_all
-from tlq.runtime.digest import digest
+from tlq.runtime.digest import checkpoint_digest
 
 NAME = "tiny-w3a16"
 
@@ -128,7 +128,7 @@ def test_new_scores_make_a_new_version_and_a_run_of_their_own(workspace: Path) -
 
 def test_the_run_of_the_calibration_is_continued_and_missing_layers_are_filled_in(workspace: Path) -> None:
     client = connect()
-    tags = {"stage": "calibrate", "variant": "rtn-w3a16", CHECKPOINT: digest(workspace / "models/rtn-w3a16")}
+    tags = {"stage": "calibrate", "variant": "rtn-w3a16", CHECKPOINT: checkpoint_digest(workspace / "models/rtn-w3a16")}
     run_id = new_run(client, "tlq", "rtn-w3a16", tags)
     log_metrics(client, run_id, layer_metrics(layer_report(0)))
     assert register("rtn-w3a16")["rtn-w3a16"]["run_id"] == run_id

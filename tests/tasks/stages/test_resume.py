@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 
 from tasks.stages import calibrate, importance
 from tasks.stages.files import IMPORTANCE
-from tlq import api
+from tlq import job
 from tlq.export import compressed_tensors as export
 from tlq.importance import gradients as scoring
-from tlq.runtime.resume import WorkFolder
+from tlq.runtime.resume import ResumeState
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGES = ("importance", "calibrate")
@@ -109,7 +109,7 @@ def test_a_part_that_cannot_be_written_loses_nothing_before_it(
     written = parts(stage)[0].stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
         kept: list[int] = []
-        module: Any = {"importance": scoring, "calibrate": api}[stage]
+        module: Any = {"importance": scoring, "calibrate": job}[stage]
         name = {"importance": "write_importance", "calibrate": "finish_checkpoint"}[stage]
         owner: Any = importance if stage == "importance" else module
         finish = getattr(owner, name)
@@ -162,14 +162,14 @@ def test_a_disk_that_fills_up_while_layers_are_written(
     """A real one. What the plan saw free is taken by somebody else after the first layer."""
     made = expected("calibrate")
     disk = small_disk(Path("models"))
-    finish = WorkFolder.finish_layer
+    finish = ResumeState.finish_layer
 
-    def filling(self: WorkFolder, index: int, report: dict[str, Any]) -> None:
+    def filling(self: ResumeState, index: int, report: dict[str, Any]) -> None:
         finish(self, index, report)
         fill(disk)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WorkFolder, "finish_layer", filling)
+        patch.setattr(ResumeState, "finish_layer", filling)
         with pytest.raises(
             OSError, match="part-00001.safetensors: cannot be written .*free some space and run the same"
         ):
@@ -214,7 +214,7 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(
 def test_a_second_process_is_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     place = IMPORTANCE.with_name("importance-answer") if stage == "importance" else RESULTS[stage]
     with (
-        WorkFolder(place).locked(),
+        ResumeState(place).locked(),
         pytest.raises(BlockingIOError, match="another process works here; wait for it, or stop it"),
     ):
         run(stage, monkeypatch)

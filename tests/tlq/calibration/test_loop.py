@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from tlq.calibration.group import GroupProblem, GroupSolution, GroupSolver
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import Calibrated, LayerLoop, calibrate
+from tlq.importance.pool import Importance
 from tlq.importance.token_weights import TokenWeights
-from tlq.importance.weighting import Importance
 from tlq.models.architectures import architecture_of, get_linear
 from tlq.models.streaming import ResidentModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
@@ -122,7 +122,7 @@ def inputs_by_hand(model: nn.Module, batches: list[Batch], weights: TokenWeights
                 linear = get_linear(layer, group.linears[0])
                 handles.append(linear.register_forward_pre_hook(note, prepend=True))
         with torch.no_grad():
-            model(**batch.inputs)
+            model(**batch.encode())
         for handle in handles:
             handle.remove()
     return {key: torch.cat(parts) for key, parts in seen.items()}

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate
 from tlq.export.compressed_tensors import read_layer, write_layer
-from tlq.importance.weighting import Importance
+from tlq.importance.pool import Importance
 from tlq.models.architectures import FAMILIES
 from tlq.models.checkpoint import checkpoint_dtype_of, load_model, read_config
 from tlq.models.streaming import StreamedModel
@@ -76,22 +76,22 @@ def test_loads_plainly_with_the_logits_of_the_calibrated_model_and_generates(
     model, path = exported(recipe, scheme)
     loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     batch = batches[0]
-    expected = model(**batch.inputs).logits[batch.valid]
-    found = loaded(**batch.inputs).logits[batch.valid]
+    expected = model(**batch.encode()).logits[batch.valid]
+    found = loaded(**batch.encode()).logits[batch.valid]
     assert float((found - expected).abs().max()) < 1e-4
-    original = tiny_model(**batch.inputs).logits[batch.valid]
+    original = tiny_model(**batch.encode()).logits[batch.valid]
     least = 1e-3 if scheme == "w8a8" else 1e-2
     assert float((found - original).abs().max()) > least  # it really is quantized
 
-    prompt = {name: value[:1] for name, value in batch.inputs.items() if name != "pixel_values"}
-    patches = int(batch.inputs["image_grid_thw"][0].prod())
+    prompt = {name: value[:1] for name, value in batch.encode().items() if name != "pixel_values"}
+    patches = int(batch.encode()["image_grid_thw"][0].prod())
     length = int(batch.valid[0].sum())
     prompt = {
         name: value[:, :length] if value.dim() == 2 and name != "image_grid_thw" else value
         for name, value in prompt.items()
     }
     answer = loaded.generate(
-        **prompt, pixel_values=batch.inputs["pixel_values"][:patches], max_new_tokens=3, do_sample=False
+        **prompt, pixel_values=batch.encode()["pixel_values"][:patches], max_new_tokens=3, do_sample=False
     )
     assert answer.shape[0] == 1
     assert length < answer.shape[1] <= length + 3
@@ -104,8 +104,8 @@ def test_the_projects_own_loader_gives_the_same(
 ) -> None:
     model, path = exported("rtn", scheme)
     batch = batches[0]
-    found = load_model(path)(**batch.inputs).logits[batch.valid]
-    assert float((found - model(**batch.inputs).logits[batch.valid]).abs().max()) < 1e-4
+    found = load_model(path)(**batch.encode()).logits[batch.valid]
+    assert float((found - model(**batch.encode()).logits[batch.valid]).abs().max()) < 1e-4
 
 
 @torch.no_grad()
@@ -116,11 +116,11 @@ def test_activation_quantization_survives_the_export(
     model, path = exported("rtn", "w4a8")
     loaded = load_model(path)
     batch = batches[0]
-    with_activations = loaded(**batch.inputs).logits
+    with_activations = loaded(**batch.encode()).logits
     for module in loaded.modules():
         if getattr(module, "quantization_scheme", None) is not None:
             setattr(module, "quantization_enabled", False)  # noqa: B010
-    assert float((loaded(**batch.inputs).logits - with_activations)[batch.valid].abs().max()) > 1e-3
+    assert float((loaded(**batch.encode()).logits - with_activations)[batch.valid].abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -234,9 +234,9 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
 
 
 def test_a_missing_checkpoint_says_what_to_correct(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not a directory here and not a hub model.*check model.path"):
+    with pytest.raises(FileNotFoundError, match="not a directory here and not a hub model.*check the path or hub id"):
         read_config(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="no config.json; model.path must be a Hugging Face checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no config.json; give a Hugging Face checkpoint"):
         read_config(tmp_path)
 
 

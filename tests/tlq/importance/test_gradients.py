@@ -12,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pools import pool_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlq.importance.gradients import answer_loss, score_tokens
+from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_set import effective_sample_size
-from tlq.importance.weighting import Importance, Source, Weighting, modality_ratio, modality_weights, token_weights
+from tlq.importance.weighting import Source, Weighting, modality_ratio, modality_weights, token_weights
 from tlq.models.architectures import architecture_of
 from tlq.models.streaming import ResidentModel
 from tlq.samples import Batch, Sample, decode_image, encode_batches, image_token_id
@@ -59,14 +61,14 @@ def plain_importance(model: Any, processor: Any, sample: Sample) -> dict[tuple[i
 
 
 def test_gradients_equal_plain_autograd_on_single_samples(
-    tiny_model: PreTrainedModel, tiny_processor: Any, samples: list[Sample], scores: Importance
+    tiny_model: PreTrainedModel, tiny_processor: Any, samples: list[Sample], batches: list[Batch], scores: Importance
 ) -> None:
-    model = copy.deepcopy(tiny_model)
+    model, pool = copy.deepcopy(tiny_model), TokenPool.of(batches)
     for index in (0, 2, 5):
         expected = plain_importance(model, tiny_processor, samples[index])
         assert set(expected) == set(scores)
         for key, values in expected.items():
-            np.testing.assert_allclose(scores[key][index], values.numpy(), rtol=1e-3, atol=1e-8)
+            np.testing.assert_allclose(pool.split(scores[key])[index], values.numpy(), rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("batch_size", [1, 6])
@@ -74,19 +76,17 @@ def test_batch_size_and_padding_change_nothing(
     tiny_model: PreTrainedModel, tiny_processor: Any, samples: list[Sample], scores: Importance, batch_size: int
 ) -> None:
     batches = encode_batches(samples, tiny_processor, image_token_id(tiny_model.config), batch_size, 512)
-    again = score_tokens(ResidentModel(tiny_model), batches, len(samples))
-    for key, per_sample in scores.items():
-        for values, other in zip(per_sample, again[key], strict=True):
-            np.testing.assert_allclose(values, other, rtol=1e-3, atol=1e-8)
+    again = score_tokens(ResidentModel(tiny_model), batches)
+    for key, values in scores.items():
+        np.testing.assert_allclose(values, again[key], rtol=1e-3, atol=1e-8)
 
 
 def test_every_token_of_every_sample_has_a_score(batches: list[Batch], scores: Importance) -> None:
-    for batch in batches:
-        for row, sample in enumerate(batch.samples):
-            for per_sample in scores.values():
-                assert len(per_sample[sample]) == int(batch.valid[row].sum())
-                assert per_sample[sample].dtype == np.float32
-                assert per_sample[sample].max() > 0
+    pool = TokenPool.of(batches)
+    for values in scores.values():
+        assert values.shape == (len(pool),)
+        assert values.dtype == np.float32
+        assert all(part.max() > 0 for part in pool.split(values))
 
 
 def test_weights_receive_no_gradient(tiny_model: PreTrainedModel, scores: Importance) -> None:
@@ -109,17 +109,17 @@ def test_gradient_that_is_not_finite_names_layer_and_group(tiny_model: PreTraine
     architecture = architecture_of(model.config)
     down = architecture.decoder_layers(model)[1].get_submodule("mlp.down_proj")
     down.register_forward_hook(lambda _module, _args, output: output + (output - output.detach()).abs().sqrt())
-    with pytest.raises(
-        FloatingPointError, match=r"layer 1, group \w+: gradient is not finite; run importance in float32"
-    ):
-        score_tokens(ResidentModel(model), batches, 6)
+    with pytest.raises(FloatingPointError, match=r"layer 1, group \w+: gradient is not finite; score in float32"):
+        score_tokens(ResidentModel(model), batches)
 
 
-def arrays(seed: int) -> tuple[list[NDArray[np.float32]], list[NDArray[np.bool_]]]:
+def arrays(seed: int) -> tuple[NDArray[np.float32], TokenPool]:
+    """Raw importance of a pool of three samples that end with an answer of two tokens."""
     generator = np.random.default_rng(seed)
     lengths = [7, 12, 5]
-    raw = [generator.lognormal(-8, 2, length).astype(np.float32) for length in lengths]
-    return raw, [generator.random(length) < 0.5 for length in lengths]
+    raw = np.concatenate([generator.lognormal(-8, 2, length).astype(np.float32) for length in lengths])
+    is_image = [generator.random(length) < 0.5 for length in lengths]
+    return raw, pool_of(is_image, [(np.arange(len(marks)) >= len(marks) - 2) & ~marks for marks in is_image])
 
 
 @settings(max_examples=30, deadline=None)
@@ -131,81 +131,78 @@ def arrays(seed: int) -> tuple[list[NDArray[np.float32]], list[NDArray[np.bool_]
     st.floats(0, 1),
 )
 def test_weights_have_mean_one(seed: int, source: Source, power: float, quantile: float, mix: float) -> None:
-    raw, is_image = arrays(seed)
-    weights = token_weights(raw, is_image, source, Weighting(power, quantile, mix))
-    assert [len(part) for part in weights] == [len(part) for part in raw]
-    whole = np.concatenate(weights)
-    assert whole.min() >= 0
-    assert whole.mean() == pytest.approx(1, rel=1e-5)
+    raw, pool = arrays(seed)
+    weights = token_weights(raw, pool, source, Weighting(power, quantile, mix))
+    assert (weights.shape, weights.dtype) == (raw.shape, np.float32)
+    assert weights.min() >= 0
+    assert weights.mean() == pytest.approx(1, rel=1e-5)
 
 
 def test_uniform_weights_are_one() -> None:
-    raw, is_image = arrays(0)
-    assert all((part == 1).all() for part in token_weights(raw, is_image, "uniform", Weighting()))
+    assert (token_weights(*arrays(0), "uniform", Weighting()) == 1).all()
 
 
 def test_modality_weights_are_two_values_whatever_the_weighting() -> None:
-    raw, is_image = arrays(1)
-    weights = np.concatenate(token_weights(raw, is_image, "modality", Weighting(power=3, least_effective=20)))
-    image = np.concatenate(is_image)
-    assert len(np.unique(weights[image])) == len(np.unique(weights[~image])) == 1
-    ratio = modality_ratio(raw, is_image, [~marks for marks in is_image])
-    assert weights[image][0] / weights[~image][0] == pytest.approx(ratio, rel=1e-5)
+    raw, pool = arrays(1)
+    weights = token_weights(raw, pool, "modality", Weighting(power=3, least_effective=20))
+    image, text = weights[pool.is_image], weights[~pool.is_image]
+    assert len(np.unique(image)) == len(np.unique(text)) == 1
+    assert image[0] / text[0] == pytest.approx(modality_ratio(raw, pool), rel=1e-5)
 
 
 def test_modality_ratio_is_of_means_over_samples_of_their_own_means() -> None:
     """A long sample counts no more than a short one, and one without images has no part in their mean."""
-    raw = [np.array(values, np.float32) for values in ([6, 6, 1, 3], [2, 4], [10, 10])]
+    raw = np.array([6, 6, 1, 3, 2, 4, 10, 10], np.float32)
     is_image = [np.array(marks, bool) for marks in ([1, 1, 0, 0], [1, 0], [0, 0])]
-    is_text = [~marks for marks in is_image]
-    assert modality_ratio(raw, is_image, is_text) == pytest.approx(((6 + 2) / 2) / ((2 + 4 + 10) / 3))
-    assert modality_ratio(raw[2:], is_image[2:], is_text[2:]) == 1
+    assert modality_ratio(raw, pool_of(is_image)) == pytest.approx(((6 + 2) / 2) / ((2 + 4 + 10) / 3))
+    assert modality_ratio(raw[6:], pool_of(is_image[2:])) == 1
 
 
 def test_modality_weights_leave_out_text_that_is_not_the_answer() -> None:
-    raw, is_image = arrays(4)
-    is_answer = [(np.arange(len(marks)) >= len(marks) - 2) & ~marks for marks in is_image]
-    weights = np.concatenate(modality_weights(raw, is_image, is_answer))
-    image, answer = np.concatenate(is_image), np.concatenate(is_answer)
+    raw, pool = arrays(4)
+    weights = modality_weights(raw, pool, "answer")
+    image, answer = pool.is_image, pool.is_answer
     assert (weights[~image & ~answer] == 0).all()
-    assert weights[image][0] / weights[answer][0] == pytest.approx(modality_ratio(raw, is_image, is_answer), rel=1e-5)
+    assert weights[image][0] / weights[answer][0] == pytest.approx(modality_ratio(raw, pool, "answer"), rel=1e-5)
+    np.testing.assert_array_equal(
+        token_weights(raw, pool, "modality", Weighting(text="answer")), weights.astype(np.float32)
+    )
 
 
 def test_text_without_influence_is_refused() -> None:
-    raw, is_image = arrays(4)
-    silent = [np.where(marks, values, 0) for values, marks in zip(raw, is_image, strict=True)]
+    raw, pool = arrays(4)
     with pytest.raises(FloatingPointError, match=r"text tokens sums to 0\.0"):
-        token_weights(silent, is_image, "modality", Weighting())
+        token_weights(np.where(pool.is_image, raw, 0), pool, "modality", Weighting())
 
 
 def test_block_weights_are_token_weights_of_other_scores() -> None:
-    raw, is_image = arrays(5)
+    raw, pool = arrays(5)
     weighting = Weighting(0.7, 0.9, 0.3, 12)
-    block, token = (np.concatenate(token_weights(raw, is_image, name, weighting)) for name in ("block", "token"))  # type: ignore[arg-type]
+    block, token = (token_weights(raw, pool, name, weighting) for name in ("block", "token"))  # type: ignore[arg-type]
     np.testing.assert_array_equal(block, token)
     assert len(np.unique(block)) > 2
 
 
 def test_token_weights_are_clipped_raised_and_mixed() -> None:
-    raw, is_image = arrays(2)
-    flat, image = np.concatenate(raw).astype(np.float64), np.concatenate(is_image)
-    plain = np.concatenate(token_weights(raw, is_image, "token", Weighting(1, 1, 0)))
+    raw, pool = arrays(2)
+    flat, image = raw.astype(np.float64), pool.is_image
+    plain = token_weights(raw, pool, "token", Weighting(1, 1, 0))
     np.testing.assert_allclose(plain, flat / flat.mean(), rtol=1e-5)
 
-    squared = np.concatenate(token_weights(raw, is_image, "token", Weighting(2, 1, 0)))
+    squared = token_weights(raw, pool, "token", Weighting(2, 1, 0))
     np.testing.assert_allclose(squared, flat**2 / (flat**2).mean(), rtol=1e-5)
 
-    clipped = np.concatenate(token_weights(raw, is_image, "token", Weighting(1, 0.5, 0)))
+    clipped = token_weights(raw, pool, "token", Weighting(1, 0.5, 0))
     median = np.median(flat)
     assert len(np.unique(clipped[flat >= median])) == 1
     assert clipped.max() / clipped.min() == pytest.approx(median / flat.min(), rel=1e-4)
 
-    few = [np.concatenate([part, np.zeros(50 * len(part), np.float32)]) for part in raw]
-    marks = [np.concatenate([part, np.zeros(50 * len(part), np.bool_)]) for part in is_image]
-    sparse = np.concatenate(token_weights(few, marks, "token", Weighting(1, 0.5, 0)))
+    few = np.concatenate([raw, np.zeros(50 * len(raw), np.float32)])
+    marks = np.concatenate([image, np.zeros(50 * len(raw), np.bool_)])
+    sparse = token_weights(few, pool_of([marks]), "token", Weighting(1, 0.5, 0))
     assert sparse.max() == pytest.approx(sparse.sum() * median / np.minimum(flat, median).sum(), rel=1e-4)
 
-    mixed = np.concatenate(token_weights(raw, is_image, "token", Weighting(1, 1, 1)))
+    mixed = token_weights(raw, pool, "token", Weighting(1, 1, 1))
     means = np.where(image, flat[image].mean(), flat[~image].mean())
     np.testing.assert_allclose(mixed, means / means.mean(), rtol=1e-5)
 
@@ -214,10 +211,8 @@ def test_token_weights_are_clipped_raised_and_mixed() -> None:
 @given(st.integers(0, 1000), st.integers(1, 24))
 def test_as_many_tokens_are_effective_as_asked_for(seed: int, least: int) -> None:
     """Exactly as many where the weights had fewer, by drawing all of them towards 1; weights that suffice stay."""
-    raw, is_image = arrays(seed)
     plain, evened = (
-        np.concatenate(token_weights(raw, is_image, "token", Weighting(least_effective=number)))
-        for number in (0, least)
+        token_weights(*arrays(seed), "token", Weighting(least_effective=effective)) for effective in (0, least)
     )
     had = effective_sample_size(plain)
     assert effective_sample_size(evened) == pytest.approx(max(had, least), rel=1e-4)
@@ -228,11 +223,11 @@ def test_as_many_tokens_are_effective_as_asked_for(seed: int, least: int) -> Non
 
 
 def test_silent_tokens_count_once_evened_out() -> None:
-    """The gradient of a last layer's output is 0 but where an answer token is predicted: no power can even that out."""
-    raw = [np.zeros(30, np.float32) for _ in range(2)]
-    raw[1][-1] = 1
-    is_image = [np.arange(30) < 20] * 2
-    weights = np.concatenate(token_weights(raw, is_image, "token", Weighting(clip_quantile=1, least_effective=15)))
+    """The gradient of the last layer's output is 0 except where it predicts an answer token."""
+    raw = np.zeros(60, np.float32)
+    raw[-1] = 1
+    pool = pool_of([np.arange(30) < 20] * 2)
+    weights = token_weights(raw, pool, "token", Weighting(clip_quantile=1, least_effective=15))
     assert effective_sample_size(weights) == pytest.approx(15, rel=1e-4)
     assert weights[-1] > 10 * weights[0] > 0
 
@@ -243,9 +238,9 @@ def test_more_effective_tokens_than_tokens_are_refused() -> None:
 
 
 def test_a_loss_that_no_token_influences_is_refused() -> None:
-    raw, is_image = arrays(3)
+    raw, pool = arrays(3)
     with pytest.raises(FloatingPointError, match=r"sums to 0\.0: no token has any influence"):
-        token_weights([np.zeros_like(part) for part in raw], is_image, "token", Weighting())
+        token_weights(np.zeros_like(raw), pool, "token", Weighting())
 
 
 @pytest.mark.parametrize(

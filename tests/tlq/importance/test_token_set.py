@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tlq.importance.token_set import TokenBudget, effective_sample_size, select_tokens, split_by_sample
+from tlq.importance.token_set import TokenBudget, effective_sample_size, select_tokens
 
 
 def pool(seed: int, size: int = 200, image_share: float = 0.6) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -268,16 +268,10 @@ def test_effective_sample_size() -> None:
     assert effective_sample_size(np.array([3, 1], np.float32)) == pytest.approx(16 / 10)
 
 
-def test_split_by_sample() -> None:
-    sample, position = split_by_sample(np.array([0, 4, 5, 6, 9]), [5, 1, 4])
-    assert sample.tolist() == [0, 0, 1, 2, 2]
-    assert position.tolist() == [0, 4, 0, 0, 3]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens_per_layer": 0}, "tokens_per_layer is 0, must be at least 1"),
+        ({"tokens_per_layer": 0}, "TokenBudget.tokens_per_layer is 0, must be at least 1"),
         ({"selection": "best"}, "selection is 'best'; choose top or sample"),
         ({"modality_floor": 0.6}, r"modality_floor is 0\.6, must be in \[0, 0\.5\]"),
         ({"sample_cap": 0}, r"sample_cap is 0, must be in \(0, 1\]"),

@@ -22,8 +22,8 @@ from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerLoop, calibrate
 from tlq.calibration.streams import Streams
 from tlq.importance.gradients import score_tokens
+from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_weights import TokenWeights
-from tlq.importance.weighting import Importance
 from tlq.models import architectures
 from tlq.models.architectures import FAMILIES, Architecture, Decoder, Family, architecture_of, get_linear, linear_paths
 from tlq.models.checkpoint import load_model
@@ -63,7 +63,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Builder:
         model = load_model(path)
         architecture, batches = architecture_of(model.config), batches_of(name)
         with torch.enable_grad():
-            scores = score_tokens(ResidentModel(model), batches, 4)
+            scores = score_tokens(ResidentModel(model), batches)
         return Built(path, model, architecture, batches, scores)
 
     return built
@@ -85,7 +85,7 @@ def last_layer_inputs(built: Built, batch: Batch) -> Tensor:
     seen: list[Tensor] = []
     handle = built.layers[-1].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     with torch.no_grad():
-        built.model(**batch.inputs, use_cache=False)
+        built.model(**batch.encode(), use_cache=False)
     handle.remove()
     return seen[0]
 
@@ -181,10 +181,11 @@ def test_a_gain_of_one_plus_weight_folds_exactly_in_the_stored_dtype() -> None:
 def test_importance_reaches_image_and_text_tokens_of_every_group(build: Builder, name: str) -> None:
     built = build(name)
     assert len(built.scores) == 2 * 4
-    for (layer, group), per_sample in built.scores.items():
+    pool = TokenPool.of(built.batches)
+    for (layer, group), scores in built.scores.items():
         for batch in built.batches:
             for row, sample in enumerate(batch.samples):
-                values = torch.from_numpy(per_sample[sample])
+                values = torch.from_numpy(pool.split(scores)[sample])
                 marks = batch.is_image[row, batch.valid[row]]
                 assert len(values) == len(marks)
                 # The last layer's errors reach the answer through no other token.
@@ -222,7 +223,7 @@ def without_padding(batch: Batch) -> dict[str, Tensor]:
     assert len(batch.samples) == 1
     return {
         name: value[:, :-4] if value.shape[:2] == batch.valid.shape and value.dim() == 2 else value
-        for name, value in batch.inputs.items()
+        for name, value in batch.encode().items()
     }
 
 
@@ -237,9 +238,9 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
     model, path = export(name, recipe, scheme)
     loaded = load_model(path)
     for batch in built.batches:
-        expected = model(**batch.inputs).logits[batch.valid]
-        assert_same_logits(loaded(**batch.inputs).logits[batch.valid], expected, scheme)
-        original = built.model(**batch.inputs).logits[batch.valid]
+        expected = model(**batch.encode()).logits[batch.valid]
+        assert_same_logits(loaded(**batch.encode()).logits[batch.valid], expected, scheme)
+        original = built.model(**batch.encode()).logits[batch.valid]
         least = 1e-3 if scheme == "w8a8" else 1e-2
         assert float((expected - original).abs().max()) > least  # it really is quantized
     assert_generates(loaded, model, name, scheme)
@@ -256,8 +257,8 @@ def test_an_export_loads_plainly_too(
     model, path = export(name, "tlq-c", scheme)
     loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     for batch in build(name).batches:
-        expected = model(**batch.inputs).logits[batch.valid]
-        assert_same_logits(loaded(**batch.inputs).logits[batch.valid], expected, scheme)
+        expected = model(**batch.encode()).logits[batch.valid]
+        assert_same_logits(loaded(**batch.encode()).logits[batch.valid], expected, scheme)
     if get_scheme(scheme).activation_bits is not None and name in GENERATE_FAILS_WHEN_LOADED_PLAINLY:
         with pytest.raises(AttributeError, match="'dict' object has no attribute 'pooler_output'"):
             loaded.generate(**prompt_of(name), max_new_tokens=3)
@@ -312,21 +313,18 @@ def test_padding_on_the_right_changes_nothing(build: Builder, name: str) -> None
     built = build(name)
     alone = batches_of(name, batch_size=1)
     for batch in built.batches:
-        together = built.model(**batch.inputs, use_cache=False).logits
+        together = built.model(**batch.encode(), use_cache=False).logits
         for row, sample in enumerate(batch.samples):
-            expected = built.model(**alone[sample].inputs, use_cache=False).logits[0]
+            expected = built.model(**alone[sample].encode(), use_cache=False).logits[0]
             torch.testing.assert_close(together[row, batch.valid[row]], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llava_onevision"])
 def test_padding_on_the_right_changes_no_score(build: Builder, name: str) -> None:
     built = build(name)
-    alone = score_tokens(ResidentModel(built.model), batches_of(name, batch_size=1), 4)
-    for key, per_sample in built.scores.items():
-        for sample, values in enumerate(per_sample):
-            torch.testing.assert_close(
-                torch.from_numpy(values), torch.from_numpy(alone[key][sample]), rtol=1e-3, atol=1e-7
-            )
+    alone = score_tokens(ResidentModel(built.model), batches_of(name, batch_size=1))
+    for key, values in built.scores.items():
+        torch.testing.assert_close(torch.from_numpy(values), torch.from_numpy(alone[key]), rtol=1e-3, atol=1e-7)
 
 
 # -- layers kept at a higher precision -------------------------------------------------------------------------------
@@ -359,9 +357,9 @@ def test_named_layers_keep_a_higher_precision_through_export_and_loading(
     write_export(built.path, calibrated, mixed, tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     for batch in built.batches:
-        expected = model(**batch.inputs).logits[batch.valid]
+        expected = model(**batch.encode()).logits[batch.valid]
         for reader in (loaded, load_model(tmp_path)):
-            assert float((reader(**batch.inputs).logits[batch.valid] - expected).abs().max()) < 1e-4
+            assert float((reader(**batch.encode()).logits[batch.valid] - expected).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -429,7 +427,7 @@ def test_fused_linears_and_experts_are_refused_by_name(
     config = tiny_config("llava", text_config=small_text(text_type, num_local_experts=2))
     model = AutoModelForImageTextToText.from_config(config)
     with pytest.raises(ValueError, match=message + ".*choose a model with one Linear per projection"):
-        score_tokens(ResidentModel(model), batches_of("llava"), 4)
+        score_tokens(ResidentModel(model), batches_of("llava"))
     with pytest.raises(ValueError, match=message):
         calibrate(model, job_of(RECIPES["rtn"], get_scheme("w4a8")))
 

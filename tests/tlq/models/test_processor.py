@@ -79,7 +79,7 @@ def test_every_family_reads_images_of_any_shape(name: str, tmp_path: Path) -> No
     counts: dict[int, int] = {}
     for batch in encode_batches(samples, processor, image_token_id(model.config), 3, 512):
         with torch.no_grad():
-            assert bool(torch.isfinite(model(**batch.inputs).logits[batch.valid]).all())
+            assert bool(torch.isfinite(model(**batch.encode()).logits[batch.valid]).all())
         for row, sample in enumerate(batch.samples):
             counts[sample] = int(batch.is_image[row].sum())
             text = processor.tokenizer.decode(batch.input_ids[row][batch.valid[row]])

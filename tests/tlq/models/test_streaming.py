@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate, calibrate_layers
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_batches, score_tokens
-from tlq.importance.weighting import Importance
+from tlq.importance.pool import Importance, TokenPool
 from tlq.models.checkpoint import load_model
 from tlq.models.decoder import enter_decoder
 from tlq.models.streaming import ResidentModel, StreamedModel
@@ -56,10 +56,9 @@ def test_weights_are_those_that_transformers_loads(name: str, tmp_path: Path) ->
 def test_scores_and_codes_are_those_of_the_model_in_memory(name: str, tmp_path: Path) -> None:
     path = write_tiny(name, tmp_path)
     model, batches = load_model(path), batches_of(name)
-    expected, found = (score_tokens(source, batches, 4) for source in (ResidentModel(model), StreamedModel(path)))
+    expected, found = (score_tokens(source, batches) for source in (ResidentModel(model), StreamedModel(path)))
     for key, values in expected.items():
-        for one, other in zip(values, found[key], strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(values, found[key], rtol=1e-3, atol=1e-7)
     weights = {key: [batch.valid.float() for batch in batches] for key in expected}
     recipe = replace(RECIPES["tlq-c"], equalization=replace(RECIPES["tlq-c"].equalization, points=3))
     job = CalibrationJob(recipe, WeightQuantizer(get_scheme("w3a16"), torch.bfloat16), batches, weights)
@@ -79,7 +78,7 @@ def test_scores_do_not_depend_on_memory(tiny_checkpoint: Path, batches: list[Bat
     assert (plenty.spilled, plenty.used) == (0, 0)
     assert none.spilled > 0
     for one, other in zip(together, alone, strict=True):
-        assert one.number == other.number
+        assert one.batch == other.batch
         assert all(torch.equal(values, other.values[key]) for key, values in one.values.items())
 
 
@@ -88,14 +87,16 @@ def test_the_block_loss_is_the_error_of_rounding_alone(
 ) -> None:
     """By finite differences: moving one linear's output by d changes the block's squared error by about g d."""
     model = load_model(tiny_checkpoint).double()
-    found = score_tokens(ResidentModel(model), batches, 6, BlockLoss(get_scheme("w3a16"), torch.bfloat16))
+    found = score_tokens(ResidentModel(model), batches, BlockLoss(get_scheme("w3a16"), torch.bfloat16))
     assert set(found) == set(scores)
+    pool = TokenPool.of(batches)
     for key, values in found.items():
-        assert all(len(one) == len(other) for one, other in zip(values, scores[key], strict=True))
-        assert all(np.isfinite(each).all() and each.max() > 0 for each in values)
+        assert values.shape == scores[key].shape
+        assert np.isfinite(values).all()
+        assert all(each.max() > 0 for each in pool.split(values))
     layer = model.model.language_model.layers[1]  # type: ignore[union-attr]
-    exact = score_tokens(ResidentModel(model), batches, 6, BlockLoss(get_scheme("w8a8"), torch.float32))
-    assert np.mean(exact[1, "down"][0]) < 0.1 * np.mean(found[1, "down"][0])
+    exact = score_tokens(ResidentModel(model), batches, BlockLoss(get_scheme("w8a8"), torch.float32))
+    assert np.mean(exact[1, "down"]) < 0.1 * np.mean(found[1, "down"])
     assert not any(module._forward_hooks for module in layer.modules())
 
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from tlq.calibration.group import GroupProblem, GroupSolution, GroupSolver
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerLoop
-from tlq.importance.weighting import Importance, Weighting, token_weights
+from tlq.importance.pool import Importance, TokenPool
+from tlq.importance.weighting import Weighting, token_weights
 from tlq.models.architectures import architecture_of
 from tlq.models.streaming import ResidentModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
@@ -56,7 +57,7 @@ def calls_of(model: Any, path: str, batches: list[Batch]) -> list[tuple[tuple[An
     handle = module.register_forward_pre_hook(lambda _, args, named: calls.append((args, named)), with_kwargs=True)
     with torch.no_grad():
         for batch in batches:
-            model(**batch.inputs, use_cache=False)
+            model(**batch.encode(), use_cache=False)
     handle.remove()
     return calls
 
@@ -143,10 +144,10 @@ def test_chooses_the_exponent_of_a_plain_implementation(
     model: Any = copy.deepcopy(tiny_model)
     architecture = architecture_of(model.config)
     architecture.decoder_layers(model).__delitem__(slice(1, None))  # the first layer is enough
-    is_image = [_row(batches, sample)[0] for sample in range(6)]
+    pool = TokenPool.of(batches)
     weights = {}
     for key, raw in scores.items():
-        per_sample = token_weights(raw, is_image, recipe.importance, Weighting())
+        per_sample = pool.split(token_weights(raw, pool, recipe.importance, Weighting()))
         parts = [torch.zeros(batch.valid.shape) for batch in batches]
         for sample, values in enumerate(per_sample):
             _, number, row, valid = _row(batches, sample)
