@@ -111,10 +111,10 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         counted = job.counted_tokens()
     counted = tokens if counted is None else min(counted, tokens)
     exposed = recipe.sees("exposed", scheme)
-    paths = recipe.sees("full_precision", scheme) + exposed
+    streams = recipe.sees("full_precision", scheme) + exposed
     forward = 2 * sizes.layer + sizes.activations(batches, graph=False)
     solving = 2 * sizes.layer + max(
-        sizes.group(group, min(counted, own), recipe, scheme, paths) for group in model.architecture.groups
+        sizes.group(group, min(counted, own), recipe, scheme, streams) for group in model.architecture.groups
     )
     return Plan(
         work="calibration",
@@ -126,7 +126,7 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         least=max(sizes.least_group(recipe), sizes.outside if batches else 0),
         device=_RUNTIME + sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
         # On the exposed path, also what the attention at hand has put out.
-        hidden_states=own * sizes.state * (paths + exposed) if recipe.needs_data else 0,
+        hidden_states=own * sizes.state * (streams + exposed) if recipe.needs_data else 0,
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
     )
@@ -206,12 +206,12 @@ class _Sizes:
             needed.append(rows * width * _FLOAT + recipe.rounding_method.bytes_needed(rows, width))
         return self.layer + max(needed)
 
-    def group(self, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, paths: int) -> int:
-        """What solving a linear group holds beside the layers.
+    def group(self, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, streams: int) -> int:
+        """Memory of solving a linear group, in addition to the layers.
 
         Args:
-            own: tokens of this rank whose error counts.
-            paths: 2 if inputs of both paths are kept.
+            own: tokens of this rank with a weight.
+            streams: 2 if inputs of both streams are kept.
         """
         architecture = self.model.architecture
         layer = architecture.decoder_layers(self.model.skeleton)[0]
@@ -220,8 +220,8 @@ class _Sizes:
         weights = _WEIGHTS * rows * width * _FLOAT
         if not recipe.needs_data:
             return weights
-        inputs = own * (2 * paths * width * self.item + rows * _FLOAT)
-        if paths == 2:  # the original inputs of all groups are noted in one pass
+        inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
+        if streams == 2:  # the original inputs of all groups are noted in one pass
             widths = [get_linear(layer, each.linears[0]).in_features for each in architecture.groups]
             inputs += own * sum(widths) * self.item
         if recipe.error_measure.parent_of(group) is not None:
