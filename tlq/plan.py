@@ -1,11 +1,13 @@
 """What a job will need, worked out before any long work: bytes per layer, tokens, memory, disk.
 
 Everything follows from shapes: no weight is read. An impossible job is refused in seconds, with the number found and
-the number needed. `python -m bench.memory` holds the expected peaks against measured ones.
+the number needed; only tensors that are certainly held count for that. Between this lower bound and the expected peak
+one warning is logged. `python -m bench.memory` holds the expected peaks against measured ones.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +28,11 @@ from tlq.recipes import Recipe
 from tlq.runtime.memory import GIB, gib_of, host_budget
 from tlq.samples import Batch
 
+logger = logging.getLogger(__name__)
+
 _FLOAT = 4
-#: What thread pools, matrix kernels and the allocator take beside tensors, in bytes: measured by bench.memory.
-_RUNTIME = 256 * 2**20
+#: Bytes that thread pools, matrix kernels and the allocator take in addition to tensors: measured by bench.memory.
+_RUNTIME = 96 * 2**20
 #: Copies of a group's weight that solving it holds: original, scaled, W G, dequantized, temporaries.
 _WEIGHTS = 5
 
@@ -45,6 +49,7 @@ class Plan:
         tokens: tokens of all micro-batches, padding included.
         counted: most tokens whose error counts in a linear group.
         device: expected peak on the compute device.
+        least: bytes of tensors that the compute device certainly holds at once, a lower bound of the peak.
         hidden_states: kept in host memory up to ``budget``, on disk beyond.
         disk: the result, and what is kept beside it until it is complete.
     """
@@ -56,6 +61,7 @@ class Plan:
     tokens: int
     counted: int
     device: int
+    least: int
     hidden_states: int
     budget: int
     disk: int
@@ -105,10 +111,10 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         counted = job.counted_tokens()
     counted = tokens if counted is None else min(counted, tokens)
     exposed = recipe.sees("exposed", scheme)
-    paths = recipe.sees("full_precision", scheme) + exposed
+    streams = recipe.sees("full_precision", scheme) + exposed
     forward = 2 * sizes.layer + sizes.activations(batches, graph=False)
     solving = 2 * sizes.layer + max(
-        sizes.group(group, min(counted, own), recipe, scheme, paths) for group in model.architecture.groups
+        sizes.group(group, min(counted, own), recipe, scheme, streams) for group in model.architecture.groups
     )
     return Plan(
         work="calibration",
@@ -117,9 +123,10 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         outside=sizes.outside,
         tokens=tokens,
         counted=counted if recipe.needs_data else 0,
+        least=max(sizes.least_group(recipe), sizes.outside if batches else 0),
         device=_RUNTIME + sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
         # On the exposed path, also what the attention at hand has put out.
-        hidden_states=own * sizes.state * (paths + exposed) if recipe.needs_data else 0,
+        hidden_states=own * sizes.state * (streams + exposed) if recipe.needs_data else 0,
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
     )
@@ -145,6 +152,7 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
         outside=sizes.outside,
         tokens=tokens,
         counted=tokens,
+        least=max(sizes.layer, sizes.outside),
         device=_RUNTIME + sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches)),
         hidden_states=max(largest * per_token, min(wave * per_token, host_budget())),
         budget=host_budget(),
@@ -188,12 +196,22 @@ class _Sizes:
         answers = max((int(batch.is_answer.sum()) for batch in batches), default=0)
         return vocabulary * (int(self.text.hidden_size) * self.item + 4 * answers * _FLOAT)
 
-    def group(self, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, paths: int) -> int:
-        """What solving a linear group holds beside the layers.
+    def least_group(self, recipe: Recipe) -> int:
+        """A decoder layer, with a group's weights stacked in float32 and what its rounding holds at once."""
+        layer = self.model.architecture.decoder_layers(self.model.skeleton)[0]
+        needed = []
+        for group in self.model.architecture.groups:
+            linears = [get_linear(layer, path) for path in group.linears]
+            width, rows = linears[0].in_features, sum(linear.out_features for linear in linears)
+            needed.append(rows * width * _FLOAT + recipe.rounding_method.bytes_needed(rows, width))
+        return self.layer + max(needed)
+
+    def group(self, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, streams: int) -> int:
+        """Memory of solving a linear group, in addition to the layers.
 
         Args:
-            own: tokens of this rank whose error counts.
-            paths: 2 if inputs of both paths are kept.
+            own: tokens of this rank with a weight.
+            streams: 2 if inputs of both streams are kept.
         """
         architecture = self.model.architecture
         layer = architecture.decoder_layers(self.model.skeleton)[0]
@@ -202,8 +220,8 @@ class _Sizes:
         weights = _WEIGHTS * rows * width * _FLOAT
         if not recipe.needs_data:
             return weights
-        inputs = own * (2 * paths * width * self.item + rows * _FLOAT)
-        if paths == 2:  # the original inputs of all groups are noted in one pass
+        inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
+        if streams == 2:  # the original inputs of all groups are noted in one pass
             widths = [get_linear(layer, each.linears[0]).in_features for each in architecture.groups]
             inputs += own * sum(widths) * self.item
         if recipe.error_measure.parent_of(group) is not None:
@@ -253,7 +271,7 @@ def _own_tokens(batches: Sequence[Batch], ranks: Ranks) -> int:
 
 
 def refuse_impossible(needed: Plan, out: Path, device: torch.device, processes: int, there: int = 0) -> None:
-    """Compare a plan with what this machine has.
+    """Compare a plan with what this machine has: refuse what is certainly too much, warn of what is expected to be.
 
     Args:
         out: where the result will be.
@@ -265,16 +283,24 @@ def refuse_impossible(needed: Plan, out: Path, device: torch.device, processes: 
         OSError: the disk is.
     """
     on_device, on_host = device_memory(device), psutil.virtual_memory().available
-    if needed.device > on_device:
+    if needed.least > on_device:
         raise MemoryError(
-            f"{needed.work}: one rank needs about {gib(needed.device)} on {device.type}, {gib(on_device)} are free; "
-            f"lower {_LEVERS}"
+            f"{needed.work}: one rank needs at least {gib(needed.least)} on {device.type}, {gib(on_device)} are free; "
+            f"{_SMALLER_LAYERS}"
         )
-    host = processes * (needed.host + (needed.device if device.type == "cpu" else 0))
-    if host > on_host:
+    on_cpu = device.type == "cpu"
+    least, expected = (processes * (needed.host + on_cpu * each) for each in (needed.least, needed.device))
+    if least > on_host:
         raise MemoryError(
-            f"{needed.work}: {processes} rank(s) need about {gib(host)} of this host's memory, {gib(on_host)} are "
-            f"free; lower TLQ_RANKS or TLQ_HOST_MEMORY, or {_LEVERS}"
+            f"{needed.work}: {processes} rank(s) need at least {gib(least)} of this host's memory, {gib(on_host)} are "
+            f"free; lower TLQ_HOST_MEMORY or the number of ranks, or {_SMALLER_LAYERS}"
+        )
+    if needed.device > on_device or expected > on_host:
+        logger.warning(
+            "%s: one rank is expected to need %s on %s (%s free), %d rank(s) %s of this host's memory (%s free); "
+            "if memory runs out, lower %s",
+            *(needed.work, gib(needed.device), device.type, gib(on_device)),
+            *(processes, gib(expected), gib(on_host), _LEVERS),
         )
     folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
     disk, on_disk = needed.disk + processes * needed.spilled - there, shutil.disk_usage(folder).free
@@ -284,7 +310,8 @@ def refuse_impossible(needed: Plan, out: Path, device: torch.device, processes: 
         )
 
 
-_LEVERS = "batch_size, the number of samples or tokens_per_layer in params.yaml, or set model.dtype to bfloat16"
+_LEVERS = "batch_size, the number of samples or tokens_per_layer, or compute in bfloat16 (dtype)"
+_SMALLER_LAYERS = "compute in bfloat16 (dtype), or choose a device with more memory"
 
 
 def device_memory(device: torch.device) -> int:

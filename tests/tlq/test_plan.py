@@ -23,7 +23,9 @@ from tlq.samples import Batch, Sample
 
 CPU = torch.device("cpu")
 GIB = 2**30
-SMALL = Plan("calibration", 2, 0, 0, 8, 8, device=3 * GIB, hidden_states=2 * GIB, budget=GIB, disk=5 * GIB)
+SMALL = Plan(
+    "calibration", 2, 0, 0, 8, 8, device=6 * GIB, least=3 * GIB, hidden_states=2 * GIB, budget=GIB, disk=5 * GIB
+)
 
 
 def job_of(recipe: str, batches: list[Batch], ranks: Ranks = Ranks()) -> CalibrationJob:  # noqa: B008
@@ -69,8 +71,13 @@ def test_the_size_of_the_result_is_that_of_its_tensors(
 @pytest.mark.parametrize(
     ("free", "disk", "error", "message"),
     [
-        (2, 99, MemoryError, r"one rank needs about 3\.00 GiB on cpu, 2\.00 GiB are free; lower batch_size"),
-        (7, 99, MemoryError, r"2 rank\(s\) need about 8\.00 GiB of this host's memory, 7\.00 GiB are free; lower TLQ_"),
+        (2, 99, MemoryError, r"one rank needs at least 3\.00 GiB on cpu, 2\.00 GiB are free; compute in bfloat16"),
+        (
+            7,
+            99,
+            MemoryError,
+            r"2 rank\(s\) need at least 8\.00 GiB of this host's memory, 7\.00 GiB are free; lower TLQ_",
+        ),
         (99, 6, OSError, r"about 7\.00 GiB are needed on the disk of .*, 6\.00 GiB are free"),
     ],
 )
@@ -84,10 +91,31 @@ def test_an_impossible_job_is_refused_with_the_numbers(
         refuse_impossible(SMALL, tmp_path / "out", CPU, processes=2)
 
 
+@pytest.mark.parametrize(("free", "warnings"), [(14, 0), (9, 1)])
+def test_a_job_between_lower_bound_and_estimate_is_warned_about_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, free: int, warnings: int
+) -> None:
+    memory, usage = namedtuple("memory", "available"), namedtuple("usage", "free")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(free * GIB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(99 * GIB))
+    refuse_impossible(SMALL, tmp_path / "out", CPU, processes=2)
+    assert len(caplog.records) == warnings
+    if warnings:
+        assert "need 6.00 GiB on cpu (9.00 GiB free), 2 rank(s) 14.00 GiB" in caplog.text
+
+
+def test_the_lower_bound_is_below_the_estimate(streamed: StreamedModel, batches: list[Batch]) -> None:
+    for recipe in RECIPES:
+        plan = plan_calibration(streamed, job_of(recipe, batches if RECIPES[recipe].needs_data else []))
+        assert plan.layer < plan.least < plan.device
+    plan = plan_importance(streamed, batches, Ranks())
+    assert plan.outside <= plan.least < plan.device
+
+
 def test_what_is_there_already_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(4 * GIB))
-    needed = replace(SMALL, device=1, hidden_states=0)
+    needed = replace(SMALL, device=1, least=1, hidden_states=0)
     with pytest.raises(OSError, match=r"about 5\.00 GiB are needed"):
         refuse_impossible(needed, tmp_path, CPU, processes=1)
     refuse_impossible(needed, tmp_path, CPU, processes=1, there=2 * GIB)
@@ -97,6 +125,6 @@ def test_a_smaller_device_can_be_planned_for(
     monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TLQ_DEVICE_MEMORY", "0.0001")
-    with pytest.raises(MemoryError, match=r"calibration: one rank needs about .* on cpu, 0\.00 GiB are free"):
+    with pytest.raises(MemoryError, match=r"calibration: one rank needs at least .* on cpu, 0\.00 GiB are free"):
         tlq.quantize(tiny_checkpoint, tmp_path / "out", samples, "tlq", "w3a16")
     assert not (tmp_path / "out").exists()

@@ -37,7 +37,7 @@ class ChunkInputs:
 
     Attributes:
         x: [tokens, in], inputs that the target is computed from.
-        u: [tokens, in], inputs of the quantized linear; the same tensor as ``x`` where the paths are one.
+        u: [tokens, in], inputs of the quantized linear; the same tensor as ``x`` where one stream serves both.
         w: [tokens] float32, weights.
     """
 
