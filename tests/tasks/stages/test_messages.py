@@ -1,0 +1,87 @@
+"""Messages name keys that exist: stages those of params.yaml, the library its own fields."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.config.params import ParamsError, parse
+from tlq.importance.token_set import TokenBudget
+from tlq.importance.weighting import Weighting
+
+ROOT = Path(__file__).resolve().parents[3]
+STAGES = sorted((ROOT / "tasks").rglob("*.py"))
+LIBRARY = [*(ROOT / "tlq/importance").glob("*.py"), *(ROOT / "tlq/models").glob("*.py"), ROOT / "tlq/samples.py"]
+SECTIONS = ("model", "prepare", "importance", "calibset", "calibrate", "evaluate", "register")
+KEY = re.compile(rf"(?<![\w./])(?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+(?!\w)")
+FILES = (".py", ".json", ".csv", ".png", ".parquet", ".safetensors", ".html", ".index", ".main", ".page", ".work")
+
+
+def named_keys(file: Path) -> set[str]:
+    """Keys such as `calibset.budget.sample_cap` in the string literals of a module."""
+    texts = [
+        node.value
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    keys = {key for text in texts for key in KEY.findall(text)}
+    return {key for key in keys if not any(suffix in f"{key}." for suffix in (f"{name}." for name in FILES))}
+
+
+def known_keys() -> set[str]:
+    """Every key of params.yaml, and every field of a section's dataclass: one may have a default."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    keys = set(_paths(params))
+    for file in STAGES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            section = node.name.removesuffix("Params").lower() if isinstance(node, ast.ClassDef) else ""
+            if isinstance(node, ast.ClassDef) and section in SECTIONS:
+                names = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
+                keys |= {f"{section}.{name.id}" for name in names if isinstance(name, ast.Name)}
+    return keys
+
+
+def _paths(values: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items() if isinstance(values, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _paths(value, f"{prefix}{key}.")
+
+
+def test_every_key_that_a_stage_names_exists() -> None:
+    named = {key: file.name for file in STAGES for key in named_keys(file)}
+    assert {"calibset.budget.tokens_per_layer", "prepare.samples"} <= set(named)
+    assert {key: file for key, file in named.items() if key not in known_keys()} == {}
+
+
+def test_messages_of_the_library_name_no_parameters_of_the_pipeline() -> None:
+    for file in LIBRARY:
+        assert named_keys(file) & known_keys() == set(), file
+        assert not re.search(r"params\.yaml|dvc repro", file.read_text()), file
+
+
+def test_fields_that_the_library_names_exist() -> None:
+    text = "".join(file.read_text() for file in LIBRARY)
+    for cls in (TokenBudget, Weighting):
+        named = set(re.findall(rf"\b{cls.__name__}\.([a-z_]+)", text))
+        assert named
+        assert named <= {field.name for field in fields(cls)}
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("budget", {"tokens_per_layer": 0}, r"calibset\.budget: TokenBudget\.tokens_per_layer is 0, must be"),
+        ("weighting", {"power": 0}, r"calibset\.weighting: Weighting\.power is 0.*, must be above 0"),
+    ],
+)
+def test_the_stage_says_where_the_field_stands(section: str, values: dict[str, Any], message: str) -> None:
+    cls: Any = {"budget": TokenBudget, "weighting": Weighting}[section]
+    with pytest.raises(ParamsError, match=message):
+        parse(f"calibset.{section}", values, cls)
