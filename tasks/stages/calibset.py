@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tasks.config.params import CalibsetParams, section
-from tasks.stages.command import run
+from tasks.stages.command import command_line
 from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_sequences, write_parquet
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.token_weights import token_set
@@ -99,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__)

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +24,22 @@ EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError)
 TRY_AGAIN = 75
 
 _BUSY = (429, 500, 502, 503, 504)  # HTTP statuses of a server that may answer later
+
+
+def command_line(
+    main: Callable[..., None], description: str | None, add_options: Callable[[ArgumentParser], None] | None = None
+) -> None:
+    """Parse the command line once, then ``run`` the stage with its options as keyword arguments.
+
+    Args:
+        description: the stage's docstring, which `--help` prints.
+        add_options: adds the stage's options to the parser; None: it has none.
+    """
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    if add_options is not None:
+        add_options(parser)
+    options = vars(parser.parse_args())
+    run(lambda: main(**options))
 
 
 def run(main: Callable[[], None]) -> None:

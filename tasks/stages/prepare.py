@@ -19,7 +19,7 @@ from datasets import Sequence as SequenceFeature
 from datasets import load_dataset
 
 from tasks.config.params import PrepareParams, section
-from tasks.stages.command import run
+from tasks.stages.command import command_line
 from tasks.stages.files import PREPARED, write_samples
 from tlq.runtime.files import new_directory, write_text
 from tlq.samples import IMAGE_MARK, Message, Sample, decode_image
@@ -224,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__)
