@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 
 from tasks.cluster.launch import failed_already, is_rank, report_failure
+from tasks.config.environment import value
 
 logger = logging.getLogger("tlq")
 
@@ -49,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
     that temporary files are removed. A library that was interrupted may raise an error of its own in place of
     KeyboardInterrupt: what follows a signal is an interruption, whatever it is called.
     """
-    level = os.environ.get("TLQ_LOG", "info").upper()
+    level = value("TLQ_LOG", "info").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     quiet_libraries()
     if failed_already():
@@ -132,5 +133,5 @@ def quiet_libraries() -> None:
 def device() -> torch.device:
     """Where to compute: ``TLQ_DEVICE``, else the first GPU, else the CPU. It never changes what is computed."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = os.environ.get("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
+    name = value("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
     return torch.device(name)
