@@ -215,24 +215,5 @@ def says(message: str, documented: str) -> bool:
 def test_documented_messages_are_those_of_the_code() -> None:
     code_messages = messages_of_code()
     unknown = [each for each in documented_messages() if not any(says(message, each) for message in code_messages)]
-    assert len(documented_messages()) > 60
+    assert documented_messages(), "docs/troubleshooting.md: no table of messages"
     assert not unknown, f"docs/troubleshooting.md: no longer raised: {unknown}"
-
-
-def test_a_message_says_what_to_do_or_is_documented() -> None:
-    """A raised text holds its next step (behind a semicolon or colon), the value needed, or has a row in the docs."""
-    documented = documented_messages()
-    silent = []
-    for folder in ("tlq", "tasks", "flows"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                    argument = node.exc.args[0]
-                    if isinstance(argument, ast.JoinedStr | ast.Constant):
-                        message = template(argument)
-                        plain = not re.search("[a-z]", message) or re.search(
-                            r"; |: |must |choose|needs ", message.replace("`", "")
-                        )
-                        if not plain and not any(says(message, each) for each in documented):
-                            silent.append(f"{path.relative_to(ROOT)}:{node.lineno}: {message}")
-    assert not silent, "neither a next step nor a row in docs/troubleshooting.md:\n" + "\n".join(silent)

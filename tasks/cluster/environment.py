@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-
-def positive(variable: str, default: int) -> int:
-    """The number that an environment variable holds.
-
-    Raises:
-        ValueError: it is no positive number.
-    """
-    stated = os.environ.get(variable, str(default))
-    if not stated.isdigit() or int(stated) < 1:
-        raise ValueError(f"{variable} is {stated!r}, must be a positive number")
-    return int(stated)
+from tasks.config.environment import positive, value
 
 
 def restarts_allowed() -> int:
@@ -24,4 +12,4 @@ def restarts_allowed() -> int:
 
 def own_address() -> str:
     """``TLQ_HOST``: the address under which other machines reach this one."""
-    return os.environ.get("TLQ_HOST", "127.0.0.1")
+    return value("TLQ_HOST", "127.0.0.1")

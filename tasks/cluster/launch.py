@@ -19,8 +19,9 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tasks.cluster.environment import own_address, positive, restarts_allowed
+from tasks.cluster.environment import own_address, restarts_allowed
 from tasks.cluster.store import JobStore
+from tasks.config.environment import positive, value
 from tlq.parallel import REDUCTION_CHUNKS
 
 logger = logging.getLogger("tlq.ranks")
@@ -40,7 +41,7 @@ def ranks_wanted() -> int:
     """
     if "TLQ_RANKS" in os.environ:
         return positive("TLQ_RANKS", 1)
-    return 1 if os.environ.get("TLQ_DEVICE") else max(1, torch.cuda.device_count())
+    return 1 if value("TLQ_DEVICE") else max(1, torch.cuda.device_count())
 
 
 def is_rank() -> bool:
@@ -62,7 +63,7 @@ def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], mo
     if is_rank():
         die_with_parent()
         _as_rank(work)
-    elif os.environ.get("TLQ_POOL"):
+    elif value("TLQ_POOL"):
         from tasks.cluster.pool import run_on_pool  # slow to import: only stages on a pool should wait for it
 
         run_on_pool(module, arguments, most)

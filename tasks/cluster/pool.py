@@ -35,8 +35,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 
-from tasks.cluster.environment import own_address, positive, restarts_allowed
+from tasks.cluster.environment import own_address, restarts_allowed
 from tasks.cluster.store import JobStore, StageGoneError
+from tasks.config.environment import positive, value
 
 logger = logging.getLogger("tlq.pool")
 
@@ -76,7 +77,7 @@ def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
         NoWorkerError: no worker came within ``TLQ_POOL_WAIT`` seconds.
         RuntimeError: more runs were lost than ``TLQ_RESTARTS``.
     """
-    with Pool.connect(os.environ["TLQ_POOL"]) as pool:
+    with Pool.connect(value("TLQ_POOL")) as pool:
         job = Job.of(module, arguments)
         settle_leftovers(pool, job)
         watch = Watch(pool, job, JobStore.host(own_address(), job.key))

@@ -7,16 +7,15 @@ before and after, tokens and seconds.
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
 from tasks.cluster.launch import on_ranks, ranks_wanted
 from tasks.config.params import CalibrateParams, CalibsetParams, ModelParams, ParamsError, recipe, section
 from tasks.registry.tracking import tracked_calibration
-from tasks.stages.command import device, run
+from tasks.stages.command import command_line, device
 from tasks.stages.files import (
     CALIBSET,
     IMPORTANCE,
@@ -27,7 +26,7 @@ from tasks.stages.files import (
     read_samples,
     read_token_weights,
 )
-from tasks.stages.planning import show_plan
+from tasks.stages.planning import add_dry_run, show_plan
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.pool import PoolWeights, TokenPool
 from tlq.importance.token_weights import all_tokens, to_batches
@@ -36,8 +35,8 @@ from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan import plan_calibration
-from tlq.quantization.formats import WeightQuantizer, get_scheme
-from tlq.recipes import Recipe
+from tlq.quantization.formats import SCHEMES, Scheme, WeightQuantizer, get_scheme
+from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Sample
 
 logger = logging.getLogger("tlq.calibrate")
@@ -62,32 +61,34 @@ def weights_of(
     return read_token_weights(tokens, pool)
 
 
-def main() -> None:
-    arguments = _arguments()
-    if arguments.dry_run:
-        quantize()
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, help=f"quantization method: {', '.join(RECIPES)}")
+    parser.add_argument("--scheme", required=True, help=f"number format: {', '.join(SCHEMES)}")
+    add_dry_run(parser)
+
+
+def main(recipe: str, scheme: str, dry_run: bool = False) -> None:
+    if dry_run:
+        quantize(recipe, scheme, dry_run)
     else:
-        on_ranks("tasks.stages.calibrate", sys.argv[1:], quantize)
+        words = ["--recipe", recipe, "--scheme", scheme]
+        on_ranks("tasks.stages.calibrate", words, lambda: quantize(recipe, scheme))
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--scheme", required=True)
-    parser.add_argument("--dry-run", action="store_true", help="print what the job will need, and do nothing")
-    return parser.parse_args()
+def scheme_of(name: str, params: CalibrateParams) -> Scheme:
+    """Scheme ``name`` with the group size and overrides of section `calibrate`."""
+    scheme = get_scheme(name)
+    if scheme.group_size is not None and params.group_size is not None:
+        scheme = replace(scheme, group_size=params.group_size)
+    return replace(scheme, overrides=tuple(params.overrides.items()))
 
 
-def quantize() -> None:
-    """Make one variant on this process's share of the work."""
-    arguments = _arguments()
+def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
+    """Make one variant on this process's share of the work, or only print what it will need."""
     model_params = section("model", ModelParams)
     params = section("calibrate", CalibrateParams)
-    row = recipe(arguments.recipe)
-    scheme = get_scheme(arguments.scheme)
-    if scheme.group_size is not None:
-        scheme = get_scheme(arguments.scheme, params.group_size)
-    scheme = replace(scheme, overrides=tuple(params.overrides.items()))
+    row = recipe(recipe_name)
+    scheme = scheme_of(scheme_name, params)
     samples: list[Sample] = []
     longest = 0
     weights = PoolWeights.empty()
@@ -101,7 +102,7 @@ def quantize() -> None:
     batches = calibration_batches(model, samples, row, params.batch_size, longest)
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
     job = CalibrationJob(row, quantizer, batches, to_batches(weights, batches))
-    if arguments.dry_run:
+    if dry_run:
         ranks = Ranks(size=ranks_wanted(), device=model.device)
         show_plan(plan_calibration(model, replace(job, ranks=ranks)), out, ranks)
         return
@@ -115,4 +116,4 @@ def quantize() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__, add_options)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from tasks.config.params import CalibsetParams, section
-from tasks.stages.command import run
+from tasks.stages.command import command_line
 from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_pool, write_parquet
 from tlq.importance.pool import Importance, TokenPool, WeightedTokens
 from tlq.importance.token_set import effective_sample_size
@@ -85,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__)

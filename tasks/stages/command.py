@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +14,7 @@ from types import FrameType
 import torch
 
 from tasks.cluster.launch import failed_already, is_rank, report_failure
+from tasks.config.environment import value
 
 logger = logging.getLogger("tlq")
 
@@ -25,6 +27,22 @@ TRY_AGAIN = 75
 _BUSY = (429, 500, 502, 503, 504)  # HTTP statuses of a server that may answer later
 
 
+def command_line(
+    main: Callable[..., None], description: str | None, add_options: Callable[[ArgumentParser], None] | None = None
+) -> None:
+    """Parse the command line once, then ``run`` the stage with its options as keyword arguments.
+
+    Args:
+        description: the stage's docstring, which `--help` prints.
+        add_options: adds the stage's options to the parser; None: it has none.
+    """
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    if add_options is not None:
+        add_options(parser)
+    options = vars(parser.parse_args())
+    run(lambda: main(**options))
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage: log to stderr, turn an expected error into one line and exit status 1, or ``TRY_AGAIN``.
 
@@ -32,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
     that temporary files are removed. A library that was interrupted may raise an error of its own in place of
     KeyboardInterrupt: what follows a signal is an interruption, whatever it is called.
     """
-    level = os.environ.get("TLQ_LOG", "info").upper()
+    level = value("TLQ_LOG", "info").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     quiet_libraries()
     if failed_already():
@@ -115,5 +133,5 @@ def quiet_libraries() -> None:
 def device() -> torch.device:
     """Where to compute: ``TLQ_DEVICE``, else the first GPU, else the CPU. It never changes what is computed."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = os.environ.get("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
+    name = value("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
     return torch.device(name)

@@ -12,12 +12,11 @@ Reads models/<variant>, or `model.path` for `full`, and for a variant also evalu
 - reference/ (of `full`): log-probabilities of the reference answers.
 """
 
-import argparse
 import hashlib
 import json
 import logging
 import shutil
-import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +34,7 @@ from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cluster.launch import on_ranks
 from tasks.config.params import EvaluateParams, ModelParams, section
 from tasks.registry.tracking import recorded_failure
-from tasks.stages.command import device, run
+from tasks.stages.command import command_line, device
 from tasks.stages.files import EVALUATION, MODELS
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
@@ -215,15 +214,16 @@ def _write(
     shutil.rmtree(working)
 
 
-def main() -> None:
-    on_ranks("tasks.stages.evaluate", sys.argv[1:], evaluate, most=1)
-
-
-def evaluate() -> None:
-    """Score one variant."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--variant", required=True, help=f"{FULL}, or a folder of {MODELS}/ such as tlq-w3a16")
-    variant = parser.parse_args().variant
+
+
+def main(variant: str) -> None:
+    on_ranks("tasks.stages.evaluate", ["--variant", variant], lambda: evaluate(variant), most=1)
+
+
+def evaluate(variant: str) -> None:
+    """Score one variant."""
     params = section("evaluate", EvaluateParams)
     path = section("model", ModelParams).path if variant == FULL else str(MODELS / variant)
     with recorded_failure("evaluate", variant):
@@ -235,4 +235,4 @@ def evaluate() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__, add_options)

@@ -8,9 +8,9 @@ interrupted download goes on where it was. A model of an unsupported family is r
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 
-from tasks.config.params import Download
-from tasks.stages.command import run
+from tasks.config.params import Download, parse
+from tasks.stages.command import command_line
 from tlq.models.checkpoint import read_config
 
 logger = logging.getLogger("tlq.fetch")
@@ -85,18 +85,20 @@ def _refuse_small_disk(files: Sequence[Any], download: Download, folder: Path) -
     logger.info("%s: %d files, %.2f GiB to download", download.repo, len(files), needed / 2**30)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--kind", required=True, choices=("model", "calibration", "benchmarks"))
     parser.add_argument("--repo", required=True, help="hub id, OWNER/NAME")
     parser.add_argument("--revision", required=True, help="commit, 40 hexadecimal digits")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--files", nargs="+", help="patterns of the files wanted")
-    arguments = parser.parse_args()
-    files = None if arguments.files is None else tuple(arguments.files)
-    fetch(Download(**{**vars(arguments), "files": files}))
-    logger.info("%s is in %s", arguments.repo, arguments.out)
+
+
+def main(**entry: Any) -> None:
+    """Download an entry of section `fetch`; its values are the options."""
+    download = parse("fetch", entry, Download)
+    fetch(download)
+    logger.info("%s is in %s", download.repo, download.out)
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__, add_options)

@@ -5,17 +5,14 @@ Reads data/prepared, writes data/importance (scores.parquet, sequences.parquet).
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from tasks.cluster.launch import on_ranks, ranks_wanted
 from tasks.config.params import ImportanceParams, ModelParams, section
-from tasks.stages.command import device, run
+from tasks.stages.command import command_line, device
 from tasks.stages.files import IMPORTANCE, PREPARED, read_samples, write_importance
-from tasks.stages.planning import show_plan
+from tasks.stages.planning import add_dry_run, show_plan
 from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_resumably
 from tlq.importance.pool import TokenPool
 from tlq.importance.weighting import LossName
@@ -29,10 +26,8 @@ from tlq.runtime.resume import ResumeState
 from tlq.samples import encode_batches, image_token_id
 
 
-def main(arguments: Sequence[str] = ()) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="print what the job will need, and do nothing")
-    if parser.parse_args(list(arguments)).dry_run:
+def main(dry_run: bool = False) -> None:
+    if dry_run:
         job = _Job()
         ranks = Ranks(size=ranks_wanted(), device=job.model.device)
         show_plan(job.plan(ranks), IMPORTANCE, ranks)
@@ -81,4 +76,4 @@ def score() -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command_line(main, __doc__, add_dry_run)

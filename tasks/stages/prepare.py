@@ -16,7 +16,7 @@ from datasets import Sequence as SequenceFeature
 from datasets import load_dataset
 
 from tasks.config.params import PrepareParams, section
-from tasks.stages.command import run
+from tasks.stages.command import command_line
 from tasks.stages.files import PREPARED, write_samples
 from tlq.data import Rejected, as_text, draw_usable, image_bytes, image_entries, read_json_list, sample_of
 from tlq.runtime.files import new_directory, write_text
@@ -143,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__)

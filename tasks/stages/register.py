@@ -8,13 +8,13 @@ can be reached.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
 import tempfile
 import time
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -52,7 +52,7 @@ from tasks.registry.tracking import (
     running,
     set_tags,
 )
-from tasks.stages.command import run
+from tasks.stages.command import command_line
 from tasks.stages.files import EVALUATION, MODELS, REPORT
 from tlq.recipes import Recipe
 from tlq.runtime.digest import checkpoint_digest
@@ -327,13 +327,14 @@ def _check_floors(params: RegisterParams, evaluation: EvaluateParams) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="only check that MLflow answers")
-    check_only = parser.parse_args().check
+
+
+def main(check: bool = False) -> None:
     params = section("register", RegisterParams)
     client = connect()
-    if check_only:
+    if check:
         if "evaluate" in yaml.safe_load(PARAMS.read_text()):
             _check_floors(params, section("evaluate", EvaluateParams))
         return
@@ -343,4 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__, add_options)

@@ -37,7 +37,7 @@ from tasks.report.page import render_page
 from tasks.report.pictures import TokenPicture, draw_scores, draw_tokens
 from tasks.report.results import Results, read_results
 from tasks.report.tokens import SampleTokens, TokenData, read_token_data, show_samples
-from tasks.stages.command import run
+from tasks.stages.command import command_line
 from tasks.stages.files import EVALUATION, MODELS, REPORT
 from tlq.models.processor import load_processor
 from tlq.runtime.files import new_directory, write_text
@@ -125,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line(main, __doc__)

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -232,8 +231,7 @@ def test_the_stage_shows_its_layers_and_the_checkpoint_knows_its_run(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     params = yaml.safe_load(Path("params.yaml").read_text()) | {"register": {"model_name": "tiny"}}
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    monkeypatch.setattr(sys, "argv", ["calibrate", "--recipe", "tlq", "--scheme", "w3a16"])
-    calibrate.main()
+    calibrate.main("tlq", "w3a16")
     (run,) = runs()
     assert (run.info.status, steps(run)) == ("FINISHED", [0, 1])
     assert run.data.tags[CHECKPOINT] == checkpoint_digest(Path("models/tlq-w3a16"))

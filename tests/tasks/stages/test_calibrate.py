@@ -45,10 +45,9 @@ def workplace(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def stage(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+def stage(workplace: Path) -> Stage:
     def run(recipe: str, scheme: str) -> Path:
-        monkeypatch.setattr("sys.argv", ["calibrate", "--recipe", recipe, "--scheme", scheme])
-        calibrate.main()
+        calibrate.main(recipe, scheme)
         return workplace / "models" / f"{recipe}-{scheme}"
 
     return run
@@ -144,8 +143,7 @@ def test_an_interrupted_export_leaves_the_old_checkpoint(
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr("sys.argv", ["calibrate", "--recipe", "rtn", "--scheme", "w3a16"])
-    calibrate.main()
+    calibrate.main("rtn", "w3a16")
     assert [entry.name for entry in (workplace / "models").iterdir()] == ["rtn-w3a16"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.stages.command import device, run
+from tasks.stages.command import command_line, device, run
+from tasks.stages.planning import add_dry_run
 from tlq.runtime.files import new_directory
 
 ROOT = Path(__file__).parents[3]
@@ -93,6 +95,33 @@ def test_a_stage_started_in_the_wrong_folder_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "ERROR tlq: params.yaml: not found; run from the project's top folder\n"
+
+
+STAGES = ("fetch", "prepare", "importance", "calibset", "calibrate", "evaluate", "report", "register")
+
+
+@pytest.mark.parametrize("module", [*(f"tasks.stages.{stage}" for stage in STAGES), "tasks.preset"])
+def test_help_prints_the_docstring_and_runs_nothing(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder without params.yaml: whatever ran would fail, or leave a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(module, run_name="__main__")
+    assert stopped.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--help" in printed
+    assert len(printed) > 200
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_become_arguments_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["stage", "--dry-run"])
+    calls: list[bool] = []
+    command_line(lambda dry_run: calls.append(dry_run), "A stage.", add_dry_run)
+    assert calls == [True]
 
 
 def test_the_device_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

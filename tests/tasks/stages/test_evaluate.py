@@ -190,15 +190,13 @@ def test_command_line(
     monkeypatch.chdir(tmp_path)
     text = PARAMS.replace("MODEL", str(tiny_checkpoint)).replace("ROWS", str(params.benchmarks[0].data))
     Path("params.yaml").write_text(text)
-    monkeypatch.setattr("sys.argv", ["evaluate", "--variant", "rtn-w3a16"])
     with pytest.raises(FileNotFoundError, match="models/rtn-w3a16: not found; run the calibrate stage of rtn-w3a16"):
-        evaluate.main()
-    monkeypatch.setattr("sys.argv", ["evaluate", "--variant", "full"])
-    evaluate.main()
+        evaluate.main("rtn-w3a16")
+    evaluate.main("full")
     assert Path("evaluation/full/metrics.json").is_file()
     Path("params.yaml").write_text(text.replace("limit: 2", "limits: 2"))
     with pytest.raises(ParamsError, match="evaluate.limits: unknown key"):
-        evaluate.main()
+        evaluate.main("full")
 
 
 def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -263,8 +263,7 @@ def test_a_registration_that_breaks_off_is_failed_and_continued(
     assert "error" not in run.data.tags
 
 
-def test_the_stage_writes_what_it_registered(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["register"])
+def test_the_stage_writes_what_it_registered(workspace: Path) -> None:
     main()
     full, row = json.loads((workspace / "registry.json").read_text())
     assert (full["variant"], full["model"], full["gate"]) == ("full", None, None)

@@ -46,8 +46,7 @@ def workplace(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def run(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage in this process."""
-    monkeypatch.setattr("sys.argv", [stage, *COMMANDS[stage]])
-    {"importance": importance.score, "calibrate": calibrate.quantize}[stage]()
+    {"importance": importance.score, "calibrate": lambda: calibrate.quantize("tlq-c", "w3a16")}[stage]()
 
 
 def result(stage: str) -> dict[str, bytes]:

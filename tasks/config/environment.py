@@ -1,0 +1,78 @@
+"""Every environment variable of this project: name, meaning, default, and the functions that read them.
+
+Variables decide where and how a stage runs, never its result. The library reads two of them itself (``tlq.runtime``,
+``tlq.plan``); they are listed here all the same.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable.
+
+    Attributes:
+        readers: programs that read it, for the documentation.
+        default: value or rule where the variable is not set, for the documentation.
+    """
+
+    name: str
+    readers: str
+    meaning: str
+    default: str
+
+
+VARIABLES: dict[str, Variable] = {
+    variable.name: variable
+    for variable in (
+        Variable(
+            "TLQ_DEVICE", "stage", "device that computes everything: `cpu`, `cuda`, `cuda:1`", "all GPUs, else CPU"
+        ),
+        Variable("TLQ_RANKS", "stage", "processes that share a stage on this machine", "one per GPU, else 1"),
+        Variable(
+            "TLQ_HOST_MEMORY", "stage", "GiB of hidden states that a process keeps in memory", "half of what is free"
+        ),
+        Variable("TLQ_DEVICE_MEMORY", "stage", "GiB of a device to plan for, if less than it has", "what is free"),
+        Variable("TLQ_LOG", "stage", "level of the log; `debug` adds tracebacks of expected errors", "info"),
+        Variable(
+            "TLQ_RESTARTS", "stage, worker", "lost worker runs, or failures of a rank, before a stage gives up", "20"
+        ),
+        Variable("TLQ_HOST", "all", "address under which other machines reach this one", "127.0.0.1"),
+        Variable("TLQ_POOL", "stage, worker", "Prefect work pool whose workers do the work", "none: work here"),
+        Variable("TLQ_POOL_WORKERS", "stage", "worker runs per stage, at most 16", "as many as are online"),
+        Variable("TLQ_POOL_WAIT", "stage", "seconds without any worker before a stage gives up", "600"),
+        Variable("TLQ_POOL_SILENCE", "stage", "seconds without a heartbeat before a worker run counts as lost", "30"),
+        Variable("TLQ_PARALLEL", "flow", "variants processed at the same time", "2, with a GPU 1, with a pool 16"),
+        Variable("TLQ_DATABASE_URL", "services", "PostgreSQL database for both servers", "SQLite files"),
+        Variable("TLQ_PREFECT_PORT", "services", "port of the Prefect server", "4200"),
+        Variable("TLQ_MLFLOW_PORT", "services", "port of the MLflow server", "5000"),
+    )
+}
+
+#: Variables that programs set for processes that they start; nobody sets them by hand.
+INTERNAL = ("TLQ_STORE", "TLQ_FLOW_OWNER")
+
+
+def value(name: str, default: str = "") -> str:
+    """The text of a variable, ``default`` where it is not set or empty.
+
+    Raises:
+        KeyError: the variable is not in ``VARIABLES``.
+    """
+    return os.environ.get(VARIABLES[name].name) or default
+
+
+def positive(name: str, default: int) -> int:
+    """The number that a variable holds.
+
+    Raises:
+        KeyError: the variable is not in ``VARIABLES``.
+        ValueError: its text is no positive number.
+    """
+    stated = os.environ.get(VARIABLES[name].name, str(default))
+    if not stated.isdigit() or int(stated) < 1:
+        raise ValueError(f"{name} is {stated!r}, must be a positive number")
+    return int(stated)
