@@ -279,7 +279,8 @@ def test_every_variant_is_registered_with_answers_per_item(project: Path) -> Non
 def test_the_readmes_registered_model_answers(project: Path) -> None:
     (block,) = [block for block in blocks("python", documents=[ROOT / "README.md"]) if "models:/" in block.code]
     question = pq.read_table(project / "data/demo/world/textvqa.parquet").to_pylist()[0]
-    (project / "sign.png").write_bytes(question["image"]["bytes"])
+    (project / "docs").mkdir(exist_ok=True)
+    (project / "docs/sign.png").write_bytes(question["image"]["bytes"])
     run(project, sys.executable, "-c", block.code)
 
 

@@ -304,7 +304,7 @@ def _chat_message(turn: Any) -> Message:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
         raise ValueError("a turn has no text in `content`")
     if turn.get("role") not in ROLES:
-        raise ValueError(f"a turn is of role {turn.get('role')!r}, not one of {', '.join(ROLES)}")
+        raise ValueError(f"the role of a turn is {turn.get('role')!r}, must be one of {', '.join(ROLES)}")
     return Message(role=ROLES[turn["role"]], content=turn["content"])
 
 
