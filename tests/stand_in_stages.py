@@ -80,4 +80,4 @@ def report() -> None:
 
 if __name__ == "__main__":
     module = sys.argv[2]
-    globals()["demo" if module == "demo.make" else module.rpartition(".")[2]]()
+    globals()["demo" if module == "demo.make" else module.removeprefix("tasks.stages.")]()

@@ -1,4 +1,4 @@
-"""The parts of the comparisons that decide what is run and what is written."""
+"""The selection of runs and the written tables of bench.ablation and bench.peers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import ablation
-from bench.peers import equal_length_inputs
+from bench.peers import Setup, contenders, equal_length_inputs
 from bench.sections import table
 from tlq.samples import Sample
 
@@ -25,7 +25,7 @@ def row(recipe: str, seed: int, kl: float, factor: str = "default", level: str =
     return {**names, "score": 90.0, "nll": 0.1, "kl": kl, "items": 400, "seconds": 1.0}
 
 
-def test_a_study_changes_one_choice_at_a_time() -> None:
+def test_ablation_changes_one_choice_at_a_time() -> None:
     names = [choice.name for choice in ablation.study()]
     assert len(names) == len(set(names))
     base, *others = ablation.choices(ablation.get_recipe("tlq-c"))
@@ -34,30 +34,42 @@ def test_a_study_changes_one_choice_at_a_time() -> None:
         assert sum(getattr(choice, field) != getattr(base, field) for field in fields) == 1, choice.name
 
 
-def test_what_is_done_is_not_run_again(results: Path) -> None:
-    ablation._append(row("mbq", 0, 0.1), set())
-    planned = list(ablation._plan([0, 1], ["w3a16"], ablation._finished(), "mbq: default"))
-    assert [(seed, [choice.name for choice, _ in wanted]) for seed, _, wanted in planned] == [(1, ["mbq: default "])]
+def test_remaining_runs_skip_runs_with_a_result(results: Path) -> None:
+    ablation.append_result(row("mbq", 0, 0.1), set())
+    remaining = list(ablation.remaining_runs([0, 1], ["w3a16"], ablation.finished_runs(), "mbq: default"))
+    assert [(seed, [choice.name for choice, _ in runs]) for seed, _, runs in remaining] == [(1, ["mbq: default "])]
 
 
-def test_the_summary_has_means_over_seeds_with_intervals(results: Path) -> None:
+def test_summary_has_means_over_seeds_with_intervals(results: Path) -> None:
     done: set[tuple[Any, ...]] = set()
-    ablation._append({**row("full", 0, 0.0), "factor": "", "scheme": ""}, done)
+    ablation.append_result({**row("full", 0, 0.0), "factor": "", "scheme": ""}, done)
     for seed, kl in enumerate((0.1, 0.2, 0.3)):
-        ablation._append(row("mbq", seed, kl), done)
-    ablation._append(row("mbq", 2, 9.9), done)  # a run that is there already
+        ablation.append_result(row("mbq", seed, kl), done)
+    ablation.append_result(row("mbq", 2, 9.9), done)  # a run that has a result
     ablation.summarise()
     text = (results / "docs/ablation.md").read_text()
     assert "| mbq | default | 0.2000 ± 0.2484 | 0.1000 | 90.0 | 3 |" in text
     assert (results / "docs/ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_peers_get_batches_without_padding(tiny_processor: Any, samples: list[Sample]) -> None:
+def test_peer_inputs_have_no_padding(tiny_processor: Any, samples: list[Sample]) -> None:
     image_id = tiny_processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     batches = equal_length_inputs(samples, tiny_processor, image_id)
     assert all(bool(inputs["attention_mask"].all()) for inputs in batches)
     assert sum(len(inputs["input_ids"]) for inputs in batches) == len(samples)
 
 
-def test_a_table_has_a_row_per_contender() -> None:
-    assert table([{"contender": "tlq", "KL": "0.1"}]) == ["| contender | KL |", "|---|---|", "| tlq | 0.1 |"]
+def test_contenders_share_model_scheme_and_dtype(tmp_path: Path) -> None:
+    setup = Setup(Path("model"), 2, 64, Path("peers/python"), ("tlq",), "cuda")
+    commands = dict(contenders(setup, tmp_path))
+    assert list(commands) == ["llm-compressor awq", "llm-compressor gptq", "tlq"]
+    for command in commands.values():
+        words = command[command.index("--model") :]
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        assert (options["--model"], options["--dtype"]) == ("model", "bfloat16")
+        assert options.get("--bits") == "2" or options["--scheme"] == "w2a16"
+
+
+def test_table_keeps_columns_and_rows_in_order() -> None:
+    rows = [{"contender": "tlq", "KL": "0.1"}, {"KL": "0.2", "contender": "awq"}]
+    assert table(rows) == ["| contender | KL |", "|---|---|", "| tlq | 0.1 |", "| awq | 0.2 |"]
