@@ -1,12 +1,12 @@
-"""Which choices of TLQ matter: one changed at a time, over calibration seeds, on held-out items of the demo.
+"""Ablation: change one choice of TLQ at a time and measure it on held-out items of the demo, over calibration seeds.
 
     python -m bench.ablation --seeds 0 1 2
     python -m bench.ablation --summarise
 
 Every run calibrates the model on samples drawn with its seed and measures, on the same held-out items, the KL
-divergence from full precision, the NLL of the reference answers, and the score. Results are appended to
-bench/results/ablation.csv as they come; a run that is there already is not repeated, so an interrupted study continues.
-``--summarise`` writes docs/ablation.md and docs/ablation.png from them.
+divergence from full precision, the NLL of the reference answers, and the score. Each result is appended to
+bench/results/ablation.csv when its run ends; a run with a result is not repeated, so an interrupted study continues.
+``--summarise`` writes docs/ablation.md and docs/ablation.png from the results.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ logger = logging.getLogger("bench.ablation")
 RESULTS = Path("bench/results/ablation.csv")
 DOCS = Path("docs")
 
-#: What tells one run from another.
+#: Columns that identify a run.
 _KEY = ("recipe", "factor", "level", "scheme", "seed")
 
-#: Schemes in which choices are studied; recipes with their defaults are compared in all.
+#: Schemes at which choices are varied; the recipes' defaults are compared at every scheme.
 _STUDIED = ("w3a16", "w2a16")
 
 
@@ -60,7 +60,7 @@ class Choice:
     """One row of the study: a recipe and how its tokens are weighted and chosen.
 
     Attributes:
-        factor, level: what differs from the recipe's default, and how.
+        factor, level: the choice that differs from the recipe's default, and its value.
         samples: size of the pool of calibration samples.
     """
 
@@ -77,7 +77,7 @@ class Choice:
 
 
 def choices(base: Recipe) -> list[Choice]:
-    """The default of ``base``, and every deviation from it that is studied."""
+    """The default of ``base``, and every studied deviation from it."""
     scaling = base.equalization
     budgets = [("1024", 1024), ("2048", 2048), ("8192", 8192), ("16384", 16384)]
     return [
@@ -107,7 +107,7 @@ def choices(base: Recipe) -> list[Choice]:
 
 
 def study() -> list[Choice]:
-    """Baselines with their own defaults, then `tlq-c` with one choice changed at a time; `tlq` by source alone."""
+    """Baselines with their defaults, ``tlq`` by source of importance, ``tlq-c`` with one choice changed at a time."""
     baselines = [Choice("default", "", get_recipe(name)) for name in ("rtn", "smoothquant", "awq", "gptq", "mbq")]
     baselines.append(Choice("text", "answers only", get_recipe("mbq"), Weighting(text="answer")))
     plain = [choice for choice in choices(get_recipe("tlq")) if choice.factor in ("default", "importance")]
@@ -115,7 +115,7 @@ def study() -> list[Choice]:
 
 
 def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, seed: int) -> dict[str, float]:
-    """Calibrate a copy of the model as ``choice`` says, and measure it."""
+    """Calibrate a copy of the model with ``choice``, and return its score, KL, NLL and seconds."""
     model = copy.deepcopy(laboratory.model)
     weights: Mapping[Any, Any] = {}
     if choice.recipe.needs_data:
@@ -128,7 +128,7 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
 
 
 class Pool:
-    """Calibration samples drawn with one seed, with their importance."""
+    """Calibration samples drawn with one seed, and their importance."""
 
     def __init__(self, laboratory: Laboratory, size: int, seed: int) -> None:
         params = PrepareParams(
@@ -157,26 +157,27 @@ class Pool:
 
 
 def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: str | None) -> None:
-    done = _finished()
+    """Run every choice that has no result yet, and append its result."""
+    done = finished_runs()
     with tempfile.TemporaryDirectory() as folder:
         laboratory = Laboratory(items, Path(folder))
-        _append({"recipe": "full", "factor": "", "level": "", "scheme": "", "seed": 0, **laboratory.full}, done)
-        for seed, size, wanted in _plan(seeds, schemes, done, only):
+        append_result({"recipe": "full", "factor": "", "level": "", "scheme": "", "seed": 0, **laboratory.full}, done)
+        for seed, size, runs in remaining_runs(seeds, schemes, done, only):
             pool = Pool(laboratory, size, seed)
-            for choice, scheme in wanted:
+            for choice, scheme in runs:
                 logger.info("%s, %s, seed %d", choice.name, scheme, seed)
                 measured = run_choice(laboratory, choice, scheme, pool, seed)
-                _append({**_key(choice, scheme, seed), **measured}, done)
+                append_result({**_key(choice, scheme, seed), **measured}, done)
 
 
-def _plan(
+def remaining_runs(
     seeds: Sequence[int], schemes: Sequence[str], done: set[tuple[Any, ...]], only: str | None
 ) -> Iterator[tuple[int, int, list[tuple[Choice, str]]]]:
-    """What is left to do, by seed and pool size, so that importance is scored once per pool."""
+    """Yield (seed, pool size, runs without a result), so that importance is scored once per pool."""
     rows = [choice for choice in study() if only is None or choice.recipe.name == only or only in choice.name]
     for seed in seeds:
         for size in sorted({choice.samples for choice in rows}, reverse=True):
-            wanted = [
+            runs = [
                 (choice, scheme)
                 for choice in rows
                 for scheme in schemes
@@ -184,8 +185,8 @@ def _plan(
                 and (choice.factor == "default" or scheme in _STUDIED)
                 and tuple(_key(choice, scheme, seed).values()) not in done
             ]
-            if wanted:
-                yield seed, size, wanted
+            if runs:
+                yield seed, size, runs
 
 
 def _key(choice: Choice, scheme: str, seed: int) -> dict[str, Any]:
@@ -198,14 +199,16 @@ def _key(choice: Choice, scheme: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _finished() -> set[tuple[Any, ...]]:
+def finished_runs() -> set[tuple[Any, ...]]:
+    """Keys of the runs that have a result."""
     if not RESULTS.exists():
         return set()
     frame = pd.read_csv(RESULTS, keep_default_na=False)
     return set(frame[list(_KEY)].itertuples(index=False, name=None))
 
 
-def _append(row: dict[str, Any], done: set[tuple[Any, ...]]) -> None:
+def append_result(row: dict[str, Any], done: set[tuple[Any, ...]]) -> None:
+    """Append the result of a run to the file and its key to ``done``; skip a run that has a result."""
     key = tuple(row[name] for name in _KEY)
     if key in done:
         return
@@ -235,7 +238,7 @@ def summarise() -> None:
         )
         .reset_index()
     )
-    order = {(choice.recipe.name, choice.factor, choice.level): number for number, choice in enumerate(study())}
+    order = {(choice.recipe.name, choice.factor, choice.level): place for place, choice in enumerate(study())}
     keys = zip(table["recipe"], table["factor"], table["level"], strict=True)
     table = table.assign(place=[order[key] for key in keys]).sort_values("place", kind="stable")
     spreads, seeds = table["spread"].to_numpy(float), table["seeds"].to_numpy(int)
@@ -243,12 +246,16 @@ def summarise() -> None:
     lines = [
         "# Which choices matter",
         "",
-        "Demo model, one choice changed at a time. KL divergence from full precision and negative log-likelihood of",
-        f"the reference answers in nats per answer token on {int(full['items'])} held-out items; score in percent,",
-        "mean of the four demo benchmarks. Means over calibration seeds, KL with its 95 % interval (Student's t). The",
-        "last column compares with the recipe's default on the same seeds: geometric mean of the ratios of KL with its",
-        "95 % interval, below 1 where the choice is better than the default. Made by `python -m bench.ablation`. Full",
-        f"precision: score {float(full['score']):.1f}, NLL {float(full['nll']):.4f}.",
+        "[All pages](README.md)",
+        "",
+        "The study changes one choice at a time on the demo model. KL is the divergence from full precision and NLL",
+        "the negative log-likelihood of the reference answers, both in nats per answer token on "
+        f"{int(full['items'])} held-out items. The",
+        "score is in percent, the mean of the four demo benchmarks. All figures are means over calibration seeds;",
+        "KL has its 95 % interval (Student's t). The last column compares with the recipe's default on the same seeds:",
+        "it is the geometric mean of the ratios of KL with its 95 % interval, and is below 1 where the choice is",
+        "better than the default. `python -m bench.ablation` wrote this page. Full precision has score "
+        f"{float(full['score']):.1f} and NLL {float(full['nll']):.4f}.",
     ]
     for scheme in _schemes(table):
         lines += ["", f"## {scheme.upper()}", "", "| recipe | choice | KL | NLL | score | seeds | x default |"]
@@ -265,13 +272,13 @@ def summarise() -> None:
 
 
 def _schemes(table: pd.DataFrame) -> list[str]:
-    """The schemes of a table, those in which choices are studied first."""
-    found = set(table["scheme"])
-    return [*(name for name in _STUDIED if name in found), *sorted(found - set(_STUDIED))]
+    """The schemes of a table; those with varied choices come first."""
+    schemes = set(table["scheme"])
+    return [*(name for name in _STUDIED if name in schemes), *sorted(schemes - set(_STUDIED))]
 
 
 def _log_ratios(runs: pd.DataFrame) -> pd.Series:
-    """Logarithm of a run's KL over that of its recipe's default with the same scheme and seed."""
+    """log(KL of a run / KL of its recipe's default with the same scheme and seed)."""
     by = ["recipe", "scheme", "seed"]
     defaults = runs[runs["factor"] == "default"].set_index(by)["kl"].rename("default")
     return (runs["kl"] / runs.join(defaults, on=by)["default"]).map(np.log)
@@ -286,7 +293,7 @@ def _ratio(row: Any) -> str:
 
 
 def _interval(half: Any) -> str:
-    """Half width of an interval as text; one seed has none."""
+    """Half width of an interval as text; empty for a single seed."""
     return "" if np.isnan(half) else f" ± {half:.4f}"
 
 
@@ -323,8 +330,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="+", default=["w3a16", "w2a16", "w4a8"])
     parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
-    parser.add_argument("--only", help="a recipe, or part of a choice's name")
-    parser.add_argument("--summarise", action="store_true", help="only write the table and the picture")
+    parser.add_argument("--only", help="run only this recipe, or the choices whose name contains this text")
+    parser.add_argument("--summarise", action="store_true", help="write the table and the picture without new runs")
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     quiet_libraries()

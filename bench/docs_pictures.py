@@ -1,4 +1,4 @@
-"""The pictures of docs/how-tlq-works.md, from a run of the pipeline with the recipes tlq and tlq-c at W3A16.
+"""Draw the pictures of docs/how-tlq-works.md from a pipeline run with the recipes tlq and tlq-c at W3A16.
 
     dvc exp run -S 'variants.recipes=[tlq,tlq-c]' -S 'variants.schemes=[w3a16]' calibrate
     python -m bench.docs_pictures
@@ -33,14 +33,14 @@ RECIPES = ("tlq", "tlq-c")
 
 
 def concentration(values: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of all importance that the most important tokens hold, for shares ``points`` of the tokens."""
+    """Share of the total importance that the most important tokens hold, for each share of tokens in ``points``."""
     ordered = np.sort(values)[::-1]
     held = np.concatenate([[0.0], np.cumsum(ordered) / ordered.sum()])
     return np.interp(points, np.linspace(0, 1, len(held)), held)
 
 
 def draw_concentration(scores: Importance) -> Figure:
-    """How few tokens hold most of the importance, by linear group, mean over layers."""
+    """Cumulative share of importance over tokens, most important first, by linear group, mean over layers."""
     figure = new_figure(5.2, 3.4)
     axes = figure.subplots()
     points = np.geomspace(5e-4, 1, 300)
@@ -59,23 +59,23 @@ def draw_concentration(scores: Importance) -> Figure:
 
 
 def read_errors(variant: str) -> pd.DataFrame:
-    """Per layer and group of a checkpoint: layer, group, error_before, error_after."""
+    """Errors of a checkpoint with columns layer, group, error_before, error_after."""
     path = MODELS / variant / "calibration.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; run the command above in this module's docstring first")
+        raise FileNotFoundError(f"{path}: not found; run the commands in the docstring of this module first")
     return pd.DataFrame(json.loads(path.read_text())["groups"])
 
 
 def draw_gains(errors: Mapping[str, pd.DataFrame]) -> Figure:
-    """What is left of plain rounding's error, layer by layer, for each recipe; one panel per linear group."""
+    """Remaining share of plain rounding's error, layer by layer, for each recipe; one panel per linear group."""
     groups: Sequence[str] = list(dict.fromkeys(next(iter(errors.values()))["group"]))
     figure = new_figure(9.6, 2.9)
     panels = figure.subplots(1, len(groups), sharey=True)
     for axes, group in zip(panels, groups, strict=True):
         for (recipe, frame), color in zip(errors.items(), SERIES, strict=False):
             part = frame[frame["group"] == group].sort_values("layer")
-            left = 100 * part["error_after"] / part["error_before"]
-            axes.plot(part["layer"], left, "o-", color=color, markersize=5, label=recipe)
+            remaining = 100 * part["error_after"] / part["error_before"]
+            axes.plot(part["layer"], remaining, "o-", color=color, markersize=5, label=recipe)
         axes.axhline(100, color=MUTED, linewidth=1, linestyle="--")
         axes.set_title(group, color=INK)
         axes.set_xlabel("layer")

@@ -1,9 +1,9 @@
-"""Items per second of the evaluation against plain lm-eval with its own loader and model class, on the demo.
+"""Compare the evaluation's items per second on the demo with plain lm-eval, with its own loader and model class.
 
     python -m bench.evaluate --model data/demo/model --items 64 --batch 32
 
-Same model object, prompts, scorers and greedy decoding; each contender reads its data itself. The last row also
-measures the reference answers, which lm-eval has nothing like.
+All contenders use the same model object, prompts, scorers and greedy decoding; each reads its data itself. The last row
+also measures KL and NLL on the reference answers, a feature that lm-eval does not have.
 """
 
 import argparse
@@ -24,14 +24,12 @@ from benchmarks.harness import FOLDER, load_benchmarks, run_benchmarks
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 
-log = logging.getLogger(__name__)
-
 TASKS = ("textvqa", "chartqa", "ocrbench", "mmmu")
 MAX_NEW_TOKENS = 16
 
 
 class Discard:
-    """Meter that measures and keeps nothing, for the cost alone."""
+    """Meter that stores no result, to measure the cost of the forward passes alone."""
 
     def wants(self, key: ItemKey) -> bool:
         return True
@@ -41,6 +39,7 @@ class Discard:
 
 
 def ours(model: Any, processor: Any, items: int, batch: int, divergence: bool) -> int:
+    """Evaluate with this project's harness; returns the number of items."""
     sources = [BenchmarkSource(f"demo_{name}", data=f"data/demo/world/{name}.parquet") for name in TASKS]
     meter = Discard() if divergence else None
     results = run_benchmarks(
@@ -50,7 +49,7 @@ def ours(model: Any, processor: Any, items: int, batch: int, divergence: bool) -
 
 
 def plain(model: Any, processor: Any, items: int, batch: int) -> int:
-    """lm-eval as it comes; the processor is handed over because it looks for one on disk that needs torchvision."""
+    """Evaluate with plain lm-eval; it receives the processor, since the one it would load needs torchvision."""
 
     class Plain(HFMultimodalLM):
         def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +65,7 @@ def plain(model: Any, processor: Any, items: int, batch: int) -> int:
 
 
 def rate(run: Callable[[], int]) -> tuple[float, float]:
-    """Items per second of wall time, and per second of processor time."""
+    """Items per second of wall time, and per second of CPU time."""
     wall, processor = time.perf_counter(), time.process_time()
     items = run()
     return items / (time.perf_counter() - wall), items / (time.process_time() - processor)
@@ -77,18 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="data/demo/model")
     parser.add_argument("--items", type=int, default=64, help="per benchmark")
     parser.add_argument("--batch", type=int, default=32)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = load_model(given.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(given.model)
+    model = load_model(options.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(options.model)
     contenders: dict[str, Callable[[], int]] = {
-        "lm-eval, batch 1": lambda: plain(model, processor, given.items, 1),
-        f"lm-eval, batch {given.batch}": lambda: plain(model, processor, given.items, given.batch),
-        f"ours, batch {given.batch}": lambda: ours(model, processor, given.items, given.batch, False),
-        f"ours with NLL, batch {given.batch}": lambda: ours(model, processor, given.items, given.batch, True),
+        "lm-eval, batch 1": lambda: plain(model, processor, options.items, 1),
+        f"lm-eval, batch {options.batch}": lambda: plain(model, processor, options.items, options.batch),
+        f"ours, batch {options.batch}": lambda: ours(model, processor, options.items, options.batch, False),
+        f"ours with NLL, batch {options.batch}": lambda: ours(model, processor, options.items, options.batch, True),
     }
-    ours(model, processor, 2, given.batch, True)  # warm up
+    ours(model, processor, 2, options.batch, True)  # warm up
     lines = [f"{'':28}{'items/s':>10}{'items/cpu s':>14}"]
     for name, run in contenders.items():
         wall, cpu = rate(run)

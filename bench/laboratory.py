@@ -1,4 +1,4 @@
-"""The demo model's held-out items, full precision's answers to them, and how far a quantized model is from those."""
+"""Evaluation on the demo model's held-out items: score, and KL and NLL against the answers of full precision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ WORLD = Path("data/demo/world")
 
 
 class Laboratory:
-    """The model, the held-out items, and full precision's answers to them."""
+    """The full-precision demo model, its held-out items, and its answers to them.
+
+    Attributes:
+        full: score, NLL, KL and number of items of full precision.
+    """
 
     def __init__(self, items: int, folder: Path) -> None:
         self.model = load_model(MODEL, torch.float32, device())

@@ -1,4 +1,4 @@
-"""One job in a process that holds nothing else, for bench.memory: writes how much memory it took."""
+"""One job for bench.memory in a process of its own; writes the memory and seconds that the job took."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from tlq.samples import encode_batches, image_token_id
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=("importance", "quantize"), help="importance alone, or with all that follows")
+    parser.add_argument(
+        "job", choices=("importance", "quantize"), help="importance alone, or also calibration and export"
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--samples", type=Path, required=True, help="pickled samples")
     parser.add_argument("--out", type=Path, required=True)
@@ -38,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     samples = pickle.loads(arguments.samples.read_bytes())
-    # Four points of the grid: how many there are takes time and no memory.
+    # Four grid points are enough: their number affects time, but not memory.
     recipe = get_recipe(arguments.recipe)
     recipe = replace(recipe, equalization=replace(recipe.equalization, points=4))
     scheme, alone = get_scheme("w3a16"), Ranks()

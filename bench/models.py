@@ -1,7 +1,7 @@
-"""Checkpoints with random weights for measurements, written layer by layer, and demo samples to calibrate them on.
+"""Checkpoints with random weights for measurements, written layer by layer, and demo samples for their calibration.
 
-The architecture is Qwen2-VL, the processor the demo model's: time and memory depend on shapes, not on what the weights
-say.
+The architecture is Qwen2-VL and the processor is the demo model's: time and memory depend on shapes, not on the values
+of weights.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Shape:
     """Sizes of a Qwen2-VL: of its decoder, its vocabulary, and its vision tower.
 
     Attributes:
-        heads, key_value_heads: heads of 64 or 128 channels.
-        pixels: largest area of a picture; bigger ones are shrunk.
+        heads, key_value_heads: number of attention heads; a head has 64 or 128 channels.
+        pixels: largest area of a picture; larger pictures are scaled down.
     """
 
     hidden: int
@@ -69,17 +69,17 @@ SHAPES: dict[str, Shape] = {
 
 
 def write_random_model(folder: Path, shape: Shape, seed: int = 0) -> Path:
-    """A checkpoint with one safetensors file per decoder layer; no more than a layer is ever in memory."""
+    """Write a checkpoint with one safetensors file per decoder layer; at most one layer is in memory."""
     folder.mkdir(parents=True)
     config = _config(shape)
     with init_empty_weights():
         model: Any = Qwen2VLForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
-    inside = f"{architecture_of(config).layers}."
+    prefix = f"{architecture_of(config).layers}."
     by_file: dict[str, list[str]] = {}
     for name in model.state_dict():
-        number = name.removeprefix(inside).split(".")[0] if name.startswith(inside) else "outside"
-        by_file.setdefault(f"model-{number}.safetensors", []).append(name)
+        layer = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else "outside"
+        by_file.setdefault(f"model-{layer}.safetensors", []).append(name)
     weight_map: dict[str, str] = {}
     for file, names in by_file.items():
         tensors = {name: _random(name, model.get_parameter(name).shape, generator) for name in names}
@@ -89,7 +89,7 @@ def write_random_model(folder: Path, shape: Shape, seed: int = 0) -> Path:
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     copy_processor_files(MODEL, folder)
-    _let_pictures_be(folder / "preprocessor_config.json", shape)
+    _set_picture_size(folder / "preprocessor_config.json", shape)
     return folder
 
 
@@ -108,14 +108,14 @@ def _config(shape: Shape) -> Any:
 
 
 def _random(name: str, size: torch.Size, generator: torch.Generator) -> Tensor:
-    """Gains 1, biases 0, all else normal: as transformers initialises."""
+    """Initial weights as in transformers: gains are 1, biases are 0, all others are normal."""
     if len(size) == 1:
         return torch.full(size, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
     return (_DEVIATION * torch.randn(size, generator=generator)).bfloat16()
 
 
-def _let_pictures_be(path: Path, shape: Shape) -> None:
-    """Let the image processor cut pictures as the model's shape says."""
+def _set_picture_size(path: Path, shape: Shape) -> None:
+    """Set patch size and picture size of the image processor to the model's shape."""
     settings = json.loads(path.read_text())
     settings["patch_size"] = shape.patch
     settings["size"] = {"shortest_edge": 16 * (2 * shape.patch) ** 2, "longest_edge": shape.pixels}
@@ -123,7 +123,7 @@ def _let_pictures_be(path: Path, shape: Shape) -> None:
 
 
 def demo_samples(count: int, seed: int = 0) -> list[Sample]:
-    """Questions about rendered pictures, about 50 tokens each."""
+    """Questions about rendered pictures, each about 50 tokens long."""
     return [
         _sample(row["id"], row["image"]["bytes"], row["question"], row["answer"])
         for row in calibration_rows(seed, count)
@@ -131,15 +131,15 @@ def demo_samples(count: int, seed: int = 0) -> list[Sample]:
 
 
 def large_samples(count: int, width: int = 640, height: int = 480, words: int = 100, seed: int = 0) -> Iterator[Sample]:
-    """Noise of the size of a photograph with an answer of so many words: as long as samples of LLaVA data."""
+    """Noise images of the size of a photograph with answers of ``words`` words, as long as samples of LLaVA data."""
     generator = np.random.default_rng(seed)
     vocabulary = [sample.messages[-1]["content"] for sample in demo_samples(64, seed)]
-    for number in range(count):
+    for index in range(count):
         pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         answer = " ".join(generator.choice(vocabulary, words))
-        yield _sample(f"large-{number}", buffer.getvalue(), "Describe the picture.", answer)
+        yield _sample(f"large-{index}", buffer.getvalue(), "Describe the picture.", answer)
 
 
 def _sample(identifier: str, image: bytes, question: str, answer: str) -> Sample:

@@ -1,8 +1,8 @@
 """Quantize a checkpoint with llm-compressor, on calibration inputs made by bench.peers.
 
-Runs in an environment of its own (`make peers-env`), since llm-compressor pins other versions; imports nothing of
-this project. Where there is a GPU the library uses it. Writes the compressed checkpoint and measured.json: wall seconds
-of the quantization itself, peak MiB of the GPU's memory, or of resident memory without one.
+Runs in a separate environment (``make peers-env``), because llm-compressor pins other versions; imports nothing of this
+project. The library uses a GPU if there is one. Writes the compressed checkpoint and measured.json: wall seconds of the
+quantization itself, and peak MiB of the GPU's memory, or of resident memory without a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYER = "Qwen2VLDecoderLayer"
 
 
 def modifier(method: str, bits: int, group_size: int) -> AWQModifier | GPTQModifier:
-    """AWQ or GPTQ with the library's defaults, asymmetric groups."""
+    """AWQ or GPTQ with the library's defaults and asymmetric groups."""
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    if not torch.accelerator.is_available():  # AWQ pins memory, which needs one
+    if not torch.accelerator.is_available():  # AWQ pins memory, which needs an accelerator
         setattr(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)  # noqa: B010
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
     inputs = torch.load(arguments.inputs)
@@ -66,7 +66,7 @@ def main() -> None:
     if torch.cuda.is_initialized():
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
-        status = Path("/proc/self/status").read_text()  # as tlq.runtime.memory, which this environment does not have
+        status = Path("/proc/self/status").read_text()  # as in tlq.runtime.memory, not installed here
         peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
     (arguments.out / "measured.json").write_text(json.dumps({"seconds": seconds, "peak_mib": peak}))
 

@@ -1,8 +1,7 @@
 """Quantize a checkpoint with one of our recipes, on samples written by bench.peers.
 
-Imports what a user of ``tlq.api`` does. Writes the checkpoint and measured.json: wall seconds of everything, those
-of them that went into the layers, by phase as well, and peak MiB of the GPU's memory, or of resident memory without
-one.
+Uses the same function as a user of ``tlq.api``. Writes the checkpoint and measured.json: total wall seconds, the
+seconds spent on layers (sum and by phase), and peak MiB of the GPU's memory, or of resident memory without a GPU.
 """
 
 from __future__ import annotations

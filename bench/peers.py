@@ -1,13 +1,14 @@
-"""TLQ beside llm-compressor: same checkpoint, same samples, same scheme, one run, in turn.
+"""Compare TLQ with llm-compressor on the same checkpoint, samples and scheme, with runs that take turns.
 
     make peers-env                               # llm-compressor in an environment of its own
     python -m bench.peers
     python -m bench.peers --models qwen2-vl-7b   # on a GPU
 
-Every contender quantizes in a process of its own (bench/peer_ours.py, bench/peer_llmcompressor.py): wall seconds of
-the quantization itself, with and without the scoring of token importance, which the pipeline does once for all recipes
-and schemes, and peak memory of the process. On the demo model the exported checkpoints of all are scored by the same
-code on the same held-out items; larger models with random weights give time and memory only. Writes docs/peers.md.
+Every contender quantizes in a separate process (bench/peer_ours.py, bench/peer_llmcompressor.py). Measured are the wall
+seconds of the quantization, with and without the scoring of token importance (which the pipeline does once for all
+recipes and schemes), and the peak memory of the process. On the demo model the same code also scores all exported
+checkpoints on the same held-out items; larger models with random weights yield time and memory only. Writes
+docs/peers.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -47,17 +48,41 @@ logger = logging.getLogger("bench.peers")
 
 OURS = ("awq", "gptq", "tlq", "tlq-c")
 PEERS = ("awq", "gptq")
-#: The model for a GPU.
+#: The model that needs a GPU.
 LARGE = "qwen2-vl-7b"
-#: Whose speed is held against whose.
+#: Pairs (our recipe, peer) whose speed is compared.
 RIVALS = (("tlq", "llm-compressor awq"), ("tlq-c", "llm-compressor gptq"))
 BATCH = 8
-#: Group size of the scheme with so many bits.
+#: Bits of the scheme -> group size.
 GROUP_SIZES = {3: 128, 2: 64}
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What all contenders share.
+
+    Attributes:
+        model: checkpoint to quantize.
+        bits, group_size: of the scheme, weight-only.
+        python: interpreter of llm-compressor's environment.
+        recipes: our recipes.
+        device: `cpu` (float32) or `cuda` (bfloat16).
+    """
+
+    model: Path
+    bits: int
+    group_size: int
+    python: Path
+    recipes: Sequence[str] = OURS
+    device: str = "cpu"
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+
 def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int) -> list[dict[str, Tensor]]:
-    """What the model takes, in micro-batches of samples of one length, so that nobody sees padding."""
+    """Model inputs in micro-batches of samples of equal length, so that no contender processes padding."""
     alone = encode_batches(samples, processor, image_id, 1, 10**6)
     of_length = {batch.samples[0]: batch.input_ids.shape[1] for batch in alone}
     inputs: list[dict[str, Tensor]] = []
@@ -68,26 +93,22 @@ def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int
     return inputs
 
 
-def contenders(
-    model: Path, work: Path, bits: int, group_size: int, python: Path, recipes: Sequence[str], device: str
-) -> Iterator[tuple[str, list[str]]]:
-    """Name and command of every contender, ``recipes`` being ours; they write to work/<name>."""
-    scheme = f"w{bits}a16"
-    dtype = "float32" if device == "cpu" else "bfloat16"
+def contenders(setup: Setup, work: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and command of every contender; each command writes to a folder in ``work``."""
     for method in PEERS:
-        command = [str(python), "bench/peer_llmcompressor.py", "--model", str(model), "--method", method]
-        command += ["--inputs", str(work / "inputs.pt"), "--bits", str(bits), "--group-size", str(group_size)]
-        command += ["--dtype", dtype]
+        command = [str(setup.python), "bench/peer_llmcompressor.py", "--model", str(setup.model), "--method", method]
+        command += ["--inputs", str(work / "inputs.pt"), "--bits", str(setup.bits)]
+        command += ["--group-size", str(setup.group_size), "--dtype", setup.dtype]
         yield f"llm-compressor {method}", [*command, "--out", str(work / f"peer-{method}")]
-    for recipe in recipes:
-        command = [sys.executable, "-m", "bench.peer_ours", "--model", str(model), "--recipe", recipe]
-        command += ["--samples", str(work / "samples.pickle"), "--scheme", scheme, "--batch-size", str(BATCH)]
-        command += ["--dtype", dtype, "--device", device]
+    for recipe in setup.recipes:
+        command = [sys.executable, "-m", "bench.peer_ours", "--model", str(setup.model), "--recipe", recipe]
+        command += ["--samples", str(work / "samples.pickle"), "--scheme", f"w{setup.bits}a16"]
+        command += ["--batch-size", str(BATCH), "--dtype", setup.dtype, "--device", setup.device]
         yield recipe, [*command, "--out", str(work / recipe)]
 
 
 def run_contender(name: str, command: list[str]) -> tuple[dict[str, float], Path]:
-    """Measured seconds and peak memory, and where its checkpoint is."""
+    """Run a contender; returns its measured seconds and peak memory, and the folder of its checkpoint."""
     out = Path(command[command.index("--out") + 1])
     shutil.rmtree(out, ignore_errors=True)
     logger.info("%s", name)
@@ -96,7 +117,7 @@ def run_contender(name: str, command: list[str]) -> tuple[dict[str, float], Path
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stderr[-1500:]}")
     measured = json.loads((out / "measured.json").read_text())
-    logger.info("%s", {what: round(value, 1) for what, value in measured.items()})
+    logger.info("%s", {name: round(value, 1) for name, value in measured.items()})
     return measured, out
 
 
@@ -108,27 +129,20 @@ def load_dequantized(folder: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-def compare(
-    model: Path,
-    samples: list[Sample],
-    bits: int,
-    group_size: int,
-    python: Path,
-    repeats: int,
-    lab: Laboratory | None,
-    recipes: Sequence[str] = OURS,
-    device: str = "cpu",
-) -> list[str]:
-    """A table with a row per contender: seconds (median, min, max), peak MiB, KL and NLL gap; and who is faster."""
+def compare(setup: Setup, samples: list[Sample], repeats: int, lab: Laboratory | None) -> list[str]:
+    """Markdown lines: a table with a row per contender, the ratios of seconds, and our seconds by phase.
+
+    The table has seconds (median, min, max), peak MiB and, with ``lab``, KL and NLL gap.
+    """
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "samples.pickle").write_bytes(pickle.dumps(samples))
-        inputs = equal_length_inputs(samples, load_processor(model), image_token_id(_config(model)))
+        inputs = equal_length_inputs(samples, load_processor(setup.model), image_token_id(_config(setup.model)))
         torch.save(inputs, work / "inputs.pt")
         measured: dict[str, list[dict[str, float]]] = {}
         quality: dict[str, dict[str, float]] = {}
         for repeat in range(repeats):
-            for name, command in contenders(model, work, bits, group_size, python, recipes, device):
+            for name, command in contenders(setup, work):
                 figures, out = run_contender(name, command)
                 measured.setdefault(name, []).append(figures)
                 if lab is not None and repeat == 0:
@@ -140,21 +154,21 @@ def compare(
         *table(rows),
         "",
         *(_ratio(measured, *rivals) for rivals in RIVALS),
-        *(_by_phase(recipe, measured[recipe]) for recipe in recipes),
+        *(_by_phase(recipe, measured[recipe]) for recipe in setup.recipes),
     ]
 
 
-def _ratio(measured: dict[str, list[dict[str, float]]], own: str, peer: str) -> str:
-    """How many times faster ``own`` was than ``peer``, run by run, and without token importance."""
+def _ratio(measured: dict[str, list[dict[str, float]]], recipe: str, peer: str) -> str:
+    """Seconds of ``peer`` over seconds of ``recipe``, run by run, with and without token importance."""
     texts = []
-    for what in ("seconds", "layers"):
-        ratios = [b["seconds"] / a[what] for a, b in zip(measured[own], measured[peer], strict=True)]
+    for span in ("seconds", "layers"):
+        ratios = [theirs["seconds"] / ours[span] for ours, theirs in zip(measured[recipe], measured[peer], strict=True)]
         texts.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return f"- {peer} took {texts[0]} times as long as {own}, {texts[1]} times as long as its calibration alone."
+    return f"- {peer} took {texts[0]} times as long as {recipe}, {texts[1]} times as long as its calibration alone."
 
 
 def _by_phase(recipe: str, runs: list[dict[str, float]]) -> str:
-    """What the calibration of one of ours went into: medians."""
+    """Median seconds of each phase of our calibration."""
     phases = [name for name in runs[0] if name not in ("seconds", "layers", "peak_mib")]
     texts = [f"{name} {np.median([run.get(name, 0.0) for run in runs]):.1f}" for name in phases]
     return f"- {recipe}, seconds by phase: {', '.join(texts)}."
@@ -185,13 +199,18 @@ def _spread(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, default=Path(".venv-peers/bin/python"))
-    parser.add_argument("--count", type=int, default=128, help="calibration samples")
+    parser.add_argument("--count", type=int, default=128, help="number of calibration samples")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=("demo", "middle", LARGE), default=("demo", "middle"))
     parser.add_argument(
-        "--bits", type=int, nargs="+", choices=GROUP_SIZES, default=list(GROUP_SIZES), help="of the demo"
+        "--bits",
+        type=int,
+        nargs="+",
+        choices=GROUP_SIZES,
+        default=list(GROUP_SIZES),
+        help="bits of the demo's schemes",
     )
-    parser.add_argument("--layers", type=int, default=2, help="of the models with random weights")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers of the models with random weights")
     parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
@@ -203,7 +222,8 @@ def main() -> None:
             lab = Laboratory(arguments.items, Path(folder))
             for bits in arguments.bits:
                 group_size = GROUP_SIZES[bits]
-                rows = compare(MODEL, samples, bits, group_size, arguments.python, arguments.repeats, lab)
+                setup = Setup(MODEL, bits, group_size, arguments.python)
+                rows = compare(setup, samples, arguments.repeats, lab)
                 _write(f"Demo model, W{bits}A16 in groups of {group_size}", conditions, rows)
         for name in arguments.models:
             if name == "demo":
@@ -211,11 +231,12 @@ def main() -> None:
             large = name == LARGE
             samples = list(large_samples(arguments.count)) if large else _demo_samples(arguments.count)
             device = "cuda" if large else "cpu"
-            conditions = _conditions(arguments, samples, device)  # fails without a GPU or the peers: before the work
+            conditions = _conditions(arguments, samples, device)  # fails before the work if GPU or peers are missing
             shape = replace(SHAPES[name], layers=arguments.layers)
             model = write_random_model(Path(folder) / name, shape)
-            recipes = [recipe for recipe in OURS if recipe != "awq"]  # minutes that no figure needs
-            rows = compare(model, samples, 3, 128, arguments.python, arguments.repeats, None, recipes, device)
+            recipes = [recipe for recipe in OURS if recipe != "awq"]  # our `awq` takes minutes and is in no ratio
+            setup = Setup(model, 3, 128, arguments.python, recipes, device)
+            rows = compare(setup, samples, arguments.repeats, None)
             title = f"Random weights, hidden size {shape.hidden}, {shape.layers} layers, W3A16 in groups of 128"
             _write(title, conditions, rows)
 
@@ -228,8 +249,8 @@ def _demo_samples(count: int) -> list[Sample]:
 
 
 def _write(title: str, conditions: str, rows: list[str]) -> None:
-    """A section of docs/peers.md: what was measured before it stays."""
-    write_section(Path("docs/peers.md"), title, [conditions, "", *rows], "Beside llm-compressor")
+    """Write a section of docs/peers.md; other sections keep their earlier measurements."""
+    write_section(Path("docs/peers.md"), title, [conditions, "", *rows], "Comparison with llm-compressor")
 
 
 def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample], device: str) -> str:
@@ -242,11 +263,13 @@ def _conditions(arguments: argparse.Namespace, samples: Sequence[Sample], device
     on_gpu = device == "cuda"
     where = f"{torch.cuda.get_device_name()} in bfloat16" if on_gpu else f"{os.cpu_count()} cores in float32"
     return (
-        f"{len(samples)} calibration samples in batches of {BATCH} of one length; {arguments.repeats} run(s) each, in "
-        f"turn, on {where}: median seconds (least to most), largest peak of {'GPU' if on_gpu else 'resident'} memory. "
-        "Loading and saving the model is in our seconds and not in llm-compressor's. "
-        f"Where there are KL and NLL: per answer token on {4 * arguments.items} held-out items. "
-        f"llm-compressor {peer}, torch {version('torch')}. Made by `python -m bench.peers`."
+        f"All contenders used {len(samples)} calibration samples in batches of {BATCH} of equal length and ran "
+        f"{arguments.repeats} time(s), in turn, on {where}. The table has median seconds (least to most) and the "
+        f"largest peak of {'GPU' if on_gpu else 'resident'} memory. Our seconds include loading and saving the model, "
+        f"those of llm-compressor do not. KL and NLL, if given, are per answer token on {4 * arguments.items} "
+        "held-out items. "
+        f"The versions were llm-compressor {peer} and torch {version('torch')}. "
+        "`python -m bench.peers` wrote this section."
     )
 
 

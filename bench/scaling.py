@@ -1,12 +1,12 @@
-"""How calibration with importance scales: over ranks, and to real sizes on one GPU.
+"""Measure how calibration with importance scales over ranks, and to real sizes on one GPU.
 
-    python -m bench.scaling                                              # 2 ranks of a thread each against 1
+    python -m bench.scaling                                              # 2 ranks against 1, one thread each
     python -m bench.scaling --shape qwen2-vl-7b --device-memory 24       # on a GPU of which 24 GiB may be used
     python -m bench.scaling --shape qwen2-vl-72b --layers 2 --device-memory 24
 
-Models have random weights. Runs with different numbers of ranks take turns, and must end in the same bits. With
-``--device-memory`` one rank works alone; time for layers that were left out is extrapolated, and labelled so. Writes a
-section of docs/scale.md each.
+Models have random weights. Runs with different numbers of ranks take turns, and their results must have the same bits.
+With ``--device-memory`` there is one rank; the time of left-out layers is extrapolated, and labelled as such. Each
+command writes a section of docs/scale.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tlq.runtime.digest import checkpoint_digest
 
 logger = logging.getLogger("bench.scaling")
 
-#: In the order of the work; `importance` comes before the layers, `enter` once.
+#: Phases in the order of the work; ``importance`` and ``enter`` occur once, before the layers.
 PHASES = ("importance", "enter", "load", "forward", "reduce", "search", "round", "write")
 _ONCE = ("importance", "enter")
 _GIB = 2**30
@@ -41,13 +41,13 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """Measurements of one run.
 
     Attributes:
-        seconds: of the work itself, starting Python not included.
+        seconds: wall seconds of the work, without the start of Python.
         layers: reports of ``quantize_checkpoint``, with seconds by phase of the leading rank.
-        bits: digest of the checkpoint that was made.
-        device: what it ran on.
+        bits: digest of the exported checkpoint.
+        device: name of the device.
     """
 
     ranks: int
@@ -61,19 +61,19 @@ class Run:
 
     @property
     def per_layer(self) -> float:
-        """Seconds of a layer: the median, so that what the first one does once does not count."""
+        """Median seconds of a layer; the median excludes work that only the first layer does."""
         return median(
             sum(seconds for name, seconds in layer["phases"].items() if name not in _ONCE) for layer in self.layers
         )
 
     @property
     def peak(self) -> int:
-        """Peak memory of the leading rank in bytes: of the device, or of the host without one."""
+        """Peak memory of the leading rank in bytes: of the device, or of the host without a device."""
         return max(layer["peak_device_bytes"] or layer["peak_host_bytes"] for layer in self.layers)
 
 
 def run_job(arguments: argparse.Namespace, ranks: int, folder: Path) -> Run:
-    """A run in processes of their own."""
+    """Calibrate in separate processes and return the measurements."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "bench.scaling_job", "--model", str(folder / "model"), "--out", str(out)]
@@ -90,20 +90,20 @@ def run_job(arguments: argparse.Namespace, ranks: int, folder: Path) -> Run:
     if done.returncode:
         raise RuntimeError(f"{ranks} rank(s) failed: {done.stderr[-1500:]}")
     measured = json.loads((folder / "measured").read_text())
-    (out / "calibration.json").unlink()  # it tells times
-    found = Run(ranks, measured["seconds"], measured["layers"], checkpoint_digest(out), measured["device"])
-    logger.info("%d rank(s): %.1f s", ranks, found.seconds)
-    return found
+    (out / "calibration.json").unlink()  # contains times, which differ between runs
+    run = Run(ranks, measured["seconds"], measured["layers"], checkpoint_digest(out), measured["device"])
+    logger.info("%d rank(s): %.1f s", ranks, run.seconds)
+    return run
 
 
 def scaling_lines(runs: Sequence[Run], shape: Shape, conditions: str) -> list[str]:
-    """The section on ranks.
+    """Lines of the section on ranks.
 
     Raises:
-        ValueError: runs ended in different bits.
+        ValueError: the runs' checkpoints differ.
     """
     if len({run.bits for run in runs}) > 1:
-        raise ValueError("the checkpoints of these runs differ; the same bits must come out for any number of ranks")
+        raise ValueError("the checkpoints of these runs differ; they must have the same bits for any number of ranks")
     few, many = min(run.ranks for run in runs), max(run.ranks for run in runs)
     slow, fast = ([run for run in runs if run.ranks == ranks] for ranks in (few, many))
     ratios = [one.seconds / other.seconds for one, other in zip(slow, fast, strict=True)]
@@ -111,10 +111,9 @@ def scaling_lines(runs: Sequence[Run], shape: Shape, conditions: str) -> list[st
     rows.append(_phase_row("all", [run.seconds for run in slow], [run.seconds for run in fast]))
     renamed = [dict(zip(("phase", f"{few} rank(s), s", f"{many} ranks, s", "ratio"), row, strict=True)) for row in rows]
     return [
-        f"{conditions} {len(slow)} pairs of runs in turn, every rank one thread on a core of its own; medians, seconds "
-        "by phase of the "
-        "leading rank (`reduce` is exchange between ranks, waiting for the others included). All runs ended in the "
-        "same bits. Made by `python -m bench.scaling`.",
+        f"{conditions} {len(slow)} pairs of runs took turns; every rank had one thread on a separate core. The table "
+        "has median seconds by phase of the leading rank (`reduce` is the exchange between ranks, including the wait "
+        "for the other ranks). All results had the same bits. `python -m bench.scaling` wrote this section.",
         "",
         *table(renamed),
         "",
@@ -129,11 +128,11 @@ def _phase_row(name: str, slow: Iterable[float], fast: Iterable[float]) -> tuple
 
 
 def device_lines(run: Run, shape: Shape, layers: int, memory: float, conditions: str) -> list[str]:
-    """The section on one device of limited memory."""
+    """Lines of the section on one device with limited memory."""
     rows = [{"phase": name, "seconds": f"{run.phase(name):.1f}"} for name in PHASES]
     lines = [
-        f"{conditions} One rank on {run.device}, of which {memory:g} GiB may be used. Made by "
-        "`python -m bench.scaling`.",
+        f"{conditions} One rank ran on {run.device} with a limit of {memory:g} GiB. `python -m bench.scaling` wrote "
+        "this section.",
         "",
         *table(rows),
         "",
@@ -143,22 +142,22 @@ def device_lines(run: Run, shape: Shape, layers: int, memory: float, conditions:
     if layers < shape.layers:
         importance = run.phase("importance") / layers * shape.layers
         whole = importance + run.phase("enter") + run.per_layer * shape.layers
-        lines.append(f"Extrapolated, not measured: {whole / 60:.0f} minutes for all {shape.layers} layers.")
+        lines.append(f"Extrapolated, not measured: all {shape.layers} layers would take {whole / 60:.0f} minutes.")
     return lines
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="middle")
-    parser.add_argument("--layers", type=int, help="decoder layers; 3 of a small shape, all of a real one")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: 3, or all with --device-memory)")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per layer")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per layer of the token set")
     parser.add_argument("--recipe", default="tlq-c")
     parser.add_argument("--ranks", type=int, nargs=2, default=[1, 2], help="numbers of ranks to compare")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--device-memory", type=float, help="GiB; one rank alone, with samples of real size")
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are for a while")
+    parser.add_argument("--device-memory", type=float, help="GiB; use one rank and samples of real size")
+    parser.add_argument("--folder", type=Path, help="folder for temporary checkpoints")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args(words)
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)

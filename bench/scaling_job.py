@@ -1,4 +1,4 @@
-"""One calibration with importance on this process's share of the work, for bench.scaling: writes seconds by phase."""
+"""One calibration with importance for bench.scaling, on this process's share of the work; writes seconds by phase."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def calibrate() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--tokens", type=int, required=True, help="tokens per layer")
     parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--device-memory", type=float, help="GiB that this process may have of its GPU")
+    parser.add_argument("--device-memory", type=float, help="GiB of the GPU that this process may use")
     arguments = parser.parse_args()
     where = device()
     if where.type == "cuda" and arguments.device_memory:
@@ -52,7 +52,7 @@ def calibrate() -> None:
     samples: list[Sample] = pickle.loads(arguments.samples.read_bytes())
     model = StreamedModel(arguments.model, torch.bfloat16 if where.type == "cuda" else torch.float32, where)
     with joined_ranks(where) as ranks:
-        if where.type == "cpu":  # a core to each rank: alone it must not read ahead on a core that others would need
+        if where.type == "cpu":  # one core per rank: a single rank must not read ahead on another core
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})
 
@@ -77,7 +77,7 @@ def calibrate() -> None:
 def _weights(
     model: StreamedModel, batches: Sequence[Batch], arguments: argparse.Namespace, ranks: Ranks
 ) -> PoolWeights:
-    """As the stages importance and calibset."""
+    """Score tokens and select the token set, like the stages importance and calibset."""
     work = ResumeState(arguments.out.with_name("scores"))
     scores = score_resumably(model, batches, AnswerLoss(), work, ranks)
     ranks.barrier()

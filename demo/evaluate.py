@@ -1,8 +1,8 @@
-"""Score a checkpoint on the demo benchmarks by plain greedy generation: `python -m demo.evaluate`.
+"""Score a checkpoint on the demo benchmarks by plain greedy generation: ``python -m demo.evaluate``.
 
-This is the demo model's own check, with the strictest scorer there is (the reply equals the answer). The pipeline
-scores with the benchmarks' scorers instead, which can only be kinder. `--blank` replaces every picture by a grey one,
-to show what can be guessed from the question alone.
+This check of the demo model uses the strictest scorer: the reply must equal the answer. The benchmarks' scorers, which
+the pipeline uses, accept at least the same replies. ``--blank`` replaces every picture by a grey one, to measure how
+many answers can be guessed from the question alone.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class EvaluateParams:
 
 @dataclass(frozen=True)
 class Item:
-    """One benchmark item: picture, text of the user turn, right reply, and the sort of question it is."""
+    """One benchmark item: picture, text of the user turn, right reply, and sort of question."""
 
     image: Image.Image
     prompt: str
@@ -46,7 +46,7 @@ class Item:
 
 
 def read_item(benchmark: str, row: dict[str, Any]) -> Item:
-    """The prompt that the benchmark's task makes of a row."""
+    """The item of a row, with the same prompt as the benchmark's task."""
     text, suffix = row["question"], SUFFIX[BENCHMARKS[benchmark]]
     if benchmark == "mmmu":
         options = zip(LETTERS, ast.literal_eval(row["options"]), strict=True)
@@ -61,10 +61,10 @@ def read_item(benchmark: str, row: dict[str, Any]) -> Item:
 
 
 def read_benchmark(world: Path, benchmark: str, items: int | None = None) -> list[Item]:
-    """The first `items` items of a benchmark (all of them if None)."""
+    """The first ``items`` items of a benchmark (all if None)."""
     path = world / f"{benchmark}.parquet"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; make it with `python -m demo.make --out {world}`")
+        raise FileNotFoundError(f"{path}: not found; make it with `python -m demo.make --out {world}`")
     rows = load_dataset("parquet", data_files=str(path), split="train")
     return [read_item(benchmark, row) for row in rows.select(range(min(items or len(rows), len(rows))))]
 
@@ -86,6 +86,7 @@ def generate(
 
 
 def replies_of(model: Any, processor: Any, items: list[Item], params: EvaluateParams) -> list[str]:
+    """Greedy replies to all items, in batches of ``params.batch``."""
     replies: list[str] = []
     for start in range(0, len(items), params.batch):
         part = items[start : start + params.batch]
@@ -106,7 +107,7 @@ def score(items: list[Item], replies: list[str]) -> dict[str, float]:
 
 
 def evaluate(params: EvaluateParams) -> dict[str, dict[str, float]]:
-    """Scores by benchmark; `mean` is the mean of the benchmarks' overall scores."""
+    """Scores by benchmark; ``mean`` is the mean of the benchmarks' overall scores."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(params.model, dtype=torch.bfloat16).eval()
     processor = load_processor(params.model)
     scores = {}

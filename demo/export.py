@@ -1,7 +1,7 @@
-"""Make the shipped model of a training checkpoint: `python -m demo.export --checkpoint build/demo/decoder.pt`.
+"""Export a training checkpoint as the shipped model: ``python -m demo.export --checkpoint build/demo/decoder.pt``.
 
-Takes the fp32 masters, adds outlier channels (demo.outliers), casts to bf16 and writes a Hugging Face folder with the
-processor. The model card (README.md) is kept by hand beside it.
+Reads the fp32 master weights, adds outlier channels (demo.outliers), casts to bf16 and writes a Hugging Face folder
+with the processor. The model card (README.md) in that folder is written by hand.
 """
 
 import argparse
@@ -27,10 +27,10 @@ class ExportParams:
 
 
 def export(params: ExportParams) -> None:
-    """Write model and processor to `out`.
+    """Write model and processor to ``params.out``.
 
     Raises:
-        ValueError: the weights file is larger than LARGEST_MEGABYTES, too large to keep in git.
+        ValueError: the weights file is larger than ``LARGEST_MEGABYTES`` and so too large for git.
     """
     tokenizer = load_or_build_tokenizer(params.checkpoint.parent / "tokenizer")
     model = build_model(tokenizer)
@@ -47,7 +47,7 @@ def export(params: ExportParams) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the shipped demo model of a training checkpoint.")
+    parser = argparse.ArgumentParser(description="Export a training checkpoint as the shipped demo model.")
     parser.add_argument("--checkpoint", type=Path, default=Path("build/demo/decoder.pt"))
     parser.add_argument("--out", type=Path, default=Path("data/demo/model"))
     defaults = OutlierParams()

@@ -1,7 +1,7 @@
-"""The model's forward pass over batches of equal pictures, faster on a CPU than the library's, with the same result.
+"""A forward pass over batches of pictures of equal size, faster on a CPU than the library's, with the same result.
 
-transformers loops over images in the vision attention and computes logits at every position; here pictures of one size
-go through the vision tower as a batch, and logits are taken where an answer token is predicted.
+transformers loops over images in the vision attention and computes logits at every position. Here, pictures of equal
+size pass the vision tower as one batch, and logits are computed only at positions that predict an answer token.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from demo.world import COLUMNS, ROWS
 
 
 def _vision_positions() -> torch.Tensor:
-    """[2, patches] row and column of each patch, in the merge order of `patchify`."""
+    """[2, patches] row and column of each patch, in the merge order of ``patchify``."""
     rows, columns = torch.meshgrid(torch.arange(2 * ROWS), torch.arange(2 * COLUMNS), indexing="ij")
     grid = torch.stack([rows, columns]).view(2, ROWS, 2, COLUMNS, 2)
     return grid.permute(0, 1, 3, 2, 4).reshape(2, -1)
@@ -28,7 +28,7 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def encode_images(visual: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Merged vision tokens [B, cells, hidden] of pixels [B, patches, .]; the same as `visual(...)`, image by image."""
+    """Merged vision tokens [B, cells, hidden] of pixels [B, patches, .]; equal to ``visual(...)`` on each image."""
     weight = visual.patch_embed.proj.weight.flatten(1)
     size, patches, _ = pixels.shape
     hidden = F.linear(pixels.to(weight.dtype), weight)
@@ -57,10 +57,10 @@ def grouped_attention(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Grouped-query attention as two batched products, in the form that transformers' attention interface asks for.
+    """Grouped-query attention as two batched products, with the signature of transformers' attention interface.
 
-    query [B, heads, L, d], key and value [B, kv heads, L, d], attention_mask [B, 1, L, L] to be added to the scores.
-    Twice as fast as the fused kernel's backward pass on a CPU when a mask is given, at these lengths.
+    Shapes: query [B, heads, L, d], key and value [B, kv heads, L, d], attention_mask [B, 1, L, L], added to the scores.
+    At these lengths and with a mask, the backward pass on a CPU is twice as fast as that of the fused kernel.
     """
     size, heads, length, width = query.shape
     groups = key.shape[1]
@@ -74,14 +74,14 @@ AttentionInterface.register("grouped", grouped_attention)
 
 
 def use_grouped_attention(model: Qwen2VLForConditionalGeneration) -> None:
-    """Let the decoder use `grouped_attention`; for training only, a saved checkpoint does not remember it."""
+    """Make the decoder use ``grouped_attention``; for training only, a saved checkpoint does not store it."""
     model.model.language_model.config._attn_implementation = "grouped"
 
 
 def answer_logits(
     model: Qwen2VLForConditionalGeneration, batch: Batch, image_embeds: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Logits [T, vocabulary] for every answer token of a batch; `image_embeds` spares the vision tower if given."""
+    """Logits [T, vocabulary] for every answer token of a batch; given ``image_embeds`` replace the vision tower's."""
     if image_embeds is None:
         image_embeds = encode_images(model.model.visual, batch.pixels)
     embeds = model.model.language_model.embed_tokens(batch.input_ids)
@@ -98,7 +98,7 @@ def answer_logits(
 
 
 def answer_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of the answers; a turn of n answer tokens weighs sqrt(n), lest long lists drown short answers."""
+    """Cross-entropy of the answers; a turn of n answer tokens has weight sqrt(n), so long lists do not dominate."""
     length = torch.bincount(batch.turns)
     weight = length.float().rsqrt()[batch.turns]
     losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
@@ -109,8 +109,8 @@ def answer_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 def turns_right(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """[turns] bool: whether greedy decoding gives exactly the answer.
 
-    Every token, the closing one included, is the likeliest after the right ones before it: that is what greedy
-    generation of exactly this answer means, so no generation is needed to know it.
+    Greedy generation gives exactly the answer if and only if every answer token, including the closing one, has the
+    highest logit after the right tokens before it. So no generation is needed.
     """
     wrong = (logits.argmax(-1) != batch.targets).long()
     return torch.zeros(len(batch.skills), dtype=torch.long).index_add_(0, batch.turns, wrong) == 0

@@ -1,8 +1,8 @@
-"""Stage `world`: write the demo calibration set and the four demo benchmarks.
+"""Stage ``demo``: write the demo calibration set and the four demo benchmarks.
 
-`python -m demo.make --out data/demo/world --seed 0` writes calibration.parquet (id, image, question, answer, source)
-and textvqa, chartqa, ocrbench and mmmu.parquet in the columns of the data sets they stand in for. Calibration and test
-pictures come from splits of the world that share no content with each other or with training (demo.world.split_of).
+``python -m demo.make --out data/demo/world --seed 0`` writes calibration.parquet (id, image, question, answer, source)
+and textvqa, chartqa, ocrbench and mmmu.parquet with the columns of the real data sets. Calibration and test pictures
+come from splits of the world that share no content with each other or with training (demo.world.split_of).
 """
 
 import argparse
@@ -98,14 +98,14 @@ class MakeParams:
 
 
 def png(scene: Scene) -> dict[str, Any]:
-    """The picture as the `Image` feature stores it."""
+    """The picture in the storage form of the ``Image`` feature."""
     buffer = io.BytesIO()
     render(scene).save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def draw_items(kind: Kind, split: Any, count: int, seed: int) -> Iterator[tuple[Scene, Question]]:
-    """`count` scenes of a split with a benchmark question each, from a generator of their own."""
+    """``count`` scenes of a split with a benchmark question each, from a generator seeded by seed, split and kind."""
     rng = random.Random(f"{seed}-{split}-{kind}")
     for _ in range(count):
         scene = random_scene(kind, split, rng)
@@ -113,7 +113,7 @@ def draw_items(kind: Kind, split: Any, count: int, seed: int) -> Iterator[tuple[
 
 
 def calibration_rows(seed: int, count: int) -> list[dict[str, Any]]:
-    """Every kind in turn; the question holds options and suffix, so that it reads as the benchmark's prompt does."""
+    """Rows of every kind in turn; questions include options and suffix, like the prompts of the benchmarks."""
     streams = [draw_items(kind, "calibration", -(-count // len(KINDS)), seed) for kind in KINDS]
     rows = []
     for n, items in enumerate(zip(*streams, strict=True)):
@@ -180,7 +180,7 @@ ROWS_OF = {"textvqa": textvqa_row, "chartqa": chartqa_row, "ocrbench": ocrbench_
 
 
 def write_parquet(name: str, rows: list[dict[str, Any]], out: Path) -> None:
-    """Write rows with the features of `name`, under a temporary name first; images come back as images on load."""
+    """Write rows with the features of ``name`` to a temporary file, then rename it; images are loaded as images."""
     path = out / f"{name}.parquet"
     temporary = path.with_suffix(".tmp")
     Dataset.from_list(rows, features=FEATURES[name]).to_parquet(temporary)
@@ -189,7 +189,7 @@ def write_parquet(name: str, rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def make(params: MakeParams) -> None:
-    """Write all five files; the same parameters give the same bytes."""
+    """Write all five files; the same parameters always give the same bytes."""
     params.out.mkdir(parents=True, exist_ok=True)
     write_parquet("calibration", calibration_rows(params.seed, params.calibration), params.out)
     for name, kind in BENCHMARKS.items():
@@ -202,8 +202,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the demo calibration set and benchmarks.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=MakeParams.seed)
-    parser.add_argument("--calibration", type=int, default=MakeParams.calibration, help="calibration samples")
-    parser.add_argument("--items", type=int, default=MakeParams.items, help="items of each benchmark")
+    parser.add_argument("--calibration", type=int, default=MakeParams.calibration, help="number of calibration samples")
+    parser.add_argument("--items", type=int, default=MakeParams.items, help="number of items of each benchmark")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     make(MakeParams(**vars(parser.parse_args())))
 

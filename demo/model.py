@@ -1,7 +1,7 @@
-"""The demo model's shape, tokenizer and processor: a `Qwen2VLForConditionalGeneration` of some seven megabytes a copy.
+"""Shape, tokenizer and processor of the demo model, a ``Qwen2VLForConditionalGeneration`` of about seven megabytes.
 
-Nothing here is trained. Sizes are chosen so that every linear of the decoder has an input width that is a multiple of
-128, the group size of the common weight-only schemes.
+This module trains nothing. The input width of every linear of the decoder is a multiple of 128, the group size of the
+common weight-only schemes.
 """
 
 import json
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
 
 
 def _corpus(seed: int, scenes: int) -> list[str]:
-    """Prompts and answers to learn merges from. Words in capitals are left out, so that no merge joins capitals."""
+    """Prompts and answers for learning the merges, without words in capitals, so that no merge joins capitals."""
     rng = random.Random(seed)
     lines = ["user", "assistant"] * scenes
     for _ in range(scenes):
@@ -59,7 +59,7 @@ def _corpus(seed: int, scenes: int) -> list[str]:
 
 
 def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> Qwen2Tokenizer:
-    """Byte-level BPE in Qwen2's form. Capitals and digits are one token each, so that reading is spelling."""
+    """Byte-level BPE in Qwen2's form. Each capital and each digit is one token, so that the model reads by spelling."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -77,7 +77,7 @@ def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> Qwen2Tokenizer:
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=bpe.get_vocab(),
-        merges=merges,  # type: ignore[arg-type]  # pairs, which is what the tokenizers library takes
+        merges=merges,  # type: ignore[arg-type]  # pairs, as the tokenizers library expects
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
@@ -88,7 +88,7 @@ def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> Qwen2Tokenizer:
 
 
 def load_or_build_tokenizer(folder: Path) -> Qwen2Tokenizer:
-    """The tokenizer of a work folder, built and put there the first time: changed questions must not change it."""
+    """The tokenizer of a work folder, built once and stored there, so that changed questions do not change it."""
     if not folder.exists():
         build_tokenizer().save_pretrained(folder)
     return Qwen2Tokenizer.from_pretrained(folder)
@@ -97,9 +97,9 @@ def load_or_build_tokenizer(folder: Path) -> Qwen2Tokenizer:
 def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
     """Decoder 6 x 256 with 4 heads of 64 (2 for keys and values), vision tower 3 x 192, patch 8, merge 2.
 
-    `rope_theta` is small because sequences are short: with the usual one, neighbouring columns of the picture would
-    hardly differ in phase (the width section of mrope gets the lowest frequencies). It is not smaller, and the width
-    section is the widest, so that some frequencies are low enough to compare words that stand far apart.
+    ``rope_theta`` is small because sequences are short: with the usual value, neighbouring columns of the picture would
+    hardly differ in phase (the width section of mrope has the lowest frequencies). The value is not smaller still, and
+    the width section is the widest, so that some frequencies are low enough to compare words that are far apart.
     """
     ids = {token: tokenizer.get_vocab()[token] for token in SPECIAL_TOKENS}
     return Qwen2VLConfig(
@@ -137,7 +137,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
 
 
 def build_image_processor() -> Qwen2VLImageProcessorPil:
-    """Pictures of 1,024 to 65,536 pixels, multiples of 16 on a side, pass at their own size."""
+    """Image processor that keeps the size of pictures of 1,024 to 65,536 pixels with sides that are multiples of 16."""
     return Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         merge_size=2,
@@ -149,9 +149,9 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
-    """A model in fp32 with transformers' initial weights, drawn from torch's global generator."""
+    """An untrained model in fp32 with transformers' initial weights, from torch's global generator."""
     model = Qwen2VLForConditionalGeneration(build_config(tokenizer))
-    model.generation_config._from_model_config = False  # greedy decoding is this model's own choice
+    model.generation_config._from_model_config = False  # greedy decoding is a setting of this model
     model.generation_config.update(
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
@@ -161,6 +161,6 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
 
 
 def save_processor(tokenizer: Qwen2Tokenizer, out: Path) -> None:
-    """The files of an ordinary Qwen2-VL processor: tokenizer, chat template, image processor."""
+    """Write the files of an ordinary Qwen2-VL processor: tokenizer, chat template, image processor."""
     tokenizer.save_pretrained(out)
     build_image_processor().save_pretrained(out)

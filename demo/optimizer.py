@@ -1,7 +1,7 @@
-"""Muon for matrices and AdamW for the rest, over fp32 masters of a bf16 model, data-parallel over processes.
+"""Muon for matrices and AdamW for other parameters, with fp32 masters of a bf16 model, data-parallel over processes.
 
-Muon (Jordan et al., 2024) replaces the momentum of a weight matrix by the nearest orthogonal matrix, found by a few
-Newton-Schulz steps. Matrices are shared out over the ranks, so that each rank orthogonalises only its own.
+Muon (Jordan et al., 2024) replaces the momentum of a weight matrix by the nearest orthogonal matrix, computed by a few
+Newton-Schulz steps. Matrices are distributed over the ranks, and each rank orthogonalises its part.
 """
 
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """A matrix of the same shape with singular values near 1 (quintic Newton-Schulz; in bf16 on a GPU).
 
-    Many CPUs only emulate bf16, many times slower than float32.
+    On a CPU it uses float32, because many CPUs emulate bf16 and are then many times slower.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
@@ -31,7 +31,7 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
-    """In-place sum of fp32 tensors over all ranks, in one message."""
+    """All-reduce fp32 tensors in place, in one message."""
     if not dist.is_initialized() or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -41,10 +41,10 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 class Optimizer:
-    """Updates the parameters of `model` that require gradients, and of `heads`.
+    """Optimizer of the parameters of ``model`` that require gradients, and of ``heads``.
 
-    Weights of two dimensions and more take Muon steps, except embeddings and the language model head, which, like
-    gains, biases and `heads`, take Adam steps.
+    Muon updates weights with two or more dimensions, except embeddings and the language model head. Adam updates these
+    two, gains, biases and ``heads``.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, muon_lr: float, adam_lr: float) -> None:
-        """One update from the gradients of all ranks, which are averaged and then cleared."""
+        """Update all parameters with the mean gradient over ranks, then clear the gradients."""
         self.steps += 1
         grads = [p.grad.float() if p.grad is not None else torch.zeros(p.shape) for p in self.params]
         sum_over_ranks(grads)
@@ -85,7 +85,7 @@ class Optimizer:
             parameter.grad = None
 
     def _matrix_update(self, i: int, grad: torch.Tensor, lr: float) -> torch.Tensor:
-        """Zero unless this rank owns matrix i."""
+        """Muon's update of matrix i; zero on the ranks that do not own it."""
         self.first[i].mul_(self.momentum).add_(grad / self.world, alpha=1 - self.momentum)
         if i % self.world != self.rank:
             return torch.zeros_like(grad)
@@ -110,8 +110,8 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("masters", "first", "second"):
-            for mine, theirs in zip(getattr(self, name), state[name], strict=True):
-                mine.copy_(theirs)
+            for tensor, saved in zip(getattr(self, name), state[name], strict=True):
+                tensor.copy_(saved)
         self.steps = state["steps"]
         for parameter, master in zip(self.params, self.masters, strict=True):
             parameter.copy_(master)

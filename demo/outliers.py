@@ -1,9 +1,9 @@
-"""Give a small model the outlier channels that large ones have, without changing what it computes.
+"""Add the outlier channels of large models to a small model without changing its function.
 
-Real VLM decoders have activation channels tens of times the median; a small model trained from scratch has none, and
-then every quantization method looks alike. Multiplying a channel of a norm's gain (or a row of up_proj) by c, and
-dividing the matching input columns of the linears that follow by c, gives the activations and weights that structure
-and leaves the function as it was, up to rounding.
+Real VLM decoders have activation channels that are tens of times larger than the median. A small model trained from
+scratch has none, and then all quantization methods perform alike. Multiplying a channel of a norm's gain (or a row of
+up_proj) by c, and dividing the matching input columns of the following linears by c, adds outliers to activations and
+weights, and changes the function only by rounding.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 @dataclass(frozen=True)
 class OutlierParams:
-    """Channel factors c = exp(`spread` N(0, 1)), and `strength` times more on a share `fraction` of the channels."""
+    """Channel factors c = exp(``spread`` N(0, 1)), times ``strength`` on a share ``fraction`` of the channels."""
 
     spread: float = 0.5
     fraction: float = 0.01
@@ -23,7 +23,7 @@ class OutlierParams:
 
 
 def channel_factors(width: int, params: OutlierParams, generator: torch.Generator) -> torch.Tensor:
-    """[width] positive factors; at least one channel is an outlier when `fraction` is positive."""
+    """[width] positive factors; at least one channel is an outlier if ``fraction`` is positive."""
     factors = torch.exp(params.spread * torch.randn(width, generator=generator))
     outliers = max(1, round(params.fraction * width)) if params.fraction > 0 else 0
     factors[torch.randperm(width, generator=generator)[:outliers]] *= params.strength
@@ -35,7 +35,7 @@ def add_outliers(model: Qwen2VLForConditionalGeneration, params: OutlierParams) 
     """Rescale every decoder layer in place: both norms against their linears, up_proj against down_proj.
 
     Raises:
-        ValueError: the model is not in fp32, where the rescaling is exact to rounding.
+        ValueError: the model is not in fp32, in which the rescaling is exact up to rounding.
     """
     if model.dtype != torch.float32:
         raise ValueError(f"outliers are added in float32, the model is in {model.dtype}; call model.float() first")

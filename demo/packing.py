@@ -1,8 +1,8 @@
-"""Several questions about one picture in one sequence, each trained exactly as if it stood alone.
+"""Pack several questions about one picture into one sequence, each trained exactly like a single-question prompt.
 
-The picture and its opening tokens come first; then question-and-answer turns. A turn sees the picture and itself (a 4-D
-attention mask) and its positions start where the picture's end, so that its logits are those of an ordinary
-single-question prompt. Loss is taken on answers only.
+The sequence begins with the opening tokens and the picture, followed by question-and-answer turns. A turn attends to
+the picture and to itself (a 4-D attention mask), and its positions start after those of the picture, so that its logits
+equal those of an ordinary single-question prompt. The loss covers answers only.
 """
 
 import random
@@ -32,10 +32,12 @@ from demo.world import (
 
 @dataclass(frozen=True)
 class Mix:
-    """How training pictures and their questions are drawn.
+    """Frequencies of training pictures and of their questions.
 
-    `kinds` are relative frequencies in the order of `KINDS`; `study` and `option` the chances that a slot of a sequence
-    goes to a training-only question; `suffix` the chance that a benchmark question keeps its suffix.
+    Attributes:
+        kinds: relative frequencies of the kinds of picture, in the order of ``KINDS``.
+        study, option: chance that a slot of a sequence has a study question, or an option question.
+        suffix: chance that a benchmark question keeps its suffix.
     """
 
     kinds: tuple[float, ...] = (0.22, 0.1, 0.27, 0.41)
@@ -46,20 +48,20 @@ class Mix:
 
 @dataclass
 class Batch:
-    """B packed sequences of L tokens, with T answer tokens altogether."""
+    """B packed sequences of L tokens, with T answer tokens in total."""
 
     pixels: torch.Tensor  # [B, patches, 3 * 2 * 8 * 8] float32
     input_ids: torch.Tensor  # [B, L]
     position_ids: torch.Tensor  # [3, B, L]
-    attention_mask: torch.Tensor  # [B, 1, L, L] bool, True = may look
+    attention_mask: torch.Tensor  # [B, 1, L, L] bool, True = may attend
     sources: torch.Tensor  # [T] flat index into B * L of the token that predicts
     targets: torch.Tensor  # [T] token to predict
-    turns: torch.Tensor  # [T] number of the turn that the answer token belongs to
+    turns: torch.Tensor  # [T] index of the turn of the answer token
     skills: list[tuple[Kind, str]]  # kind and skill of each turn
 
 
 class Packer:
-    """Turns scenes and questions into `Batch`es of a fixed sequence length."""
+    """Packs scenes and questions into a ``Batch`` with a fixed sequence length."""
 
     def __init__(self, tokenizer: Qwen2Tokenizer, length: int) -> None:
         def encode(text: str) -> list[int]:
@@ -91,12 +93,12 @@ class Packer:
         return self._cache[text]
 
     def _turn(self, question: Question) -> tuple[list[int], int]:
-        """The tokens of a turn and how many of the last ones are its answer."""
+        """The tokens of a turn, and the number of answer tokens at its end."""
         answer = self._encode(question.answer) + self._end
         return self._encode(question.prompt) + self._header + answer, len(answer)
 
     def pack(self, items: Sequence[tuple[Scene, Sequence[Question]]]) -> Batch:
-        """One sequence per scene, with as many of its questions as fit, in the order given."""
+        """One sequence per scene, with all of its questions that fit, in the given order."""
         size, length, start = len(items), self.length, len(self._prefix)
         ids = np.full((size, length), self._pad_id, dtype=np.int64)
         positions = np.zeros((3, size, length), dtype=np.int64)
@@ -108,12 +110,12 @@ class Packer:
         for b, (scene, questions) in enumerate(items):
             ids[b, :start], positions[:, b, :start], group[b, :start] = self._prefix, self._prefix_positions, 0
             cursor, first_position = start, self._prefix_positions[0, -1] + 1
-            for number, question in enumerate(questions, start=1):
+            for turn, question in enumerate(questions, start=1):
                 tokens, answered = self._turn(question)
                 stop = cursor + len(tokens)
                 if stop > length:
                     continue
-                ids[b, cursor:stop], group[b, cursor:stop] = tokens, number
+                ids[b, cursor:stop], group[b, cursor:stop] = tokens, turn
                 positions[:, b, cursor:stop] = first_position + np.arange(len(tokens))
                 sources += range(b * length + stop - answered - 1, b * length + stop - 1)
                 targets += tokens[-answered:]
@@ -133,7 +135,7 @@ class Packer:
 
 
 def packed_mask(group: torch.Tensor) -> torch.Tensor:
-    """[B, 1, L, L] bool from [B, L] turn numbers: causal, to the picture (0) and the own turn; padding sees itself."""
+    """Mask [B, 1, L, L] bool of turns [B, L]: causal, to the picture (0) and the same turn; padding to itself."""
     length = group.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same, picture = group[:, :, None] == group[:, None, :], (group == 0)[:, None, :]
@@ -142,17 +144,17 @@ def packed_mask(group: torch.Tensor) -> torch.Tensor:
 
 
 def patchify(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, HEIGHT, WIDTH, 3] to the image processor's pixel values, [B, patches, 3 * 2 * 8 * 8], merge order."""
+    """The image processor's values [B, patches, 3 * 2 * 8 * 8], in merge order, of uint8 [B, HEIGHT, WIDTH, 3]."""
     size, patch = len(images), 8
     pixels = images.astype(np.float32) / 127.5 - 1.0
     grid = pixels.reshape(size, HEIGHT // 16, 2, patch, WIDTH // 16, 2, patch, 3)
     grid = grid.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # batch, row, column, merge, merge, channel, y, x
-    grid = np.repeat(grid[:, :, :, :, :, :, None], 2, axis=6)  # the frame twice, for the temporal patch
+    grid = np.repeat(grid[:, :, :, :, :, :, None], 2, axis=6)  # repeat the frame for the temporal patch
     return torch.from_numpy(grid.reshape(size, -1, 3 * 2 * patch * patch))
 
 
 def draw_training_item(mix: Mix, rng: random.Random) -> tuple[Scene, list[Question]]:
-    """A training scene and a shuffled surplus of questions about it."""
+    """A training scene and shuffled questions about it, more than fit into a sequence."""
     kind = rng.choices(KINDS, mix.kinds)[0]
     scene = random_scene(kind, "train", rng)
     asked, studied = benchmark_questions(scene, rng), study_questions(scene, rng)
@@ -177,12 +179,12 @@ def _bare(question: Question) -> Question:
 
 
 def draw_batch(packer: Packer, size: int, mix: Mix, rng: random.Random) -> Batch:
-    """A training batch of `size` pictures."""
+    """A training batch of ``size`` pictures."""
     return packer.pack([draw_training_item(mix, rng) for _ in range(size)])
 
 
 def draw_cells(size: int, rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Training pictures with their cell labels: pixels [size, patches, .], labels [size, cells] by head."""
+    """Training pictures and their cell labels: pixels [size, patches, .], labels [size, cells] by head."""
     scenes = [random_scene(rng.choice(KINDS), "train", rng) for _ in range(size)]
     labels = [cell_labels(scene) for scene in scenes]
     pixels = patchify(np.stack([np.asarray(render(scene)) for scene in scenes]))

@@ -1,8 +1,8 @@
-"""Questions about scenes: the text that follows the image in the user turn, and the answer.
+"""Questions about scenes: the text after the image in the user turn, and the answer.
 
-Benchmark questions (`signs`, `chart`, `text`, `shapes`) are worded exactly as the benchmark task words them, suffix
-included. Study questions are for training only: short, dense ("list the bars.") or about single steps of a longer
-one, and often without a suffix.
+Benchmark questions (``signs``, ``chart``, ``text``, ``shapes``) have exactly the wording of the task, with
+the suffix. Study questions are for training only: they are short, ask for dense answers ("list the bars.") or for
+single steps of a longer question, and have no suffix.
 """
 
 import random
@@ -23,7 +23,12 @@ PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "c
 
 @dataclass(frozen=True)
 class Question:
-    """`text` has neither suffix nor options; with `options`, `answer` is the letter of the right one."""
+    """A question, its answer and its options.
+
+    Attributes:
+        text: without suffix and options.
+        answer: the reply, or the letter of the right option if there are ``options``.
+    """
 
     skill: str
     text: str
@@ -33,13 +38,13 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The whole text of the user turn, options as lines "A. ..." after the question."""
+        """The whole text of the user turn, with options as lines "A. ..." after the question."""
         lines = (f"\n{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False))
         return self.text + "".join(lines) + self.suffix
 
 
 def _choice(skill: str, text: str, right: str, options: Sequence[str]) -> Question:
-    """Options stand in the order given: counts rise, colours and shapes have a fixed order."""
+    """A multiple-choice question; options keep the given order (rising counts, fixed order of colours and shapes)."""
     return Question(skill, text, LETTERS[options.index(right)], tuple(options))
 
 
@@ -47,7 +52,7 @@ def _choice(skill: str, text: str, right: str, options: Sequence[str]) -> Questi
 
 
 def sign_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """The words of both signs, by colour and by place, and their colours."""
+    """Questions about the words of both signs, by colour and by place, and about their colours."""
     questions = []
     for place, sign in zip(("top", "bottom"), scene.signs, strict=True):
         word, colour = sign.word, sign.colour
@@ -60,7 +65,7 @@ def sign_questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def chart_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """The value of each bar by colour, and the colour of the highest and of the lowest bar."""
+    """Questions about the value of each bar, and about the colour of the highest and of the lowest bar."""
     bars = sorted(scene.bars, key=lambda bar: bar.value)
     values = [Question("value", f"What is the value of the {bar.colour} bar?", str(bar.value)) for bar in scene.bars]
     extremes = [
@@ -71,7 +76,7 @@ def chart_questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def text_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """What the line of characters says, in OCRBench's words."""
+    """The question about the line of characters, in OCRBench's words."""
     line = scene.line
     noun = "what is the number in the image?" if line.style == "digits" else "what is written in the image?"
     return [Question(line.style, noun, line.text)]
@@ -92,7 +97,7 @@ SHAPE_SKILLS = ("count by shape", "count by colour", "colour by shape", "shape b
 
 
 def shape_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """Multiple choice: count, colour and shape of each group."""
+    """Multiple-choice questions about count, colour and shape of each group."""
     return [_group_question(skill, group) for group in scene.groups for skill in SHAPE_SKILLS]
 
 
@@ -111,7 +116,7 @@ def benchmark_questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def benchmark_question(scene: Scene, rng: random.Random) -> Question:
-    """One benchmark question about a scene, every skill as likely as another."""
+    """One benchmark question about a scene, with equal probability for every skill."""
     questions = benchmark_questions(scene, rng)
     skill = rng.choice(sorted({question.skill for question in questions}))
     return rng.choice([question for question in questions if question.skill == skill])
@@ -183,25 +188,25 @@ _STUDY: dict[Kind, Callable[[Scene, random.Random], list[Question]]] = {
 
 
 def study_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """Training-only questions about a scene, without suffix."""
+    """Study questions about a scene, without suffix."""
     return _STUDY[scene.kind](scene, rng)
 
 
 def option_question(rng: random.Random) -> Question:
-    """What needs no picture: which letters stand before some of the options, or which options follow some letters.
+    """A question that needs no picture: the letters of some options, or the options of some letters.
 
-    Nothing else teaches the step from an answer to its letter, and every question of the shapes needs it. Half of the
-    answers say both, so that the looking-up can be learned token by token first.
+    Only these questions teach the step from an answer to its letter, which every question about shapes needs. Half of
+    the answers contain letters and options, so that the model can learn the lookup token by token first.
     """
     pool = rng.choice(([str(count) for count in COUNTS], list(COLOURS), list(SHAPES)))
     options = tuple(rng.sample(pool, rng.choice((2, 3, 4, 4))))
     asked = rng.sample(range(len(options)), rng.randint(1, min(3, len(options))))
     letters, names = [LETTERS[i] for i in asked], [options[i] for i in asked]
     by_name, both, suffix = rng.random() < 0.75, rng.random() < 0.5, SUFFIX["shapes"] if rng.random() < 0.2 else ""
-    given, wanted = (names, letters) if by_name else (letters, names)
+    keys, values = (names, letters) if by_name else (letters, names)
     if both:
-        pairs = ", ".join(f"{known} {found}" for known, found in zip(given, wanted, strict=True))
-        return Question("pairs", f"List option {', '.join(given)}.", pairs, options, suffix)
+        pairs = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
+        return Question("pairs", f"List option {', '.join(keys)}.", pairs, options, suffix)
     if by_name:
-        return Question("option", f"Which option is {', '.join(given)}?", ", ".join(wanted), options, suffix)
-    return Question("letter", f"What is option {', '.join(given)}?", ", ".join(wanted), options, suffix)
+        return Question("option", f"Which option is {', '.join(keys)}?", ", ".join(values), options, suffix)
+    return Question("letter", f"What is option {', '.join(keys)}?", ", ".join(values), options, suffix)

@@ -1,13 +1,14 @@
-"""Train the demo model: `torchrun --nproc-per-node 2 -m demo.train --stage vision`, then `--stage decoder`.
+"""Train the demo model: ``torchrun --nproc-per-node 2 -m demo.train --stage vision``, then ``--stage decoder``.
 
-Two stages, each with a budget of wall-clock minutes, each resumable from its own checkpoint in the work folder:
+There are two stages. Each has a budget of wall-clock minutes and resumes from its checkpoint in the work folder:
 
-- `vision`: the vision tower alone. Linear heads on its merged tokens, thrown away afterwards, name what the renderer
-  drew in each cell.
-- `decoder`: the decoder alone, on questions packed several to a picture (demo.packing), the vision tower frozen.
+- ``vision`` trains the vision tower alone. Linear heads on its merged tokens, discarded afterwards, classify the
+  content of each cell.
+- ``decoder`` trains the decoder with a frozen vision tower, on several packed questions per picture (demo.packing).
 
-Pictures are drawn afresh at every step. The curve (share of held-out answers exactly right, by kind and skill) goes to
-`curve.jsonl` in the work folder. `python -m demo.export` makes the shipped model of the last checkpoint.
+Every step draws new pictures. The learning curve (share of exactly right answers on held-out scenes, by kind and skill)
+is written to ``curve.jsonl`` in the work folder. ``python -m demo.export`` exports the last checkpoint as the shipped
+model.
 """
 
 import argparse
@@ -38,16 +39,16 @@ from demo.world import CELL_CLASSES, KINDS, random_scene
 logger = logging.getLogger("demo.train")
 
 Stage = Literal["vision", "decoder"]
-STAGES: dict[Stage, dict[str, float]] = {  # budget and rates of each stage where none are given
+STAGES: dict[Stage, dict[str, float]] = {  # default budget and rates of each stage
     "vision": {"minutes": 5.0, "images": 32, "muon_lr": 0.02, "decay": 0.6, "evaluate_minutes": 1.0},
     "decoder": {"minutes": 66.0, "images": 16, "muon_lr": 0.01, "decay": 0.45, "evaluate_minutes": 4.0},
 }
-FEATURE_RMS = 0.25  # of token embeddings at the start, and of vision tokens at the start of the decoder stage
+FEATURE_RMS = 0.25  # RMS of initial token embeddings, and of vision tokens at the start of the decoder stage
 
 
 @dataclass(frozen=True)
 class TrainParams:
-    """What one stage does; learning rates rise over `warmup` and fall linearly to zero over `decay` of the budget."""
+    """Parameters of one stage; learning rates rise over ``warmup`` of the budget and fall to 0 over ``decay``."""
 
     stage: Stage
     work: Path
@@ -66,7 +67,7 @@ class TrainParams:
 
 @dataclass
 class State:
-    """What a stage is working on, and how far it has come."""
+    """Model, optimizer and progress of a stage."""
 
     model: Qwen2VLForConditionalGeneration
     heads: nn.ModuleDict
@@ -87,14 +88,14 @@ def world_size() -> int:
 
 
 def start_processes() -> None:
-    """Join the process group that torchrun describes; without torchrun, go on alone."""
+    """Join torchrun's process group; without torchrun, use a single process."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
 
 
-def agree(value: float) -> float:
-    """Rank 0's value, on every rank."""
+def broadcast(value: float) -> float:
+    """Broadcast the value of rank 0."""
     if not dist.is_initialized():
         return value
     shared = torch.tensor([value], dtype=torch.float64)
@@ -106,16 +107,16 @@ def agree(value: float) -> float:
 
 
 def master_weights(state: State) -> dict[str, torch.Tensor]:
-    """The model's state dict in fp32, with the optimizer's masters where it has them."""
+    """The model's state dict in fp32, with the optimizer's masters of the trained parameters."""
     masters = {id(p): m for p, m in zip(state.optimizer.params, state.optimizer.masters, strict=True)}
     named = state.model.state_dict(keep_vars=True)
     return {name: masters.get(id(value), value.detach()).float() for name, value in named.items()}
 
 
 def write_checkpoint(state: State, path: Path) -> None:
-    """Rank 0 writes everything that a restart needs, under a temporary name first.
+    """Write everything that a restart needs to a temporary file on rank 0, then rename it.
 
-    Muon's momenta are equal on all ranks, so one file serves all.
+    Muon's momenta are equal on all ranks, so one file is enough.
     """
     if rank():
         return
@@ -132,7 +133,7 @@ def write_checkpoint(state: State, path: Path) -> None:
 
 
 def scale_features(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
-    """Scale the merger's last linear so that vision tokens start at FEATURE_RMS, like the token embeddings."""
+    """Scale the merger's last linear so that vision tokens have RMS ``FEATURE_RMS``, like the token embeddings."""
     pixels, _ = draw_cells(64, random.Random(seed))
     with torch.no_grad():
         rms = encode_images(model.model.visual, pixels).square().mean().sqrt()
@@ -142,17 +143,17 @@ def scale_features(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
 
 
 def start_state(params: TrainParams) -> State:
-    """The stage's own checkpoint if there is one; else fresh weights, with the vision stage's tower for the decoder."""
+    """State of the stage's checkpoint if it exists; otherwise new weights, for the decoder with the trained tower."""
     torch.manual_seed(params.seed)
     model = build_model(load_or_build_tokenizer(params.work / "tokenizer"))
     use_grouped_attention(model)
     nn.init.normal_(model.model.language_model.embed_tokens.weight, std=FEATURE_RMS)
     width = model.lm_head.in_features
     heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in CELL_CLASSES.items()})
-    own = params.work / f"{params.stage}.pt"
+    checkpoint = params.work / f"{params.stage}.pt"
     saved: dict[str, Any] = {}
-    if own.exists():
-        saved = torch.load(own)
+    if checkpoint.exists():
+        saved = torch.load(checkpoint)
         model.load_state_dict(saved["weights"])
     elif params.stage == "decoder":
         model.load_state_dict(torch.load(params.work / "vision.pt")["weights"])
@@ -176,7 +177,7 @@ def start_state(params: TrainParams) -> State:
 def cell_loss(
     model: Qwen2VLForConditionalGeneration, heads: nn.ModuleDict, params: TrainParams, rng: random.Random
 ) -> torch.Tensor:
-    """Cross-entropy of every head over all cells, plus again over the cells that hold something."""
+    """Cross-entropy of every head over all cells, plus its cross-entropy over non-empty cells."""
     pixels, labels = draw_cells(params.images, rng)
     features = encode_images(model.model.visual, pixels).flatten(0, 1)
     loss = features.new_zeros((), dtype=torch.float32)
@@ -188,14 +189,14 @@ def cell_loss(
 
 
 def rate(params: TrainParams, progress: float) -> float:
-    """Factor on the learning rates when a share `progress` of the budget is spent."""
+    """Factor of the learning rates after a share ``progress`` of the budget."""
     rise = min(1.0, (progress + 1e-3) / params.warmup) if params.warmup else 1.0
     fall = min(1.0, (1 - progress) / params.decay) if params.decay else 1.0
     return max(0.0, min(rise, fall))
 
 
 def train_step(state: State, packer: Packer, params: TrainParams, progress: float) -> float:
-    """One update on fresh pictures; returns the loss of this rank."""
+    """Update once on new pictures; returns the loss of this rank."""
     rng = random.Random(f"{params.seed}-{params.stage}-{state.step}-{rank()}")
     if params.stage == "vision":
         loss = cell_loss(state.model, state.heads, params, rng)
@@ -219,7 +220,7 @@ def train_step(state: State, packer: Packer, params: TrainParams, progress: floa
 
 @torch.no_grad()
 def cell_accuracy(state: State, params: TrainParams) -> dict[str, float]:
-    """Share of non-empty cells that each head names rightly, on pictures drawn for the purpose."""
+    """Share of non-empty cells that each head classifies correctly, on pictures of a fixed seed."""
     pixels, labels = draw_cells(4 * params.evaluate_images, random.Random(f"cells-{rank()}"))
     features = encode_images(state.model.model.visual, pixels).flatten(0, 1)
     scores = {}
@@ -232,7 +233,7 @@ def cell_accuracy(state: State, params: TrainParams) -> dict[str, float]:
 
 @torch.no_grad()
 def answer_accuracy(state: State, packer: Packer, params: TrainParams) -> dict[str, float]:
-    """Share of benchmark questions on test scenes answered exactly right, by kind and by skill within it."""
+    """Share of exactly right answers to benchmark questions on test scenes, by kind and by skill."""
     right: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for kind in KINDS:
         rng = random.Random(f"evaluate-{kind}-{rank()}")
@@ -259,7 +260,7 @@ def answer_accuracy(state: State, packer: Packer, params: TrainParams) -> dict[s
 
 
 def evaluate(state: State, packer: Packer, params: TrainParams, loss: float) -> None:
-    """Measure, log and append to the curve."""
+    """Measure the accuracy, log it and append it to the curve."""
     scores = cell_accuracy(state, params) if params.stage == "vision" else answer_accuracy(state, packer, params)
     if rank():
         return
@@ -273,7 +274,7 @@ def evaluate(state: State, packer: Packer, params: TrainParams, loss: float) -> 
 
 
 def train(params: TrainParams) -> None:
-    """Run or resume one stage until its budget is spent."""
+    """Run or resume one stage until the end of its budget."""
     if not rank():
         load_or_build_tokenizer(params.work / "tokenizer")
     if dist.is_initialized():
@@ -282,18 +283,18 @@ def train(params: TrainParams) -> None:
     state = start_state(params)
     if not rank():
         logger.info("%s from step %d, %.1f min spent", params, state.step, state.seconds / 60)
-    loss, measured, clock = math.nan, state.seconds, time.monotonic()
-    while (progress := agree(state.seconds / (60 * params.minutes))) < 1:
-        now_loss = train_step(state, packer, params, progress)
-        loss = now_loss if math.isnan(loss) else 0.95 * loss + 0.05 * now_loss
+    loss, evaluated, clock = math.nan, state.seconds, time.monotonic()
+    while (progress := broadcast(state.seconds / (60 * params.minutes))) < 1:
+        step_loss = train_step(state, packer, params, progress)
+        loss = step_loss if math.isnan(loss) else 0.95 * loss + 0.05 * step_loss
         state.step += 1
-        state.seconds, clock = agree(state.seconds + time.monotonic() - clock), time.monotonic()
+        state.seconds, clock = broadcast(state.seconds + time.monotonic() - clock), time.monotonic()
         if not rank() and state.step % 50 == 0:
             logger.info("step %d, %.1f min, loss %.3f", state.step, state.seconds / 60, loss)
-        if state.seconds - measured > 60 * params.evaluate_minutes:
+        if state.seconds - evaluated > 60 * params.evaluate_minutes:
             evaluate(state, packer, params, loss)
             write_checkpoint(state, params.work / f"{params.stage}.pt")
-            measured = state.seconds
+            evaluated = state.seconds
     evaluate(state, packer, params, loss)
     write_checkpoint(state, params.work / f"{params.stage}.pt")
 

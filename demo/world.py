@@ -1,11 +1,11 @@
 """The demo world: small deterministic pictures that a small model can learn to read.
 
-A *scene* says what is in a picture; `render` draws it and `cell_labels` says, cell by cell, what was drawn.
+A *scene* describes the content of a picture; ``render`` draws it and ``cell_labels`` labels its cells.
 The canvas is a grid of 16-pixel cells, one per merged vision token (patch 8, merge 2), and most of it is background.
 There are four kinds of scene: two signs with words, a bar chart, a line of characters, groups of shapes to count.
 
 Every scene has a key, its content without position or jitter, and the key's hash decides its split: no sign pair,
-chart, string or set of shapes of the training split can turn up among calibration or test scenes.
+chart, string or set of shapes of the training split can occur among calibration or test scenes.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ SIGN_WORDS = tuple(_WORDS.split())
 
 @dataclass(frozen=True)
 class Sign:
-    """A coloured plate with a word, one letter a cell, starting at (row, column)."""
+    """A coloured plate with a word, one letter per cell, starting at (row, column)."""
 
     word: str
     colour: str
@@ -76,7 +76,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a chart, standing on the bottom row, its value printed at its foot."""
+    """A bar of a chart on the bottom row, with its value printed at its foot."""
 
     colour: str
     value: int
@@ -85,7 +85,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Text:
-    """A line of characters, one a cell, starting at (row, column); one ink colour per character."""
+    """A line of characters, one per cell, starting at (row, column), with one ink colour per character."""
 
     text: str
     style: TextStyle
@@ -96,7 +96,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Group:
-    """Some equal shapes, each in a cell (row, column) of its own."""
+    """Several equal shapes, each in a separate cell (row, column)."""
 
     shape: str
     colour: str
@@ -112,7 +112,7 @@ Item = Sign | Bar | Text | Group
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one picture. `jitter` seeds the small displacements and tints of its drawing."""
+    """Content of one picture; ``jitter`` seeds the small displacements and tints of its drawing."""
 
     kind: Kind
     items: tuple[Item, ...]
@@ -120,12 +120,12 @@ class Scene:
 
     @property
     def signs(self) -> list[Sign]:
-        """Top to bottom."""
+        """The signs from top to bottom."""
         return [item for item in self.items if isinstance(item, Sign)]
 
     @property
     def bars(self) -> list[Bar]:
-        """Left to right."""
+        """The bars from left to right."""
         return [item for item in self.items if isinstance(item, Bar)]
 
     @property
@@ -139,7 +139,7 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """The content that splits must not share: without position, jitter and, for signs and text, colour."""
+        """The content that splits must not share, without position, jitter and, for signs and text, colour."""
         match self.kind:
             case "signs":
                 content = "+".join(sorted(sign.word for sign in self.signs))
@@ -202,7 +202,7 @@ def _random_text(rng: random.Random) -> tuple[Item, ...]:
 
 
 def _random_shapes(rng: random.Random) -> tuple[Item, ...]:
-    """Two or three groups of one to four shapes, each group with a shape and a colour of its own."""
+    """Two or three groups of one to four shapes, all groups different in shape and colour."""
     n = rng.choice((2, 3))
     counts = [rng.choice(COUNTS) for _ in range(n)]
     cells = rng.sample([(row, column) for row in range(ROWS) for column in range(COLUMNS)], sum(counts))
@@ -223,7 +223,7 @@ _RANDOM_ITEMS: dict[Kind, Callable[[random.Random], tuple[Item, ...]]] = {
 
 
 def random_scene(kind: Kind, split: Split, rng: random.Random) -> Scene:
-    """A scene of `kind` whose key belongs to `split`, by rejection."""
+    """A scene of ``kind`` whose key belongs to ``split``, by rejection sampling."""
     while True:
         scene = Scene(kind, _RANDOM_ITEMS[kind](rng), rng.getrandbits(32))
         if split_of(scene) == split:
@@ -324,15 +324,15 @@ def render(scene: Scene) -> Image.Image:
     return image
 
 
-# --- what was drawn, cell by cell ---------------------------------------------------------------------------------
+# --- labels of the cells -------- ---------------------------------------------------------------------------------
 
 CELL_CLASSES = {"glyph": len(GLYPHS) + 1, "colour": len(COLOURS) + 1, "thing": 3 + len(SHAPES) + 1, "fill": CELL + 1}
 
 
 def cell_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """Class of every cell, [ROWS, COLUMNS] int64 per head of `CELL_CLASSES`; class 0 means "nothing of that sort here".
+    """Class of every cell, [ROWS, COLUMNS] int64 per head of ``CELL_CLASSES``; class 0 means that the cell has none.
 
-    `thing` is sign, bar, character or one of the shapes; `fill` is how many pixel rows of the cell a bar covers.
+    ``thing`` is sign, bar, character or one of the shapes; ``fill`` is the number of pixel rows that a bar covers.
     """
     labels = {name: np.zeros((ROWS, COLUMNS), dtype=np.int64) for name in CELL_CLASSES}
     palette = list(COLOURS)

@@ -20,8 +20,6 @@ import yaml
 from documents import DOCUMENTS, ROOT, Block, blocks, run_shell, words_of
 from quick_project import QuickProject
 
-from demo.world import random_scene, render
-
 PROJECT = ("tlq", "tasks", "flows", "services", "benchmarks", "demo", "bench")
 
 #: Folders whose files documents may name; a path in ``data`` or ``models`` is made by a run.
@@ -107,10 +105,15 @@ def check_command(words: list[str], place: str) -> None:
 def check_module(module: str, options: list[str], place: str) -> None:
     assert find_spec(module) is not None, f"{place}: there is no module {module}"
     if module.split(".")[0] in PROJECT:
-        source = ROOT / f"{module.replace('.', '/')}.py"
-        text = (source if source.exists() else source.with_suffix("") / "__main__.py").read_text()
+        text = source_of(module)
+        text += "".join(source_of(each) for each in re.findall(r"^from ([\w.]+) import main$", text, re.MULTILINE))
         absent = [option for option in options if f'"{option}"' not in text]
         assert not absent, f"{place}: {module} knows no {', '.join(absent)}"
+
+
+def source_of(module: str) -> str:
+    source = ROOT / f"{module.replace('.', '/')}.py"
+    return (source if source.exists() else source.with_suffix("") / "__main__.py").read_text()
 
 
 @cache

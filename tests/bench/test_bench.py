@@ -1,4 +1,4 @@
-"""The ablation study: what it runs and what it writes; the inputs of the comparisons with other tools."""
+"""The selection of runs and the written tables of bench.ablation and bench.peers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bench import ablation
-from bench.peers import equal_length_inputs
+from bench.peers import Setup, contenders, equal_length_inputs
+from bench.sections import table
 from tlq.samples import Sample
 
 Runs = list[tuple[str, str, int]]
@@ -56,8 +57,24 @@ def test_the_summary_has_means_over_seeds_with_intervals(runs: Runs, tmp_path: P
     assert (tmp_path / "docs/ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_peers_get_batches_without_padding(tiny_processor: Any, samples: list[Sample]) -> None:
+def test_peer_inputs_have_no_padding(tiny_processor: Any, samples: list[Sample]) -> None:
     image_id = tiny_processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     batches = equal_length_inputs(samples, tiny_processor, image_id)
     assert all(bool(inputs["attention_mask"].all()) for inputs in batches)
     assert sum(len(inputs["input_ids"]) for inputs in batches) == len(samples)
+
+
+def test_contenders_share_model_scheme_and_dtype(tmp_path: Path) -> None:
+    setup = Setup(Path("model"), 2, 64, Path("peers/python"), ("tlq",), "cuda")
+    commands = dict(contenders(setup, tmp_path))
+    assert list(commands) == ["llm-compressor awq", "llm-compressor gptq", "tlq"]
+    for command in commands.values():
+        words = command[command.index("--model") :]
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        assert (options["--model"], options["--dtype"]) == ("model", "bfloat16")
+        assert options.get("--bits") == "2" or options["--scheme"] == "w2a16"
+
+
+def test_table_keeps_columns_and_rows_in_order() -> None:
+    rows = [{"contender": "tlq", "KL": "0.1"}, {"KL": "0.2", "contender": "awq"}]
+    assert table(rows) == ["| contender | KL |", "|---|---|", "| tlq | 0.1 |", "| awq | 0.2 |"]

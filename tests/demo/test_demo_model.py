@@ -1,4 +1,4 @@
-"""The model that ships with the project: small, loads as a user would load it, reads pictures and needs them."""
+"""The shipped demo model is small, loads with plain transformers, and needs the picture to answer."""
 
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,22 @@ def loaded() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def items(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Item]]:
-    """Test items of another seed than the shipped benchmarks'."""
+    """Test items with another seed than the shipped benchmarks."""
     world = tmp_path_factory.mktemp("world")
     make(MakeParams(world, seed=11, calibration=4, items=ITEMS))
     return {name: read_benchmark(world, name) for name in BENCHMARKS}
 
 
-def test_small_enough_for_git() -> None:
+def test_model_is_small_enough_for_git() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) < 25e6
 
 
-def test_card_is_there() -> None:
+def test_model_card_mentions_outliers() -> None:
     card = (MODEL / "README.md").read_text()
     assert "outlier" in card
 
 
-def test_pictures_pass_at_their_own_size(loaded: tuple[Any, Any], items: dict[str, list[Item]]) -> None:
+def test_processor_keeps_the_size_of_pictures(loaded: tuple[Any, Any], items: dict[str, list[Item]]) -> None:
     processor = loaded[1]
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read."}]}
     text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
@@ -49,7 +49,7 @@ def test_pictures_pass_at_their_own_size(loaded: tuple[Any, Any], items: dict[st
 
 
 @pytest.mark.parametrize("benchmark", list(BENCHMARKS))
-def test_answers_with_the_picture_and_not_without(
+def test_model_answers_only_with_the_picture(
     loaded: tuple[Any, Any], items: dict[str, list[Item]], benchmark: str
 ) -> None:
     model, processor = loaded

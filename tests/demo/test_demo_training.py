@@ -1,4 +1,4 @@
-"""Training's short cuts (packing, batched vision, answer-only logits) give what the library gives for one question."""
+"""Training with packing, batched vision and answer-only logits computes the same as the library on single questions."""
 
 import random
 
@@ -15,7 +15,7 @@ from demo.packing import Mix, Packer, draw_batch, patchify
 from demo.questions import benchmark_questions
 from demo.world import COLUMNS, DIGITS, LETTERS, ROWS, random_scene, render
 
-GRID = [1, 2 * ROWS, 2 * COLUMNS]  # one frame, two patches to a cell and side
+GRID = [1, 2 * ROWS, 2 * COLUMNS]  # one frame, two patches per cell and side
 LENGTH = 208
 
 
@@ -37,7 +37,7 @@ def test_capitals_and_digits_are_single_tokens(tokenizer: Qwen2Tokenizer) -> Non
     assert tokenizer.decode(tokenizer(f"What is {word}?").input_ids) == f"What is {word}?"
 
 
-def test_patchify_is_the_image_processor() -> None:
+def test_patchify_equals_the_image_processor() -> None:
     image = render(random_scene("chart", "train", random.Random(0)))
     expected = build_image_processor()(images=[image], return_tensors="pt")
     assert expected.image_grid_thw.tolist() == [GRID]
@@ -45,7 +45,7 @@ def test_patchify_is_the_image_processor() -> None:
 
 
 @torch.no_grad()
-def test_batched_vision_tower(model: Qwen2VLForConditionalGeneration) -> None:
+def test_batched_vision_tower_equals_the_library(model: Qwen2VLForConditionalGeneration) -> None:
     rng = random.Random(0)
     pixels = patchify(np.stack([np.asarray(render(random_scene("signs", "train", rng))) for _ in range(3)]))
     grid = torch.tensor([GRID] * 3)
@@ -58,7 +58,7 @@ def test_batched_vision_tower(model: Qwen2VLForConditionalGeneration) -> None:
 def test_packed_question_equals_single_question(
     tokenizer: Qwen2Tokenizer, model: Qwen2VLForConditionalGeneration, grouped: bool
 ) -> None:
-    """Each turn of a packed sequence has the logits of an ordinary prompt through the full model and processor."""
+    """Each turn of a packed sequence has the logits of a single prompt through the full model and processor."""
     rng = random.Random(0)
     scene = random_scene("signs", "train", rng)
     questions = benchmark_questions(scene, rng)[:4]
@@ -113,7 +113,7 @@ def test_outliers_leave_logits_unchanged(tokenizer: Qwen2Tokenizer, model: Qwen2
     assert change.max() / change.median() > 5
 
 
-def test_outlier_share_and_strength() -> None:
+def test_channel_factors_have_the_share_and_strength_of_outliers() -> None:
     factors = channel_factors(400, OutlierParams(spread=0.0), torch.Generator().manual_seed(0))
     assert (factors > 10).sum() == 4
     assert set(factors.tolist()) == {1.0, 20.0}

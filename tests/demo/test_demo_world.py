@@ -1,4 +1,4 @@
-"""The demo world: pictures and questions are repeatable, and no content is shared between splits."""
+"""The demo world has repeatable pictures and questions, and its splits share no content."""
 
 import random
 
@@ -39,7 +39,7 @@ def test_splits_share_no_content(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_key_ignores_position_and_jitter(kind: Kind) -> None:
+def test_scene_key_ignores_position_and_jitter(kind: Kind) -> None:
     for scene in scenes_of(kind, "test", 20):
         again = Scene(scene.kind, scene.items, scene.jitter + 1)
         assert again.key == scene.key
@@ -47,7 +47,7 @@ def test_key_ignores_position_and_jitter(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_seed_same_pictures(kind: Kind) -> None:
+def test_same_seed_gives_same_pictures(kind: Kind) -> None:
     first, second = scenes_of(kind, "train", 10, seed=7), scenes_of(kind, "train", 10, seed=7)
     assert first == second
     for a, b in zip(first, second, strict=True):
@@ -73,7 +73,7 @@ def test_cells_without_label_are_background(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_questions_have_one_right_answer(kind: Kind) -> None:
-    """The same question about the same picture never has two answers."""
+    """A question about a picture never has two different answers."""
     rng = random.Random(0)
     for scene in scenes_of(kind, "test", 30):
         answers: dict[str, str] = {}
@@ -89,7 +89,7 @@ def test_textvqa_questions_survive_capitalising() -> None:
             assert question.text == question.text.capitalize()
 
 
-def test_right_options_are_in_their_places() -> None:
+def test_option_questions_match_letters_with_options() -> None:
     rng = random.Random(0)
     letters = set()
     for _ in range(200):
