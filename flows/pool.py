@@ -1,9 +1,9 @@
-"""The work pool: the flow that its workers run for a stage, and what the server must know of both.
+"""The work pool: the flow that its workers run for a stage, its deployment and an automation.
 
     python -m flows.pool --deploy
 
-makes the work pool `TLQ_POOL` (default `gpu`), the deployment of the worker flow, and an automation that ends runs of
-which nothing is heard. docs/cluster.md tells the rest.
+creates the work pool `TLQ_POOL` (default `gpu`), the deployment of the worker flow, and an automation that ends runs
+without a heartbeat. docs/cluster.md describes the rest.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows.stages import ROOT, StageFailed, run_command
-from tasks.cluster.pool import FLOW
 from tasks.cluster.store import JobStore, StageGoneError
+from tasks.cluster.work_pool import FLOW
 
 _HEARTBEAT_SECONDS = 30
 _SILENT_SECONDS = 120
@@ -39,10 +39,10 @@ _SILENT_SECONDS = 120
 
 @flow(name=FLOW)
 def pool_worker(store: str, agents: int, module: str, arguments: list[str], folder: str) -> State[Any] | None:
-    """Work for a stage with this worker's GPU, until its result is complete or it needs no more help.
+    """Work for a stage with this worker's GPU until the stage's result is complete or it stops this worker.
 
     Args:
-        store: host and port where the stage holds its store.
+        store: host and port of the stage's store.
         agents: most workers that share the stage.
         module, arguments: what every rank runs.
         folder: where it runs: the stage's own folder, on a file system that all workers share.
@@ -53,7 +53,7 @@ def pool_worker(store: str, agents: int, module: str, arguments: list[str], fold
     try:
         meeting = JobStore.join(store)
         try:
-            run_command(command, module, Path(folder), meeting.tell)
+            run_command(command, module, Path(folder), meeting.send_line)
         except StageFailed:
             if not meeting.stopped(name):
                 raise
@@ -64,9 +64,9 @@ def pool_worker(store: str, agents: int, module: str, arguments: list[str], fold
 
 
 def deploy(pool: str) -> None:
-    """Make, or bring up to date, the pool, its deployment and its automation at the server of ``PREFECT_API_URL``."""
+    """Create or update the pool, its deployment and its automation on the server of ``PREFECT_API_URL``."""
     with get_client(sync_client=True) as client:
-        with suppress(ObjectAlreadyExists):  # it stays as it is, with a limit that somebody may have given it
+        with suppress(ObjectAlreadyExists):  # an existing pool keeps its concurrency limit
             client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
         deployment = RunnerDeployment.from_flow(
             pool_worker,
@@ -78,7 +78,7 @@ def deploy(pool: str) -> None:
                 "stream_output": False,  # else a run crashes at its next line when its worker has died
                 "env": {
                     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # lost connections are told in one line, not by stack traces
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # one line for a lost connection in place of a stack trace
                 },
             },
         )
@@ -87,7 +87,11 @@ def deploy(pool: str) -> None:
 
 
 def _end_silent_runs(client: SyncPrefectClient, pool: str, deployment: UUID) -> None:
-    """A run whose worker, process and stage all died would hold its slot for ever: the server sets it to Crashed."""
+    """Let the server set runs without a heartbeat to Crashed, so that they free their slot.
+
+    A living stage does the same earlier (``tasks.cluster.watch``); the automation is for runs whose worker, process
+    and stage have all died, which no process reports.
+    """
     name = f"{FLOW}/{pool}: nothing heard"
     ends = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled")]
     automation = AutomationCore(

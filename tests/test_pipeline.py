@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -35,7 +36,7 @@ RUN_SECONDS = 900.0
 
 
 class Prefect:
-    """What the tests ask a Prefect server."""
+    """The requests of the tests to a Prefect server."""
 
     def __init__(self, address: str) -> None:
         self.client = httpx.Client(
@@ -225,15 +226,14 @@ def test_applying_the_deployments_again_keeps_schedules_as_the_ui_left_them(
     weekly = next(each for each in deployment["schedules"] if each["slug"] == "weekly")
     path = f"/deployments/{deployment['id']}/schedules/{weekly['id']}"
     prefect.request("PATCH", path, {"active": True})
-    with server() as client:
-        assert apply_deployments(services.folder, tmp_path / "prefect.yaml", client) == [
-            "quantize",
-            "evaluate",
-            "sweep",
-        ]
-    after = prefect.get("/deployments/name/quantize/quantize")["schedules"]
+    try:
+        with server() as client:
+            names = apply_deployments(services.folder, tmp_path / "prefect.yaml", client)
+        after = prefect.get("/deployments/name/quantize/quantize")["schedules"]
+    finally:
+        prefect.request("PATCH", path, {"active": False})
+    assert names == ["quantize", "evaluate", "sweep"]
     assert [each["active"] for each in after if each["slug"] == "weekly"] == [True]
-    prefect.request("PATCH", path, {"active": False})
 
 
 def test_prefect_has_named_tasks(prefect: Prefect, scheduled_run: dict[str, Any]) -> None:
@@ -241,15 +241,23 @@ def test_prefect_has_named_tasks(prefect: Prefect, scheduled_run: dict[str, Any]
     assert {"prepare", "calibrate@tlq-w3a16", "evaluate@rtn-w3a16", "register"} <= {each["name"] for each in runs}
 
 
-def test_stopping_ends_every_process(services: Services) -> None:
-    processes = services.descendants()
-    assert len(processes) > 3
-    assert services.stop() == 0
-    assert not [each for each in processes if each.is_running()]
+def test_services_listen_on_the_loopback_interface_only(services: Services) -> None:
+    links = [link for process in services.descendants() for link in process.net_connections("inet")]
+    listening = {link.laddr.ip for link in links if link.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
 
 
-def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(project: Path) -> None:
-    lines = run(project, sys.executable, "-m", "flows.quantize").splitlines()
+def test_stopping_the_services_ends_every_process(tmp_path: Path) -> None:
+    with serving(make_project(tmp_path / "project")) as services:
+        processes = services.descendants()
+        assert len(processes) > 3
+        assert services.stop() == 0
+        assert not [process for process in processes if process.is_running()]
+
+
+def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(project: Path, tmp_path: Path) -> None:
+    """With a Prefect home of its own, because the services use the project's."""
+    lines = run(project, "env", f"PREFECT_HOME={tmp_path}", sys.executable, "-m", "flows.quantize").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("variant "))
     assert [line.split()[0] for line in lines[start + 2 : start + 5]] == ["full", *VARIANTS]
     assert not [line for line in lines if "Running stage" in line]
@@ -306,8 +314,10 @@ def test_one_recipes_choice_makes_only_its_own_stages_stale(project: Path) -> No
     params = yaml.safe_load(before)
     params["recipes"]["tlq"] = {"equalization": {"points": 10}}
     path.write_text(yaml.safe_dump(params))
-    stale = json.loads(dvc(project, "status", "--json"))
-    path.write_text(before)
+    try:
+        stale = json.loads(dvc(project, "status", "--json"))
+    finally:
+        path.write_text(before)
     assert set(stale) == {"calibrate@tlq-w3a16"}
 
 

@@ -1,10 +1,10 @@
-"""One elastic agent: what a worker of the pool runs for a stage, on its own machine or another.
+"""One elastic agent: a worker of the pool runs it for a stage, on the stage's machine or another.
 
     python -m tasks.cluster.agent --store 10.0.0.1:41234 --name <flow run id> --agents 2 \\
         tasks.stages.calibrate --recipe tlq ...
 
-Keeps one rank of the stage's module alive. Ends when the result is complete, when the stage asks for it, and when the
-stage is gone.
+The agent keeps one rank of the stage's module alive. It ends when the result is complete, when the stage stops it, and
+when the stage has ended.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tasks.cluster.store import JobStore, StageGoneError
 
 logger = logging.getLogger("tlq.agent")
 
-_BEAT_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 1.0
 _KILL_SECONDS = 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", required=True, help="host and port where the stage holds its store")
-    parser.add_argument("--name", required=True, help="name of this agent at the store")
+    parser.add_argument("--store", required=True, help="host and port of the stage's store")
+    parser.add_argument("--name", required=True, help="name of this agent in the store")
     parser.add_argument("--agents", type=int, required=True, help="most agents in the group")
     parser.add_argument("module", help="what a rank runs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -49,45 +49,47 @@ def _serve(store: JobStore, arguments: argparse.Namespace) -> None:
 
     Raises:
         StageGoneError: the store is gone before the group has formed.
-        SignalException: told to stop.
+        SignalException: SIGTERM was received.
     """
-    signal.signal(signal.SIGTERM, _told_to_stop)
+    signal.signal(signal.SIGTERM, _raise_on_signal)
     leaving = threading.Event()
-    beat = threading.Thread(target=_beat, args=(store, arguments.name, leaving), daemon=True, name="beat")
-    beat.start()
+    heartbeat = threading.Thread(
+        target=_send_heartbeats, args=(store, arguments.name, leaving), daemon=True, name="heartbeat"
+    )
+    heartbeat.start()
     try:
         while not store.begun():
-            time.sleep(_BEAT_SECONDS / 4)
+            time.sleep(_HEARTBEAT_SECONDS / 4)
         run_agent(store.endpoint, arguments.module, arguments.arguments, 1, (1, arguments.agents))
     except (SignalException, StageGoneError):
         raise
     except Exception as error:
-        # The group is closed to all when one agent gives up: the stage cannot go on by sending another.
+        # When one agent gives up the group is closed to all: the stage cannot continue with another agent.
         if not store.finished():
             store.fail(" ".join(str(error).split()))
         raise
     finally:
         leaving.set()
-        beat.join()  # a thread inside the store when the interpreter ends would abort the process
+        heartbeat.join()  # a thread inside the store when the interpreter ends would abort the process
 
 
-def _beat(store: JobStore, name: str, leaving: threading.Event) -> None:
-    """Give a sign of life every second, until the stage says stop, does not answer, or its store is closed."""
+def _send_heartbeats(store: JobStore, name: str, leaving: threading.Event) -> None:
+    """Send a heartbeat every second until the stage stops this agent or does not answer, or ``leaving`` is set."""
     try:
         while not store.stopped(name):
-            store.beat(name)
-            if leaving.wait(_BEAT_SECONDS):
+            store.heartbeat(name)
+            if leaving.wait(_HEARTBEAT_SECONDS):
                 return
         logger.info("the stage needs this agent no longer")
     except StageGoneError as error:
         logger.info("%s", error)
     if not leaving.is_set():
-        signal.alarm(_KILL_SECONDS)  # a rank that does not let go must not keep this process
+        signal.alarm(_KILL_SECONDS)  # a rank that does not end must not keep this process alive
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _told_to_stop(number: int, _frame: object) -> None:
-    raise SignalException(f"told to stop: signal {number}", signal.Signals(number))
+def _raise_on_signal(number: int, _frame: object) -> None:
+    raise SignalException(f"stopped by signal {number}", signal.Signals(number))
 
 
 if __name__ == "__main__":

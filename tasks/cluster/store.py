@@ -1,6 +1,6 @@
-"""What a stage, the agents that work for it and their ranks tell each other: on the store where the agents meet.
+"""The messages between a stage, its agents and their ranks, on the store where the agents meet.
 
-The stage's own process holds the store. It is gone when that process is, and this is how everybody else learns it.
+The stage's own process hosts the store. When the process ends the store ends too, which tells the agents and ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 
 T = TypeVar("T")
 
-#: Seconds in which a store that is there answers.
+#: Seconds in which a living store answers.
 ANSWER_SECONDS = 20
 
 _FAILURE, _FINISHED, _BEGUN, _STOPPED, _JOB, _LINES = (
@@ -42,10 +42,10 @@ class JobStore:
 
     @classmethod
     def host(cls, address: str, job: str = "") -> JobStore:
-        """A new store in this process, reached under ``address`` and by no other.
+        """Host a store in this process that listens on ``address`` only.
 
         Raises:
-            OSError: ``address`` is none of this machine.
+            OSError: ``address`` is no address of this machine.
         """
         try:
             family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
@@ -65,10 +65,10 @@ class JobStore:
 
     @classmethod
     def join(cls, endpoint: str, seconds: float = ANSWER_SECONDS) -> JobStore:
-        """The store that another process holds.
+        """Connect to the store that another process hosts.
 
         Raises:
-            StageGoneError: nobody answers there within ``seconds``.
+            StageGoneError: no store answers at ``endpoint`` within ``seconds``.
         """
         host, port = endpoint.rsplit(":", 1)
         try:
@@ -76,30 +76,30 @@ class JobStore:
             limit = timedelta(seconds=seconds)
             store = _in_time(lambda: TCPStore(host, int(port), wait_for_workers=False, timeout=limit), seconds)
         except (OSError, RuntimeError) as error:
-            raise StageGoneError(f"nobody answers at {endpoint}: the stage has ended") from error
+            raise StageGoneError(f"no store answers at {endpoint}: the stage has ended") from error
         return cls(store, endpoint)
 
-    def _ask(self, question: Callable[[], T]) -> T:
+    def _request(self, request: Callable[[], T]) -> T:
         try:
-            return _in_time(question, ANSWER_SECONDS)
+            return _in_time(request, ANSWER_SECONDS)
         except (TimeoutError, RuntimeError) as error:
             raise StageGoneError(f"the stage is gone: {self.endpoint} does not answer") from error
 
     def _set(self, key: str, value: str = "1") -> None:
-        """Set, and wait until the store has it: the question comes after it on the same connection."""
-        self._ask(lambda: self._store.set(key, value))
+        """Set a key and wait until the store has it: the check follows on the same connection."""
+        self._request(lambda: self._store.set(key, value))
         self._has(key)
 
     def _has(self, key: str) -> bool:
-        return self._ask(lambda: self._store.check([key]))
+        return self._request(lambda: self._store.check([key]))
 
     def job(self) -> str:
-        """What the job was called by the one who hosts it."""
-        return self._ask(lambda: self._store.get(_JOB)).decode()
+        """The name that the host gave to the job."""
+        return self._request(lambda: self._store.get(_JOB)).decode()
 
     def fail(self, message: str) -> bool:
-        """Say that trying again is of no use; False if somebody has said something else before."""
-        return self._ask(lambda: self._store.compare_set(_FAILURE, "", message)).decode() == message
+        """Report a failure that a retry cannot cure; False if another one was reported before."""
+        return self._request(lambda: self._store.compare_set(_FAILURE, "", message)).decode() == message
 
     def raise_failure(self) -> None:
         """Raise ValueError with the message that a rank reported, if one did."""
@@ -107,18 +107,18 @@ class JobStore:
             raise ValueError(message)
 
     def failure(self) -> str | None:
-        """What was said by ``fail``."""
-        return self._ask(lambda: self._store.get(_FAILURE)).decode() if self._has(_FAILURE) else None
+        """The message that ``fail`` reported, if any."""
+        return self._request(lambda: self._store.get(_FAILURE)).decode() if self._has(_FAILURE) else None
 
     def finish(self) -> None:
-        """Say that the job's result is complete."""
+        """Mark the job's result as complete."""
         self._set(_FINISHED)
 
     def finished(self) -> bool:
         return self._has(_FINISHED)
 
     def begin(self) -> None:
-        """Let the agents that are here form a group."""
+        """Let the agents that have joined form a group."""
         self._set(_BEGUN)
 
     def begun(self) -> bool:
@@ -132,42 +132,42 @@ class JobStore:
         """Whether ``agent``, or every agent, is to end."""
         return self._has(_STOPPED) or self._has(_STOPPED + agent)
 
-    def beat(self, agent: str) -> None:
-        """A sign of life."""
-        self._ask(lambda: self._store.add(f"tlq/beats/{agent}", 1))
+    def heartbeat(self, agent: str) -> None:
+        """Send a heartbeat."""
+        self._request(lambda: self._store.add(f"tlq/heartbeats/{agent}", 1))
 
-    def beats(self, agent: str) -> int:
-        """How many signs of life there were."""
-        return self._store.add(f"tlq/beats/{agent}", 0)
+    def heartbeats(self, agent: str) -> int:
+        """The number of heartbeats of ``agent``."""
+        return self._store.add(f"tlq/heartbeats/{agent}", 0)
 
-    def tell(self, line: str) -> None:
-        """Give the stage a line for its log."""
-        number = self._ask(lambda: self._store.add(_LINES, 1))
-        self._set(f"{_LINES}/{number}", line)
+    def send_line(self, line: str) -> None:
+        """Send a line to the stage's log."""
+        index = self._request(lambda: self._store.add(_LINES, 1))
+        self._set(f"{_LINES}/{index}", line)
 
     def lines(self) -> list[str]:
-        """The lines told since the last call, as far as they are complete; each is returned once."""
-        found = []
+        """The lines sent since the last call; each is returned once."""
+        lines = []
         while self._store.check([key := f"{_LINES}/{self._lines_read + 1}"]):
-            found.append(self._store.get(key).decode())
+            lines.append(self._store.get(key).decode())
             self._store.delete_key(key)
             self._lines_read += 1
-        return found
+        return lines
 
 
-def _in_time(question: Callable[[], T], seconds: float) -> T:
-    """The answer to a question that may wait for ever, as those to the store of a machine without power do.
+def _in_time(request: Callable[[], T], seconds: float) -> T:
+    """The result of a request that may block for ever, for instance if the store's machine has lost power.
 
     Raises:
-        TimeoutError: there is none after ``seconds``; the thread that waits for it is left behind.
+        TimeoutError: there is no result after ``seconds``; the thread that waits for it stays.
     """
     answer: Future[T] = Future()
 
     def ask() -> None:
         try:
-            answer.set_result(question())
+            answer.set_result(request())
         except RuntimeError as error:
             answer.set_exception(error)
 
-    threading.Thread(target=ask, daemon=True, name="question to the store").start()
+    threading.Thread(target=ask, daemon=True, name="request to the store").start()
     return answer.result(seconds)

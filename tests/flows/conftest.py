@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +14,10 @@ from flows import evaluate, quantize, stages
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """A temporary Prefect server with an empty database."""
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=300):
         yield
+        # At the end of the session pytest has closed the stream to which Prefect logs that the server stops.
+        logging.getLogger("prefect").setLevel(logging.WARNING)
 
 
 @pytest.fixture

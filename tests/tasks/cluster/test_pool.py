@@ -25,7 +25,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
 
 from flows.stages import REPRO
-from tasks.cluster.pool import Pool
+from tasks.cluster.work_pool import Pool
 
 WORKERS = 2
 BUSY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]

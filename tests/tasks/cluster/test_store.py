@@ -36,18 +36,18 @@ def test_lines_reach_the_stage_once_and_in_order() -> None:
     stage = JobStore.host("127.0.0.1")
     agents = [JobStore.join(stage.endpoint) for _ in range(2)]
     for number in range(4):
-        agents[number % 2].tell(f"line {number}")
+        agents[number % 2].send_line(f"line {number}")
     assert stage.lines() == [f"line {number}" for number in range(4)]
     assert stage.lines() == []
-    agents[0].tell("ü")
+    agents[0].send_line("ü")
     assert stage.lines() == ["ü"]
 
 
 def test_one_agent_or_all_are_stopped() -> None:
     stage = JobStore.host("127.0.0.1")
     agent = JobStore.join(stage.endpoint)
-    agent.beat("a")
-    assert (stage.beats("a"), stage.beats("b")) == (1, 0)
+    agent.heartbeat("a")
+    assert (stage.heartbeats("a"), stage.heartbeats("b")) == (1, 0)
     stage.stop("a")
     assert (agent.stopped("a"), agent.stopped("b")) == (True, False)
     stage.stop()
@@ -60,8 +60,8 @@ def test_a_stage_that_is_gone_is_told_from_one_that_is_silent() -> None:
     endpoint = stage.endpoint
     del stage
     with pytest.raises(StageGoneError, match="is gone"):
-        agent.beat("a")
-    with pytest.raises(StageGoneError, match=f"nobody answers at {endpoint}"):
+        agent.heartbeat("a")
+    with pytest.raises(StageGoneError, match=f"no store answers at {endpoint}"):
         JobStore.join(endpoint)
     with socket.create_server(("127.0.0.1", 0)) as somebody_else, pytest.raises(StageGoneError):
         JobStore.join(f"127.0.0.1:{somebody_else.getsockname()[1]}", seconds=1)
