@@ -21,6 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from benchmarks.data import BenchmarkError, BenchmarkSource, Rows, Skip, choose_rows, load_rows
 from benchmarks.divergence import AnswerMeter, ItemKey
 from benchmarks.model import Finished, VisionLM
+from benchmarks.results import Part
 from benchmarks.vllm import WrappedLM
 
 log = logging.getLogger(__name__)
@@ -42,14 +43,6 @@ class Item:
     n_answer_tokens: int = 0
     nll: float | None = None
     kl: float | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """A sub-score: mean in [0, 1] or sum of points, and over how many items."""
-
-    value: float
-    n: int
 
 
 @dataclass(frozen=True)

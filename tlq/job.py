@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -22,8 +21,9 @@ from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, refuse_impossible
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
+from tlq.results import CalibrationReport, LayerReport
 from tlq.runtime.activations import host_memory, processes_here
-from tlq.runtime.files import new_directory, write_text
+from tlq.runtime.files import new_directory
 from tlq.runtime.memory import peak_resident
 from tlq.runtime.resume import WorkFolder, data_digest, model_digest, versions
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
@@ -76,13 +76,8 @@ def quantize_checkpoint(
             with new_directory(out) as folder:
                 shards = [work.part(index) for index in range(len(reports))]
                 finish_checkpoint(folder, shards, model, scheme)
-                report = {
-                    "recipe": asdict(recipe),
-                    "scheme": asdict(scheme),
-                    "groups": [group for layer in reports for group in layer["groups"]],
-                    "layers": [{name: layer[name] for name in layer if name != "groups"} for layer in reports],
-                }
-                write_text(json.dumps(report, indent=1) + "\n", folder / "calibration.json")
+                layers = [LayerReport.from_dict(layer) for layer in reports]
+                CalibrationReport(recipe, scheme, layers).save(folder / "calibration.json")
             work.remove()
     ranks.barrier()
     return reports

@@ -27,6 +27,7 @@ from tasks.registry.lineage import locked_outputs
 from tasks.registry.provenance import calibration_inputs, lineage, machine
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
+from tlq.results import CalibrationReport, LayerReport
 from tlq.runtime.digest import digest
 from tlq.runtime.resume import model_digest
 
@@ -215,43 +216,36 @@ def first_line(error: BaseException) -> str:
 # --- Layers ---------------------------------------------------------------------------------------
 
 
-def layer_metrics(report: Mapping[str, Any]) -> list[Metric]:
-    """The report of a layer (see ``tlq.api.quantize_checkpoint``) as metrics whose step is the layer.
+def layer_metrics(report: LayerReport) -> list[Metric]:
+    """The report of a layer as metrics whose step is the layer.
 
     Errors of the layer are sums over its groups; what was not measured is left out.
     """
     from mlflow.entities import Metric
 
     now = int(1000 * time.time())
-    values: dict[str, Any] = {
-        f"layer/{name}": report.get(name) for name in ("seconds", "peak_host_bytes", "peak_device_bytes")
+    values: dict[str, float | None] = {
+        "layer/seconds": report.seconds,
+        "layer/peak_host_bytes": report.peak_host_bytes,
+        "layer/peak_device_bytes": report.peak_device_bytes,
     }
     for name in ("error_before", "error_after"):
-        errors = {group["group"]: group.get(name) for group in report["groups"]}
+        errors: dict[str, float | None] = {group.group: getattr(group, name) for group in report.groups}
         values |= {f"layer/{group}/{name}": error for group, error in errors.items()}
         known = [error for error in errors.values() if error is not None]
         values[f"layer/{name}"] = sum(known) if known else None
-    return [Metric(name, float(value), now, report["layer"]) for name, value in values.items() if value is not None]
+    return [Metric(name, float(value), now, report.layer) for name, value in values.items() if value is not None]
 
 
-def layer_reports(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The reports of all layers from what calibration.json holds."""
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for group in calibration.get("groups", ()):
-        groups.setdefault(group["layer"], []).append(group)
-    layers = {layer["layer"]: layer for layer in calibration.get("layers", ())}
-    return [{"layer": index, **layers.get(index, {}), "groups": groups[index]} for index in sorted(groups)]
-
-
-def fill_in_layers(client: MlflowClient, run_id: str, calibration: Mapping[str, Any]) -> int:
+def fill_in_layers(client: MlflowClient, run_id: str, calibration: CalibrationReport) -> int:
     """Log the layers of calibration.json that the run does not have yet; returns how many."""
     logged: dict[str, set[int]] = {}
     missing: list[Metric] = []
     layers = 0
-    for metrics in map(layer_metrics, layer_reports(calibration)):
+    for metrics in map(layer_metrics, calibration.layers):
         if not metrics:
             continue
-        name, step = metrics[0].key, metrics[0].step  # those of a layer are logged together: one tells of all
+        name, step = metrics[0].key, metrics[0].step  # a layer's metrics are logged together: one stands for all
         if name not in logged:
             logged[name] = {metric.step for metric in client.get_metric_history(run_id, name)}
         if step not in logged[name]:
@@ -279,7 +273,7 @@ class LiveRun:
         self._warned = False
 
     def log_layer(self, report: dict[str, Any]) -> None:
-        self._unsent += layer_metrics(report)
+        self._unsent += layer_metrics(LayerReport.from_dict(report))
         if self._clock() >= self._next_try:
             self._attempt(self._send)
 

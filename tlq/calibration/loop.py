@@ -43,6 +43,7 @@ from tlq.quantization.search import (
     successive_halving,
 )
 from tlq.recipes import Recipe
+from tlq.results import GroupReport
 from tlq.runtime.activations import HostMemory, host_memory
 from tlq.samples import Batch
 
@@ -50,22 +51,6 @@ logger = logging.getLogger(__name__)
 
 _LEAST_ROWS = 512
 _ROW_PARTS = 8
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What happened to one linear group; errors are E(V) / sum_t w_t, before with s = 1 and nearest rounding."""
-
-    layer: int
-    group: str
-    alpha: float
-    duo: bool
-    error_before: float | None
-    error_after: float | None
-    tokens: int
-    effective_tokens: float | None
-    damping: float | None
-    seconds: float
 
 
 @dataclass

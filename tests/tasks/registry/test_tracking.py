@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ from tasks.stages import calibrate
 from tasks.stages import command as cli
 from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe
+from tlq.results import CalibrationReport
 from tlq.runtime.digest import digest
 
 OUT = Path("models/rtn-w3a16")
@@ -238,7 +238,7 @@ def test_the_stage_shows_its_layers_and_the_checkpoint_knows_its_run(
     assert (run.info.status, steps(run)) == ("FINISHED", [0, 1])
     assert run.data.tags[CHECKPOINT] == digest(Path("models/tlq-w3a16"))
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["calibration", "tokens"]
-    report = json.loads(Path("models/tlq-w3a16/calibration.json").read_text())
+    report = CalibrationReport.load(Path("models/tlq-w3a16/calibration.json"))
     assert tracking.fill_in_layers(connect(), run.info.run_id, report) == 0
 
 

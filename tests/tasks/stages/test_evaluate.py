@@ -147,13 +147,13 @@ def test_changed_params_do_not_reuse_answers(
     (working / "fingerprint").write_text("of other params")
     (working / "answers.jsonl").write_text("{}\n")
     metrics = evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), other, tmp_path)
-    assert metrics["mean"]["n"] == 16
+    assert metrics.mean.n == 16
 
 
 def test_without_divergence(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
     plain = EvaluateParams(params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
     metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
-    assert "kl" not in metrics["mean"]
+    assert metrics.mean.kl is None
     assert not (tmp_path / "full" / "reference").exists()
 
 
@@ -166,7 +166,7 @@ def test_too_many_unusable_items(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "full").exists()
     allowed = EvaluateParams((source,), max_new_tokens=1, max_skipped=0.5, resamples=10)
     metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), allowed, tmp_path)
-    assert (metrics["mean"]["n"], metrics["mean"]["asked"]) == (4, 5)
+    assert (metrics.mean.n, metrics.mean.asked) == (4, 5)
     assert "no answer" in (tmp_path / "full" / "skipped.csv").read_text()
 
 
@@ -190,7 +190,7 @@ def test_command_line(
     text = PARAMS.replace("MODEL", str(tiny_checkpoint)).replace("ROWS", str(params.benchmarks[0].data))
     Path("params.yaml").write_text(text)
     monkeypatch.setattr("sys.argv", ["evaluate", "--variant", "rtn-w3a16"])
-    with pytest.raises(FileNotFoundError, match="models/rtn-w3a16: not found; run the calibrate stage of rtn-w3a16"):
+    with pytest.raises(FileNotFoundError, match="models/rtn-w3a16: not found; run `dvc repro calibrate@rtn-w3a16`"):
         evaluate.main()
     monkeypatch.setattr("sys.argv", ["evaluate", "--variant", "full"])
     evaluate.main()
@@ -201,7 +201,7 @@ def test_command_line(
 
 
 def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="evaluation.*full.*--variant full` first|--variant full"):
+    with pytest.raises(FileNotFoundError, match="full/items.parquet: not found; run `dvc repro baseline` first"):
         evaluate.evaluate_variant("rtn-w3a16", str(tiny_checkpoint), params, tmp_path)
 
 

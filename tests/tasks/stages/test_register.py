@@ -237,7 +237,7 @@ def test_an_alias_moved_by_hand_stays_where_it_is(workspace: Path) -> None:
 
 def test_missing_scores_say_what_to_run_and_the_failure_is_recorded(workspace: Path) -> None:
     (workspace / "evaluation/rtn-w3a16/metrics.json").unlink()
-    with pytest.raises(FileNotFoundError, match="run `dvc repro evaluate` first"):
+    with pytest.raises(FileNotFoundError, match="run `dvc repro evaluate@rtn-w3a16` first"):
         register("rtn-w3a16")
     client = connect()
     (failed,) = client.search_runs(["1"], "attributes.status = 'FAILED'")
