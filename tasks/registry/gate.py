@@ -209,8 +209,8 @@ def succession(
 ) -> tuple[Contender | None, dict[int, Outcome]]:
     """The champion after every challenger had its turn, in order of version, and what became of each, and of it.
 
-    Scores on other items are never compared. A champion that was asked something else than a challenger is replaced
-    first by its own checkpoint asked the same, if that is among the challengers; without it the challenger stays
+    Scores on other items are never compared. If the evaluation changed, the champion is first replaced by
+    its own checkpoint scored in the new evaluation, if that is among the challengers; without it the challenger stays
     undecided.
     """
     outcomes: dict[int, Outcome] = {}

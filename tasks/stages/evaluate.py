@@ -29,6 +29,7 @@ from benchmarks.data import BenchmarkError
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, namer, run_benchmarks, run_on
 from benchmarks.journal import Journal
+from benchmarks.model import AnswerOptions
 from benchmarks.results import BenchmarkMetrics, Comparison, Metrics, Part
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cluster.launch import on_ranks
@@ -70,7 +71,7 @@ def _answer(
     journal: Journal,
     results: Path,
 ) -> list[BenchmarkResult]:
-    """Answer what the journal does not hold yet, with the backend asked for."""
+    """Answer the items that are not in the journal yet, with the backend of ``params``."""
     if params.backend == "vllm":
         logger.warning("backend vllm measures no reference answers: no NLL, no KL")
         inner = load_vllm(model_path, params.dtype, _pixel_bounds(params))
@@ -82,18 +83,16 @@ def _answer(
             on_batch=journal.add,
         )
         return run_on(lm, benchmarks)
-    return run_benchmarks(
-        benchmarks,
-        load_model(model_path, dtype=_dtype(params.dtype), device=device()),
-        load_processor(model_path, **_pixel_bounds(params)),
+    options = AnswerOptions(
         _batch_size(params),
-        max_new_tokens=params.max_new_tokens,
-        meter=_meter(variant, params, results, journal.folder),
-        measured_items=params.divergence_limit,
-        seed=params.seed,
+        params.max_new_tokens,
+        _meter(variant, params, results, journal.folder),
         finished=journal.read(),
         on_batch=journal.add,
     )
+    model = load_model(model_path, dtype=_dtype(params.dtype), device=device())
+    processor = load_processor(model_path, **_pixel_bounds(params))
+    return run_benchmarks(benchmarks, model, processor, options, params.divergence_limit, params.seed)
 
 
 def _read_full(results: Path) -> pd.DataFrame:

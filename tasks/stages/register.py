@@ -38,24 +38,23 @@ from benchmarks.results import Metrics
 from tasks import registry
 from tasks.config.evaluation import EvaluateParams
 from tasks.config.params import PARAMS, ModelParams, VariantParams, section
+from tasks.registry.connection import connect
 from tasks.registry.gate import Verdict, judge
-from tasks.registry.promotion import ITEM_SCORES, aliases, judge_again, promote, verdict_tags, versions
+from tasks.registry.layers import fill_in_layers
+from tasks.registry.promotion import ITEM_SCORES, aliases, judge_again, model_versions, promote, verdict_tags
 from tasks.registry.provenance import benchmark_digest, benchmark_inputs, calibration_inputs, lineage, machine
-from tasks.registry.tracking import (
+from tasks.registry.runs import (
     CHECKPOINT,
-    RegisterParams,
-    connect,
-    fill_in_layers,
     find_runs,
     log_inputs,
     log_metrics,
     log_params,
     new_run,
     numbers,
-    recorded_failure,
     running,
     set_tags,
 )
+from tasks.registry.tracking import RegisterParams, recorded_failure
 from tasks.stages.command import run
 from tasks.stages.files import EVALUATION, MODELS, REPORT, VariantName, existing
 from tlq.results import CalibrationReport
@@ -279,7 +278,7 @@ def _ensure_model(client: MlflowClient, name: str, scheme: str) -> None:
 
 def _registered(client: MlflowClient, name: str, identity: Mapping[str, str]) -> ModelVersion | None:
     """The version of ``name`` that has exactly this checkpoint and these scores, if there is one."""
-    for candidate in versions(client, name):
+    for candidate in model_versions(client, name):
         if all(candidate.tags.get(key) == value for key, value in identity.items()):
             return candidate
     return None

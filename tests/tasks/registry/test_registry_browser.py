@@ -18,7 +18,8 @@ from tiny_project import free_port
 
 from tasks.config.evaluation import EvaluateParams
 from tasks.config.params import ModelParams, section
-from tasks.registry.tracking import RegisterParams, connect
+from tasks.registry.connection import connect
+from tasks.registry.tracking import RegisterParams
 from tasks.stages.register import Registrar, register_all
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install '.[dev]'")

@@ -25,7 +25,8 @@ from tiny_project import free_port
 
 from tasks.config.evaluation import EvaluateParams
 from tasks.config.params import ModelParams, section
-from tasks.registry.tracking import RegisterParams, connect
+from tasks.registry.connection import connect
+from tasks.registry.tracking import RegisterParams
 from tasks.stages.register import Registrar, register_all
 
 URI = "models:/tiny-w3a16@champion"

@@ -17,6 +17,7 @@ from tasks.config.evaluation import EvaluateParams
 from tasks.config.params import ParamsError
 from tasks.stages import evaluate
 from tlq.models.checkpoint import load_model
+from tlq.runtime.files import new_directory
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,36 @@ def test_command_line(
 def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="full/items.parquet: not found; run `dvc repro baseline` first"):
         evaluate.evaluate_variant("rtn-w3a16", str(tiny_checkpoint), params, tmp_path)
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_a_kill_while_results_are_replaced_loses_neither(
+    rename: int, params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each rename of the folder, the old or the new results are complete; a further run puts one in place."""
+    plain = EvaluateParams(params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
+    files = {path.name for path in (tmp_path / "full").iterdir()}
+    renames = 0
+    original = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += self.is_dir()
+        if self.is_dir() and renames == rename:
+            raise SystemExit("killed")
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a killed process tidies up nothing
+        with pytest.raises(SystemExit):
+            evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
+    kept = [folder for folder in tmp_path.iterdir() if {path.name for path in folder.iterdir()} == files]
+    assert {folder.name for folder in kept} == ({"full", ".full.tmp"} if rename == 1 else {".full.old", ".full.tmp"})
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "full"):
+        raise KeyboardInterrupt
+    assert {path.name for path in (tmp_path / "full").iterdir()} == files
 
 
 def test_benchmark_files_lie_where_dvc_watches() -> None:
