@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from benchmarks.data import BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import FOLDER, load_benchmarks, run_benchmarks
+from benchmarks.model import AnswerOptions
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 
@@ -42,9 +43,8 @@ def ours(model: Any, processor: Any, items: int, batch: int, divergence: bool) -
     """Evaluate with this project's harness; returns the number of items."""
     sources = [BenchmarkSource(f"demo_{name}", data=f"data/demo/world/{name}.parquet") for name in TASKS]
     meter = Discard() if divergence else None
-    results = run_benchmarks(
-        load_benchmarks(sources, items, 0), model, processor, batch, max_new_tokens=MAX_NEW_TOKENS, meter=meter
-    )
+    options = AnswerOptions(batch, MAX_NEW_TOKENS, meter)
+    results = run_benchmarks(load_benchmarks(sources, items, 0), model, processor, options)
     return sum(len(result.items) for result in results)
 
 

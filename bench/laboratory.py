@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from benchmarks.data import BenchmarkSource
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
 from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
+from benchmarks.model import AnswerOptions
 from tasks.stages.command import device
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
@@ -46,7 +47,7 @@ class Laboratory:
 
     def measure(self, model: PreTrainedModel, meter: AnswerMeter) -> dict[str, float]:
         """Score in percent, NLL and KL in nats per answer token: means over benchmarks."""
-        results = run_benchmarks(self.benchmarks, model, self.processor, 64, meter=meter)
+        results = run_benchmarks(self.benchmarks, model, self.processor, AnswerOptions(64, meter=meter))
         frames = [pd.DataFrame([asdict(item) for item in result.items]) for result in results]
         means = [(100 * frame["score"].mean(), frame["nll"].mean(), frame["kl"].mean()) for frame in frames]
         score, nll, kl = np.mean(means, axis=0)

@@ -1,21 +1,22 @@
-"""Compares a variant with full precision on the same items.
+"""Compare a variant with full precision on the same items.
 
 - Score: mean over items, in percent, with a bootstrap interval.
 - Retention: variant's mean as a percentage of full precision's, both over the items that the two share; its interval
   resamples items in pairs, so that what an item is like cancels out.
-- Flips: items right in full precision and wrong in the variant (`lost`), and the other way round (`gained`); an item
-  is right from a score of 0.5. Exact McNemar: under no difference each flip is a fair coin.
+- Flips: items right in full precision and wrong in the variant (``lost``), and the other way round (``gained``); an
+  item is right from a score of 0.5. Exact McNemar: under no difference each flip is a fair coin.
 - Mean over benchmarks: every benchmark weighs the same, its interval resamples within each.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import binomtest
+
+from benchmarks.results import Comparison, Metrics
 
 FULL = "full"
 RIGHT = 0.5
@@ -26,45 +27,9 @@ CHUNK = 4_000_000
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One benchmark, or the mean over benchmarks, of one variant. Percent, except nll and kl in nats per token.
-
-    `n` items were scored of `asked`; `pairs` of them also in full precision. None: nothing to compare or to measure.
-    """
-
-    score: float
-    low: float
-    high: float
-    n: int
-    asked: int
-    pairs: int | None = None
-    retention: float | None = None
-    retention_low: float | None = None
-    retention_high: float | None = None
-    lost: int | None = None
-    gained: int | None = None
-    mcnemar_p: float | None = None
-    nll: float | None = None
-    kl: float | None = None
-
-
 def mcnemar_p(lost: int, gained: int) -> float:
     """Two-sided exact McNemar test: p-value of a split at least as uneven among lost + gained fair coin flips."""
-    flips, fewer = lost + gained, min(lost, gained)
-    if flips > 1000:
-        return min(1.0, 2 * _log_tail(flips, fewer))
-    return min(1.0, 2 * sum(math.comb(flips, k) for k in range(fewer + 1)) / 2**flips)
-
-
-def _log_tail(flips: int, fewer: int) -> float:
-    """P(X <= fewer), X binomial(flips, 1/2), in logarithms: 2**flips would not fit a float."""
-    logs = [
-        math.lgamma(flips + 1) - math.lgamma(k + 1) - math.lgamma(flips - k + 1) - flips * math.log(2)
-        for k in range(fewer + 1)
-    ]
-    top = max(logs)
-    return math.exp(top) * sum(math.exp(value - top) for value in logs)
+    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def resampled_means(scores: Floats, resamples: int, rng: np.random.Generator) -> Floats:
@@ -81,10 +46,10 @@ def resampled_means(scores: Floats, resamples: int, rng: np.random.Generator) ->
 def compare(
     items: pd.DataFrame, asked: Mapping[str, int], full: pd.DataFrame | None, resamples: int, seed: int
 ) -> dict[str, Comparison]:
-    """Every benchmark and their `mean`.
+    """Every benchmark and their ``mean``.
 
     Args:
-        items, full: records with columns task, doc, score, n_answer_tokens, nll, kl. `full` None: this is it.
+        items, full: records with columns task, doc, score, n_answer_tokens, nll, kl. ``full`` None: this is it.
         asked: items asked for, by task.
         resamples, seed: of the bootstrap.
     """
@@ -110,30 +75,28 @@ def _compare_benchmark(
     scores = rows["score"].to_numpy(float)
     own = resampled_means(scores[:, None], resamples, rng)[:, 0]
     low, high = _interval(100 * own)
-    base = Comparison(100 * scores.mean(), low, high, len(rows), asked, **_divergence(rows))
+    base = Comparison(
+        100 * scores.mean(), low, high, len(rows), asked, nll=_per_token(rows, "nll"), kl=_per_token(rows, "kl")
+    )
     if full is None:
         return base, own, np.empty((0, 2))
     both = rows.merge(full[["doc", "score"]], on="doc", suffixes=("", "_full")).sort_values("doc")
     if both.empty:
         raise ValueError(
-            f"{rows['task'].iloc[0]}: no item in common with full precision; evaluate `full` with these params."
+            f"{rows['task'].iloc[0]}: no item in common with full precision; evaluate `full` with these params"
         )
     pair = both[["score", "score_full"]].to_numpy(float)
     means = resampled_means(pair, resamples, rng)
     right = pair >= RIGHT
     lost, gained = int((right[:, 1] & ~right[:, 0]).sum()), int((right[:, 0] & ~right[:, 1]).sum())
-    compared = Comparison(
-        **asdict(base)
-        | {"pairs": len(both), "lost": lost, "gained": gained, "mcnemar_p": mcnemar_p(lost, gained)}
-        | _retention(pair.mean(axis=0), means)
-    )
-    return compared, own, means
+    compared = replace(base, pairs=len(both), lost=lost, gained=gained, mcnemar_p=mcnemar_p(lost, gained))
+    return _with_retention(compared, pair.mean(axis=0), means), own, means
 
 
 def _mean(
     benchmarks: Sequence[Comparison],
     own: Floats,
-    pairs: Floats | None,
+    resampled: Floats | None,
     full: pd.DataFrame | None,
     items: pd.DataFrame,
 ) -> Comparison:
@@ -148,37 +111,31 @@ def _mean(
         nll=_average([b.nll for b in benchmarks]),
         kl=_average([b.kl for b in benchmarks]),
     )
-    if full is None or pairs is None:
+    if full is None or resampled is None:
         return base
     lost, gained = sum(b.lost or 0 for b in benchmarks), sum(b.gained or 0 for b in benchmarks)
     both = items.merge(full[["task", "doc", "score"]], on=["task", "doc"], suffixes=("", "_full"))
     means = both.groupby("task")[["score", "score_full"]].mean().mean().to_numpy(float)
-    return Comparison(
-        **asdict(base)
-        | {"pairs": sum(b.pairs or 0 for b in benchmarks), "lost": lost, "gained": gained}
-        | {"mcnemar_p": mcnemar_p(lost, gained)}
-        | _retention(means, pairs)
-    )
+    pairs = sum(b.pairs or 0 for b in benchmarks)
+    compared = replace(base, pairs=pairs, lost=lost, gained=gained, mcnemar_p=mcnemar_p(lost, gained))
+    return _with_retention(compared, means, resampled)
 
 
-def _retention(means: Floats, resampled: Floats) -> dict[str, float | None]:
-    """Percent of full precision: means [2], resampled [resamples, 2], columns variant and full precision."""
+def _with_retention(comparison: Comparison, means: Floats, resampled: Floats) -> Comparison:
+    """Add the percentage of full precision: means [2], resampled [resamples, 2], columns variant and full precision."""
     if means[1] == 0:
-        return {"retention": None, "retention_low": None, "retention_high": None}
+        return comparison
     usable = resampled[resampled[:, 1] > 0]
     low, high = _interval(100 * usable[:, 0] / usable[:, 1])
-    return {"retention": float(100 * means[0] / means[1]), "retention_low": low, "retention_high": high}
+    retention = float(100 * means[0] / means[1])
+    return replace(comparison, retention=retention, retention_low=low, retention_high=high)
 
 
-def _divergence(rows: pd.DataFrame) -> dict[str, Any]:
-    """NLL and KL per answer token over all answers: every token weighs the same."""
-    measured = rows[rows["n_answer_tokens"] > 0]
-    found: dict[str, float | None] = {}
-    for name in ("nll", "kl"):
-        usable = measured[measured[name].notna()]
-        tokens = usable["n_answer_tokens"]
-        found[name] = float((usable[name] * tokens).sum() / tokens.sum()) if len(usable) else None
-    return found
+def _per_token(rows: pd.DataFrame, name: str) -> float | None:
+    """Mean NLL or KL over the tokens of all answers, each of which weighs the same; None: no answer was measured."""
+    usable = rows[(rows["n_answer_tokens"] > 0) & rows[name].notna()]
+    tokens = usable["n_answer_tokens"]
+    return float((usable[name] * tokens).sum() / tokens.sum()) if len(usable) else None
 
 
 def _interval(values: Floats) -> tuple[float, float]:
@@ -194,24 +151,17 @@ def _average(values: Sequence[float | None]) -> float | None:
 # --- Table ----------------------------------------------------------------------------------------
 
 
-def scores_table(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Table of variants for the terminal, from their metrics.json; full precision first, then as given.
+def scores_table(metrics: Sequence[Metrics]) -> str:
+    """Table of variants for the terminal; full precision first, then as given.
 
     A score that fewer items than asked went into carries how many: "71.2 ± 2.1 (598/600)".
     """
-    ordered = sorted(metrics, key=lambda entry: entry["variant"] != FULL)
+    ordered = sorted(metrics, key=lambda each: each.variant != FULL)
     if not ordered:
         return "no variants"
-    tasks = list(ordered[0]["benchmarks"])
+    tasks = list(ordered[0].benchmarks)
     header = ["variant", *tasks, "mean", "retention %", "KL", "NLL"]
-    lines = [header]
-    for entry in ordered:
-        mean = entry["mean"]
-        lines.append(
-            [entry["variant"]]
-            + [_score(entry["benchmarks"].get(task)) for task in tasks]
-            + [_score(mean), _retained(mean), _number(mean.get("kl"), 4), _number(mean.get("nll"), 4)]
-        )
+    lines = [header, *(_line(each, tasks) for each in ordered)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -221,17 +171,17 @@ def scores_table(metrics: Sequence[Mapping[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def _score(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return "-"
-    missing = f" ({entry['n']}/{entry['asked']})" if entry["n"] < entry["asked"] else ""
-    return f"{entry['score']:.1f} ± {(entry['high'] - entry['low']) / 2:.1f}{missing}"
-
-
-def _retained(entry: Mapping[str, Any]) -> str:
-    if entry.get("retention") is None:
-        return "-"
-    return f"{entry['retention']:.1f} ± {(entry['retention_high'] - entry['retention_low']) / 2:.1f}"
+def _line(metrics: Metrics, tasks: Sequence[str]) -> list[str]:
+    scores = [metrics.benchmarks[task].score_text if task in metrics.benchmarks else "-" for task in tasks]
+    mean = metrics.mean
+    return [
+        metrics.variant,
+        *scores,
+        mean.score_text,
+        mean.retention_text or "-",
+        _number(mean.kl, 4),
+        _number(mean.nll, 4),
+    ]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,4 +1,4 @@
-"""Reads a benchmark's rows: from the hub or a local parquet, checked, with bad rows listed and images undecoded."""
+"""Read a benchmark's rows: from the hub or a local parquet, checked, with bad rows listed and images undecoded."""
 
 import hashlib
 import io
@@ -15,14 +15,14 @@ from PIL import Image
 
 from benchmarks.source import BenchmarkSource as BenchmarkSource
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # What PIL raises for image bytes that it cannot read.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class BenchmarkError(ValueError):
-    """A benchmark that cannot be run as asked; the message says what to change."""
+    """A benchmark that cannot be run; the message names the value to change."""
 
 
 class EncodedImage:
@@ -76,9 +76,9 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def choose_rows(names: Sequence[str], task: str, limit: int | None, seed: int) -> list[int]:
-    """Positions of `limit` rows, in order: those whose name has the smallest hash with seed and task.
+    """Positions of ``limit`` rows, in order: those whose name has the smallest hash with seed and task.
 
-    Depends on nothing else, so every variant is asked the same questions.
+    Depends on nothing else, so every variant answers the same questions.
     """
     if limit is None or limit >= len(names):
         return list(range(len(names)))
@@ -96,11 +96,11 @@ def load_rows(
     limit: int | None,
     seed: int,
 ) -> Rows:
-    """Rows of a benchmark, the unusable ones listed in `skipped`.
+    """Rows of a benchmark, the unusable ones listed in ``skipped``.
 
     Args:
-        config: the task's YAML; `metadata` names its `columns`, `images` and optionally an `id` column.
-        target: the YAML's `doc_to_target`; a row without a target is skipped unless `empty_target: score`.
+        config: the task's YAML; ``metadata`` names its ``columns``, ``images`` and optionally an ``id`` column.
+        target: the YAML's ``doc_to_target``; a row without a target is skipped unless ``empty_target: score``.
         limit: rows to ask for, None for all; the source's own limit wins.
     """
     metadata = config["metadata"]
@@ -113,16 +113,16 @@ def load_rows(
     limit = limit if source.limit is None else source.limit
     chosen = choose_rows(names, source.task, limit, seed)
     if limit is not None and limit > len(names):
-        log.warning("%s: asked for %d items, the data has %d.", source.task, limit, len(names))
+        logger.warning("%s: asked for %d items, the data has %d", source.task, limit, len(names))
     rows = Rows(docs=[], ids=[], asked=len(chosen) if limit is None else limit)
     for position in chosen:
         _add_row(rows, dict(table[position]), names[position], metadata, target)
     if not rows.docs:
-        first = f" First reason: {rows.skipped[0].reason}." if rows.skipped else ""
-        raise BenchmarkError(f"{source.task}: no usable row in {_place(source, config)}.{first}")
+        first = f"; first reason: {rows.skipped[0].reason}" if rows.skipped else ""
+        raise BenchmarkError(f"{source.task}: no usable row in {_place(source, config)}{first}")
     if rows.skipped:
-        log.warning(
-            "%s: %d of %d rows skipped, e.g. %s: %s.",
+        logger.warning(
+            "%s: %d of %d rows skipped, e.g. %s: %s",
             source.task, len(rows.skipped), len(chosen), rows.skipped[0].doc, rows.skipped[0].reason,
         )  # fmt: skip
     return rows
@@ -135,19 +135,19 @@ def _place(source: BenchmarkSource, config: Mapping[str, Any]) -> str:
 
 
 def _read_local(source: BenchmarkSource) -> datasets.Dataset:
-    """A parquet file with every column, whether `datasets` wrote it or pandas did."""
+    """A parquet file with every column, whether ``datasets`` wrote it or pandas did."""
     path = Path(str(source.data))
     if source.hub or source.revision or source.split or source.subset:
-        raise BenchmarkError(f"{source.task}: give either `data` or hub, subset, revision and split, not both.")
+        raise BenchmarkError(f"{source.task}: give either `data` or hub, subset, revision and split, not both")
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise BenchmarkError(
-            f"{source.task}: {path} is missing or holds no parquet file; run the stage that makes it or correct `data`."
+            f"{source.task}: {path} is missing or holds no parquet file; run the stage that makes it or correct `data`"
         )
     try:
         return datasets.Dataset(pa.concat_tables(pq.read_table(file) for file in files))
     except (OSError, ValueError) as error:
-        raise BenchmarkError(f"{source.task}: {path} is no readable parquet file ({error}).") from error
+        raise BenchmarkError(f"{source.task}: {path} is no readable parquet file ({error})") from error
 
 
 def _read_hub(source: BenchmarkSource, config: Mapping[str, Any]) -> datasets.Dataset:
@@ -159,20 +159,20 @@ def _read_hub(source: BenchmarkSource, config: Mapping[str, Any]) -> datasets.Da
         loaded = datasets.load_dataset(path, source.subset or config.get("dataset_name"), **kwargs)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise BenchmarkError(
-            f"{source.task}: cannot load {path} ({type(error).__name__}: {str(error)[:200]}). "
-            "Check hub id, subset, revision and network, or give a local parquet as `data`."
+            f"{source.task}: cannot load {path} ({type(error).__name__}: {str(error)[:200]}); "
+            "check hub id, subset, revision and network, or give a local parquet as `data`"
         ) from error
     if split not in loaded:
-        raise BenchmarkError(f"{source.task}: {path} has no split {split!r}, it has {', '.join(loaded)}.")
+        raise BenchmarkError(f"{source.task}: {path} has no split {split!r}, it has {', '.join(loaded)}")
     return loaded[split]
 
 
-def _check_columns(found: Sequence[str], needed: Sequence[str], source: BenchmarkSource) -> None:
-    missing = [column for column in needed if column not in found]
+def _check_columns(columns: Sequence[str], needed: Sequence[str], source: BenchmarkSource) -> None:
+    missing = [column for column in needed if column not in columns]
     if missing:
         raise BenchmarkError(
             f"{source.task}: {source.data or source.hub or 'the data set'} lacks column {', '.join(missing)} "
-            f"(it has {', '.join(found)}); is it the right data set for this benchmark?"
+            f"(it has {', '.join(columns)}); is it the right data set for this benchmark?"
         )
 
 

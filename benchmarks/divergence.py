@@ -10,7 +10,6 @@ The tokens of an answer include the one that ends the turn: stopping is part of 
 stores log p per answer token; variant runs read it, so that no process holds two models.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from typing import NamedTuple, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
-log = logging.getLogger(__name__)
 
 # Up to this vocabulary log-probabilities are kept in float32, above in float16.
 FLOAT32_VOCABULARY = 32768
@@ -38,7 +35,7 @@ class ItemKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of one item, per answer token in nats; `kl` is None where there is nothing to compare with."""
+    """Of one item, per answer token in nats; ``kl`` is None where there is nothing to compare with."""
 
     n_tokens: int
     nll: float
@@ -104,11 +101,11 @@ class ReferenceReader:
                 with safe_open(path, "pt") as file:
                     self._places |= dict.fromkeys(file.keys(), path)
             except SafetensorError as error:
-                raise ValueError(f"{path} is damaged ({error}); evaluate `full` again.") from error
+                raise ValueError(f"{path} is damaged ({error}); evaluate `full` again") from error
         if not self._places:
             raise FileNotFoundError(
-                f"{folder} holds no reference log-probabilities; "
-                "evaluate the `full` variant first, with `evaluate.divergence` on."
+                f"{folder}: no reference log-probabilities; "
+                "evaluate the `full` variant first, with evaluate.divergence on"
             )
 
     def wants(self, key: ItemKey) -> bool:
@@ -123,7 +120,7 @@ class ReferenceReader:
         if reference_tokens.tolist() != list(tokens) or log_p.shape[-1] != log_q.shape[-1]:
             raise ValueError(
                 f"{key}: the full-precision run tokenized the answer differently or has another vocabulary "
-                f"({log_p.shape[-1]} against {log_q.shape[-1]}); evaluate `full` again."
+                f"({log_p.shape[-1]} against {log_q.shape[-1]}); evaluate `full` again"
             )
         if log_p.dtype != torch.float32:
             log_p = log_p.float().log_softmax(-1)

@@ -1,10 +1,9 @@
-"""Runs the benchmarks on a loaded model through lm-eval and returns per-item records.
+"""Run the benchmarks on a loaded model through lm-eval and return per-item records.
 
-lm-eval's `evaluate` is called rather than `simple_evaluate`: it is the same engine without the environment report,
+lm-eval's ``evaluate`` is called rather than ``simple_evaluate``: it is the same engine without the environment report,
 which takes longer than the demo's benchmarks do.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,18 +18,17 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from benchmarks.data import BenchmarkError, BenchmarkSource, Rows, Skip, choose_rows, load_rows
-from benchmarks.divergence import AnswerMeter, ItemKey
-from benchmarks.model import Finished, VisionLM
+from benchmarks.divergence import ItemKey
+from benchmarks.model import AnswerOptions, Finished, VisionLM
+from benchmarks.results import Part
 from benchmarks.vllm import WrappedLM
-
-log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Item:
-    """One answered item. `score` is in [0, 1], `nll` and `kl` in nats per answer token."""
+    """One answered item. ``score`` is in [0, 1], ``nll`` and ``kl`` in nats per answer token."""
 
     task: str
     doc: str
@@ -45,16 +43,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A sub-score: mean in [0, 1] or sum of points, and over how many items."""
-
-    value: float
-    n: int
-
-
-@dataclass(frozen=True)
 class BenchmarkResult:
-    """What one benchmark gave; `len(items)` less than `asked` means a score on fewer items than wanted."""
+    """The outcome of one benchmark; ``len(items) < asked``: some items could not be scored."""
 
     task: str
     items: Sequence[Item]
@@ -73,10 +63,10 @@ class Benchmark:
 
 
 def load_benchmarks(sources: Sequence[BenchmarkSource], limit: int | None, seed: int) -> dict[str, Benchmark]:
-    """Read every benchmark's rows first: a missing file should not be found out after an hour of answering."""
+    """Read the rows of all benchmarks before any is answered: a missing file stops the run at once."""
     names = [source.task for source in sources]
     if len(set(names)) != len(names):
-        raise BenchmarkError(f"evaluate.benchmarks names a task twice: {', '.join(names)}.")
+        raise BenchmarkError(f"evaluate.benchmarks names a task twice: {', '.join(names)}")
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
     return {source.task: _load(source, manager, limit, seed) for source in sources}
 
@@ -84,7 +74,7 @@ def load_benchmarks(sources: Sequence[BenchmarkSource], limit: int | None, seed:
 def _load(source: BenchmarkSource, manager: TaskManager, limit: int | None, seed: int) -> Benchmark:
     entry = manager.task_index.get(source.task)
     if entry is None or entry.yaml_path is None:
-        raise BenchmarkError(f"Unknown benchmark {source.task!r}; there are {', '.join(manager.all_tasks)}.")
+        raise BenchmarkError(f"unknown benchmark {source.task!r}; choose one of {', '.join(manager.all_tasks)}")
     config = load_yaml(entry.yaml_path)
     rows = load_rows(source, config, config["doc_to_target"], limit, seed)
     split = config["test_split"]
@@ -101,32 +91,17 @@ def run_benchmarks(
     benchmarks: Mapping[str, Benchmark],
     model: Any,
     processor: Any,
-    batch_size: int,
-    max_new_tokens: int | None = None,
-    meter: AnswerMeter | None = None,
+    options: AnswerOptions,
     measured_items: int | None = None,
     seed: int = 0,
-    finished: Mapping[ItemKey, Finished] | None = None,
-    on_batch: Callable[[Sequence[Finished]], None] = lambda batch: None,
 ) -> list[BenchmarkResult]:
-    """Answer every item, score it, and with a `meter` measure the reference answers.
+    """Answer every item, score it, and measure the reference answers if ``options`` has a meter.
 
     Args:
-        measured_items: how many reference answers to measure per benchmark, chosen by `seed`; None for all.
-        finished, on_batch: see VisionLM; they let an interrupted run go on.
+        measured_items: how many reference answers to measure per benchmark, drawn with ``seed``; None for all.
     """
-    lm = VisionLM(
-        model,
-        processor,
-        batch_size,
-        name_of=namer(benchmarks),
-        max_new_tokens=max_new_tokens,
-        answers=_answers(benchmarks, measured_items, seed),
-        meter=meter,
-        finished=finished,
-        on_batch=on_batch,
-    )
-    return run_on(lm, benchmarks)
+    answers = _answers(benchmarks, measured_items, seed)
+    return run_on(VisionLM(model, processor, options, namer(benchmarks), answers), benchmarks)
 
 
 def namer(benchmarks: Mapping[str, Benchmark]) -> Callable[[str, int], str]:
@@ -135,7 +110,7 @@ def namer(benchmarks: Mapping[str, Benchmark]) -> Callable[[str, int], str]:
 
 
 def run_on(lm: VisionLM | WrappedLM, benchmarks: Mapping[str, Benchmark]) -> list[BenchmarkResult]:
-    """Answer and score every item with an lm-eval model that keeps what it `finished`."""
+    """Answer and score every item with an lm-eval model that keeps its ``finished`` items."""
     with _without_bars_of_lm_eval():
         outcome = evaluate(
             lm,
@@ -145,7 +120,7 @@ def run_on(lm: VisionLM | WrappedLM, benchmarks: Mapping[str, Benchmark]) -> lis
             log_samples=True,
         )
     if outcome is None:
-        raise RuntimeError("lm-eval gave no results; run the evaluation in a single process.")
+        raise RuntimeError("lm-eval gave no results; run the evaluation in a single process")
     return [_result(name, benchmark, outcome["samples"][name], lm.finished) for name, benchmark in benchmarks.items()]
 
 
@@ -185,7 +160,7 @@ def _result(
         else:
             items.append(_item(benchmark, sample, done))
     if not items:
-        raise BenchmarkError(f"{name}: no item could be answered. First reason: {skipped[0].reason}.")
+        raise BenchmarkError(f"{name}: no item could be answered; first reason: {skipped[0].reason}")
     return BenchmarkResult(name, items, benchmark.rows.asked, skipped, _parts(items, benchmark.config["metadata"]))
 
 
@@ -207,14 +182,14 @@ def _item(benchmark: Benchmark, sample: Mapping[str, Any], done: Finished) -> It
 
 
 def _parts(items: Sequence[Item], metadata: Mapping[str, Any]) -> dict[str, Part]:
-    """Every metric of a scorer but the main one, over the items that have it."""
+    """Every metric of a scorer except the main one, over the items that have it."""
     values: dict[str, list[float]] = {}
     for item in items:
         for metric, value in item.metrics.items():
             values.setdefault(metric, []).append(value)
     sums = set(metadata.get("sums", ()))
     return {
-        metric: Part(sum(found) if metric in sums else sum(found) / len(found), len(found))
-        for metric, found in sorted(values.items())
+        metric: Part(sum(points) if metric in sums else sum(points) / len(points), len(points))
+        for metric, points in sorted(values.items())
         if metric != metadata["score"]
     }

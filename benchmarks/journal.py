@@ -1,4 +1,4 @@
-"""Answers of an evaluation in progress, a line each, so that a killed one goes on where it stopped."""
+"""Answers of an evaluation in progress, a line each: a killed evaluation continues where it stopped."""
 
 import json
 import logging
@@ -11,13 +11,13 @@ from typing import Any
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.model import Finished
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Lines in `folder`, valid for one fingerprint: what was asked of which model.
+    """Lines in ``folder``, valid for one fingerprint of items, parameters and model.
 
-    A folder with another fingerprint is emptied, since its answers are those of other questions or another model.
+    A folder with another fingerprint is emptied: its answers are to other questions or of another model.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -26,7 +26,7 @@ class Journal:
         stamp = folder / "fingerprint"
         if not (stamp.is_file() and stamp.read_text() == fingerprint):
             if folder.exists():
-                log.info("%s is from other params, data or model; starting over.", folder)
+                logger.info("%s: answers of other params, data or model; starting over", folder)
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
             stamp.write_text(fingerprint)

@@ -1,14 +1,14 @@
-"""A vision-language model as lm-eval sees it: chat prompts with images in, greedy replies out.
+"""A vision-language model behind the interface of lm-eval: chat prompts with images in, greedy replies out.
 
 One prefill serves two purposes. A plain forward pass over prompt and reference answer gives the answer's
-log-probabilities; its cache, cut back to the prompt, is what `generate` continues from. Batches are sorted by length,
+log-probabilities; its cache, cut back to the prompt, is what ``generate`` continues from. Batches are sorted by length,
 and images are decoded and processed for the next batch while the model works on this one.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from benchmarks.data import IMAGE_ERRORS, BenchmarkError
 from benchmarks.divergence import AnswerMeter, Divergence, ItemKey
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "<image>"
 # Image tokens are estimated for sorting only; 28 x 28 pixels a token is Qwen2-VL's.
@@ -42,12 +42,31 @@ class Work:
 
 @dataclass(frozen=True)
 class Finished:
-    """One item answered; `failure` says why it could not be, and then the reply is empty."""
+    """One item answered; ``failure`` is the reason if it could not be answered; then the reply is empty."""
 
     key: ItemKey
     reply: str = ""
     divergence: Divergence | None = None
     failure: str | None = None
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How ``VisionLM`` answers items.
+
+    Attributes:
+        batch_size: items at a time; halved when memory runs out.
+        max_new_tokens: upper bound on the tasks' own lengths of replies.
+        meter: measures reference answers; None measures none.
+        finished: items answered by an earlier, interrupted run.
+        on_batch: called with each batch of finished items.
+    """
+
+    batch_size: int
+    max_new_tokens: int | None = None
+    meter: AnswerMeter | None = None
+    finished: Mapping[ItemKey, Finished] = field(default_factory=dict)
+    on_batch: Callable[[Sequence[Finished]], None] = lambda batch: None
 
 
 class VisionLM(LM):
@@ -59,33 +78,26 @@ class VisionLM(LM):
         self,
         model: Any,
         processor: Any,
-        batch_size: int,
+        options: AnswerOptions,
         name_of: Callable[[str, int], str] = lambda task, position: str(position),
-        max_new_tokens: int | None = None,
         answers: Mapping[ItemKey, str] | None = None,
-        meter: AnswerMeter | None = None,
-        finished: Mapping[ItemKey, Finished] | None = None,
-        on_batch: Callable[[Sequence[Finished]], None] = lambda batch: None,
     ) -> None:
         """
         Args:
             name_of: row name from task and position.
-            max_new_tokens: upper bound on what the tasks ask for.
-            answers: reference answers, measured by `meter` where it wants them.
-            finished: items answered by an earlier, interrupted run.
-            on_batch: called with each batch of finished items.
+            answers: reference answers, which the meter of ``options`` may measure.
         """
         super().__init__()
         self.model = model.eval()
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.batch_size = batch_size
-        self.finished = dict(finished or {})
+        self.batch_size = options.batch_size
+        self.finished = dict(options.finished)
         self._name_of = name_of
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens = options.max_new_tokens
         self._answers = answers or {}
-        self._meter = meter
-        self._on_batch = on_batch
+        self._meter = options.meter
+        self._on_batch = options.on_batch
         self._image_token = _image_token(model, processor)
         self._end_of_turn = _end_of_turn(model, self.tokenizer)
 
@@ -96,7 +108,7 @@ class VisionLM(LM):
         return str(getattr(self.tokenizer, "name_or_path", "tokenizer"))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Chat turns with `<image>` placeholders to the model's own prompt text."""
+        """Chat turns with ``<image>`` placeholders to the model's own prompt text."""
         turns = [{"role": turn["role"], "content": self._parts(turn["content"])} for turn in chat_history]
         return self.processor.apply_chat_template(
             turns,
@@ -106,15 +118,12 @@ class VisionLM(LM):
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Replies in the order of the requests; details of every item are in `finished`."""
+        """Replies in the order of the requests; details of every item are in ``finished``."""
         work = [self._work(request) for request in requests]
         waiting = [item for item in work if item.key not in self.finished]
         if len(waiting) < len(work):
-            log.info(
-                "%d of %d items were answered before; going on with the rest.",
-                len(work) - len(waiting),
-                len(work),
-            )
+            done_before = len(work) - len(waiting)
+            logger.info("%d of %d items were answered before; going on with the rest", done_before, len(work))
         with tqdm(total=len(waiting), desc="answers", unit="item", disable=disable_tqdm) as progress:
             for batch, encoded in self._encoded_batches(self._in_batches(waiting)):
                 done = self._answer(batch, encoded)
@@ -124,10 +133,10 @@ class VisionLM(LM):
         return [self.finished[item.key].reply for item in work]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("These benchmarks generate; use output_type generate_until.")
+        raise NotImplementedError("these benchmarks generate; use output_type generate_until")
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise NotImplementedError("These benchmarks generate; use output_type generate_until.")
+        raise NotImplementedError("these benchmarks generate; use output_type generate_until")
 
     # --- Items and batches ----------------------------------------------------------------------------
 
@@ -143,7 +152,7 @@ class VisionLM(LM):
 
     def _work(self, request: Instance) -> Work:
         if len(request.args) < 3:
-            raise BenchmarkError(f"{request.task_name}: the task gives no images; set doc_to_image in its YAML.")
+            raise BenchmarkError(f"{request.task_name}: the task gives no images; set doc_to_image in its YAML")
         prompt, generation, extra = request.args
         key = ItemKey(str(request.task_name), self._name_of(str(request.task_name), int(request.doc_id or 0)))
         images = tuple(extra["visual"])
@@ -218,7 +227,7 @@ class VisionLM(LM):
                 raise
         torch.cuda.empty_cache()
         self.batch_size = max(1, min(self.batch_size, len(usable)) // 2)
-        log.warning("Out of memory with %d items; batch size is now %d.", len(usable), self.batch_size)
+        logger.warning("out of memory with %d items; batch size is now %d", len(usable), self.batch_size)
         middle = (len(usable) + 1) // 2
         halves = (usable[:middle], usable[middle:])
         return failed + [done for half in halves for done in self._answer(half, self._encode(half))]
@@ -232,7 +241,7 @@ class VisionLM(LM):
         if limit is not None and needed > limit:
             raise BenchmarkError(
                 f"{batch[longest].key}: the prompt has {int(lengths[longest])} tokens and with the reply may reach "
-                f"{needed}, the model takes {limit}; lower max_pixels or max_new_tokens."
+                f"{needed}, the model takes {limit}; lower evaluate.max_pixels or evaluate.max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -265,11 +274,11 @@ class VisionLM(LM):
 
         Returns:
             Per item its answer tokens and their log-probabilities [tokens, vocabulary]; and the cache of the prompts
-            but for their last token, None if this model's cache cannot be cut.
+            except for their last token, None if this model's cache cannot be cut.
         """
         longest = max(len(item.answer) for item in batch)
         extended = _append(inputs, [item.answer for item in batch], longest, self._pad_token)
-        # The positions that `generate` will count on from: without them some models count padding too.
+        # The positions from which ``generate`` will count on: without them some models count padding too.
         positions = self.model._prepare_position_ids_for_generation(extended["input_ids"], dict(extended))
         output = self.model(**extended, position_ids=positions, use_cache=True, logits_to_keep=longest + 1)
         log_probs = {}
@@ -301,7 +310,7 @@ class VisionLM(LM):
 
 
 def _append(inputs: Any, answers: Sequence[Sequence[int]], longest: int, pad: int) -> dict[str, Any]:
-    """Inputs with answers [batch, longest] behind the prompts, padded right; other token-shaped inputs get 0."""
+    """Inputs with answers [batch, longest] after the prompts, padded right; other token-shaped inputs get 0."""
     ids = inputs["input_ids"]
     tail = torch.full((len(answers), longest), pad, dtype=ids.dtype)
     mask = torch.zeros((len(answers), longest), dtype=inputs["attention_mask"].dtype)
@@ -320,7 +329,7 @@ def _append(inputs: Any, answers: Sequence[Sequence[int]], longest: int, pad: in
 
 def _log_softmax(logits: torch.Tensor, key: ItemKey) -> torch.Tensor:
     if not torch.isfinite(logits).all():
-        raise FloatingPointError(f"{key}: the model gives non-finite logits; its weights or scales are broken.")
+        raise FloatingPointError(f"{key}: the model gives non-finite logits; its weights or scales are broken")
     return logits.float().log_softmax(-1)
 
 
@@ -342,6 +351,6 @@ def _end_of_turn(model: Any, tokenizer: Any) -> int:
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     if tokenizer.eos_token_id in stops or not stops:
         if tokenizer.eos_token_id is None:
-            raise ValueError("Neither tokenizer nor generation config names an end-of-turn token.")
+            raise ValueError("neither tokenizer nor generation config names an end-of-turn token")
         return int(tokenizer.eos_token_id)
     return int(stops[0])

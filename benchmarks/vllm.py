@@ -1,7 +1,6 @@
-"""Benchmarks on vLLM, through lm-eval's `vllm-vlm` model. Faster on a GPU; measures no reference answers."""
+"""Benchmarks on vLLM, through lm-eval's ``vllm-vlm`` model. Faster on a GPU; measures no reference answers."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,18 +12,16 @@ from benchmarks.data import IMAGE_ERRORS, BenchmarkError
 from benchmarks.divergence import ItemKey
 from benchmarks.model import Finished, pixels
 
-log = logging.getLogger(__name__)
-
 MOST_IMAGES = 7  # of one item: MMMU
 
 
 def load_vllm(path: str, dtype: str, pixel_bounds: Mapping[str, int]) -> LM:
-    """lm-eval's vLLM model of a checkpoint. Needs the `vllm` package, which this project does not install."""
+    """lm-eval's vLLM model of a checkpoint. Needs the ``vllm`` package, which this project does not install."""
     try:
         from lm_eval.models.vllm_vlms import VLLM_VLM
     except ImportError as error:
         raise BenchmarkError(
-            f"evaluate.backend is vllm, and vLLM cannot be imported ({error}); `pip install vllm`, or use backend hf."
+            f"evaluate.backend is vllm, and vLLM cannot be imported ({error}); `pip install vllm`, or use backend hf"
         ) from error
     extra = {"mm_processor_kwargs": dict(pixel_bounds)} if pixel_bounds else {}
     return VLLM_VLM(pretrained=path, dtype=dtype, batch_size="auto", max_images=MOST_IMAGES, **extra)
@@ -71,10 +68,10 @@ class WrappedLM(LM):
         return [self.finished[key].reply for key, _ in keyed]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("These benchmarks generate; use output_type generate_until.")
+        raise NotImplementedError("these benchmarks generate; use output_type generate_until")
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise NotImplementedError("These benchmarks generate; use output_type generate_until.")
+        raise NotImplementedError("these benchmarks generate; use output_type generate_until")
 
     def _key(self, request: Instance) -> ItemKey:
         task = str(request.task_name)

@@ -18,6 +18,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from benchmarks.results import Summary
 from flows.stages import ROOT
 
 #: Pictures of the report that a run shows: artifact key, file, description.
@@ -26,7 +27,7 @@ PICTURES = (
     (
         "importance-picture",
         "importance.png",
-        "Which tokens matter: importance over samples, beside the token-level set",
+        "Which tokens matter: importance over samples, next to the token-level set",
     ),
 )
 
@@ -53,7 +54,7 @@ def score_rows(variants: Sequence[str]) -> list[dict[str, Any]]:
         {
             "variant": name,
             "registered": _version(registered.get(name, {})),
-            **json.loads((ROOT / "evaluation" / name / "summary.json").read_text()),
+            **Summary.load(ROOT / "evaluation" / name / "summary.json").to_dict(),
         }
         for name in variants
     ]

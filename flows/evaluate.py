@@ -68,8 +68,8 @@ def score(variants: Sequence[str], again: bool) -> None:
 @task(task_run_name="find registered models")
 def find_models(models: Sequence[str], variants: Sequence[str]) -> list[str]:
     """The variants that ``models`` name: a variant, or the one registered under the model's name."""
+    from tasks.registry.connection import connect
     from tasks.registry.registered import find_variants
-    from tasks.registry.tracking import connect
 
     return find_variants(models, variants, connect(), ROOT)
 

@@ -24,7 +24,7 @@ from flows.stages import check_tracking, report_and_register, stage, stages_at_o
 from tasks.config.params import VariantParams, section
 
 WHERE = """report        report/index.html
-pictures      report/scores.png, report/tokens.png
+pictures      report/scores.png, report/importance.png
 checkpoints   models/
 MLflow        mlflow ui --backend-store-uri sqlite:///mlflow.db
 Prefect       PREFECT_HOME=.prefect prefect server start

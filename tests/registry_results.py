@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,11 @@ import pandas as pd
 import yaml
 
 from benchmarks.compare import compare
+from benchmarks.results import BenchmarkMetrics, Metrics, Part
+from tasks.stages.files import VariantName
+from tlq.quantization.formats import get_scheme
+from tlq.recipes import get_recipe
+from tlq.results import CalibrationReport, GroupReport, LayerReport
 
 BENCHMARKS = ("demo_textvqa", "demo_mmmu")
 ITEMS = 50
@@ -52,23 +55,21 @@ def write_params(folder: Path, section: str, **changed: Any) -> None:
 
 def write_variant(folder: Path, name: str, right: int = 48, kl: float = 0.1, salt: str = "") -> None:
     """A checkpoint in name only, with two calibrated layers, and its scores; ``salt`` makes it another checkpoint."""
-    recipe, scheme = name.split("-")
-    report = {
-        "recipe": {"name": recipe},
-        "scheme": {"name": scheme, "salt": salt},
-        "groups": [layer_report(index)["groups"][0] for index in range(2)],
-        "layers": [{key: value for key, value in layer_report(index).items() if key != "groups"} for index in range(2)],
-    }
+    recipe, scheme = VariantName.parse(name)
+    layers = [LayerReport.from_dict(layer_report(index)) for index in range(2)]
+    report = CalibrationReport(get_recipe(recipe), get_scheme(scheme), layers)
     checkpoint = folder / "models" / name
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / "calibration.json").write_text(json.dumps(report))
+    report.save(checkpoint / "calibration.json")
+    (checkpoint / "model.safetensors").write_text(salt)
     write_scores(folder, name, right, kl)
 
 
 def layer_report(index: int) -> dict[str, Any]:
-    """What calibration tells of a finished layer."""
-    group = {"layer": index, "group": "qkv", "error_before": 2.0 + index, "error_after": 1.0, "seconds": 0.5}
-    return {"layer": index, "seconds": 1.5, "peak_host_bytes": 1000, "peak_device_bytes": None, "groups": [group]}
+    """The report of a finished layer."""
+    group = GroupReport(index, "qkv", 0.5, False, 2.0 + index, 1.0, 40, 20.0, None, 0.5)
+    layer = {"layer": index, "seconds": 1.5, "peak_host_bytes": 1000, "peak_device_bytes": None}
+    return {**layer, "groups": [asdict(group)]}
 
 
 def write_scores(folder: Path, name: str, right: int, kl: float = 0.1) -> None:
@@ -76,14 +77,13 @@ def write_scores(folder: Path, name: str, right: int, kl: float = 0.1) -> None:
     items = answers(right, kl)
     full = None if name == "full" else answers(ITEMS, 0.0)
     compared = compare(items, dict.fromkeys(BENCHMARKS, ITEMS), full, 200, 0)
-    entries = {task: _known(asdict(each)) for task, each in compared.items()}
-    mean = entries.pop("mean")
+    mean = compared.pop("mean")
     out = folder / "evaluation" / name
     out.mkdir(parents=True, exist_ok=True)
     items.to_parquet(out / "items.parquet")
-    parts = {"easy (50%)": {"value": 1.0, "n": 2}}
-    benchmarks = {task: entry | {"skipped": 0, "parts": parts} for task, entry in entries.items()}
-    (out / "metrics.json").write_text(json.dumps({"variant": name, "benchmarks": benchmarks, "mean": mean}))
+    parts = {"easy (50%)": Part(1.0, 2)}
+    benchmarks = {task: BenchmarkMetrics(**asdict(entry), parts=parts) for task, entry in compared.items()}
+    Metrics(name, benchmarks, mean).save(out / "metrics.json")
 
 
 def answers(right: int, kl: float) -> pd.DataFrame:
@@ -102,7 +102,3 @@ def answers(right: int, kl: float) -> pd.DataFrame:
         for doc in range(ITEMS)
     ]
     return pd.DataFrame(rows)
-
-
-def _known(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if value is not None}

@@ -293,7 +293,7 @@ def test_the_readmes_registered_model_answers(project: Path) -> None:
 
 
 def test_pictures_are_drawn(project: Path) -> None:
-    for name in ("scores.png", "tokens.png"):
+    for name in ("scores.png", "importance.png"):
         assert (project / "report" / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -22,9 +21,10 @@ from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, refuse_impossible
 from tlq.recipes import Recipe
+from tlq.results import CalibrationReport, LayerReport
 from tlq.runtime.activations import host_memory
 from tlq.runtime.digest import calibration_data_digest, sampled_checkpoint_digest
-from tlq.runtime.files import new_directory, write_text
+from tlq.runtime.files import new_directory
 from tlq.runtime.memory import peak_resident, processes_here
 from tlq.runtime.resume import ResumeState, package_versions
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
@@ -72,13 +72,8 @@ def quantize_checkpoint(
             with new_directory(out) as folder:
                 shards = [work.part(index) for index in range(len(reports))]
                 finish_checkpoint(folder, shards, model, job.scheme)
-                report = {
-                    "recipe": asdict(job.recipe),
-                    "scheme": asdict(job.scheme),
-                    "groups": [group for layer in reports for group in layer["groups"]],
-                    "layers": [{name: layer[name] for name in layer if name != "groups"} for layer in reports],
-                }
-                write_text(json.dumps(report, indent=1) + "\n", folder / "calibration.json")
+                layers = [LayerReport.from_dict(layer) for layer in reports]
+                CalibrationReport(job.recipe, job.scheme, layers).save(folder / "calibration.json")
             work.remove()
     ranks.barrier()
     return reports

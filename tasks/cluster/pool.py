@@ -19,7 +19,7 @@ from tasks.cluster.environment import own_address
 from tasks.cluster.store import JobStore, StageGoneError
 from tasks.cluster.watch import Watch
 from tasks.cluster.work_pool import Job, Pool, no_worker, wait_seconds
-from tasks.config.environment import positive
+from tasks.config.environment import positive, value
 
 logger = logging.getLogger("tlq.pool")
 

@@ -8,14 +8,15 @@ of the difference does not tell the two apart, better by KL divergence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.compare import INTERVAL, resampled_means
+from benchmarks.results import Comparison, Metrics
 from tasks.config.params import Bounds
 
 RESAMPLES = 2000
@@ -32,57 +33,45 @@ class Verdict:
         return not self.reasons
 
 
-def judge(metrics: Mapping[str, Any], bounds: Bounds) -> Verdict:
-    """Hold the content of a metrics.json against the bounds. A number that is needed and not there is a reason."""
+def judge(metrics: Metrics, bounds: Bounds) -> Verdict:
+    """Check metrics against the bounds. A number that a bound needs and that is missing is a reason."""
     return Verdict(tuple(_reasons(metrics, bounds)))
 
 
-def _reasons(metrics: Mapping[str, Any], bounds: Bounds) -> Iterator[str]:
-    mean = metrics.get("mean") or {}
-    if _number(mean, "score") is None:
-        yield f"mean score: {_found(mean, 'score')}; evaluate the variant again"
-    ends = {"point": ("retention", "score"), "low": ("retention_low", "low")}
-    retention, score = ends[bounds.bound]
+def _reasons(metrics: Metrics, bounds: Bounds) -> Iterator[str]:
+    mean, low = metrics.mean, bounds.bound == "low"
+    if not math.isfinite(mean.score):
+        yield f"mean score: is {mean.score}; evaluate the variant again"
     if bounds.min_retention is not None:
-        yield from _too_low(mean, retention, bounds.min_retention, "mean", "register.min_retention")
+        retention = ("retention_low", mean.retention_low) if low else ("retention", mean.retention)
+        yield from _too_low("mean", *retention, bounds.min_retention, "register.min_retention")
     if bounds.max_flips is not None:
         yield from _too_many_flips(mean, bounds.max_flips)
-    entries = {**(metrics.get("benchmarks") or {}), "mean": mean}
+    entries = dict(metrics.entries)
     for name, floor in bounds.floors.items():
         if name in entries:
-            yield from _too_low(entries[name], score, floor, name, f"register.floors.{name}")
+            score = ("low", entries[name].low) if low else ("score", entries[name].score)
+            yield from _too_low(name, *score, floor, f"register.floors.{name}")
         else:
             yield f"{name}: not scored; add it to evaluate.benchmarks, or remove register.floors.{name}"
 
 
-def _too_low(entry: Mapping[str, Any], key: str, least: float, name: str, bound: str) -> Iterator[str]:
-    value = _number(entry, key)
-    if value is None:
-        yield f"{name} {key}: {_found(entry, key)}; {bound} needs at least {least:g} %"
+def _too_low(name: str, key: str, value: float | None, least: float, bound: str) -> Iterator[str]:
+    if value is None or not math.isfinite(value):
+        state = "missing" if value is None else f"is {value}"
+        yield f"{name} {key}: {state}; {bound} needs at least {least:g} %"
     elif value < least:
         yield f"{name} {key}: {value:g} %, {bound} needs at least {least:g} %"
 
 
-def _too_many_flips(mean: Mapping[str, Any], most: float) -> Iterator[str]:
-    lost, gained, pairs = (_number(mean, key) for key in ("lost", "gained", "pairs"))
-    if lost is None or gained is None or not pairs:
+def _too_many_flips(mean: Comparison, most: float) -> Iterator[str]:
+    if mean.flips is None:
         yield f"mean flips: not measured; register.max_flips allows at most {most:g} %"
-    elif (share := 100 * (lost + gained) / pairs) > most:
+    elif mean.flips > most:
         yield (
-            f"mean flips: {share:.2f} % ({lost:g} lost and {gained:g} gained of {pairs:g} items), register.max_flips "
-            f"allows at most {most:g} %"
+            f"mean flips: {mean.flips:.2f} % ({mean.lost:g} lost and {mean.gained:g} gained of {mean.pairs:g} items), "
+            f"register.max_flips allows at most {most:g} %"
         )
-
-
-def _number(entry: Mapping[str, Any], key: str) -> float | None:
-    """A finite number, or None."""
-    value = entry.get(key)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None  # type: ignore[arg-type]
-
-
-def _found(entry: Mapping[str, Any], key: str) -> str:
-    return f"is {entry[key]}" if entry.get(key) is not None else "missing"
 
 
 # --- Champions ------------------------------------------------------------------------------------
@@ -196,8 +185,8 @@ def succession(
 ) -> tuple[Contender | None, dict[int, Outcome]]:
     """The champion after every challenger had its turn, in order of version, and what became of each, and of it.
 
-    Scores on other items are never compared. A champion that was asked something else than a challenger is replaced
-    first by its own checkpoint asked the same, if that is among the challengers; without it the challenger stays
+    Scores on other items are never compared. If the evaluation changed, the champion is first replaced by
+    its own checkpoint scored in the new evaluation, if that is among the challengers; without it the challenger stays
     undecided.
     """
     outcomes: dict[int, Outcome] = {}

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from tasks.registry.connection import first_line, pages, retry_on_conflict
 from tasks.registry.gate import CannotCompare, Contender, Difference, Outcome, Verdict, paired_difference, succession
-from tasks.registry.tracking import CHECKPOINT, again_if_beaten, first_line, pages
+from tasks.registry.runs import CHECKPOINT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,23 +61,23 @@ def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -
 
 def promote(client: MlflowClient, name: str) -> None:
     """Decide who is champion and candidate among the versions of model ``name``, and move the aliases."""
-    again_if_beaten(partial(_promote, client, name))
+    retry_on_conflict(partial(_promote, client, name))
 
 
 def _promote(client: MlflowClient, name: str) -> None:
     seen: set[int] = set()
     while True:
-        found = {int(each.version): each for each in versions(client, name)}
+        found = {int(each.version): each for each in model_versions(client, name)}
         appeared = found.keys() - seen if seen else set()
         # After the list: a champion that was chosen from a version in it is not missed.
         _choose_champion(client, name, found, appeared)
         _choose_candidate(client, name, found)
         seen = set(found)
-        if {int(each.version) for each in versions(client, name)} <= seen:
+        if {int(each.version) for each in model_versions(client, name)} <= seen:
             return
 
 
-def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+def model_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     """All versions of a model, the first one first."""
     found = pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
     return sorted(found, key=lambda version: int(version.version))
@@ -116,7 +117,7 @@ def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelV
 def _lapsed(champion: Contender | None, undecided: Iterable[Contender]) -> set[str]:
     """Evaluations in which the champion, or its checkpoint scored again, is newly found to fail.
 
-    All versions of such an evaluation get another turn: they lost to something that may not be used.
+    All challengers of such an evaluation are judged again: they lost to a champion that now fails the gate.
     """
     return {
         each.evaluation

@@ -2,13 +2,10 @@
 
 | module     | what it does                                                              |
 |------------|---------------------------------------------------------------------------|
-| `__main__` | the stage: `python -m tasks.stages.report`                                       |
 | `results`  | reads what the other stages left, once                                    |
 | `tokens`   | importance and the token-level set, over samples and by layer             |
 | `charts`   | draws results on matplotlib axes                                          |
 | `inline`   | makes a figure a part of the page that follows its light and dark colours |
 | `page`     | report/index.html                                                         |
 | `cards`    | model cards, and how they come into the checkpoints                       |
-| `lineage`  | git commit, package versions, DVC hashes, params                          |
-| `pictures` | scores.png and tokens.png                                                 |
 """

@@ -13,7 +13,6 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tasks.report.results import Results, Variant, is_demo
 from tasks.report.tokens import TokenData
 from tasks.stages.command import run
 from tasks.stages.files import MODELS, REPORT
+from tlq.quantization.formats import Scheme
 from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.report")
@@ -110,7 +110,7 @@ def _stated(card: Path) -> dict[str, Any]:
 def metadata(variant: Variant, base: Base) -> ModelCardData:
     """Front matter for the Hugging Face hub."""
     scheme = variant.scheme
-    tags = ["compressed-tensors", "quantized", f"{scheme['weight_bits']}-bit", scheme["name"], variant.recipe["name"]]
+    tags = ["compressed-tensors", "quantized", f"{scheme.weight_bits}-bit", scheme.name, variant.recipe.name]
     if in_vllm(scheme) == "yes":
         tags.append("vllm")
     return ModelCardData(
@@ -126,9 +126,9 @@ def metadata(variant: Variant, base: Base) -> ModelCardData:
     )
 
 
-def in_vllm(scheme: Mapping[str, Any]) -> str:
+def in_vllm(scheme: Scheme) -> str:
     """Whether vLLM can run the scheme: `yes`, `some` (depends on the hardware) or `no`."""
-    weight, activation = scheme["weight_bits"], scheme["activation_bits"]
+    weight, activation = scheme.weight_bits, scheme.activation_bits
     if activation is None:
         return "yes" if weight in _VLLM_WEIGHT_ONLY_BITS else "no"
     return {8: "yes", 4: "some"}.get(weight, "no")
@@ -150,27 +150,14 @@ def render_card(variant: Variant, results: Results, base: Base, data: Calibratio
             benchmarks=results.benchmarks,
             demo=demo,
             base=base,
-            data=data if _uses_data(recipe) else None,
-            inputs=_inputs(variant),
+            data=data if recipe.needs_data else None,
             groups=variant.groups,
             path=checkpoint.as_posix(),
             vllm=in_vllm(variant.scheme),
-            load_model=base.model_type in _NEEDS_LOAD_MODEL and variant.scheme["symmetric"],
+            load_model=base.model_type in _NEEDS_LOAD_MODEL and variant.scheme.symmetric,
             digest=_sha256(checkpoint / "calibration.json"),
         )
     )
-
-
-def _uses_data(recipe: Mapping[str, Any]) -> bool:
-    """As ``Recipe.needs_data``, of a row from a file."""
-    return bool(recipe["equalization"]["method"] != "none" or recipe["rounding"] != "nearest")
-
-
-def _inputs(variant: Variant) -> str:
-    """What the linears were calibrated on, as ``Recipe.inputs_for``."""
-    instead = variant.recipe["inputs_quantized_activations"]
-    quantized = variant.scheme["activation_bits"] is not None
-    return str(instead if quantized and instead is not None else variant.recipe["inputs"])
 
 
 def place_cards(cards: Path = REPORT / "cards", models: Path = MODELS) -> list[Path]:

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from tasks.report.results import Results, Variant, scheme_title, size_unit
-from tasks.report.tokens import SET_COLORS, SampleTokens, heat_norm, heat_picture, plain_picture, set_picture
+from tasks.report.tokens import HEAT, SET_COLORS, SampleTokens, heat_norm, heat_picture, plain_picture, set_picture
 
 #: Colours of a figure; `inline` turns each into one that follows the page's light or dark scheme.
 INK, MUTED, GRID, SURFACE = "#16181d", "#5b616e", "#dfe2e8", "#ffffff"
@@ -81,17 +81,17 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def draw_benchmark(axes: Axes, results: Results, benchmark: str, low: float) -> None:
-    """Score of every variant on one benchmark (or `mean`) with its interval; full precision as a band behind them."""
+    """Score of every variant on one benchmark (or `mean`) with its interval; full precision as a band."""
     look = Look(results.recipes)
-    full = _entry(results.full, benchmark)
-    axes.axvspan(full["low"], full["high"], color=MUTED, alpha=0.18, linewidth=0)
-    axes.axvline(full["score"], color=MUTED, linewidth=1.2)
+    full = results.full.entry(benchmark)
+    axes.axvspan(full.low, full.high, color=MUTED, alpha=0.18, linewidth=0)
+    axes.axvline(full.score, color=MUTED, linewidth=1.2)
     for row, variant in enumerate(results.variants):
-        entry, recipe = _entry(variant.metrics, benchmark), variant.recipe["name"]
+        entry, recipe = variant.metrics.entry(benchmark), variant.recipe.name
         axes.errorbar(
-            entry["score"],
+            entry.score,
             row,
-            xerr=[[max(entry["score"] - entry["low"], 0)], [max(entry["high"] - entry["score"], 0)]],
+            xerr=[[max(entry.score - entry.low, 0)], [max(entry.high - entry.score, 0)]],
             fmt=look.marker(recipe),
             color=look.color(recipe),
             markersize=7,
@@ -108,7 +108,7 @@ def draw_benchmark(axes: Axes, results: Results, benchmark: str, low: float) -> 
 
 def lowest_score(results: Results) -> float:
     """Where the axis of scores begins: the ten below every interval."""
-    lows = [_entry(metrics, name)["low"] for metrics in results.metrics for name in ("mean", *results.benchmarks)]
+    lows = [entry.low for metrics in results.metrics for _, entry in metrics.entries]
     return max(0.0, 10 * np.floor(min(lows) / 10 - 0.01))
 
 
@@ -132,11 +132,6 @@ def draw_all_scores(results: Results) -> Figure:
     return figure
 
 
-def _entry(metrics: dict[str, Any], benchmark: str) -> dict[str, Any]:
-    entry: dict[str, Any] = metrics["mean"] if benchmark == "mean" else metrics["benchmarks"][benchmark]
-    return entry
-
-
 # --- Size ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,31 +141,28 @@ def draw_sizes(results: Results) -> Figure:
     axes = figure.subplots()
     unit, name = size_unit(results.full_bytes)
     look = Look(results.recipes)
-    kept = [variant for variant in results.variants if variant.mean.get("retention") is not None]
-    offsets = _side_by_side(kept)
-    for variant, offset in zip(kept, offsets, strict=True):
-        mean, recipe = variant.mean, variant.recipe["name"]
-        spread = [
-            [max(mean["retention"] - mean["retention_low"], 0)],
-            [max(mean["retention_high"] - mean["retention"], 0)],
-        ]
+    kept = [(variant, interval) for variant in results.variants if (interval := variant.mean.retention_interval)]
+    variants = [variant for variant, _ in kept]
+    for (variant, (retention, low, high)), offset in zip(kept, _side_by_side(variants), strict=True):
+        recipe = variant.recipe.name
+        spread = [[max(retention - low, 0)], [max(high - retention, 0)]]
         shift = mpl.transforms.ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
         axes.errorbar(
             variant.weight_bytes / unit,
-            mean["retention"],
+            retention,
             yerr=spread,
             fmt=look.marker(recipe),
             color=look.color(recipe),
             markersize=7,
             elinewidth=2,
             transform=axes.transData + shift,
-            label=recipe if variant.scheme["name"] == _first_scheme(kept, recipe) else None,
+            label=recipe if variant.scheme.name == _first_scheme(variants, recipe) else None,
         )
     axes.axhline(100, color=MUTED, linewidth=1.2)
     axes.plot(results.full_bytes / unit, 100, "*", color=MUTED, markersize=11, label="full precision")
-    _name_sizes(axes, kept, unit)
+    _name_sizes(axes, variants, unit)
     axes.set_xlim(0, 1.12 * results.full_bytes / unit)
-    lows = [variant.mean["retention_low"] for variant in kept]
+    lows = [low for _, (_, low, _) in kept]
     axes.set_ylim(max(0.0, 5 * np.floor(min(lows, default=95) / 5) - 2), 102.5)
     axes.set_xlabel(f"weights on disk, {name}")
     axes.set_ylabel("retention, % of full precision")
@@ -188,7 +180,7 @@ def _side_by_side(variants: Sequence[Variant], step: float = 11.0) -> list[float
 
 
 def _first_scheme(variants: Sequence[Variant], recipe: str) -> str:
-    return next(str(variant.scheme["name"]) for variant in variants if variant.recipe["name"] == recipe)
+    return next(variant.scheme.name for variant in variants if variant.recipe.name == recipe)
 
 
 def _name_sizes(axes: Axes, variants: Sequence[Variant], unit: float) -> None:
@@ -267,7 +259,7 @@ def draw_exponents(variant: Variant) -> Figure:
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=9)
         if duo[row, column]:
             at = (column + 0.4, row - 0.36) if len(layers) <= _NUMBERED_LAYERS else (column, row)
-            axes.plot(*at, "o_proj", color=ink, markersize=2.2)
+            axes.plot(*at, "o", color=ink, markersize=2.2)
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(min(len(layers), 12), integer=True))
@@ -351,7 +343,7 @@ def draw_importance(samples: Sequence[SampleTokens]) -> Figure | None:
         row[0].set_title(sample.id)
     for panel, title in zip(axes[0][1:], ("importance", "token-level set"), strict=True):
         panel.set_title(title)
-    colors = mpl.cm.ScalarMappable(norm, "inferno")
+    colors = mpl.cm.ScalarMappable(norm, HEAT)
     figure.colorbar(colors, ax=axes[:, 1].tolist(), location="bottom", label="importance, mean 1", aspect=40)
     share = mpl.cm.ScalarMappable(mpl.colors.PowerNorm(0.5, 0, 100), SET_COLORS)
     figure.colorbar(share, ax=axes[:, 2].tolist(), location="bottom", label="in % of the sets", aspect=40)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from tasks.report.tokens import (
     set_picture,
     text_colors,
 )
+from tlq.quantization.formats import Scheme
 
 NOT_RECORDED = "not recorded"
 
@@ -50,8 +51,6 @@ def environment(escape: bool) -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(
-        score=score_text,
-        retained=retention_text,
         number=number_text,
         bytes=bytes_text,
         scheme_title=scheme_title,
@@ -62,18 +61,6 @@ def environment(escape: bool) -> Environment:
 
 
 # --- Numbers as text ----------------------------------------------------------------------------------------------
-
-
-def score_text(entry: Mapping[str, Any]) -> str:
-    """`95.6 ± 2.6`: score and half the width of its interval; how many items where some are missing."""
-    missing = f" ({entry['n']}/{entry['asked']})" if entry["n"] < entry["asked"] else ""
-    return f"{entry['score']:.1f} ± {(entry['high'] - entry['low']) / 2:.1f}{missing}"
-
-
-def retention_text(entry: Mapping[str, Any]) -> str:
-    if entry.get("retention") is None:
-        return "–"
-    return f"{entry['retention']:.1f} ± {(entry['retention_high'] - entry['retention_low']) / 2:.1f}"
 
 
 def number_text(value: float | None, digits: int = 4) -> str:
@@ -105,23 +92,21 @@ class Best:
     ``rivals`` are the variants whose intervals of the mean score overlap with its own: it is not shown to be better.
     """
 
-    scheme: Mapping[str, Any]
+    scheme: Scheme
     variant: Variant
     rivals: list[str]
 
 
 def best_by_scheme(results: Results) -> list[Best]:
-    found = []
+    entries = []
     for scheme in results.schemes:
-        variants = [variant for variant in results.variants if variant.scheme["name"] == scheme]
-        best = max(variants, key=lambda variant: float(variant.mean["score"]))
+        variants = [variant for variant in results.variants if variant.scheme.name == scheme]
+        best = max(variants, key=lambda variant: variant.mean.score)
         rivals = [
-            variant.recipe["name"]
-            for variant in variants
-            if variant is not best and variant.mean["high"] >= best.mean["low"]
+            variant.recipe.name for variant in variants if variant is not best and variant.mean.high >= best.mean.low
         ]
-        found.append(Best(best.scheme, best, rivals))
-    return found
+        entries.append(Best(best.scheme, best, rivals))
+    return entries
 
 
 @dataclass(frozen=True)
@@ -165,7 +150,7 @@ def error_charts(results: Results) -> list[LayerChart]:
         LayerChart(
             variant,
             svg(
-                draw_layer_errors(variant, look.color(variant.recipe["name"])),
+                draw_layer_errors(variant, look.color(variant.recipe.name)),
                 f"error-{variant.name}",
                 f"Error of {variant.name} by layer and linear group, before and after calibration",
             ),

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from benchmarks.compare import FULL
+from benchmarks.results import Comparison, Metrics
 from tasks.config.params import VariantParams
-from tasks.stages.files import EVALUATION, MODELS
+from tasks.stages.files import EVALUATION, MODELS, existing
+from tlq.quantization.formats import Scheme
+from tlq.recipes import Recipe
+from tlq.results import CalibrationReport
 
-#: Columns of calibration.json's groups that the report shows; a file of another version may lack the optional ones.
-REQUIRED = ("layer", "group", "alpha", "duo", "error_before", "error_after", "tokens", "effective_tokens")
-OPTIONAL = ("seconds", "peak_memory_bytes")
+_MEASURED = ("error_before", "error_after", "effective_tokens", "seconds", "peak_memory_bytes")
+#: Fields of ``GroupReport`` that the report shows.
+GROUP_COLUMNS = ("layer", "group", "alpha", "duo", "tokens", *_MEASURED)
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _DEMO = "demo_"
@@ -28,63 +29,62 @@ class Variant:
 
     Attributes:
         name: <recipe>-<scheme>, the folder of its checkpoint.
-        recipe, scheme: the rows it was made with, as calibration.json holds them.
+        recipe, scheme: the rows it was made with.
         metrics: evaluation/<name>/metrics.json.
-        groups: a row per layer and linear group, columns REQUIRED and OPTIONAL; what was not measured is missing.
+        groups: a row per layer and linear group, columns GROUP_COLUMNS; what was not measured is missing.
         weight_bytes: size of the weight files.
     """
 
     name: str
-    recipe: dict[str, Any]
-    scheme: dict[str, Any]
-    metrics: dict[str, Any]
+    recipe: Recipe
+    scheme: Scheme
+    metrics: Metrics
     groups: pd.DataFrame
     weight_bytes: int
 
     @property
-    def mean(self) -> dict[str, Any]:
-        mean: dict[str, Any] = self.metrics["mean"]
-        return mean
+    def mean(self) -> Comparison:
+        return self.metrics.mean
 
     @property
     def has_errors(self) -> bool:
-        """Whether calibration measured errors: recipes that look at no data do not."""
+        """Whether calibration measured errors: recipes that need no data do not."""
         return bool(self.groups["error_after"].notna().any())
 
     @property
     def has_exponents(self) -> bool:
-        return bool(self.recipe["equalization"]["method"] != "none")
+        return self.recipe.equalization.method != "none"
 
     @property
     def error_unit(self) -> str:
-        """What the errors of this variant measure; those of two units cannot be compared."""
-        choices = self.recipe["equalization"]
-        of = {"linears": "the group's linears", "parent": "the parent module"}[choices["error"]]
-        return f"{ {'l2': 'squared', 'l1': 'absolute'}[choices['norm']] } error at the output of {of}"
+        """What the errors of this variant measure; errors of two units cannot be compared."""
+        equalization = self.recipe.equalization
+        place = {"linears": "the group's linears", "parent": "the parent module"}[equalization.error]
+        return f"{ {'l2': 'squared', 'l1': 'absolute'}[equalization.norm] } error at the output of {place}"
 
 
 @dataclass(frozen=True)
 class Results:
-    """Full precision and every variant, those of one scheme together: they are what one compares."""
+    """Full precision and every variant; the variants of one scheme follow each other: they are compared."""
 
-    full: dict[str, Any]
+    full: Metrics
     full_bytes: int
     variants: list[Variant]
 
     @property
     def benchmarks(self) -> list[str]:
-        return list(self.full["benchmarks"])
+        return list(self.full.benchmarks)
 
     @property
     def recipes(self) -> list[str]:
-        return list(dict.fromkeys(variant.recipe["name"] for variant in self.variants))
+        return list(dict.fromkeys(variant.recipe.name for variant in self.variants))
 
     @property
     def schemes(self) -> list[str]:
-        return list(dict.fromkeys(variant.scheme["name"] for variant in self.variants))
+        return list(dict.fromkeys(variant.scheme.name for variant in self.variants))
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Metrics]:
         return [self.full, *(variant.metrics for variant in self.variants)]
 
 
@@ -95,39 +95,37 @@ def read_results(variants: VariantParams, model: Path) -> Results:
         FileNotFoundError: a stage has not run.
         ValueError: a file does not hold what its stage writes.
     """
-    found = [read_variant(name) for name in variants.names]
+    read = [read_variant(name) for name in variants.names]
     return Results(
-        full=_read_json(EVALUATION / FULL / "metrics.json", "baseline"),
+        full=read_metrics(FULL),
         full_bytes=weight_bytes(model),
-        variants=sorted(found, key=lambda variant: variants.schemes.index(variant.scheme["name"])),
+        variants=sorted(read, key=lambda variant: variants.schemes.index(variant.scheme.name)),
     )
 
 
 def read_variant(name: str) -> Variant:
     """Raises: as ``read_results``."""
-    path = MODELS / name / "calibration.json"
-    report = _read_json(path, f"calibrate@{name}")
-    missing = [key for key in ("recipe", "scheme", "groups") if key not in report]
-    if missing:
-        raise ValueError(f"{path}: has no {', '.join(missing)}; make it again with `dvc repro -f calibrate@{name}`")
+    report = read_calibration(name)
+    groups = pd.DataFrame([asdict(group) for group in report.groups], columns=list(GROUP_COLUMNS))
     return Variant(
         name=name,
-        recipe=report["recipe"],
-        scheme=report["scheme"],
-        metrics=_read_json(EVALUATION / name / "metrics.json", f"evaluate@{name}"),
-        groups=_groups(report["groups"], path),
+        recipe=report.recipe,
+        scheme=report.scheme,
+        metrics=read_metrics(name),
+        groups=groups.astype(dict.fromkeys(_MEASURED, float)),
         weight_bytes=weight_bytes(MODELS / name),
     )
 
 
-def _groups(rows: Sequence[Mapping[str, Any]], path: Path) -> pd.DataFrame:
-    frame = pd.DataFrame.from_records(list(rows))
-    missing = [name for name in REQUIRED if name not in frame]
-    if missing:
-        raise ValueError(f"{path}: its groups have no {', '.join(missing)}; run `dvc repro` with this version")
-    frame = frame.reindex(columns=[*REQUIRED, *OPTIONAL])
-    numbers = ("error_before", "error_after", "effective_tokens", *OPTIONAL)
-    return frame.astype(dict.fromkeys(numbers, float))
+def read_metrics(name: str) -> Metrics:
+    """evaluation/<name>/metrics.json of a variant or of full precision. Raises: as ``read_results``."""
+    stage = "baseline" if name == FULL else f"evaluate@{name}"
+    return Metrics.load(existing(EVALUATION / name / "metrics.json", stage))
+
+
+def read_calibration(name: str) -> CalibrationReport:
+    """calibration.json of a variant. Raises: as ``read_results``."""
+    return CalibrationReport.load(existing(MODELS / name / "calibration.json", f"calibrate@{name}"))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -148,19 +146,18 @@ def is_demo(benchmark: str) -> bool:
     return benchmark.startswith(_DEMO)
 
 
-def scheme_title(scheme: Mapping[str, Any]) -> str:
+def scheme_title(scheme: Scheme) -> str:
     """`W3A16`."""
-    return str(scheme["name"]).upper()
+    return scheme.name.upper()
 
 
-def scheme_words(scheme: Mapping[str, Any]) -> str:
+def scheme_words(scheme: Scheme) -> str:
     """`3-bit asymmetric weights in groups of 128, activations in full precision`."""
-    symmetry = "symmetric" if scheme["symmetric"] else "asymmetric"
-    size = scheme["group_size"]
+    symmetry = "symmetric" if scheme.symmetric else "asymmetric"
+    size, bits = scheme.group_size, scheme.activation_bits
     scales = "one scale per output channel" if size is None else f"groups of {size} input channels"
-    bits = scheme["activation_bits"]
     activations = "full-precision activations" if bits is None else f"{bits}-bit activations, one scale per token"
-    return f"{scheme['weight_bits']}-bit {symmetry} weights, {scales}; {activations}"
+    return f"{scheme.weight_bits}-bit {symmetry} weights, {scales}; {activations}"
 
 
 def size_unit(size: int) -> tuple[float, str]:
@@ -169,10 +166,3 @@ def size_unit(size: int) -> tuple[float, str]:
         if size >= unit:
             return unit, name
     return 1e3, "kB"
-
-
-def _read_json(path: Path, stage: str) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; run `dvc repro {stage}` first")
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content

@@ -11,7 +11,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from tasks.report.pictures import grid_shape
 from tasks.stages.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
 from tasks.stages.files import read_tokens as read_token_set
 from tlq.importance.pool import Importance, TokenPool
@@ -66,6 +65,12 @@ class SampleTokens:
         rows, columns = grid_shape(len(self.image_values), width, height)
         stretched = (columns / rows) / (width / height)
         return (rows, columns) if 1 / _SAME_SHAPE < stretched < _SAME_SHAPE else None
+
+
+def grid_shape(tokens: int, width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of an image's token grid: the factors of ``tokens`` closest to the image's aspect ratio."""
+    factors = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    return min(factors, key=lambda shape: abs(np.log(shape[1] / shape[0]) - np.log(width / height)))
 
 
 def read_token_data() -> TokenData:

@@ -13,41 +13,40 @@ Reads models/<variant>, or `model.path` for `full`, and for a variant also evalu
 """
 
 import hashlib
-import json
 import logging
 import shutil
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
-from benchmarks.compare import FULL, Comparison, compare
+from benchmarks.compare import FULL, compare
 from benchmarks.data import BenchmarkError
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, namer, run_benchmarks, run_on
 from benchmarks.journal import Journal
+from benchmarks.model import AnswerOptions
+from benchmarks.results import BenchmarkMetrics, Comparison, Metrics, Part
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cluster.launch import on_ranks
 from tasks.config.params import EvaluateParams, ModelParams, section
 from tasks.registry.tracking import recorded_failure
 from tasks.stages.command import command_line, device
-from tasks.stages.files import EVALUATION, MODELS
+from tasks.stages.files import EVALUATION, MODELS, existing
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
+from tlq.runtime.files import new_directory
 
 logger = logging.getLogger(__name__)
 
 RAW_COLUMNS = ("task", "doc", "prompt", "target", "reply", "score", "n_answer_tokens", "nll", "kl")
 
 
-def evaluate_variant(
-    variant: str, model_path: str, params: EvaluateParams, results: Path = EVALUATION
-) -> dict[str, Any]:
-    """Evaluate the checkpoint at `model_path` as `variant`; returns what metrics.json holds."""
+def evaluate_variant(variant: str, model_path: str, params: EvaluateParams, results: Path = EVALUATION) -> Metrics:
+    """Evaluate the checkpoint at ``model_path`` as ``variant``; returns the content of metrics.json."""
     full = None if variant == FULL else _read_full(results)
     benchmarks = load_benchmarks(params.benchmarks, params.limit, params.seed)
     working = results / ".working" / variant
@@ -70,9 +69,9 @@ def _answer(
     journal: Journal,
     results: Path,
 ) -> list[BenchmarkResult]:
-    """Answer what the journal does not hold yet, with the backend asked for."""
+    """Answer the items that are not in the journal yet, with the backend of ``params``."""
     if params.backend == "vllm":
-        logger.warning("Backend vllm measures no reference answers: no NLL, no KL.")
+        logger.warning("backend vllm measures no reference answers: no NLL, no KL")
         inner = load_vllm(model_path, params.dtype, _pixel_bounds(params))
         lm = WrappedLM(
             inner,
@@ -82,25 +81,20 @@ def _answer(
             on_batch=journal.add,
         )
         return run_on(lm, benchmarks)
-    return run_benchmarks(
-        benchmarks,
-        load_model(model_path, dtype=_dtype(params.dtype), device=device()),
-        load_processor(model_path, **_pixel_bounds(params)),
+    options = AnswerOptions(
         _batch_size(params),
-        max_new_tokens=params.max_new_tokens,
-        meter=_meter(variant, params, results, journal.folder),
-        measured_items=params.divergence_limit,
-        seed=params.seed,
+        params.max_new_tokens,
+        _meter(variant, params, results, journal.folder),
         finished=journal.read(),
         on_batch=journal.add,
     )
+    model = load_model(model_path, dtype=_dtype(params.dtype), device=device())
+    processor = load_processor(model_path, **_pixel_bounds(params))
+    return run_benchmarks(benchmarks, model, processor, options, params.divergence_limit, params.seed)
 
 
 def _read_full(results: Path) -> pd.DataFrame:
-    path = results / FULL / "items.parquet"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; run `python -m tasks.stages.evaluate --variant {FULL}` first.")
-    return pd.read_parquet(path)
+    return pd.read_parquet(existing(results / FULL / "items.parquet", "baseline"))
 
 
 def _meter(variant: str, params: EvaluateParams, results: Path, working: Path) -> AnswerMeter | None:
@@ -142,7 +136,7 @@ def _check_skipped(outcome: Sequence[BenchmarkResult], most: float) -> None:
         if share > most:
             raise BenchmarkError(
                 f"{result.task}: {len(result.skipped)} items ({share:.0%}) are unusable, more than "
-                f"evaluate.max_skipped = {most:.0%}. First: {result.skipped[0].doc}: {result.skipped[0].reason}."
+                f"evaluate.max_skipped = {most:.0%}; first: {result.skipped[0].doc}: {result.skipped[0].reason}"
             )
 
 
@@ -152,65 +146,34 @@ def _items(outcome: Sequence[BenchmarkResult]) -> pd.DataFrame:
     return frame.astype({"score": float, "n_answer_tokens": int, "nll": float, "kl": float})
 
 
-def _metrics(variant: str, outcome: Sequence[BenchmarkResult], compared: Mapping[str, Comparison]) -> dict[str, Any]:
-    benchmarks = {}
-    for result in outcome:
-        parts = {name: {"value": round(part.value, 4), "n": part.n} for name, part in result.parts.items()}
-        benchmarks[result.task] = _rounded(compared[result.task]) | {
-            "skipped": len(result.skipped),
-            "empty_replies": sum(not item.reply.strip() for item in result.items),
-            "parts": parts,
-        }
-    return {"variant": variant, "benchmarks": benchmarks, "mean": _rounded(compared["mean"])}
-
-
-def _rounded(comparison: Comparison) -> dict[str, Any]:
-    """Fields that have a value: percentages to hundredths, nats and p-values to six places."""
-    fine = ("nll", "kl", "mcnemar_p")
-    return {
-        name: round(value, 6 if name in fine else 2) if isinstance(value, float) else value
-        for name, value in asdict(comparison).items()
-        if value is not None
+def _metrics(variant: str, outcome: Sequence[BenchmarkResult], compared: Mapping[str, Comparison]) -> Metrics:
+    benchmarks = {
+        result.task: BenchmarkMetrics(
+            **asdict(compared[result.task].rounded()),
+            skipped=len(result.skipped),
+            empty_replies=sum(not item.reply.strip() for item in result.items),
+            parts={name: Part(round(part.value, 4), part.n) for name, part in result.parts.items()},
+        )
+        for result in outcome
     }
+    return Metrics(variant, benchmarks, compared["mean"].rounded())
 
 
-def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """One readable row of `dvc metrics show`."""
-    mean = metrics["mean"]
-    scores = {name: entry["score"] for name, entry in metrics["benchmarks"].items()}
-    row = {"score": mean["score"], **scores}
-    row |= {name: mean[name] for name in ("retention", "kl", "nll") if name in mean}
-    return row | {
-        "n": mean["n"],
-        "skipped": sum(entry["skipped"] for entry in metrics["benchmarks"].values()),
-    }
-
-
-def _write(
-    working: Path,
-    out: Path,
-    metrics: Mapping[str, Any],
-    items: pd.DataFrame,
-    outcome: Sequence[BenchmarkResult],
-) -> None:
-    """Write everything beside the answers in progress, then put the whole folder in place at once."""
-    ready = working / "ready"
-    shutil.rmtree(ready, ignore_errors=True)
-    ready.mkdir()
-    (ready / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (ready / "summary.json").write_text(json.dumps(_summary(metrics), indent=2) + "\n")
-    items.to_parquet(ready / "items.parquet", index=False)
-    rows = [("mean", metrics["mean"]), *metrics["benchmarks"].items()]
-    scores = [(metrics["variant"], name, entry["score"], entry["low"], entry["high"]) for name, entry in rows]
-    pd.DataFrame(scores, columns=["variant", "benchmark", "score", "low", "high"]).to_csv(
-        ready / "scores.csv", index=False
-    )
-    skipped = [(result.task, skip.doc, skip.reason) for result in outcome for skip in result.skipped]
-    pd.DataFrame(skipped, columns=["task", "doc", "reason"]).to_csv(ready / "skipped.csv", index=False)
-    if (working / "reference").is_dir():
-        (working / "reference").rename(ready / "reference")
-    shutil.rmtree(out, ignore_errors=True)
-    ready.rename(out)
+def _write(working: Path, out: Path, metrics: Metrics, items: pd.DataFrame, outcome: Sequence[BenchmarkResult]) -> None:
+    """Put a complete folder of results in the place of ``out``, then remove the answers in progress."""
+    with new_directory(out) as folder:
+        metrics.save(folder / "metrics.json")
+        metrics.summary().save(folder / "summary.json")
+        items.to_parquet(folder / "items.parquet", index=False)
+        scores = [(metrics.variant, name, entry.score, entry.low, entry.high) for name, entry in metrics.entries]
+        columns = ["variant", "benchmark", "score", "low", "high"]
+        pd.DataFrame(scores, columns=columns).to_csv(folder / "scores.csv", index=False)
+        skipped = [(result.task, skip.doc, skip.reason) for result in outcome for skip in result.skipped]
+        pd.DataFrame(skipped, columns=["task", "doc", "reason"]).to_csv(folder / "skipped.csv", index=False)
+        if (working / "reference").is_dir():
+            # Without its fingerprint the journal starts over: it must not go on without its reference.
+            (working / "fingerprint").unlink()
+            (working / "reference").rename(folder / "reference")
     shutil.rmtree(working)
 
 
@@ -227,11 +190,10 @@ def evaluate(variant: str) -> None:
     params = section("evaluate", EvaluateParams)
     path = section("model", ModelParams).path if variant == FULL else str(MODELS / variant)
     with recorded_failure("evaluate", variant):
-        if variant != FULL and not Path(path).is_dir():
-            raise FileNotFoundError(f"{path}: not found; run the calibrate stage of {variant} first")
+        if variant != FULL:
+            existing(Path(path), f"calibrate@{variant}")
         metrics = evaluate_variant(variant, path, params)
-    mean = metrics["mean"]
-    logger.info("%s: mean score %.1f over %d items", variant, mean["score"], mean["n"])
+    logger.info("%s: mean score %.1f over %d items", variant, metrics.mean.score, metrics.mean.n)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HTTPError
 from tasks.config.params import Download, parse
 from tasks.stages.command import command_line
 from tlq.models.checkpoint import read_config
+from tlq.runtime.files import new_directory
 
 logger = logging.getLogger("tlq.fetch")
 
@@ -44,8 +45,8 @@ def fetch(download: Download) -> None:
     _refuse_small_disk(_load(download, partial, wanted, dry_run=True), download, partial)
     _load(download, partial, wanted)
     shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's notes hold times: DVC would see changes
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with new_directory(out) as folder:
+        partial.replace(folder)
 
 
 def _load(download: Download, folder: Path, files: Sequence[str], dry_run: bool = False) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,32 @@ CALIBSET = Path("data/calibset")
 MODELS = Path("models")
 EVALUATION = Path("evaluation")
 REPORT = Path("report")
+
+
+class VariantName(NamedTuple):
+    """``<recipe>-<scheme>``: the folder of a checkpoint, and of its scores."""
+
+    recipe: str
+    scheme: str
+
+    @classmethod
+    def parse(cls, name: str) -> VariantName:
+        """Raises ValueError if ``name`` is not a recipe and a scheme; names of recipes may have hyphens."""
+        recipe, hyphen, scheme = name.rpartition("-")
+        if not (recipe and hyphen and scheme):
+            raise ValueError(f"variant {name!r}: needs the form <recipe>-<scheme>, for instance tlq-w3a16")
+        return cls(recipe, scheme)
+
+    def __str__(self) -> str:
+        return f"{self.recipe}-{self.scheme}"
+
+
+def existing(path: Path, stage: str) -> Path:
+    """``path``; raises FileNotFoundError, with the DVC stage that makes it, if there is no such file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; run `dvc repro {stage}` first")
+    return path
+
 
 _SAMPLES = pa.schema(
     [
@@ -48,9 +74,7 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     Raises:
         FileNotFoundError, ValueError: no such file, a column is missing, or fewer samples than asked for.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; run `dvc repro prepare` first")
-    table = pq.read_table(path)
+    table = pq.read_table(existing(path, "prepare"))
     missing = [name for name in _SAMPLES.names if name not in table.column_names]
     if missing:
         raise ValueError(
@@ -102,7 +126,7 @@ def read_importance(folder: Path, loss: LossName = "answer") -> Importance:
     Raises:
         ValueError: that loss was not scored.
     """
-    table = _read_table(folder / "scores.parquet", "importance")
+    table = pq.read_table(existing(folder / "scores.parquet", "importance"))
     table = table.filter(pc.equal(table["loss"], loss))
     if not table.num_rows:
         raise ValueError(f"{folder}: holds no scores of the loss {loss}; add it to importance.losses in params.yaml")
@@ -135,9 +159,7 @@ def read_token_weights(path: Path, pool: TokenPool) -> PoolWeights:
 
 
 def _read_table(path: Path, stage: str) -> pa.Table:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; run `dvc repro {stage}` first")
-    return pq.read_table(path)
+    return pq.read_table(existing(path, stage))
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:

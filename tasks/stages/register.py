@@ -34,27 +34,29 @@ from mlflow.types import ColSpec, Schema
 
 import tlq
 from benchmarks.compare import FULL, scores_table
-from tasks.config.params import PARAMS, EvaluateParams, ModelParams, RegisterParams, VariantParams, parse, section
+from benchmarks.results import Metrics
+from tasks import registry
+from tasks.config.params import PARAMS, EvaluateParams, ModelParams, RegisterParams, VariantParams, section
+from tasks.registry.connection import connect
 from tasks.registry.gate import Verdict, judge
-from tasks.registry.promotion import ITEM_SCORES, aliases, judge_again, promote, verdict_tags, versions
+from tasks.registry.layers import fill_in_layers
+from tasks.registry.promotion import ITEM_SCORES, aliases, judge_again, model_versions, promote, verdict_tags
 from tasks.registry.provenance import benchmark_digest, benchmark_inputs, calibration_inputs, lineage, machine
-from tasks.registry.tracking import (
+from tasks.registry.runs import (
     CHECKPOINT,
-    connect,
-    fill_in_layers,
     find_runs,
     log_inputs,
     log_metrics,
     log_params,
     new_run,
     numbers,
-    recorded_failure,
     running,
     set_tags,
 )
+from tasks.registry.tracking import recorded_failure
 from tasks.stages.command import command_line
-from tasks.stages.files import EVALUATION, MODELS, REPORT
-from tlq.recipes import Recipe
+from tasks.stages.files import EVALUATION, MODELS, REPORT, VariantName, existing
+from tlq.results import CalibrationReport
 from tlq.runtime.digest import checkpoint_digest
 from tlq.runtime.files import write_text
 
@@ -77,27 +79,29 @@ class Result:
 
     Attributes:
         metrics: evaluation/<variant>/metrics.json.
-        calibration: models/<variant>/calibration.json, empty for full precision.
+        calibration: models/<variant>/calibration.json; None for full precision.
         items: task, doc and score of every item.
         identity: tags that say what was scored, how, and with which result.
     """
 
     variant: str
-    metrics: dict[str, Any]
-    calibration: dict[str, Any]
+    metrics: Metrics
+    calibration: CalibrationReport | None
     items: pd.DataFrame
     identity: dict[str, str]
 
     @property
     def scores(self) -> dict[str, float]:
         """Every number, as <benchmark>.<name> and mean.<name>."""
-        return dict(numbers({**self.metrics["benchmarks"], "mean": self.metrics["mean"]}))
+        content = self.metrics.to_dict()
+        return dict(numbers({**content["benchmarks"], "mean": content["mean"]}))
 
     @property
     def headline(self) -> dict[str, str]:
         """The few numbers that a list of versions has room for, as tags."""
-        mean = self.metrics["mean"]
-        return {name: f"{mean[name]:.4g}" for name in ("score", "retention", "kl") if name in mean}
+        mean = self.metrics.mean
+        values = {"score": mean.score, "retention": mean.retention, "kl": mean.kl}
+        return {name: f"{value:.4g}" for name, value in values.items() if value is not None}
 
     @property
     def summary(self) -> str:
@@ -107,25 +111,24 @@ class Result:
 
 def read_result(variant: str, evaluation: EvaluateParams) -> Result:
     """Raises: FileNotFoundError, with what to run, if the variant is not here or has not been scored."""
-    metrics = json.loads(_existing(EVALUATION / variant / "metrics.json", "evaluate").read_text())
-    items = pd.read_parquet(
-        _existing(EVALUATION / variant / "items.parquet", "evaluate"), columns=["task", "doc", "score"]
-    )
+    stage = "baseline" if variant == FULL else f"evaluate@{variant}"
+    metrics = Metrics.load(existing(EVALUATION / variant / "metrics.json", stage))
+    items = pd.read_parquet(existing(EVALUATION / variant / "items.parquet", stage), columns=["task", "doc", "score"])
     identity = {
         "variant": variant,
         "evaluation": evaluation_digest(evaluation),
-        "scores": json.dumps(metrics["mean"], sort_keys=True),
+        "scores": json.dumps(metrics.mean.to_dict(), sort_keys=True),
     }
     if variant == FULL:
-        return Result(variant, metrics, {}, items, identity)
+        return Result(variant, metrics, None, items, identity)
     checkpoint = MODELS / variant
-    calibration = json.loads(_existing(checkpoint / "calibration.json", f"calibrate@{variant}").read_text())
+    calibration = CalibrationReport.load(existing(checkpoint / "calibration.json", f"calibrate@{variant}"))
     return Result(variant, metrics, calibration, items, identity | {CHECKPOINT: checkpoint_digest(checkpoint)})
 
 
 def evaluation_digest(params: EvaluateParams) -> str:
     """Two scores may be compared if this is equal: the items, full precision's answers to them, data and parameters."""
-    path = _existing(EVALUATION / FULL / "items.parquet", "baseline")
+    path = existing(EVALUATION / FULL / "items.parquet", "baseline")
     full = pd.read_parquet(path, columns=["task", "doc", "target", "reply"])
     total = hashlib.sha256(full.sort_values(["task", "doc"]).to_csv(index=False).encode())
     choices = {name: value for name, value in params.model_dump().items() if name not in _NOT_SCORES}
@@ -150,13 +153,14 @@ class Registrar:
         """
         with recorded_failure("register", variant):
             result = read_result(variant, self.evaluation)
-        name = f"{self.params.model_name}-{variant.rsplit('-', 1)[1]}"
+        scheme = VariantName.parse(variant).scheme
+        name = f"{self.params.model_name}-{scheme}"
         verdict = judge(result.metrics, self.params)
         for reason in verdict.reasons:
             logger.warning("%s does not pass the gate: %s", variant, reason)
         found = _registered(self.client, name, result.identity)
         if found is None:
-            found = self._new_version(name, result, verdict)
+            found = self._new_version(name, scheme, result, verdict)
             logger.info("%s registered as version %s of %s", variant, found.version, name)
         else:
             logger.info("%s is already version %s of %s", variant, found.version, name)
@@ -179,7 +183,7 @@ class Registrar:
             set_tags(self.client, run_id, {"registered": "baseline"})
         return run_id
 
-    def _new_version(self, name: str, result: Result, verdict: Verdict) -> ModelVersion:
+    def _new_version(self, name: str, scheme: str, result: Result, verdict: Verdict) -> ModelVersion:
         """Continue the run of the calibration with scores and artifacts, and make a version of its checkpoint."""
         run_id = self._calibration_run(result.variant, result.identity[CHECKPOINT])
         tags = {**result.identity, **verdict_tags(verdict)}
@@ -187,7 +191,7 @@ class Registrar:
             self._log_calibration(run_id, result)
             logged = self._log_model(run_id, result)
             self._log_scores(run_id, result, logged.model_id)
-            _ensure_model(self.client, name)
+            _ensure_model(self.client, name, scheme)
             created = self.client.create_model_version(
                 name,
                 logged.model_uri,
@@ -208,13 +212,12 @@ class Registrar:
         return new_run(self.client, self.params.experiment, variant, tags)
 
     def _log_calibration(self, run_id: str, result: Result) -> None:
-        """Every layer that the run does not show yet, and the data that the recipe calibrated on."""
+        """Log every layer that the run does not show yet, and the data that the recipe calibrated on."""
+        assert result.calibration is not None, f"{result.variant}: full precision has no calibration"
         filled = fill_in_layers(self.client, run_id, result.calibration)
         if filled:
             logger.info("%s: metrics of %d layers taken from calibration.json", result.variant, filled)
-        if "recipe" in result.calibration:
-            recipe = parse("recipe", result.calibration["recipe"], Recipe, MODELS / result.variant / "calibration.json")
-            log_inputs(self.client, run_id, calibration_inputs(recipe))
+        log_inputs(self.client, run_id, calibration_inputs(result.calibration.recipe))
         self.client.log_artifact(run_id, str(MODELS / result.variant / "calibration.json"))
 
     def _log_scores(self, run_id: str, result: Result, model_id: str | None = None) -> None:
@@ -240,7 +243,7 @@ class Registrar:
             warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
             return mlflow.pyfunc.log_model(
                 name=result.variant,
-                python_model=str(Path(__file__).with_name("served_model.py")),
+                python_model=str(Path(registry.__file__).with_name("served_model.py")),
                 code_paths=[str(Path(tlq.__file__).parent)],
                 signature=SIGNATURE,
                 pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
@@ -263,10 +266,10 @@ class Registrar:
             set_tags(self.client, run_id, {"report": state})
 
 
-def _ensure_model(client: MlflowClient, name: str) -> None:
-    """A registered model called ``name``; another process may make it at the same moment."""
+def _ensure_model(client: MlflowClient, name: str, scheme: str) -> None:
+    """Create registered model ``name`` if there is none; another process may make it at the same moment."""
     try:
-        client.create_registered_model(name, description=f"Versions are variants of scheme {name.rsplit('-', 1)[1]}.")
+        client.create_registered_model(name, description=f"Versions are variants of scheme {scheme}.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -274,7 +277,7 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
 
 def _registered(client: MlflowClient, name: str, identity: Mapping[str, str]) -> ModelVersion | None:
     """The version of ``name`` that has exactly this checkpoint and these scores, if there is one."""
-    for candidate in versions(client, name):
+    for candidate in model_versions(client, name):
         if all(candidate.tags.get(key) == value for key, value in identity.items()):
             return candidate
     return None
@@ -307,12 +310,6 @@ def register_all(registrar: Registrar, variants: Sequence[str]) -> list[dict[str
         for variant, each in made.items()
     ]
     return [{**full, "gate": None, "aliases": []}, *rows]
-
-
-def _existing(path: Path, stage: str) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; run `dvc repro {stage}` first")
-    return path
 
 
 def _check_floors(params: RegisterParams, evaluation: EvaluateParams) -> None:

@@ -2,10 +2,10 @@
 
 Reads models/, evaluation/, data/prepared, data/importance, data/calibset and the full-precision model. Writes report/:
 
-- index.html: everything on one page, which needs nothing beside it;
+- index.html: everything on one page, without other files;
 - scores.txt, scores.csv and means.csv (for `dvc plots`): the scores;
-- scores.png and tokens.png; variants.png, sizes.png, errors-<variant>.png, exponents-<variant>.png, importance.png,
-  shares.png, times.png: the pictures of the page;
+- scores.png, sizes.png, errors-<variant>.png, exponents-<variant>.png, importance.png, shares.png, times.png: the
+  pictures of the page;
 - cards/<variant>.md: model cards, which are copied into the checkpoints as README.md.
 """
 
@@ -34,7 +34,6 @@ from tasks.report.charts import (
     draw_times,
 )
 from tasks.report.page import render_page
-from tasks.report.pictures import TokenPicture, draw_scores, draw_tokens
 from tasks.report.results import Results, read_results
 from tasks.report.tokens import SampleTokens, TokenData, read_token_data, show_samples
 from tasks.stages.command import command_line
@@ -48,27 +47,14 @@ def gather_scores(variants: list[str]) -> pd.DataFrame:
     return pd.concat([pd.read_csv(EVALUATION / name / "scores.csv") for name in variants], ignore_index=True)
 
 
-def token_picture(sample: SampleTokens) -> TokenPicture:
-    """The sample as tokens.png shows it."""
-    return TokenPicture(
-        title=sample.id,
-        image=sample.image,
-        image_values=sample.image_values.astype("float32"),
-        texts=sample.texts,
-        text_values=sample.text_values.astype("float32"),
-        chosen_image=sample.image_share > 0,
-        chosen_texts=sample.text_share > 0,
-    )
-
-
 def figures(results: Results, samples: list[SampleTokens], shares: pd.DataFrame) -> Iterator[tuple[str, Figure | None]]:
     """The page's charts by file name; None where there is nothing to draw."""
     look = Look(results.recipes)
-    yield "variants", draw_all_scores(results)
+    yield "scores", draw_all_scores(results)
     yield "sizes", draw_sizes(results)
     for variant in results.variants:
         if variant.has_errors:
-            yield f"errors-{variant.name}", draw_layer_errors(variant, look.color(variant.recipe["name"]))
+            yield f"errors-{variant.name}", draw_layer_errors(variant, look.color(variant.recipe.name))
         if variant.has_exponents:
             yield f"exponents-{variant.name}", draw_exponents(variant)
     yield "importance", draw_importance(samples)
@@ -76,26 +62,20 @@ def figures(results: Results, samples: list[SampleTokens], shares: pd.DataFrame)
     yield "times", draw_times(results)
 
 
-def save(figure: Figure, path: Path, dpi: int = 110) -> None:
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})
-
-
 def write_scores(results: Results, variants: list[str], folder: Path) -> None:
-    """The tables, and scores.png, in the order of params.yaml."""
+    """The tables, in the order of params.yaml."""
     scores = gather_scores(["full", *variants])
-    metrics = sorted(results.metrics[1:], key=lambda entry: variants.index(entry["variant"]))
+    metrics = sorted(results.metrics[1:], key=lambda each: variants.index(each.variant))
     write_text(scores.to_csv(index=False), folder / "scores.csv")
     write_text(scores[scores["benchmark"] == "mean"].to_csv(index=False), folder / "means.csv")
     write_text(scores_table([results.full, *metrics]) + "\n", folder / "scores.txt")
-    save(draw_scores(scores), folder / "scores.png")
 
 
 def write_pictures(results: Results, samples: list[SampleTokens], shares: pd.DataFrame, folder: Path) -> None:
-    save(draw_tokens([token_picture(sample) for sample in samples]), folder / "tokens.png")
     with mpl.rc_context(STYLE):
         for name, figure in figures(results, samples, shares):
             if figure is not None:
-                save(figure, folder / f"{name}.png", dpi=160)
+                figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
 
 
 def write_cards(results: Results, data: TokenData, params: ReportParams, model: str, folder: Path) -> None:

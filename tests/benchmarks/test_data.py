@@ -113,7 +113,7 @@ def test_nothing_usable_is_an_error(textvqa: Make) -> None:
         for row in rows:
             row["answers"] = []
 
-    with pytest.raises(BenchmarkError, match=r"no usable row in .*textvqa.parquet.* First reason: no answer"):
+    with pytest.raises(BenchmarkError, match=r"no usable row in .*textvqa.parquet.* first reason: no answer"):
         load(textvqa(3, spoil))
 
 
@@ -126,7 +126,7 @@ def test_missing_column(textvqa: Make) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (BenchmarkSource("textvqa"), "Unknown benchmark 'textvqa'; there are .*textvqa_vlm"),
+        (BenchmarkSource("textvqa"), "unknown benchmark 'textvqa'; choose one of .*textvqa_vlm"),
         (BenchmarkSource("demo_textvqa", data="nowhere.parquet"), "nowhere.parquet is missing"),
         (BenchmarkSource("demo_textvqa", data="docs"), "docs is missing or holds no parquet file"),
         (BenchmarkSource("demo_textvqa", data="a.parquet", split="test"), "either `data` or hub"),

@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks
-from benchmarks.model import Finished, VisionLM
+from benchmarks.model import AnswerOptions, Finished, VisionLM
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 
@@ -94,7 +94,9 @@ def benchmarks(textvqa: Make, tmp_path: Path) -> dict[str, Benchmark]:
 
 
 def run(benchmarks: dict[str, Benchmark], model: Any, processor: Any, **options: Any) -> list[BenchmarkResult]:
-    return run_benchmarks(benchmarks, model, processor, **{"batch_size": 4, "max_new_tokens": NEW_TOKENS} | options)
+    selection = {name: options.pop(name) for name in ("measured_items", "seed") if name in options}
+    answering = AnswerOptions(**{"batch_size": 4, "max_new_tokens": NEW_TOKENS} | options)
+    return run_benchmarks(benchmarks, model, processor, answering, **selection)
 
 
 def plain_reply(model: Any, processor: Any, prompt: str, images: list[Any]) -> str:
@@ -229,7 +231,7 @@ def test_scores_equal_lm_evals(benchmarks: dict[str, Benchmark], model: Any, pro
     from lm_eval.evaluator import evaluate
 
     results = run(benchmarks, model, processor)
-    lm = VisionLM(model, processor, batch_size=3, max_new_tokens=NEW_TOKENS)
+    lm = VisionLM(model, processor, AnswerOptions(batch_size=3, max_new_tokens=NEW_TOKENS))
     for benchmark in benchmarks.values():
         fresh(benchmark)
     outcome = evaluate(

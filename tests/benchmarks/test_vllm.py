@@ -75,8 +75,8 @@ def test_stage_with_vllm(textvqa: Make, tiny_checkpoint: Path, tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_vlms", module)
     params = EvaluateParams(benchmarks=(textvqa(3),), backend="vllm", max_new_tokens=5, resamples=10)
     metrics = evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
-    assert metrics["mean"]["score"] == 100
-    assert "nll" not in metrics["mean"]
+    assert metrics.mean.score == 100
+    assert metrics.mean.nll is None
     assert load_vllm("m", "auto", {"max_pixels": 9}).options["mm_processor_kwargs"] == {"max_pixels": 9}  # type: ignore[attr-defined]
 
 

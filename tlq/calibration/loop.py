@@ -27,43 +27,7 @@ from tlq.importance.token_set import effective_sample_size
 from tlq.models.architectures import LinearGroup
 from tlq.models.streaming import LayeredModel, ResidentModel
 from tlq.quantization.formats import QuantizedWeight
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """How one linear group was solved; errors are E(V) / sum_t w_t, before with s = 1 and nearest rounding."""
-
-    layer: int
-    group: str
-    alpha: float
-    duo: bool
-    error_before: float | None
-    error_after: float | None
-    tokens: int
-    effective_tokens: float | None
-    damping: float | None
-    seconds: float
-
-    @classmethod
-    def kept(cls, layer: int, group: str) -> GroupReport:
-        """Of a group that stays in full precision."""
-        return cls(layer, group, 0.0, False, None, None, 0, None, None, 0.0)
-
-    @classmethod
-    def of(cls, layer: int, group: str, problem: GroupProblem, solution: GroupSolution, seconds: float) -> GroupReport:
-        w = problem.inputs.w
-        return cls(
-            layer=layer,
-            group=group,
-            alpha=solution.candidate.alpha,
-            duo=solution.candidate.duo,
-            error_before=solution.error_before,
-            error_after=solution.error_after,
-            tokens=len(w),
-            effective_tokens=round(effective_sample_size(w.cpu().numpy()), 1) if len(w) else None,
-            damping=solution.damping,
-            seconds=round(seconds, 3),
-        )
+from tlq.results import GroupReport
 
 
 @dataclass
@@ -179,7 +143,30 @@ class LayerLoop:
         started = time.perf_counter()
         problem = self.solver.problem(quantized.index, quantized.layer, group, reference)
         if problem is None:
-            return GroupReport.kept(quantized.index, group.name)
+            return _kept_report(quantized.index, group.name)
         solution = self.solver.solve(problem)
         quantized.install(group, solution.rounded, problem.fold, solution.candidate.s)
-        return GroupReport.of(quantized.index, group.name, problem, solution, time.perf_counter() - started)
+        return _group_report(quantized.index, group.name, problem, solution, time.perf_counter() - started)
+
+
+def _kept_report(layer: int, group: str) -> GroupReport:
+    """The report of a group that stays in full precision."""
+    return GroupReport(layer, group, 0.0, False, None, None, 0, None, None, 0.0)
+
+
+def _group_report(
+    layer: int, group: str, problem: GroupProblem, solution: GroupSolution, seconds: float
+) -> GroupReport:
+    w = problem.inputs.w
+    return GroupReport(
+        layer=layer,
+        group=group,
+        alpha=solution.candidate.alpha,
+        duo=solution.candidate.duo,
+        error_before=solution.error_before,
+        error_after=solution.error_after,
+        tokens=len(w),
+        effective_tokens=round(effective_sample_size(w.cpu().numpy()), 1) if len(w) else None,
+        damping=solution.damping,
+        seconds=round(seconds, 3),
+    )

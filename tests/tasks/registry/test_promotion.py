@@ -16,9 +16,10 @@ from registry_results import answers, write_project, write_variant
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
 from tasks.registry import promotion
+from tasks.registry.connection import connect
 from tasks.registry.gate import Verdict
-from tasks.registry.promotion import ITEM_SCORES, aliases, promote, verdict_tags, versions
-from tasks.registry.tracking import CHECKPOINT, connect, new_run
+from tasks.registry.promotion import ITEM_SCORES, aliases, model_versions, promote, verdict_tags
+from tasks.registry.runs import CHECKPOINT, new_run
 from tasks.stages.register import Registrar, register_all
 
 NAME = "tiny-w3a16"
@@ -121,7 +122,7 @@ def test_two_variants_registered_at_once_lose_nothing(workspace: Path) -> None:
         worker.join(180)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     client = connect()
-    found = {version.tags["variant"]: version for version in versions(client, NAME)}
+    found = {version.tags["variant"]: version for version in model_versions(client, NAME)}
     assert found.keys() == skill.keys()
     assert sorted(int(version.version) for version in found.values()) == [1, 2, 3]
     assert aliases(client, NAME) == {"champion": int(found["tlq-w3a16"].version), "candidate": 3}

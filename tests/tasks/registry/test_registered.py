@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.registry.registered import RegisteredError, find_variants
-from tasks.registry.tracking import CHECKPOINT
+from tasks.registry.runs import CHECKPOINT
 from tlq.runtime.digest import checkpoint_digest
 
 VARIANTS = ("rtn-w3a16", "tlq-w3a16")

@@ -17,7 +17,7 @@ from servers import wait_until_ready
 from tiny_project import free_port
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
-from tasks.registry.tracking import connect
+from tasks.registry.connection import connect
 from tasks.stages.register import Registrar, register_all
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install '.[dev]'")

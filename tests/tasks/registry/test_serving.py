@@ -18,13 +18,13 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
-from registry_results import write_project, write_scores
+from registry_results import write_project, write_variant
 from servers import wait_until_ready
 from tiny import png
 from tiny_project import free_port
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
-from tasks.registry.tracking import connect
+from tasks.registry.connection import connect
 from tasks.stages.register import Registrar, register_all
 
 URI = "models:/tiny-w3a16@champion"
@@ -37,9 +37,8 @@ def registered(tiny_checkpoint: Path, empty_tracking: Path, tmp_path_factory: py
     folder = tmp_path_factory.mktemp("registered")
     shutil.copyfile(empty_tracking, folder / "mlflow.db")
     write_project(folder)
-    shutil.copytree(tiny_checkpoint, folder / "models/rtn-w3a16")
-    (folder / "models/rtn-w3a16/calibration.json").write_text("{}")
-    write_scores(folder, "rtn-w3a16", right=48)
+    write_variant(folder, "rtn-w3a16", right=48)
+    shutil.copytree(tiny_checkpoint, folder / "models/rtn-w3a16", dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
@@ -156,12 +155,13 @@ def test_the_version_brings_its_own_code(registered: Path, tmp_path: Path) -> No
 
 def test_a_checkpoint_that_changed_is_refused(registered: Path) -> None:
     report = registered / "models/rtn-w3a16/calibration.json"
+    before = report.read_text()
     try:
         report.write_text('{"changed": true}')
         with pytest.raises(ValueError, match="is not the checkpoint that was registered"):
             mlflow.pyfunc.load_model(URI)
     finally:
-        report.write_text("{}")
+        report.write_text(before)
 
 
 def test_a_checkpoint_that_moved_can_be_named(registered: Path, tmp_path: Path) -> None:

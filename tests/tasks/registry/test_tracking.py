@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -19,12 +18,15 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from registry_results import layer_report, write_project
 
-from tasks.registry import tracking
-from tasks.registry.tracking import CHECKPOINT, LiveRun, connect, new_run, recorded_failure, tracked_calibration
+from tasks.registry.connection import connect
+from tasks.registry.layers import fill_in_layers
+from tasks.registry.runs import CHECKPOINT, new_run
+from tasks.registry.tracking import LiveRun, recorded_failure, tracked_calibration
 from tasks.stages import calibrate
 from tasks.stages import command as cli
 from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe
+from tlq.results import CalibrationReport
 from tlq.runtime.digest import checkpoint_digest
 
 OUT = Path("models/rtn-w3a16")
@@ -236,8 +238,8 @@ def test_the_stage_shows_its_layers_and_the_checkpoint_knows_its_run(
     assert (run.info.status, steps(run)) == ("FINISHED", [0, 1])
     assert run.data.tags[CHECKPOINT] == checkpoint_digest(Path("models/tlq-w3a16"))
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["calibration", "tokens"]
-    report = json.loads(Path("models/tlq-w3a16/calibration.json").read_text())
-    assert tracking.fill_in_layers(connect(), run.info.run_id, report) == 0
+    report = CalibrationReport.load(Path("models/tlq-w3a16/calibration.json"))
+    assert fill_in_layers(connect(), run.info.run_id, report) == 0
 
 
 #: Processes that start with everything imported.

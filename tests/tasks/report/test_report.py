@@ -20,10 +20,20 @@ from tasks.config.params import VariantParams
 from tasks.registry.lineage import Lineage, locked_outputs
 from tasks.report import charts, page
 from tasks.report.inline import VARIABLES, svg
-from tasks.report.pictures import TokenPicture, draw_scores, draw_tokens, grid_shape
 from tasks.report.results import Results, Variant, read_results, weight_bytes
-from tasks.report.tokens import SampleTokens, modality_shares, relative_importance, set_picture, set_share, spread
+from tasks.report.tokens import (
+    SampleTokens,
+    grid_shape,
+    modality_shares,
+    relative_importance,
+    set_picture,
+    set_share,
+    spread,
+)
+from tasks.stages.files import VariantName
 from tlq.importance.pool import TokenPool
+from tlq.quantization.formats import get_scheme
+from tlq.recipes import get_recipe
 from tlq.samples import Sample
 
 
@@ -95,7 +105,7 @@ def test_real_benchmarks_are_not_called_demo(copy: Path, monkeypatch: pytest.Mon
 def test_pictures_and_tables_are_written(reported: Path) -> None:
     names = {path.name for path in (reported / "report").iterdir()}
     tables = {"index.html", "cards", "scores.txt", "scores.csv", "means.csv"}
-    shared = {"scores", "tokens", "variants", "sizes", "importance", "shares", "times"}
+    shared = {"scores", "sizes", "importance", "shares", "times"}
     own = {"errors-tlq-w4a8", "exponents-tlq-w4a8"}
     assert names == tables | {f"{name}.png" for name in shared | own}
     assert (reported / "report/scores.txt").read_text().splitlines()[2].startswith("full ")
@@ -189,8 +199,8 @@ def test_hashes_of_other_variants_and_of_the_report_are_left_out(tmp_path: Path)
 
 
 def made(name: str, score: float) -> Variant:
-    recipe, scheme = name.split("-")
-    return Variant(name, {"name": recipe}, {"name": scheme}, metrics(name, score), pd.DataFrame(), 10)
+    recipe, scheme = VariantName.parse(name)
+    return Variant(name, get_recipe(recipe), get_scheme(scheme), metrics(name, score), pd.DataFrame(), 10)
 
 
 def test_the_best_variant_is_told_apart_only_where_intervals_do_not_overlap() -> None:
@@ -206,20 +216,11 @@ def test_variants_of_one_scheme_stand_together(reported: Path, monkeypatch: pyte
     assert [each.name for each in found.variants] == ["rtn-w4a8", "tlq-w4a8", "rtn-w3a16", "tlq-w3a16"]
 
 
-def test_score_chart_has_an_interval_per_variant_and_full_precision_behind() -> None:
+def test_score_chart_shows_every_variant_with_its_interval() -> None:
     results = Results(metrics("full", 98), 20, [made("rtn-w3a16", 70), made("tlq-w3a16", 90)])
-    figure = charts.new_figure(4, 3)
-    axes = figure.subplots()
-    charts.draw_benchmark(axes, results, "demo_mmmu", charts.lowest_score(results))
-    segments = [segment for container in axes.containers for segment in container.lines[2][0].get_segments()]
-    assert [[tuple(point) for point in segment] for segment in segments] == [[(66, 0), (74, 0)], [(86, 1), (94, 1)]]
-    assert axes.get_xlim()[0] == 60
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["rtn-w3a16", "tlq-w3a16"]
-
-
-def test_variants_of_one_size_stand_side_by_side() -> None:
-    variants = [made("rtn-w3a16", 70), made("mbq-w3a16", 86), made("tlq-w3a16", 90), made("rtn-w4a8", 95)]
-    assert charts._side_by_side(variants, step=10) == [-10, 0, 10, 0]
+    for panel in charts.draw_all_scores(results).axes:
+        intervals = [segment[:, 0].tolist() for bar in panel.containers for segment in bar.lines[2][0].get_segments()]
+        assert intervals == [[66, 74], [86, 94]]
 
 
 @pytest.mark.parametrize(
@@ -227,15 +228,6 @@ def test_variants_of_one_size_stand_side_by_side() -> None:
 )
 def test_numbers_are_short_and_without_exponent(value: float | None, text: str) -> None:
     assert page.short(value).removesuffix(".0") == text
-
-
-def test_scores_are_drawn_with_their_intervals() -> None:
-    frame = pd.DataFrame(
-        [("full", "a", 80.0, 75.0, 85.0), ("rtn-w3a16", "a", 60.0, 50.0, 70.0)],
-        columns=["variant", "benchmark", "score", "low", "high"],
-    )
-    (axes,) = draw_scores(frame).axes
-    assert [bar.get_width() for bar in axes.patches] == [80.0, 60.0]
 
 
 # --- Charts on the page -------------------------------------------------------------------------------------------
@@ -347,22 +339,6 @@ def test_shares_of_image_tokens() -> None:
         pytest.approx([3 / 8, 9 / 8]),
         pytest.approx([12 / 8]),
     ]
-
-
-def test_token_picture_outlines_the_chosen_image_tokens() -> None:
-    picture = TokenPicture(
-        title="one",
-        image=Image.new("RGB", (64, 32)),
-        image_values=np.array([0.1, 2.0, 0.3, 0.4, 0.5, 0.6, 0.7, 3.0], np.float32),
-        texts=["what", "\n", "is"],
-        text_values=np.array([1.0, 0.2, 5.0], np.float32),
-        chosen_image=np.array([0, 1, 0, 0, 0, 0, 0, 1], bool),
-        chosen_texts=np.array([1, 0, 1], bool),
-    )
-    figure = draw_tokens([picture])
-    left, right = figure.axes[:2]
-    assert [patch.get_xy() for patch in left.patches] == [(1.04, 0.04), (3.04, 1.04)]
-    assert [text.get_text() for text in right.texts] == ["what", "⏎", "is"]
 
 
 def test_samples_shown_come_from_different_sources() -> None:

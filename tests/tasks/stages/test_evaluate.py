@@ -16,6 +16,7 @@ from benchmarks.model import VisionLM
 from tasks.config.params import EvaluateParams, ParamsError
 from tasks.stages import evaluate
 from tlq.models.checkpoint import load_model
+from tlq.runtime.files import new_directory
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +147,13 @@ def test_changed_params_do_not_reuse_answers(
     (working / "fingerprint").write_text("of other params")
     (working / "answers.jsonl").write_text("{}\n")
     metrics = evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), other, tmp_path)
-    assert metrics["mean"]["n"] == 16
+    assert metrics.mean.n == 16
 
 
 def test_without_divergence(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
     plain = EvaluateParams(benchmarks=params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
     metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
-    assert "kl" not in metrics["mean"]
+    assert metrics.mean.kl is None
     assert not (tmp_path / "full" / "reference").exists()
 
 
@@ -167,7 +168,7 @@ def test_too_many_unusable_items(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "full").exists()
     allowed = EvaluateParams(benchmarks=(source,), max_new_tokens=1, max_skipped=0.5, resamples=10)
     metrics = evaluate.evaluate_variant("full", str(tiny_checkpoint), allowed, tmp_path)
-    assert (metrics["mean"]["n"], metrics["mean"]["asked"]) == (4, 5)
+    assert (metrics.mean.n, metrics.mean.asked) == (4, 5)
     assert "no answer" in (tmp_path / "full" / "skipped.csv").read_text()
 
 
@@ -190,7 +191,7 @@ def test_command_line(
     monkeypatch.chdir(tmp_path)
     text = PARAMS.replace("MODEL", str(tiny_checkpoint)).replace("ROWS", str(params.benchmarks[0].data))
     Path("params.yaml").write_text(text)
-    with pytest.raises(FileNotFoundError, match="models/rtn-w3a16: not found; run the calibrate stage of rtn-w3a16"):
+    with pytest.raises(FileNotFoundError, match="models/rtn-w3a16: not found; run `dvc repro calibrate@rtn-w3a16`"):
         evaluate.main("rtn-w3a16")
     evaluate.main("full")
     assert Path("evaluation/full/metrics.json").is_file()
@@ -200,8 +201,38 @@ def test_command_line(
 
 
 def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="evaluation.*full.*--variant full` first|--variant full"):
+    with pytest.raises(FileNotFoundError, match="full/items.parquet: not found; run `dvc repro baseline` first"):
         evaluate.evaluate_variant("rtn-w3a16", str(tiny_checkpoint), params, tmp_path)
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_a_kill_while_results_are_replaced_loses_neither(
+    rename: int, params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each rename of the folder, the old or the new results are complete; a further run puts one in place."""
+    plain = EvaluateParams(params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
+    files = {path.name for path in (tmp_path / "full").iterdir()}
+    renames = 0
+    original = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += self.is_dir()
+        if self.is_dir() and renames == rename:
+            raise SystemExit("killed")
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a killed process tidies up nothing
+        with pytest.raises(SystemExit):
+            evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
+    kept = [folder for folder in tmp_path.iterdir() if {path.name for path in folder.iterdir()} == files]
+    assert {folder.name for folder in kept} == ({"full", ".full.tmp"} if rename == 1 else {".full.old", ".full.tmp"})
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "full"):
+        raise KeyboardInterrupt
+    assert {path.name for path in (tmp_path / "full").iterdir()} == files
 
 
 def test_benchmark_files_lie_where_dvc_watches() -> None:

@@ -19,9 +19,12 @@ from registry_results import BENCHMARKS, layer_report, write_params, write_proje
 import tasks
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, VariantParams, section
 from tasks.registry import promotion
-from tasks.registry.tracking import CHECKPOINT, connect, layer_metrics, log_metrics, new_run
+from tasks.registry.connection import connect
+from tasks.registry.layers import layer_metrics
+from tasks.registry.runs import CHECKPOINT, log_metrics, new_run
 from tasks.stages.command import TRY_AGAIN
 from tasks.stages.register import Registrar, main, register_all
+from tlq.results import LayerReport
 from tlq.runtime.digest import checkpoint_digest
 
 NAME = "tiny-w3a16"
@@ -113,9 +116,9 @@ def test_registering_again_changes_nothing(workspace: Path) -> None:
     write_variant(workspace, "tlq-w3a16", right=50)
     first = register("rtn-w3a16", "tlq-w3a16")
     client = connect()
-    before = (runs(client), [version.last_updated_timestamp for version in promotion.versions(client, NAME)])
+    before = (runs(client), [version.last_updated_timestamp for version in promotion.model_versions(client, NAME)])
     assert register("rtn-w3a16", "tlq-w3a16") == first
-    assert (runs(client), [each.last_updated_timestamp for each in promotion.versions(client, NAME)]) == before
+    assert (runs(client), [each.last_updated_timestamp for each in promotion.model_versions(client, NAME)]) == before
 
 
 def test_new_scores_make_a_new_version_and_a_run_of_their_own(workspace: Path) -> None:
@@ -130,7 +133,7 @@ def test_the_run_of_the_calibration_is_continued_and_missing_layers_are_filled_i
     client = connect()
     tags = {"stage": "calibrate", "variant": "rtn-w3a16", CHECKPOINT: checkpoint_digest(workspace / "models/rtn-w3a16")}
     run_id = new_run(client, "tlq", "rtn-w3a16", tags)
-    log_metrics(client, run_id, layer_metrics(layer_report(0)))
+    log_metrics(client, run_id, layer_metrics(LayerReport.from_dict(layer_report(0))))
     assert register("rtn-w3a16")["rtn-w3a16"]["run_id"] == run_id
     assert [metric.step for metric in client.get_metric_history(run_id, "layer/seconds")] == [0, 1]
     assert client.get_run(run_id).info.status == "FINISHED"
@@ -236,7 +239,7 @@ def test_an_alias_moved_by_hand_stays_where_it_is(workspace: Path) -> None:
 
 def test_missing_scores_say_what_to_run_and_the_failure_is_recorded(workspace: Path) -> None:
     (workspace / "evaluation/rtn-w3a16/metrics.json").unlink()
-    with pytest.raises(FileNotFoundError, match="run `dvc repro evaluate` first"):
+    with pytest.raises(FileNotFoundError, match="run `dvc repro evaluate@rtn-w3a16` first"):
         register("rtn-w3a16")
     client = connect()
     (failed,) = client.search_runs(["1"], "attributes.status = 'FAILED'")

@@ -1,0 +1,215 @@
+"""The scores of a variant: the contents of metrics.json and of summary.json, with load and save."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+#: Fields in nats or probabilities, kept to six places; other floats are percentages, kept to hundredths.
+_FINE = ("nll", "kl", "mcnemar_p")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sub-score: mean in [0, 1] or sum of points, and over how many items."""
+
+    value: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One benchmark, or the mean over benchmarks, of one variant. Percent, except nll and kl in nats per token.
+
+    ``n`` items were scored of ``asked``; ``pairs`` of them also in full precision. None: nothing to compare or to
+    measure.
+    """
+
+    score: float
+    low: float
+    high: float
+    n: int
+    asked: int
+    pairs: int | None = None
+    retention: float | None = None
+    retention_low: float | None = None
+    retention_high: float | None = None
+    lost: int | None = None
+    gained: int | None = None
+    mcnemar_p: float | None = None
+    nll: float | None = None
+    kl: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ValueError if a required key is missing, a key is unknown, or a value is not a number."""
+        known = {each.name for each in fields(cls)}
+        if unknown := values.keys() - known:
+            raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
+        if missing := [name for name in ("score", "low", "high", "n", "asked") if values.get(name) is None]:
+            raise ValueError(f"no {', '.join(missing)}")
+        numbers = {name: value for name, value in values.items() if name != "parts" and value is not None}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} is {value!r}, needs a number")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields that have a value."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def rounded(self) -> Self:
+        """Percentages to hundredths, nats and p-values to six places."""
+        rounded: dict[str, Any] = {
+            name: round(value, 6 if name in _FINE else 2)
+            for name, value in self.to_dict().items()
+            if isinstance(value, float)
+        }
+        return replace(self, **rounded)
+
+    @property
+    def flips(self) -> float | None:
+        """Percent of the pairs that went from right to wrong or from wrong to right."""
+        if self.lost is None or self.gained is None or not self.pairs:
+            return None
+        return 100 * (self.lost + self.gained) / self.pairs
+
+    @property
+    def retention_interval(self) -> tuple[float, float, float] | None:
+        """Retention, its low end and its high end; None where there is no retention."""
+        if self.retention is None or self.retention_low is None or self.retention_high is None:
+            return None
+        return self.retention, self.retention_low, self.retention_high
+
+    @property
+    def score_text(self) -> str:
+        """``71.2 ± 2.1 (598/600)``: score, half of its interval, and how many items where some are missing."""
+        missing = f" ({self.n}/{self.asked})" if self.n < self.asked else ""
+        return f"{self.score:.1f} ± {(self.high - self.low) / 2:.1f}{missing}"
+
+    @property
+    def retention_text(self) -> str | None:
+        """``98.0 ± 1.0``: retention and half of its interval; None where there is no retention."""
+        if self.retention_interval is None:
+            return None
+        retention, low, high = self.retention_interval
+        return f"{retention:.1f} ± {(high - low) / 2:.1f}"
+
+
+@dataclass(frozen=True)
+class BenchmarkMetrics(Comparison):
+    """One benchmark as metrics.json has it.
+
+    Attributes:
+        skipped: items that were asked for and not scored.
+        empty_replies: None in files that older versions wrote.
+        parts: sub-scores by name.
+    """
+
+    skipped: int = 0
+    empty_replies: int | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        parts = {name: Part(**part) for name, part in values.get("parts", {}).items()}
+        return super().from_dict({**values, "parts": parts})
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """evaluation/<variant>/metrics.json: every benchmark and their mean."""
+
+    variant: str
+    benchmarks: Mapping[str, BenchmarkMetrics]
+    mean: Comparison
+
+    @property
+    def entries(self) -> Iterator[tuple[str, Comparison]]:
+        """``mean`` first, then every benchmark by name."""
+        yield "mean", self.mean
+        yield from self.benchmarks.items()
+
+    def entry(self, name: str) -> Comparison:
+        """A benchmark's metrics, or those of ``mean``."""
+        return self.mean if name == "mean" else self.benchmarks[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        benchmarks = {name: entry.to_dict() for name, entry in self.benchmarks.items()}
+        return {"variant": self.variant, "benchmarks": benchmarks, "mean": self.mean.to_dict()}
+
+    def summary(self) -> Summary:
+        """The few numbers of summary.json."""
+        return Summary(
+            score=self.mean.score,
+            benchmarks={name: entry.score for name, entry in self.benchmarks.items()},
+            retention=self.mean.retention,
+            kl=self.mean.kl,
+            nll=self.mean.nll,
+            n=self.mean.n,
+            skipped=sum(entry.skipped for entry in self.benchmarks.values()),
+        )
+
+    def save(self, path: Path) -> None:
+        _write_json(self.to_dict(), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ValueError, with the file and the entry, if the file does not hold what ``save`` writes."""
+        content = json.loads(path.read_text())
+        try:
+            variant, benchmarks, mean = (content[key] for key in ("variant", "benchmarks", "mean"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no {error}; evaluate the variant again") from error
+        try:
+            name = "mean"
+            overall = Comparison.from_dict(mean)
+            entries = {}
+            for name, values in benchmarks.items():
+                entries[name] = BenchmarkMetrics.from_dict(values)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {name}: {error}; evaluate the variant again") from error
+        return cls(variant, entries, overall)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """evaluation/<variant>/summary.json: one readable row of ``dvc metrics show``."""
+
+    score: float
+    benchmarks: Mapping[str, float]
+    n: int
+    skipped: int
+    retention: float | None = None
+    kl: float | None = None
+    nll: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat row; what was not measured is left out."""
+        measured = {"retention": self.retention, "kl": self.kl, "nll": self.nll}
+        known = {name: value for name, value in measured.items() if value is not None}
+        return {"score": self.score, **self.benchmarks, **known, "n": self.n, "skipped": self.skipped}
+
+    def save(self, path: Path) -> None:
+        _write_json(self.to_dict(), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ValueError if a number is missing."""
+        content: dict[str, Any] = json.loads(path.read_text())
+        names = [each.name for each in fields(cls) if each.name != "benchmarks"]
+        if missing := [name for name in ("score", "n", "skipped") if name not in content]:
+            raise ValueError(f"{path}: no {', '.join(missing)}; evaluate the variant again")
+        known = {name: content[name] for name in names if name in content}
+        return cls(benchmarks={name: value for name, value in content.items() if name not in names}, **known)
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write to a temporary file, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,88 @@
+"""The connection to MLflow, and its retries and pages."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+
+
+def connect() -> MlflowClient:
+    """A client of ``MLFLOW_TRACKING_URI``, or of mlflow.db in this folder.
+
+    Raises:
+        ConnectionError: MLflow does not answer.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a new database is made in seventy logged steps
+    mlflow.set_tracking_uri(uri)
+    try:
+        with _alone_in_database(uri):
+            client = mlflow.MlflowClient()
+            client.search_experiments(max_results=1)
+    except MlflowException as error:
+        raise ConnectionError(
+            f"MLflow at {uri} does not answer ({first_line(error)}); start it, or correct MLFLOW_TRACKING_URI"
+        ) from error
+    return client
+
+
+@contextmanager
+def _alone_in_database(uri: str) -> Iterator[None]:
+    """Hold a lock next to an SQLite database: MLflow 3.17 makes the tables of a new one without a lock."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        yield
+
+
+def retry_on_conflict(action: Callable[[], None], attempts: int = 5) -> None:
+    """Retry an idempotent MLflow call after a unique-constraint conflict.
+
+    MLflow's stores insert a row if a query did not find it. A row that another process inserts in between breaks a
+    constraint of the database (BAD_REQUEST); the next query finds it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for left in reversed(range(attempts)):
+        try:
+            return action()
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST" or not left:
+                raise
+    raise ValueError(f"attempts is {attempts}; it must be at least 1")
+
+
+def pages(search: Callable[[str | None], Any]) -> Iterable[Any]:
+    """Everything that a search of MLflow finds, page by page."""
+    token = None
+    while True:
+        found = search(token)
+        yield from found
+        token = found.token
+        if not token:
+            return
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a log or a tag."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

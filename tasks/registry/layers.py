@@ -1,0 +1,52 @@
+"""Reports of calibrated layers as MLflow metrics, a step per layer."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from tasks.registry.runs import log_metrics
+from tlq.results import CalibrationReport, LayerReport
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+
+def layer_metrics(report: LayerReport) -> list[Metric]:
+    """The report of a layer as metrics whose step is the layer.
+
+    Errors of the layer are sums over its groups; what was not measured is left out.
+    """
+    from mlflow.entities import Metric
+
+    now = int(1000 * time.time())
+    values: dict[str, float | None] = {
+        "layer/seconds": report.seconds,
+        "layer/peak_host_bytes": report.peak_host_bytes,
+        "layer/peak_device_bytes": report.peak_device_bytes,
+    }
+    for name in ("error_before", "error_after"):
+        errors: dict[str, float | None] = {group.group: getattr(group, name) for group in report.groups}
+        values |= {f"layer/{group}/{name}": error for group, error in errors.items()}
+        known = [error for error in errors.values() if error is not None]
+        values[f"layer/{name}"] = sum(known) if known else None
+    return [Metric(name, float(value), now, report.layer) for name, value in values.items() if value is not None]
+
+
+def fill_in_layers(client: MlflowClient, run_id: str, calibration: CalibrationReport) -> int:
+    """Log the layers of calibration.json that the run does not have yet; returns how many."""
+    logged: dict[str, set[int]] = {}
+    missing: list[Metric] = []
+    layers = 0
+    for metrics in map(layer_metrics, calibration.layers):
+        if not metrics:
+            continue
+        name, step = metrics[0].key, metrics[0].step  # a layer's metrics are logged together: one stands for all
+        if name not in logged:
+            logged[name] = {metric.step for metric in client.get_metric_history(run_id, name)}
+        if step not in logged[name]:
+            missing += metrics
+            layers += 1
+    log_metrics(client, run_id, missing)
+    return layers

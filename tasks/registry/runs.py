@@ -1,0 +1,140 @@
+"""MLflow runs: finding and making them, logging to them, and marking their ends.
+
+MLflow is imported where it is first needed: it takes two seconds, which other ranks and failing commands need not wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tasks.registry.connection import first_line, retry_on_conflict
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Metric, Run
+
+logger = logging.getLogger("tlq.tracking")
+
+#: Tag of a run that says which checkpoint came of it, and tag that says why it failed.
+CHECKPOINT, ERROR = "checkpoint", "error"
+
+_METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100
+_FORBIDDEN = re.compile(r"[^\w\-. /:]")
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment called ``name``, made if there is none; another process may make it at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise error
+    if found.lifecycle_stage != "active":
+        raise ValueError(
+            f"MLflow experiment {name} is deleted; restore it (`mlflow experiments restore -x {found.experiment_id}`), "
+            "or change register.experiment"
+        )
+    return str(found.experiment_id)
+
+
+def new_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> str:
+    """Id of a new run with MLflow's own tags (user, source, commit) beside ``tags``."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    run = client.create_run(experiment_id(client, experiment), tags=resolve_tags(dict(tags)), run_name=name)
+    return str(run.info.run_id)
+
+
+def find_runs(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Run]:
+    """Runs that have all of these tags, the latest first."""
+    terms = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    wanted = [experiment_id(client, experiment)]
+    return list(client.search_runs(wanted, " and ".join(terms), order_by=["attributes.start_time DESC"]))
+
+
+def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) -> None:
+    for start in range(0, len(metrics), _METRICS_AT_ONCE):
+        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_AT_ONCE])
+
+
+def log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+    """Parameters under dotted names; those that the run has already keep the value they had."""
+    from mlflow.entities import Param
+
+    known = client.get_run(run_id).data.params
+    params = [Param(name, str(value)) for name, value in flatten(values) if name not in known]
+    for start in range(0, len(params), _PARAMS_AT_ONCE):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_AT_ONCE])
+
+
+def log_inputs(client: MlflowClient, run_id: str, inputs: Sequence[DatasetInput]) -> None:
+    """Data sets that the run has already are not logged twice."""
+    if inputs:
+        retry_on_conflict(lambda: client.log_inputs(run_id, datasets=list(inputs)))
+
+
+def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags that differ from what the run has."""
+    from mlflow.entities import RunTag
+
+    known = client.get_run(run_id).data.tags
+    client.log_batch(run_id, tags=[RunTag(name, text) for name, text in tags.items() if known.get(name) != text])
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted names, with `_` for what MLflow does not allow in a name."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{name}.")
+        else:
+            yield _FORBIDDEN.sub("_", name), value
+
+
+def numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers among nested mappings, as dotted names."""
+    for name, value in flatten(values):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, float(value)
+
+
+def resume(client: MlflowClient, run_id: str) -> None:
+    """Mark a run that ended, or that was cut off, as running again."""
+    client.update_run(run_id, status="RUNNING")
+    if ERROR in client.get_run(run_id).data.tags:
+        client.delete_tag(run_id, ERROR)
+
+
+@contextmanager
+def running(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """A run that is RUNNING inside the block, then FINISHED; FAILED with the reason as a tag, KILLED by Ctrl-C."""
+    resume(client, run_id)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end_badly(client, run_id, "KILLED", "interrupted; the same command continues")
+        raise
+    except BaseException as error:
+        _end_badly(client, run_id, "FAILED", first_line(error))
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _end_badly(client: MlflowClient, run_id: str, status: str, reason: str) -> None:
+    """MLflow may be what failed: then the log says it, and the error that brought us here is the one to see."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_tag(run_id, ERROR, reason)
+        client.set_terminated(run_id, status)
+    except (MlflowException, OSError) as unreachable:
+        logger.warning("run %s: that it is %s is not recorded in MLflow: %s", run_id, status, first_line(unreachable))
