@@ -27,8 +27,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.laboratory import MODEL, WORLD, Laboratory
+from tasks.command import quiet_libraries
 from tasks.config.params import Columns, PrepareParams
-from tasks.stages.command import quiet_libraries
 from tasks.stages.prepare import draw, read_table
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate

@@ -21,9 +21,9 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from tasks.config.params import ModelParams, section
+from tasks.files import IMPORTANCE, MODELS, read_importance
 from tasks.report.charts import GROUPS, INK, MUTED, SERIES, STYLE, draw_importance, new_figure
 from tasks.report.tokens import read_token_data, show_samples
-from tasks.stages.files import IMPORTANCE, MODELS, read_importance
 from tlq.importance.pool import Importance
 from tlq.models.processor import load_processor
 

@@ -15,7 +15,7 @@ from benchmarks.data import BenchmarkSource
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
 from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
 from benchmarks.model import AnswerOptions
-from tasks.stages.command import device
+from tasks.command import device
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 

@@ -37,8 +37,8 @@ from transformers import Qwen2VLConfig
 from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.models import SHAPES, large_samples, write_random_model
 from bench.sections import table, write_section
+from tasks.command import quiet_libraries
 from tasks.config.params import Columns, PrepareParams
-from tasks.stages.command import quiet_libraries
 from tasks.stages.prepare import draw, read_table
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor

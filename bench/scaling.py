@@ -28,7 +28,7 @@ from typing import Any
 
 from bench.models import SHAPES, Shape, demo_samples, large_samples, write_random_model
 from bench.sections import table, write_section
-from tasks.stages.command import quiet_libraries
+from tasks.command import quiet_libraries
 from tlq.runtime.digest import checkpoint_digest
 
 logger = logging.getLogger("bench.scaling")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tasks.cluster.launch import on_ranks
-from tasks.stages.command import device, run
+from tasks.command import device, run
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.gradients import AnswerLoss, score_resumably
 from tlq.importance.pool import PoolWeights, TokenPool

@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import State
 
 from flows.progress import with_progress
 from services.processes import OWNER, ROOT, owner, stop, stop_stages, tree
-from tasks.stages.command import TRY_AGAIN
+from tasks.command import TRY_AGAIN
 from tlq.parallel import REDUCTION_CHUNKS
 
 #: The command that reproduces a stage; it waits while a concurrent stage holds DVC's lock to save its result.

@@ -14,7 +14,7 @@ import torch
 from exporting import read_tensors
 from tiny import random_samples, write_tiny_qwen2_vl
 
-from tasks.stages.files import write_samples
+from tasks.files import write_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = """
@@ -22,8 +22,8 @@ import sys
 from pathlib import Path
 import torch
 import tlq.quantization.rounding
-from tasks.stages.command import run
-from tasks.stages.files import read_samples
+from tasks.command import run
+from tasks.files import read_samples
 from tasks.cluster.launch import on_ranks
 from tlq.calibration.job import CalibrationJob
 from tlq.job import calibration_batches, quantize_checkpoint

@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks.compare import compare
 from benchmarks.results import BenchmarkMetrics, Metrics, Part
-from tasks.stages.files import VariantName
+from tasks.files import VariantName
 from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe
 from tlq.results import CalibrationReport, GroupReport, LayerReport

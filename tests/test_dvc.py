@@ -26,13 +26,13 @@ BESIDE_RESULTS = (
     "tasks/cluster/",
     "tasks/config/",
     "tasks/registry/",
-    "tasks/stages/command.py",
-    "tasks/stages/planning.py",
+    "tasks/command.py",
+    "tasks/planning.py",
     "tlq/plan.py",
     "tlq/runtime/",
 )
 #: Formats of the files between stages: a dependency, but the types it imports are not.
-FORMATS = "tasks/stages/files.py"
+FORMATS = "tasks/files.py"
 
 
 def module_file(name: str) -> str | None:
@@ -44,14 +44,14 @@ def module_file(name: str) -> str | None:
 
 
 def imported(path: str) -> Iterator[str]:
-    """Project files that a file imports; of ``tasks.stages.files``, names of places (in capitals) are none."""
+    """Project files that a file imports; of ``tasks.files``, names of places (in capitals) are none."""
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             of_module = [alias.name for alias in node.names]
-            if node.module != "tasks.stages.files" or not all(name.isupper() for name in of_module):
+            if node.module != "tasks.files" or not all(name.isupper() for name in of_module):
                 names = [node.module, *(f"{node.module}.{name}" for name in of_module)]
         yield from filter(None, map(module_file, names))
 
@@ -126,7 +126,7 @@ def project(reproduced: Reproduced) -> Iterator[QuickProject]:
 
 
 def test_only_what_decides_a_result_makes_a_stage_stale(project: QuickProject) -> None:
-    for name in ("benchmarks/textvqa/README.md", "tasks/stages/command.py", "tlq/runtime/clock.py"):
+    for name in ("benchmarks/textvqa/README.md", "tasks/command.py", "tlq/runtime/clock.py"):
         (project.folder / name).write_text("changed\n")
     assert "up to date" in project.dvc("status")
     (project.folder / "tlq/importance/gradients.py").write_text("changed\n")

@@ -94,3 +94,8 @@ def types_of(cls: Any) -> dict[str, Any]:
         hints = get_type_hints(cls)
         return {field.name: hints[field.name] for field in fields(cls)}
     return {}
+
+
+def reason_of(error: Exception) -> str:
+    """Error of a hub client on one line of at most 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -25,9 +25,8 @@ from huggingface_hub.errors import HTTPError
 from ruamel.yaml.comments import CommentedMap
 
 from tasks.config.editor import ParamsEditor, round_trip, row
+from tasks.config.mistakes import reason_of
 from tasks.config.params import PARAMS, SECTIONS, Download, ParamsError, parse, repo_type
-from tasks.stages.command import run
-from tasks.stages.fetch import reason_of
 from tlq.runtime.files import write_text
 
 PRESETS = Path("presets")
@@ -270,7 +269,3 @@ def main() -> None:
         write_text(after, PARAMS)
     lines = changes(before, after) or ["nothing changes"]
     sys.stdout.write("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    run(main)

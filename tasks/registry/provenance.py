@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.data import BenchmarkSource
+from tasks.files import CALIBSET, PREPARED
 from tasks.registry.lineage import read_lineage
-from tasks.stages.files import CALIBSET, PREPARED
 from tlq.recipes import Recipe
 
 if TYPE_CHECKING:

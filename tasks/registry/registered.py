@@ -9,8 +9,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from tasks.files import MODELS
 from tasks.registry.runs import CHECKPOINT
-from tasks.stages.files import MODELS
 from tlq.runtime.digest import checkpoint_digest
 
 

@@ -20,12 +20,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from tasks.command import run
 from tasks.config.params import PrepareParams
+from tasks.files import MODELS, REPORT
 from tasks.report.page import environment
 from tasks.report.results import Results, Variant, is_demo
 from tasks.report.tokens import TokenData
-from tasks.stages.command import run
-from tasks.stages.files import MODELS, REPORT
 from tlq.quantization.formats import Scheme
 from tlq.runtime.files import write_text
 

@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.compare import FULL
 from benchmarks.results import Comparison, Metrics
 from tasks.config.params import VariantParams
-from tasks.stages.files import EVALUATION, MODELS, existing
+from tasks.files import EVALUATION, MODELS, existing
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.results import CalibrationReport

@@ -11,8 +11,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from tasks.stages.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
-from tasks.stages.files import read_tokens as read_token_set
+from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
+from tasks.files import read_tokens as read_token_set
 from tlq.importance.pool import Importance, TokenPool
 from tlq.samples import Sample, decode_image
 
@@ -74,7 +74,7 @@ def grid_shape(tokens: int, width: int, height: int) -> tuple[int, int]:
 
 
 def read_token_data() -> TokenData:
-    """Raises: as the readers of tasks/stages/files.py."""
+    """Raises: as the readers of tasks/files.py."""
     pool = read_pool(IMPORTANCE)
     scores = read_importance(IMPORTANCE)
     chosen = read_token_set(CALIBSET / "tokens.parquet")

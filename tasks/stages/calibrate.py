@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tasks.cluster.launch import on_ranks, ranks_wanted
+from tasks.command import command_line, device
 from tasks.config.params import CalibrateParams, CalibsetParams, ModelParams, ParamsError, recipe, section
-from tasks.registry.tracking import tracked_calibration
-from tasks.stages.command import command_line, device
-from tasks.stages.files import (
+from tasks.files import (
     CALIBSET,
     IMPORTANCE,
     MODELS,
@@ -26,7 +25,8 @@ from tasks.stages.files import (
     read_samples,
     read_token_weights,
 )
-from tasks.stages.planning import add_dry_run, show_plan
+from tasks.planning import add_dry_run, show_plan
+from tasks.registry.tracking import tracked_calibration
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.pool import PoolWeights, TokenPool
 from tlq.importance.token_weights import all_tokens, to_batches

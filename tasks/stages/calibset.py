@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from tasks.command import command_line
 from tasks.config.params import CalibsetParams, section
-from tasks.stages.command import command_line
-from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_pool, write_parquet
+from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_pool, write_parquet
 from tlq.importance.pool import Importance, TokenPool, WeightedTokens
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.token_weights import token_set

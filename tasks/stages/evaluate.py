@@ -32,10 +32,10 @@ from benchmarks.model import AnswerOptions
 from benchmarks.results import BenchmarkMetrics, Comparison, Metrics, Part
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cluster.launch import on_ranks
+from tasks.command import command_line, device
 from tasks.config.params import EvaluateParams, ModelParams, section
+from tasks.files import EVALUATION, MODELS, existing
 from tasks.registry.tracking import recorded_failure
-from tasks.stages.command import command_line, device
-from tasks.stages.files import EVALUATION, MODELS, existing
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.runtime.files import new_directory

@@ -18,8 +18,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 
+from tasks.command import command_line
+from tasks.config.mistakes import reason_of
 from tasks.config.params import Download, parse
-from tasks.stages.command import command_line
 from tlq.models.checkpoint import read_config
 from tlq.runtime.files import new_directory
 
@@ -65,11 +66,6 @@ def _load(download: Download, folder: Path, files: Sequence[str], dry_run: bool 
             f"{download.repo} at {download.revision[:12]} cannot be downloaded ({reason_of(error)}); check the hub id, "
             "the commit, the network and, for a gated repository, `hf auth login`; the same command continues"
         ) from error
-
-
-def reason_of(error: Exception) -> str:
-    """What a client of the hub says, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def _refuse_small_disk(files: Sequence[Any], download: Download, folder: Path) -> None:

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tasks.cluster.launch import on_ranks, ranks_wanted
+from tasks.command import command_line, device
 from tasks.config.params import ImportanceParams, ModelParams, section
-from tasks.stages.command import command_line, device
-from tasks.stages.files import IMPORTANCE, PREPARED, read_samples, write_importance
-from tasks.stages.planning import add_dry_run, show_plan
+from tasks.files import IMPORTANCE, PREPARED, read_samples, write_importance
+from tasks.planning import add_dry_run, show_plan
 from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_resumably
 from tlq.importance.pool import TokenPool
 from tlq.importance.weighting import LossName

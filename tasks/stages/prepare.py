@@ -15,9 +15,9 @@ from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
 from datasets import load_dataset
 
+from tasks.command import command_line
 from tasks.config.params import PrepareParams, section
-from tasks.stages.command import command_line
-from tasks.stages.files import PREPARED, write_samples
+from tasks.files import PREPARED, write_samples
 from tlq.data import Rejected, as_text, draw_usable, image_bytes, image_entries, read_json_list, sample_of
 from tlq.runtime.files import new_directory, write_text
 from tlq.samples import IMAGE_MARK, Message, Sample

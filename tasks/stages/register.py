@@ -36,7 +36,9 @@ import tlq
 from benchmarks.compare import FULL, scores_table
 from benchmarks.results import Metrics
 from tasks import registry
+from tasks.command import command_line
 from tasks.config.params import PARAMS, EvaluateParams, ModelParams, RegisterParams, VariantParams, section
+from tasks.files import EVALUATION, MODELS, REPORT, VariantName, existing
 from tasks.registry.connection import connect
 from tasks.registry.gate import Verdict, judge
 from tasks.registry.layers import fill_in_layers
@@ -54,8 +56,6 @@ from tasks.registry.runs import (
     set_tags,
 )
 from tasks.registry.tracking import recorded_failure
-from tasks.stages.command import command_line
-from tasks.stages.files import EVALUATION, MODELS, REPORT, VariantName, existing
 from tlq.results import CalibrationReport
 from tlq.runtime.digest import checkpoint_digest
 from tlq.runtime.files import write_text

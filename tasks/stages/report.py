@@ -19,7 +19,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.compare import scores_table
+from tasks.command import command_line
 from tasks.config.params import ModelParams, PrepareParams, ReportParams, VariantParams, section
+from tasks.files import EVALUATION, MODELS, REPORT
 from tasks.registry.lineage import read_lineage
 from tasks.report.cards import CalibrationData, place_cards, read_base, render_card
 from tasks.report.charts import (
@@ -36,8 +38,6 @@ from tasks.report.charts import (
 from tasks.report.page import render_page
 from tasks.report.results import Results, read_results
 from tasks.report.tokens import SampleTokens, TokenData, read_token_data, show_samples
-from tasks.stages.command import command_line
-from tasks.stages.files import EVALUATION, MODELS, REPORT
 from tlq.models.processor import load_processor
 from tlq.runtime.files import new_directory, write_text
 

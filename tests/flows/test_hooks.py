@@ -12,7 +12,7 @@ from prefect.states import Failed
 from flows import stages
 from flows.hooks import HOOKS, advice
 from flows.stages import StageFailed, StageUnavailable, is_retryable
-from tasks.stages.command import TRY_AGAIN, is_transient
+from tasks.command import TRY_AGAIN, is_transient
 
 
 def test_a_failed_stage_is_named_with_the_command_that_shows_it() -> None:

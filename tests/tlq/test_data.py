@@ -77,7 +77,7 @@ def test_parquet_holds_images_as_bytes(tmp_path: Path) -> None:
 
 
 def test_samples_that_the_pipeline_has_prepared_are_read_back(tmp_path: Path, samples: list[Sample]) -> None:
-    from tasks.stages.files import write_samples
+    from tasks.files import write_samples
 
     write_samples(samples, tmp_path / "calibration.parquet")
     read = load_samples(tmp_path / "calibration.parquet")

@@ -34,7 +34,7 @@ BUSY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 SIDE = """
 import os, sys, time
 from pathlib import Path
-from tasks.stages.command import run
+from tasks.command import run
 from tasks.cluster.launch import is_rank, on_ranks
 
 def work():

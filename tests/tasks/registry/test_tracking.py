@@ -18,12 +18,12 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from registry_results import layer_report, write_project
 
+from tasks import command as cli
 from tasks.registry.connection import connect
 from tasks.registry.layers import fill_in_layers
 from tasks.registry.runs import CHECKPOINT, new_run
 from tasks.registry.tracking import LiveRun, recorded_failure, tracked_calibration
 from tasks.stages import calibrate
-from tasks.stages import command as cli
 from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe
 from tlq.results import CalibrationReport

@@ -24,7 +24,7 @@ from tlq.quantization.formats import SCHEMES
 from tlq.runtime.digest import checkpoint_digest
 from tlq.samples import Sample
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DATA = CalibrationData("`org/data` (split train, revision abc)", 5, {"a": 3, "b": 2}, 100, 60)
 BASE = Base("models/base", "org/base", "qwen2_vl", ["en"], "other", "own-license", "https://example.org/license")
 

@@ -17,6 +17,7 @@ from PIL import Image
 from report_results import VARIANTS, metrics, write_metrics
 
 from tasks.config.params import VariantParams
+from tasks.files import VariantName
 from tasks.registry.lineage import Lineage, locked_outputs
 from tasks.report import charts, page
 from tasks.report.inline import VARIABLES, svg
@@ -30,7 +31,6 @@ from tasks.report.tokens import (
     set_share,
     spread,
 )
-from tasks.stages.files import VariantName
 from tlq.importance.pool import TokenPool
 from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe

@@ -17,9 +17,9 @@ from exporting import read_tensors
 from transformers import AutoModelForImageTextToText
 
 from tasks.config.params import CalibsetParams, ParamsError, section
+from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_pool
 from tasks.stages import calibrate
 from tasks.stages.calibrate import weights_of
-from tasks.stages.files import CALIBSET, IMPORTANCE, read_importance, read_pool
 from tlq import job
 from tlq.calibration import loop as calibration
 from tlq.calibration.job import CalibrationJob
@@ -180,7 +180,7 @@ def test_a_group_size_from_params_is_used_or_refused(stage: Stage) -> None:
 
 @pytest.fixture
 def encoded(workplace: Path, tiny_processor: Any) -> list[Batch]:
-    from tasks.stages.files import PREPARED, read_samples
+    from tasks.files import PREPARED, read_samples
 
     samples = read_samples(PREPARED / "calibration.parquet", 5)
     image_id = tiny_processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")

@@ -13,9 +13,9 @@ import yaml
 from pools import pool_of
 
 from tasks.config.params import CalibsetParams
+from tasks.files import IMPORTANCE, write_importance
 from tasks.stages import calibset
 from tasks.stages.calibset import build, summarise
-from tasks.stages.files import IMPORTANCE, write_importance
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_set import TokenBudget, effective_sample_size
 from tlq.importance.weighting import Weighting, token_weights

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+from tasks.files import IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
 from tasks.stages import importance
-from tasks.stages.files import IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
 from tlq.importance.pool import Importance, TokenPool
 from tlq.samples import Batch
 

@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from tasks.config.params import Columns, PrepareParams
-from tasks.stages.files import read_samples
+from tasks.files import read_samples
 from tasks.stages.prepare import prepare
 from tlq.samples import Sample
 

@@ -17,12 +17,12 @@ from mlflow import MlflowClient
 from registry_results import BENCHMARKS, layer_report, write_params, write_project, write_scores, write_variant
 
 import tasks
+from tasks.command import TRY_AGAIN
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, VariantParams, section
 from tasks.registry import promotion
 from tasks.registry.connection import connect
 from tasks.registry.layers import layer_metrics
 from tasks.registry.runs import CHECKPOINT, log_metrics, new_run
-from tasks.stages.command import TRY_AGAIN
 from tasks.stages.register import Registrar, main, register_all
 from tlq.results import LayerReport
 from tlq.runtime.digest import checkpoint_digest

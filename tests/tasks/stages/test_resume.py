@@ -17,8 +17,8 @@ import pytest
 import yaml
 from safetensors import SafetensorError
 
+from tasks.files import IMPORTANCE
 from tasks.stages import calibrate, importance
-from tasks.stages.files import IMPORTANCE
 from tlq import job
 from tlq.export import compressed_tensors as export
 from tlq.importance import gradients as scoring

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pools import pool_of
 
-from tasks.stages.files import (
+from tasks.files import (
     read_importance,
     read_pool,
     read_samples,

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.stages.command import command_line, device, run
-from tasks.stages.planning import add_dry_run
+from tasks.command import command_line, device, run
+from tasks.planning import add_dry_run
 from tlq.runtime.files import new_directory
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def fail(error: BaseException) -> None:
