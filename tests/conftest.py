@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings
-from tiny import random_samples, write_tiny_qwen2_vl
+from support.tiny import random_samples, write_tiny_qwen2_vl
 from transformers import PreTrainedModel
 
 from tlq.importance.gradients import score_tokens

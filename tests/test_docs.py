@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documents import DOCUMENTS, ROOT, Block, blocks, run_shell, words_of
-from quick_project import QuickProject
+from support.documents import DOCUMENTS, ROOT, Block, blocks, run_shell, words_of
+from support.quick_project import QuickProject
 
 PROJECT = ("tlq", "tasks", "flows", "services", "benchmarks", "demo", "bench")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from documents import blocks, run_shell
-from quick_project import ROOT, QuickProject
+from support.documents import blocks, run_shell
+from support.quick_project import ROOT, QuickProject
 
 from tasks.config.presets import PRESETS, applied, available, named, pin
 

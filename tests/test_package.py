@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SLOW
-from tiny import png
+from support.tiny import png
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "tlq"
@@ -60,7 +60,7 @@ def names_of(requirements: list[str]) -> set[str]:
 
 def imports_of(folder: str) -> dict[str, str]:
     """Top-level modules, not of Python and not of this project, and a file that imports each."""
-    own = {LIBRARY, *PIPELINE, *ELSEWHERE, "tests", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    own = {LIBRARY, *PIPELINE, *ELSEWHERE, "tests", "support", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     imported = {}
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

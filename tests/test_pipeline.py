@@ -17,8 +17,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from documents import blocks
-from tiny_project import ROOT, VARIANTS, Services, dvc, make_project, run, serving
+from support.documents import blocks
+from support.tiny_project import ROOT, VARIANTS, Services, dvc, make_project, run, serving
 
 from services.deployments import apply_deployments, server
 from services.processes import FLOW_RUN, with_environment

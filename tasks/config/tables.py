@@ -21,6 +21,8 @@ from tasks.config.params import SECTIONS, Download
 
 _TOP = """# Parameters
 
+[All pages](README.md)
+
 This page is generated from `tasks/config/params.py` and `tasks/config/environment.py`: change them, then run
 `python -m tasks.config.tables > docs/parameters.md`.
 

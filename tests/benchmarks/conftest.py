@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_rows import textvqa_rows, write_rows
+from support.benchmark_rows import textvqa_rows, write_rows
 
 from benchmarks.data import BenchmarkSource
 

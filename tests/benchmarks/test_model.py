@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark_rows import mmmu_rows, write_rows
+from support.benchmark_rows import mmmu_rows, write_rows
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 

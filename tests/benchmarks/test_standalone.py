@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_rows import mmmu_rows, png, textvqa_rows, write_rows
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
+from support.benchmark_rows import mmmu_rows, png, textvqa_rows, write_rows
 
 from benchmarks.harness import FOLDER
 

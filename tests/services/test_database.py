@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import sqlalchemy
-from tiny_project import free_port, make_project, serving
+from support.tiny_project import free_port, make_project, serving
 
 from services.database import create_schemas, mlflow_environment, postgres, prefect_environment
 from services.supervisor import ServiceError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_project import free_port
+from support.tiny_project import free_port
 
 from services import supervisor
 from services.supervisor import Service, ServiceError, Supervisor, check_port

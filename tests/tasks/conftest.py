@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from report_results import write_results
+from support.report_results import write_results
 
 from tasks.stages.report import main
 from tlq.samples import Sample

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pools import pool_of
+from support.pools import pool_of
 
 from tasks.files import (
     read_importance,

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import png
+from support.tiny import png
 
 from tlq.cli import RECIPES, SCHEMES, main
 from tlq.models.architectures import FAMILIES

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import png
+from support.tiny import png
 
 from tlq import Sample, load_samples
 

@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import ranked_job
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranked_job import assert_equal, finish, processes_of, wait_until_gone, write_job
+from support import ranked_job
+from support.ranked_job import assert_equal, finish, processes_of, wait_until_gone, write_job
 
 from tlq.parallel import REDUCTION_CHUNKS, Ranks, chunk_ranges
 

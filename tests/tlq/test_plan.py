@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from exporting import read_tensors
+from support.exporting import read_tensors
 
 import tlq
 from tlq.calibration.job import CalibrationJob

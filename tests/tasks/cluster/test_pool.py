@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import ranked_job
 import torch
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, StateType
-from ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
+from support import ranked_job
+from support.ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
 
 from flows.stages import REPRO
 from tasks.cluster.work_pool import Pool

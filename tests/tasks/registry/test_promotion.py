@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from registry_results import answers, write_project, write_variant
+from support.registry_results import answers, write_project, write_variant
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
 from tasks.registry import promotion

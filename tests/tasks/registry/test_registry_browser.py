@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_results import write_project, write_variant
-from servers import wait_until_ready
-from tiny_project import free_port
+from support.registry_results import write_project, write_variant
+from support.servers import wait_until_ready
+from support.tiny_project import free_port
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
 from tasks.registry.connection import connect

@@ -18,10 +18,10 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
-from registry_results import write_project, write_variant
-from servers import wait_until_ready
-from tiny import png
-from tiny_project import free_port
+from support.registry_results import write_project, write_variant
+from support.servers import wait_until_ready
+from support.tiny import png
+from support.tiny_project import free_port
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
 from tasks.registry.connection import connect

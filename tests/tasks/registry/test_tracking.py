@@ -16,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from registry_results import layer_report, write_project
+from support.registry_results import layer_report, write_project
 
 from tasks import command as cli
 from tasks.registry.connection import connect

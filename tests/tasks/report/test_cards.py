@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import transformers
 from huggingface_hub import ModelCard
-from report_results import VARIANTS, write_metrics
+from support.report_results import VARIANTS, write_metrics
 from transformers.utils import is_torchvision_available
 
 from tasks.config.params import VariantParams

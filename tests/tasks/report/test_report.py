@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from report_results import VARIANTS, metrics, write_metrics
+from support.report_results import VARIANTS, metrics, write_metrics
 
 from tasks.config.params import VariantParams
 from tasks.files import VariantName

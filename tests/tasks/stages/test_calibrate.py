@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from exporting import read_tensors
+from support.exporting import read_tensors
 from transformers import AutoModelForImageTextToText
 
 from tasks.config.params import CalibsetParams, ParamsError, section

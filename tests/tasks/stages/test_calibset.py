@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from pools import pool_of
+from support.pools import pool_of
 
 from tasks.config.params import CalibsetParams
 from tasks.files import IMPORTANCE, write_importance

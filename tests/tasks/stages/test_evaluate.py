@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from benchmark_rows import mmmu_rows, textvqa_rows, write_rows
+from support.benchmark_rows import mmmu_rows, textvqa_rows, write_rows
 
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.model import VisionLM

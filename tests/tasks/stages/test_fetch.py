@@ -10,8 +10,8 @@ import datasets
 import pandas as pd
 import pytest
 from huggingface_hub import constants
-from stand_in_hub import COMMIT, Hub, hub_of
-from tiny import png
+from support.stand_in_hub import COMMIT, Hub, hub_of
+from support.tiny import png
 
 from tasks.config.params import Columns, Download, PrepareParams
 from tasks.config.presets import newest_commit

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
-from registry_results import BENCHMARKS, layer_report, write_params, write_project, write_scores, write_variant
+from support.registry_results import BENCHMARKS, layer_report, write_params, write_project, write_scores, write_variant
 
 import tasks
 from tasks.command import TRY_AGAIN

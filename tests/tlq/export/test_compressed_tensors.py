@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from exporting import read_tensors, whole_model_tensors, write_export
+from support.exporting import read_tensors, whole_model_tensors, write_export
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tlq.calibration.job import CalibrationJob

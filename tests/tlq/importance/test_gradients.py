@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from pools import pool_of
+from support.pools import pool_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

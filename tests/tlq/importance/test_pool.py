@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from pools import pool_of
+from support.pools import pool_of
 
 from tlq.importance.gradients import BatchScores, to_pool
 from tlq.importance.pool import TokenPool

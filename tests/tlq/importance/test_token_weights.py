@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from pools import pool_of
+from support.pools import pool_of
 
 from tlq.importance.pool import Importance, PoolWeights, TokenPool, WeightedTokens
 from tlq.importance.token_set import TokenBudget, effective_sample_size, select_tokens

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from exporting import read_tensors, write_export
-from families import TINY, batches_of, tiny_config, write_tiny
+from support.exporting import read_tensors, write_export
+from support.families import TINY, batches_of, tiny_config, write_tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import PROCESSORS, tiny_config, write_tiny_with_processor
 from PIL import Image
+from support.families import PROCESSORS, tiny_config, write_tiny_with_processor
 from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 

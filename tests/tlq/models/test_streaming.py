@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import TINY, batches_of, write_tiny
 from safetensors.torch import load_file, save_file
+from support.families import TINY, batches_of, write_tiny
 
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate, calibrate_layers

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("benchmarks", "demo", "presets", "tasks", "tlq", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml")
 
 

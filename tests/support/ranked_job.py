@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from exporting import read_tensors
-from tiny import random_samples, write_tiny_qwen2_vl
 
+from support.exporting import read_tensors
+from support.tiny import random_samples, write_tiny_qwen2_vl
 from tasks.files import write_samples
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import sys
 from pathlib import Path

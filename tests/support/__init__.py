@@ -1,0 +1,1 @@
+"""Projects, models, rows and stand-ins that several tests share."""
