@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings
+from support.slow import SLOW
 from support.tiny import random_samples, write_tiny_qwen2_vl
 from transformers import PreTrainedModel
 
@@ -24,26 +25,6 @@ from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.models.streaming import ResidentModel
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
-
-#: Files and folders that `make check` leaves out: they start servers or ranks, build environments, or export dozens of
-#: checkpoints. `make test` runs them.
-SLOW = (
-    "bench",
-    "demo/test_demo_training.py",
-    "services",
-    "tasks/cluster",
-    "tasks/registry/test_registry_browser.py",
-    "tasks/registry/test_serving.py",
-    "tasks/report/test_report_browser.py",
-    "tasks/stages/test_register.py",
-    "tasks/stages/test_resume.py",
-    "test_docs.py",
-    "test_dvc.py",
-    "test_package.py",
-    "test_pipeline.py",
-    "tlq/models/test_families.py",
-    "tlq/test_parallel.py",
-)
 
 settings.register_profile("tests", derandomize=True)  # the same examples in every run
 settings.load_profile("tests")

@@ -21,7 +21,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from conftest import SLOW
+from support.slow import SLOW
 from support.tiny import png
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -77,7 +77,7 @@ def test_nested_sections_become_nested_dataclasses(tmp_path: Path) -> None:
         ({"seed": "many"}, "calibset.seed: must be a valid integer"),
         ({"source": "tokens"}, "calibset.source: must be 'uniform', 'modality', 'token' or 'block'"),
         ({"budget": {"tokens_per_layer": 0}}, "calibset.budget.tokens_per_layer is 0, must be at least 1"),
-        ({"weighting": {"power": -1}}, "calibset.weighting: importance power is -1"),
+        ({"weighting": {"power": -1}}, "calibset.weighting.power is -1"),
         ({"seed": -1}, "calibset.seed: must be at least 0 (found -1)"),
         ({"budget": 7}, "calibset.budget: must be "),
     ],
@@ -157,7 +157,7 @@ def test_an_override_changes_one_choice_and_keeps_the_rest(tmp_path: Path) -> No
         (
             {"tlq": {"rounding": "random"}},
             "tlq",
-            "recipes.tlq: rounding is 'random'; choose one of nearest, compensated",
+            "recipes.tlq.rounding is 'random'; choose one of nearest, compensated",
         ),
         ({"tlq": {"name": "mine"}}, "tlq", "recipes.tlq.name: a recipe keeps its name"),
     ],

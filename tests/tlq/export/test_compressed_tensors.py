@@ -140,7 +140,7 @@ def test_shards_hold_what_compressing_the_whole_model_gives(
         CalibrationJob(RECIPES["smoothquant"], WeightQuantizer(get_scheme(scheme), torch.bfloat16), batches, weights),
     )
     path = write_export(tiny_checkpoint, calibrated, get_scheme(scheme), tmp_path / "out")
-    names = {place.key: name for name, place in StreamedModel(tiny_checkpoint).stored.items()}
+    names = {place.key: name for name, place in StreamedModel(tiny_checkpoint).weight_map.items()}
     expected = whole_model_tensors(tiny_checkpoint, model, calibrated.weights, get_scheme(scheme))
     found = read_tensors(path)
     assert len(found) == len(expected)
@@ -229,7 +229,7 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
     scheme = get_scheme("w3a16")
     checkpoint_dtype = checkpoint_dtype_of(model.config)
     calibrated = calibrate(model, CalibrationJob(RECIPES["rtn"], WeightQuantizer(scheme, checkpoint_dtype)))
-    with pytest.raises(ValueError, match=r"stores torch\.bfloat16, its weights were quantized for another dtype"):
+    with pytest.raises(ValueError, match=r"is stored in torch\.bfloat16, its weights were quantized for another dtype"):
         write_export(tiny_checkpoint, calibrated, scheme, tmp_path)
 
 

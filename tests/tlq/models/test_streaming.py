@@ -46,7 +46,7 @@ def test_weights_are_those_that_transformers_loads(name: str, tmp_path: Path) ->
         for key, value in expected_layer.state_dict().items():
             assert torch.equal(weights[key], value), key
             count += 1
-    assert count == len([key for key in streamed.stored if key.startswith(streamed.architecture.layers)])
+    assert count == len([key for key in streamed.weight_map if key.startswith(streamed.architecture.layers)])
     with streamed.head() as head:
         assert torch.equal(head.get_output_embeddings().weight, resident.skeleton.get_output_embeddings().weight)
     assert all(parameter.is_meta for parameter in streamed.skeleton.parameters())
@@ -118,9 +118,9 @@ def sharded(source: Path, folder: Path) -> Path:
 
 def test_a_sharded_checkpoint_is_read_by_its_index(tiny_checkpoint: Path, tmp_path: Path) -> None:
     one, other = StreamedModel(tiny_checkpoint), StreamedModel(sharded(tiny_checkpoint, tmp_path / "sharded"))
-    for name, value in one.read(one.stored).items():
+    for name, value in one.read(one.weight_map).items():
         assert torch.equal(other.read([name])[name], value)
-    assert len({place.file for place in other.stored.values()}) == 2
+    assert len({place.file for place in other.weight_map.values()}) == 2
 
 
 def drop_a_tensor(folder: Path) -> None:
