@@ -41,7 +41,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Lint, types and the fast tests; tests/conftest.py lists the slow ones.
+# Lint, types and the fast tests; tests/support/slow.py lists the slow ones.
 check: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 

@@ -203,11 +203,6 @@ class WeightQuantizer:
         """Dtype in which engines compute with the dequantized weight; exact where activations are quantized too."""
         return self.scale_dtype if self.scheme.activation_bits is None else torch.float32
 
-    def of(self, path: str) -> WeightQuantizer | None:
-        """The quantizer of the linear at module path ``path``; None if it stays in full precision."""
-        scheme = self.scheme.of(path)
-        return None if scheme is None else replace(self, scheme=scheme)
-
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """As ``weight_qparams``."""
         return weight_qparams(weight, self.scheme, self.scale_dtype)
