@@ -210,7 +210,7 @@ def test_a_kill_while_results_are_replaced_loses_neither(
     rename: int, params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each rename of the folder, the old or the new results are complete; a further run puts one in place."""
-    plain = EvaluateParams(params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
+    plain = EvaluateParams(benchmarks=params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
     evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
     files = {path.name for path in (tmp_path / "full").iterdir()}
     renames = 0
