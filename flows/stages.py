@@ -156,8 +156,8 @@ def worth_logging(lines: Iterable[str], clock: Callable[[], float] = time.monoto
 def stages_at_once() -> int:
     """The number of variants that run concurrently: ``TLQ_PARALLEL``, else 2 without a GPU and 1 with one.
 
-    With ``TLQ_POOL`` the pool's workers compute and the stages here only wait, so ``SHARDS`` of them may run: as many
-    as the largest pool has workers.
+    With ``TLQ_POOL`` the pool's workers compute and the stages here only wait, so ``REDUCTION_CHUNKS`` of
+    them may run: the largest number of workers that a stage uses.
     """
     if os.environ.get("TLQ_POOL") and "TLQ_PARALLEL" not in os.environ:
         return REDUCTION_CHUNKS
