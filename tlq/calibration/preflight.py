@@ -24,8 +24,8 @@ def check_job(model: LayeredModel, job: CalibrationJob) -> None:
     """
     if job.ranks.device.type != model.device.type:
         raise ValueError(
-            f"the ranks compute on {job.ranks.device}, the model is on {model.device}; give the job "
-            "Ranks(device=model.device)"
+            f"the ranks compute on {job.ranks.device}, the model is on {model.device}; create "
+            "Ranks with the model's device"
         )
     check_shapes(model.skeleton, model.architecture, job.scheme)
     if job.recipe.needs_data:

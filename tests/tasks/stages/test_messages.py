@@ -1,25 +1,22 @@
-"""Messages name keys that exist: stages those of params.yaml, the library its own fields."""
+"""The library names its own fields in messages, a stage says which key of params.yaml holds them."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tasks.config.params import ParamsError, parse
+from tasks.config.params import SECTIONS, ParamsError, parse
+from tasks.config.tables import page
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.weighting import Weighting
 
 ROOT = Path(__file__).resolve().parents[3]
-STAGES = sorted((ROOT / "tasks").rglob("*.py"))
 LIBRARY = [*(ROOT / "tlq/importance").glob("*.py"), *(ROOT / "tlq/models").glob("*.py"), ROOT / "tlq/samples.py"]
-SECTIONS = ("model", "prepare", "importance", "calibset", "calibrate", "evaluate", "register")
 KEY = re.compile(rf"(?<![\w./])(?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+(?!\w)")
 FILES = (".py", ".json", ".csv", ".png", ".parquet", ".safetensors", ".html", ".index", ".main", ".page", ".work")
 
@@ -36,28 +33,8 @@ def named_keys(file: Path) -> set[str]:
 
 
 def known_keys() -> set[str]:
-    """Every key of params.yaml, and every field of a section's dataclass: one may have a default."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    keys = set(_paths(params))
-    for file in STAGES:
-        for node in ast.walk(ast.parse(file.read_text())):
-            section = node.name.removesuffix("Params").lower() if isinstance(node, ast.ClassDef) else ""
-            if isinstance(node, ast.ClassDef) and section in SECTIONS:
-                names = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
-                keys |= {f"{section}.{name.id}" for name in names if isinstance(name, ast.Name)}
-    return keys
-
-
-def _paths(values: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in values.items() if isinstance(values, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _paths(value, f"{prefix}{key}.")
-
-
-def test_every_key_that_a_stage_names_exists() -> None:
-    named = {key: file.name for file in STAGES for key in named_keys(file)}
-    assert {"calibset.budget.tokens_per_layer", "prepare.samples"} <= set(named)
-    assert {key: file for key, file in named.items() if key not in known_keys()} == {}
+    """Every key of params.yaml, as the table of docs/parameters.md lists them."""
+    return set(re.findall(r"^\| `([a-z_.]+)` \|", page(), re.MULTILINE))
 
 
 def test_messages_of_the_library_name_no_parameters_of_the_pipeline() -> None:
@@ -77,8 +54,8 @@ def test_fields_that_the_library_names_exist() -> None:
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("budget", {"tokens_per_layer": 0}, r"calibset\.budget: TokenBudget\.tokens_per_layer is 0, must be"),
-        ("weighting", {"power": 0}, r"calibset\.weighting: Weighting\.power is 0.*, must be above 0"),
+        ("budget", {"tokens_per_layer": 0}, r"calibset\.budget\.tokens_per_layer is 0, must be at least 1"),
+        ("weighting", {"power": 0}, r"calibset\.weighting\.power is 0.*, must be above 0"),
     ],
 )
 def test_the_stage_says_where_the_field_stands(section: str, values: dict[str, Any], message: str) -> None:
