@@ -203,4 +203,3 @@ def test_a_token_set_becomes_weights_of_the_pool(tmp_path: Path) -> None:
         (0, "down"): ([2, 5], [0.5, 1.5]),
         (1, "qkv"): ([4], [1.0]),
     }
-    assert weights.most_counted == 2

@@ -17,7 +17,7 @@ from tlq.importance.token_set import TokenBudget
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
-from tlq.quantization.formats import WeightQuantizer, fake_quantize, get_scheme
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.quantization.objective import Factor, Statistics, Tokens
 from tlq.quantization.rounding import round_compensated
 from tlq.recipes import RECIPES
@@ -45,7 +45,7 @@ def test_errors_are_those_of_the_host(form: str) -> None:
     found = []
     for device in ("cpu", "cuda"):
         weight, x, u, w = problem(device)
-        quantized = fake_quantize(weight, get_scheme("w3a16"), torch.bfloat16)
+        quantized = WeightQuantizer(get_scheme("w3a16"), torch.bfloat16).fake_quantize(weight)
         if form == "statistics":
             found += Statistics.of(weight, x, u, w).errors([(slice(None), quantized - weight)])
         else:

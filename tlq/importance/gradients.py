@@ -26,7 +26,7 @@ from tlq.models.architectures import check_linears, get_linear
 from tlq.models.decoder import LayerCalls, enter_decoder, run_layer
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.parallel import Ranks
-from tlq.quantization.formats import Scheme, fake_quantize
+from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.activations import Activations, HostMemory, host_memory
 from tlq.runtime.digest import calibration_data_digest, sampled_checkpoint_digest
 from tlq.runtime.files import new_file
@@ -322,11 +322,11 @@ class BlockLoss:
 
     @contextmanager
     def _rounded(self, linears: Sequence[nn.Linear]) -> Iterator[None]:
+        quantizer = WeightQuantizer(self.scheme, self.checkpoint_dtype)
         originals = [linear.weight.data for linear in linears]
         try:
             for linear in linears:
-                rounded = fake_quantize(linear.weight.data, self.scheme, self.checkpoint_dtype)
-                linear.weight.data = rounded.to(linear.weight.dtype)
+                linear.weight.data = quantizer.fake_quantize(linear.weight.data).to(linear.weight.dtype)
             yield
         finally:
             for linear, original in zip(linears, originals, strict=True):

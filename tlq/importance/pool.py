@@ -120,11 +120,6 @@ class PoolWeights:
         """The weights of a method that needs no data."""
         return cls(np.zeros(1, np.int64), {})
 
-    @property
-    def most_counted(self) -> int:
-        """Largest number of tokens with a weight above 0 in a linear group."""
-        return max((int(np.count_nonzero(tokens.weights)) for tokens in self.groups.values()), default=0)
-
 
 def cu_seqlens_of(batches: Sequence[Batch]) -> NDArray[np.int64]:
     """First token of every sample in the pool, and the number of tokens, [samples + 1]."""

@@ -177,20 +177,6 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return values_of(groups, scale.float()[:, :, None], zero_point.float()[:, :, None]).flatten(1)
 
 
-def round_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Round-to-nearest: range of each group, then nearest codes."""
-    scale, zero_point = weight_qparams(weight, scheme, scale_dtype)
-    return QuantizedWeight(quantize(weight, scale, zero_point, scheme.weight_bits), scale, zero_point)
-
-
-def fake_quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
-    """``round_nearest`` followed by ``dequantize``, without the detour through int8."""
-    scale, zero_point = weight_qparams(weight, scheme, scale_dtype)
-    groups = weight.float().unflatten(1, (scale.shape[1], -1))
-    step, offset = scale.float()[:, :, None], zero_point.float()[:, :, None]
-    return values_of(nearest_codes(groups, step, offset, scheme.weight_bits), step, offset).flatten(1)
-
-
 @dataclass(frozen=True)
 class WeightQuantizer:
     """A scheme and the dtype in which the checkpoint stores scales: together they decide how a weight is quantized."""
@@ -212,12 +198,16 @@ class WeightQuantizer:
         return quantize(weight, scale, zero_point, self.scheme.weight_bits)
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
-        """As the function ``fake_quantize``."""
-        return fake_quantize(weight, self.scheme, self.scale_dtype)
+        """``round_nearest`` followed by ``dequantize``, without the detour through int8."""
+        scale, zero_point = self.qparams(weight)
+        groups = weight.float().unflatten(1, (scale.shape[1], -1))
+        step, offset = scale.float()[:, :, None], zero_point.float()[:, :, None]
+        return values_of(nearest_codes(groups, step, offset, self.scheme.weight_bits), step, offset).flatten(1)
 
     def round_nearest(self, weight: Tensor) -> QuantizedWeight:
-        """As the function ``round_nearest``."""
-        return round_nearest(weight, self.scheme, self.scale_dtype)
+        """Round-to-nearest: range of each group, then nearest codes."""
+        scale, zero_point = self.qparams(weight)
+        return QuantizedWeight(self.quantize(weight, scale, zero_point), scale, zero_point)
 
     def empty(self, rows: int, in_features: int, device: torch.device) -> QuantizedWeight:
         """Uninitialised codes, scales and zero-points of a weight [rows, in_features]."""

@@ -16,13 +16,12 @@ from torch import Tensor
 from tlq.quantization.formats import (
     SCHEMES,
     Scheme,
+    WeightQuantizer,
     code_range,
     dequantize,
-    fake_quantize,
     fake_quantize_activations,
     get_scheme,
     quantize,
-    round_nearest,
     weight_qparams,
 )
 
@@ -53,7 +52,7 @@ def weights(draw: st.DrawFn, rows: int = 5, groups: int = 3) -> Tensor:
 @settings(max_examples=60, deadline=None)
 @given(weights(), schemes, storages)
 def test_codes_stay_in_range_and_scales_in_storage(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
-    result = round_nearest(weight, scheme, dtype)
+    result = WeightQuantizer(scheme, dtype).round_nearest(weight)
     low, high = code_range(scheme.weight_bits)
     groups = 1 if scheme.group_size is None else weight.shape[1] // GROUP
     assert result.codes.dtype == torch.int8
@@ -68,7 +67,10 @@ def test_codes_stay_in_range_and_scales_in_storage(weight: Tensor, scheme: Schem
 @settings(max_examples=60, deadline=None)
 @given(weights(), schemes, storages)
 def test_fake_quantize_is_rounding_and_back(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
-    assert torch.equal(fake_quantize(weight, scheme, dtype), round_nearest(weight, scheme, dtype).dequantize())
+    assert torch.equal(
+        WeightQuantizer(scheme, dtype).fake_quantize(weight),
+        WeightQuantizer(scheme, dtype).round_nearest(weight).dequantize(),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,7 +89,7 @@ def test_quantize_inverts_dequantize(weight: Tensor, scheme: Scheme, dtype: torc
 @given(weights(), schemes)
 def test_error_is_at_most_half_a_step(weight: Tensor, scheme: Scheme) -> None:
     """With exact scales nothing is off by more than half a step, except where a symmetric range is clipped."""
-    result = round_nearest(weight, scheme, torch.float32)
+    result = WeightQuantizer(scheme, torch.float32).round_nearest(weight)
     step = result.scale.repeat_interleave(weight.shape[1] // result.scale.shape[1], 1)
     # The zero-point's own rounding may clip a group's edge by half a step more.
     allowed = 0.5 if scheme.symmetric else 1.0
@@ -100,8 +102,8 @@ def test_groups_do_not_see_each_other() -> None:
     other = weight.clone()
     other[:, GROUP:] *= 1000
     assert torch.equal(
-        fake_quantize(weight, scheme, torch.bfloat16)[:, :GROUP],
-        fake_quantize(other, scheme, torch.bfloat16)[:, :GROUP],
+        WeightQuantizer(scheme, torch.bfloat16).fake_quantize(weight)[:, :GROUP],
+        WeightQuantizer(scheme, torch.bfloat16).fake_quantize(other)[:, :GROUP],
     )
 
 
@@ -112,7 +114,7 @@ def test_vanishing_groups_become_exact_zeros(scheme: Scheme, size: float) -> Non
     weight[:, :GROUP] = size
     if scheme.group_size is None:
         weight[:] = size
-    result = fake_quantize(weight, scheme, torch.float16)
+    result = WeightQuantizer(scheme, torch.float16).fake_quantize(weight)
     assert bool(torch.isfinite(result).all())
     assert float(result[:, :GROUP].abs().max()) == 0
 
@@ -158,7 +160,7 @@ def test_activations_are_quantized_as_compressed_tensors_does(hidden: Tensor, bi
 def test_rescaled_rows_keep_their_codes() -> None:
     scheme = Scheme("test", 3, GROUP, symmetric=False)
     weight = torch.randn(4, 2 * GROUP, generator=torch.Generator().manual_seed(0))
-    before = round_nearest(weight, scheme, torch.bfloat16)
+    before = WeightQuantizer(scheme, torch.bfloat16).round_nearest(weight)
     factor = torch.tensor([0.5, 1.0, 2.0, 4.0])
     after = before.rescale_rows(factor)
     assert torch.equal(after.codes, before.codes)

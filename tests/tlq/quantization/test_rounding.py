@@ -14,7 +14,6 @@ from tlq.quantization.formats import (
     WeightQuantizer,
     dequantize,
     quantize,
-    round_nearest,
     weight_qparams,
 )
 from tlq.quantization.objective import Factor, Statistics
@@ -102,7 +101,7 @@ def test_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
     """On correlated inputs and enough rows to average over; being greedy it may lose single rows."""
     weight, hessian = problem(seed, out=64)
     compensated = rounded(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
-    nearest = round_nearest(weight, scheme, torch.bfloat16).dequantize()
+    nearest = WeightQuantizer(scheme, torch.bfloat16).round_nearest(weight).dequantize()
     assert quadratic(compensated - weight, hessian) < quadratic(nearest - weight, hessian)
 
 
@@ -111,7 +110,7 @@ def test_uncorrelated_inputs_leave_nearest_rounding(scheme: Scheme) -> None:
     weight, _ = problem(1)
     hessian = torch.diag(torch.logspace(-1, 1, weight.shape[1]))
     compensated = rounded(weight, factor(hessian), scheme, torch.bfloat16)
-    nearest = round_nearest(weight, scheme, torch.bfloat16)
+    nearest = WeightQuantizer(scheme, torch.bfloat16).round_nearest(weight)
     assert torch.equal(compensated.codes, nearest.codes)
     assert torch.equal(compensated.scale, nearest.scale)
     assert torch.equal(compensated.zero_point, nearest.zero_point)
