@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from demo.make import calibration_rows
+from tlq.inputs.chat import IMAGE_MARK
 from tlq.models.architectures import architecture_of
 from tlq.models.checkpoint import copy_processor_files
-from tlq.samples import IMAGE_MARK, Sample
+from tlq.samples import Sample
 
 MODEL = Path("data/demo/model")
 

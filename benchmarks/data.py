@@ -14,11 +14,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.source import BenchmarkSource as BenchmarkSource
+from tlq.inputs.images import IMAGE_ERRORS, as_rgb
 
 logger = logging.getLogger(__name__)
-
-# What PIL raises for image bytes that it cannot read.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class BenchmarkError(ValueError):
@@ -38,7 +36,7 @@ class EncodedImage:
     def decode(self) -> Image.Image:
         """Pixels as RGB. Raises one of IMAGE_ERRORS if the file is damaged."""
         with Image.open(io.BytesIO(self._data)) as image:
-            return image.convert("RGB")
+            return as_rgb(image)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.width}x{self.height})"

@@ -15,17 +15,33 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig
+from transformers import BatchFeature, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from benchmarks.data import IMAGE_ERRORS, BenchmarkError
+from benchmarks.data import BenchmarkError
 from benchmarks.divergence import AnswerMeter, Divergence, ItemKey
+from tlq.inputs.chat import Inputs, Message, answer_ids, chat, collate, encode, ids_after, render_answer, render_prompt
+from tlq.inputs.images import IMAGE_ERRORS, as_rgb
 
 logger = logging.getLogger(__name__)
 
-PLACEHOLDER = "<image>"
 # Image tokens are estimated for sorting only; 28 x 28 pixels a token is Qwen2-VL's.
 PIXELS_PER_TOKEN = 784
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference answer, which the model is measured on.
+
+    Attributes:
+        tokens: ids to append to the context.
+        start: first of ``tokens`` that belongs to the answer; those before it are the template's (``</think>``).
+        conversation: text that ends with ``tokens``, where they do not follow the prompt of generation.
+    """
+
+    tokens: tuple[int, ...] = ()
+    start: int = 0
+    conversation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class Work:
     prompt: str
     images: tuple[Any, ...]
     max_new_tokens: int
-    answer: tuple[int, ...] = ()
+    reference: Reference = Reference()
     length: int = 0
 
 
@@ -48,6 +64,23 @@ class Finished:
     reply: str = ""
     divergence: Divergence | None = None
     failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch as tensors, padded left.
+
+    Attributes:
+        usable: items that could be encoded.
+        failed: the others, with the reason.
+        inputs: of the prompts of the usable items; None if there are none.
+        contexts: what the reference answers follow, if that differs from the prompts.
+    """
+
+    usable: list[Work]
+    failed: list[Finished]
+    inputs: BatchFeature | None = None
+    contexts: BatchFeature | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +131,7 @@ class VisionLM(LM):
         self._answers = answers or {}
         self._meter = options.meter
         self._on_batch = options.on_batch
-        self._image_token = _image_token(model, processor)
+        self._chats: dict[str, list[Message]] = {}
         self._end_of_turn = _end_of_turn(model, self.tokenizer)
 
     # --- What lm-eval calls ---------------------------------------------------------------------------
@@ -109,13 +142,16 @@ class VisionLM(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Chat turns with ``<image>`` placeholders to the model's own prompt text."""
-        turns = [{"role": turn["role"], "content": self._parts(turn["content"])} for turn in chat_history]
-        return self.processor.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        messages = [Message(role=turn["role"], content=turn["content"]) for turn in chat_history]
+        if not add_generation_prompt:
+            return str(
+                self.processor.apply_chat_template(
+                    chat(messages, self.processor), tokenize=False, continue_final_message=True
+                )
+            )
+        prompt = render_prompt(self.processor, messages)
+        self._chats[prompt] = messages
+        return prompt
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Replies in the order of the requests; details of every item are in ``finished``."""
@@ -140,16 +176,6 @@ class VisionLM(LM):
 
     # --- Items and batches ----------------------------------------------------------------------------
 
-    def _parts(self, text: str) -> list[dict[str, str]]:
-        """Text and image parts of a turn; the model's image token in the text itself is made harmless."""
-        parts: list[dict[str, str]] = []
-        for position, piece in enumerate(text.split(PLACEHOLDER)):
-            if position > 0:
-                parts.append({"type": "image"})
-            if piece:
-                parts.append({"type": "text", "text": piece.replace(self._image_token, "image")})
-        return parts
-
     def _work(self, request: Instance) -> Work:
         if len(request.args) < 3:
             raise BenchmarkError(f"{request.task_name}: the task gives no images; set doc_to_image in its YAML")
@@ -161,14 +187,23 @@ class VisionLM(LM):
             max_new_tokens = min(max_new_tokens, self._max_new_tokens)
         n_text = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
         n_image = sum(image.width * image.height // PIXELS_PER_TOKEN for image in images)
-        return Work(key, prompt, images, max_new_tokens, self._answer_tokens(key), n_text + n_image)
+        return Work(key, prompt, images, max_new_tokens, self._reference(key, prompt), n_text + n_image)
 
-    def _answer_tokens(self, key: ItemKey) -> tuple[int, ...]:
-        """Token ids of the reference answer and the end of the turn; empty if it is not to be measured."""
+    def _reference(self, key: ItemKey, prompt: str) -> Reference:
+        """The reference answer as the chat template writes it after the question; empty if it is not to be measured."""
         answer = self._answers.get(key, "")
         if not answer or self._meter is None or not self._meter.wants(key):
-            return ()
-        return (*self.tokenizer(answer, add_special_tokens=False).input_ids, self._end_of_turn)
+            return Reference()
+        if prompt not in self._chats:
+            raise BenchmarkError(f"{key}: its prompt is not from the chat template; remove gen_prefix from the task")
+        answered = render_answer(self.processor, [*self._chats[prompt], Message(role="assistant", content=answer)])
+        text = answered.context + answered.answer
+        own = answer_ids(self.tokenizer, answered)
+        if text.startswith(prompt):
+            follows, tokens = ids_after(self.tokenizer, prompt, text[len(prompt) :])
+            if follows:
+                return Reference(tuple(tokens), len(tokens) - len(own))
+        return Reference(tuple(own), 0, text)
 
     def _in_batches(self, work: Sequence[Work]) -> Iterator[list[Work]]:
         """Batches of like items, longest first: running out of memory happens at once or not at all."""
@@ -180,7 +215,7 @@ class VisionLM(LM):
             start += len(batch)
             yield batch
 
-    def _encoded_batches(self, batches: Iterator[list[Work]]) -> Iterator[tuple[list[Work], Any]]:
+    def _encoded_batches(self, batches: Iterator[list[Work]]) -> Iterator[tuple[list[Work], Encoded]]:
         """Each batch with its encoding, the next one being made in the background."""
         with ThreadPoolExecutor(max_workers=1) as pool:
             pending = None
@@ -192,36 +227,43 @@ class VisionLM(LM):
             if pending is not None:
                 yield pending[0], pending[1].result()
 
-    def _encode(self, batch: Sequence[Work]) -> tuple[list[Work], list[Finished], Any]:
-        """Usable items, items whose image cannot be decoded, and the tensors of the usable ones (padded left)."""
-        usable, failed, images = [], [], []
+    def _encode(self, batch: Sequence[Work]) -> Encoded:
+        """Encode a batch, every item on its own: no item's tokens depend on what else is in its batch."""
+        usable, failed, prompts, contexts = [], [], [], []
         for item in batch:
             try:
-                images.append([pixels(image) for image in item.images])
+                images = [pixels(image) for image in item.images]
+                prompts.append(encode(self.processor, item.prompt, images))
+                contexts.append(self._context(item.reference, images) or prompts[-1])
                 usable.append(item)
             except IMAGE_ERRORS as error:
-                failed.append(Finished(item.key, failure=f"image cannot be decoded: {error}"[:200]))
+                failed.append(Finished(item.key, failure=f"it cannot be encoded: {error}"[:200]))
         if not usable:
-            return [], failed, None
-        inputs = self.processor(
-            text=[item.prompt for item in usable],
-            images=images if all(images) else [image for group in images for image in group] or None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return usable, failed, inputs
+            return Encoded([], failed)
+        differ = any(item.reference.conversation is not None for item in usable)
+        return Encoded(usable, failed, self._collate(prompts), self._collate(contexts) if differ else None)
+
+    def _context(self, reference: Reference, images: Sequence[Any]) -> Inputs | None:
+        """What the reference answer follows, where that is not the prompt."""
+        if reference.conversation is None:
+            return None
+        inputs = encode(self.processor, reference.conversation, images)
+        shape, length = inputs["input_ids"].shape, len(reference.tokens)
+        return {name: value[:, :-length] if value.shape == shape else value for name, value in inputs.items()}
+
+    def _collate(self, rows: Sequence[Inputs]) -> BatchFeature:
+        return BatchFeature(collate(rows, self._pad_token, side="left"))
 
     # --- The model ------------------------------------------------------------------------------------
 
-    def _answer(self, batch: Sequence[Work], encoded: tuple[list[Work], list[Finished], Any]) -> list[Finished]:
+    def _answer(self, batch: Sequence[Work], encoded: Encoded) -> list[Finished]:
         """Answer a batch; out of memory, answer it in halves and stay with the smaller size."""
-        usable, failed, inputs = encoded
-        if not usable:
+        usable, failed = encoded.usable, encoded.failed
+        if encoded.inputs is None:
             return failed
-        self._check_length(usable, inputs)
+        self._check_length(usable, encoded.inputs)
         try:
-            return failed + self._run(usable, inputs)
+            return failed + self._run(usable, encoded.inputs, encoded.contexts)
         except torch.OutOfMemoryError:
             if len(usable) == 1:
                 raise
@@ -237,7 +279,7 @@ class VisionLM(LM):
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         lengths = inputs["attention_mask"].sum(-1)
         longest = int(lengths.argmax())
-        needed = int(lengths[longest]) + max(batch[longest].max_new_tokens, len(batch[longest].answer))
+        needed = int(lengths[longest]) + max(batch[longest].max_new_tokens, len(batch[longest].reference.tokens))
         if limit is not None and needed > limit:
             raise BenchmarkError(
                 f"{batch[longest].key}: the prompt has {int(lengths[longest])} tokens and with the reply may reach "
@@ -245,13 +287,16 @@ class VisionLM(LM):
             )
 
     @torch.inference_mode()
-    def _run(self, batch: Sequence[Work], inputs: Any) -> list[Finished]:
+    def _run(self, batch: Sequence[Work], inputs: Any, contexts: Any) -> list[Finished]:
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         divergences: dict[ItemKey, Divergence] = {}
         cache = None
-        if self._meter is not None and any(item.answer for item in batch):
-            log_probs, cache = self._score_answers(batch, inputs)
+        if self._meter is not None and any(item.reference.tokens for item in batch):
+            if contexts is None:
+                log_probs, cache = self._score_answers(batch, inputs)
+            else:
+                log_probs, _ = self._score_answers(batch, contexts.to(self.model.device, dtype=self.model.dtype))
             divergences = self._meter.measure(log_probs)
         if cache is None:
             prompt = dict(inputs)
@@ -276,15 +321,16 @@ class VisionLM(LM):
             Per item its answer tokens and their log-probabilities [tokens, vocabulary]; and the cache of the prompts
             except for their last token, None if this model's cache cannot be cut.
         """
-        longest = max(len(item.answer) for item in batch)
-        extended = _append(inputs, [item.answer for item in batch], longest, self._pad_token)
+        longest = max(len(item.reference.tokens) for item in batch)
+        extended = _append(inputs, [item.reference.tokens for item in batch], longest, self._pad_token)
         # The positions from which ``generate`` will count on: without them some models count padding too.
         positions = self.model._prepare_position_ids_for_generation(extended["input_ids"], dict(extended))
         output = self.model(**extended, position_ids=positions, use_cache=True, logits_to_keep=longest + 1)
         log_probs = {}
         for item, logits in zip(batch, output.logits, strict=True):
-            if item.answer:
-                log_probs[item.key] = (item.answer, _log_softmax(logits[: len(item.answer)], item.key))
+            if tokens := item.reference.tokens[item.reference.start :]:
+                own = logits[item.reference.start : len(item.reference.tokens)]
+                log_probs[item.key] = (tokens, _log_softmax(own, item.key))
         cache = output.past_key_values
         if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return log_probs, None
@@ -335,14 +381,7 @@ def _log_softmax(logits: torch.Tensor, key: ItemKey) -> torch.Tensor:
 
 def pixels(image: Any) -> Any:
     """PIL image, RGB, from an EncodedImage or a PIL image."""
-    return image.decode() if hasattr(image, "decode") else image.convert("RGB")
-
-
-def _image_token(model: Any, processor: Any) -> str:
-    token = getattr(processor, "image_token", None)
-    if token is None:
-        token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-    return str(token)
+    return image.decode() if hasattr(image, "decode") else as_rgb(image)
 
 
 def _end_of_turn(model: Any, tokenizer: Any) -> int:

@@ -8,9 +8,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
-from benchmarks.data import IMAGE_ERRORS, BenchmarkError
+from benchmarks.data import BenchmarkError
 from benchmarks.divergence import ItemKey
 from benchmarks.model import Finished, pixels
+from tlq.inputs.images import IMAGE_ERRORS
 
 MOST_IMAGES = 7  # of one item: MMMU
 

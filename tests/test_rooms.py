@@ -15,6 +15,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "tlq": (
         "runtime",
         "parallel",
+        "inputs",
         "samples",
         "models",
         "quantization",

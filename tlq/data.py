@@ -33,7 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from tlq.samples import IMAGE_MARK, Message, Sample, decode_image
+from tlq.inputs.chat import IMAGE_MARK, Message
+from tlq.inputs.images import decode_image
+from tlq.samples import Sample
 
 logger = logging.getLogger("tlq.data")
 

@@ -1,33 +1,22 @@
 """Calibration samples: chat turns with images, encoded into padded micro-batches.
 
-A sample's messages hold plain text in which ``<image>`` marks the place of an image (the convention of LLaVA data). The
-last turn is the answer; importance is the gradient of the loss on its tokens.
+The last turn of a sample is the answer; importance is the gradient of the loss on its tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tlq.inputs.chat import Inputs, Message, answer_ids, collate, encode, render_answer
+from tlq.inputs.images import decode_image
 from tlq.runtime.digest import update_with_tensor
-
-IMAGE_MARK = "<image>"
-
-#: Names to tensors, as the model's forward takes them.
-Inputs = dict[str, Tensor]
-
-
-class Message(TypedDict):
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -65,32 +54,6 @@ class Batch:
     size: int
     digest: str
     encode: Callable[[], Inputs] = field(repr=False)
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """An RGB image from the bytes of a PNG or JPEG file.
-
-    Raises:
-        ValueError: the bytes are not a readable image.
-    """
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"unreadable image: {error}") from error
-
-
-def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages in the form that chat templates take, ``<image>`` marks turned into image parts."""
-    turns = []
-    for message in messages:
-        parts: list[dict[str, str]] = []
-        for index, text in enumerate(message["content"].split(IMAGE_MARK)):
-            if index:
-                parts.append({"type": "image"})
-            if text:
-                parts.append({"type": "text", "text": text})
-        turns.append({"role": message["role"], "content": parts})
-    return turns
 
 
 def encode_batches(
@@ -147,47 +110,25 @@ class _Row:
         return len(self.input_ids)
 
 
-def _encode(sample: Sample, processor: Any) -> tuple[Inputs, int]:
-    """One sample encoded by the processor, and the number of its last tokens that are the answer."""
-    prompt, answer = _prompt_and_answer(sample, processor)
-    images = [[decode_image(data) for data in sample.images]] if sample.images else None
-    # As in transformers: where the chat template writes the bos token (Gemma), the tokenizer must not add another.
-    bos = processor.tokenizer.bos_token
-    special = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
-    encoded = processor(text=[prompt + answer], images=images, return_tensors="pt", **special)
-    answer_ids = _answer_ids(processor.tokenizer, prompt, answer)
-    if encoded["input_ids"][0, -len(answer_ids) :].tolist() != answer_ids:
-        raise ValueError(f"sample {sample.id}: its tokens do not end with those of the answer; leave the sample out")
-    return dict(encoded), len(answer_ids)
-
-
-def _prompt_and_answer(sample: Sample, processor: Any) -> tuple[str, str]:
-    """The text before the answer, exactly as for generation, and the answer with the end of its turn.
+def encode_sample(sample: Sample, processor: Any) -> tuple[Inputs, int]:
+    """One sample encoded by the processor, and the number of its last tokens that are the answer.
 
     Raises:
-        ValueError: the last turn is no answer, or the text of the chat template does not contain it.
+        ValueError: the sample cannot be encoded, with the reason.
     """
-    turns = chat(sample.messages)
-    if not turns or turns[-1]["role"] != "assistant":
-        raise ValueError(f"sample {sample.id}: the last turn must be the assistant's answer")
-    prompt: str = processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    conversation: str = processor.apply_chat_template(turns, tokenize=False)
-    answer = sample.messages[-1]["content"].strip()
-    # LLaVA-OneVision's template writes a generation prompt slightly differently from the same turn in a conversation.
-    start = len(prompt) if conversation.startswith(prompt) else conversation.rfind(answer)
-    if not answer or start < 0:
-        raise ValueError(f"sample {sample.id}: its chat template does not end with the answer, or it is empty")
-    return prompt, conversation[start:].rstrip("\n")
+    answered = render_answer(processor, sample.messages)
+    inputs = encode(processor, answered.context + answered.answer, [decode_image(data) for data in sample.images])
+    answer = answer_ids(processor.tokenizer, answered)
+    if inputs["input_ids"][0, -len(answer) :].tolist() != answer:
+        raise ValueError("its tokens do not end with those of its answer")
+    return inputs, len(answer)
 
 
-def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    """Token ids after the prompt; a token across the boundary belongs to the answer."""
-    alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    together = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
-    common = 0
-    while common < min(len(alone), len(together)) and alone[common] == together[common]:
-        common += 1
-    return list(together[common:])
+def _encode(sample: Sample, processor: Any) -> tuple[Inputs, int]:
+    try:
+        return encode_sample(sample, processor)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id}: {error}; correct the sample or leave it out") from error
 
 
 def _batch(
@@ -211,39 +152,8 @@ def _batch(
         is_answer=(position < lengths) & (position >= lengths - answers),
         size=sum(row.size for row in members),
         digest=hashlib.sha256(b"".join(row.digest for row in members)).hexdigest(),
-        encode=lambda: _collate([encode(index) for index in chunk], pad_id),
+        encode=lambda: collate([encode(index) for index in chunk], pad_id),
     )
-
-
-def _collate(rows: Sequence[Inputs], pad_id: int) -> Inputs:
-    """Encoded samples, [1, ...] each, as one padded batch."""
-    width = max(row["input_ids"].shape[1] for row in rows)
-    per_token = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
-    inputs: Inputs = {}
-    for name in dict.fromkeys(name for row in rows for name in row):  # samples without an image have no pixels
-        values = [row[name] for row in rows if name in row]
-        if name in per_token:
-            values = [_pad_right(value, width, per_token[name]) for value in values]
-        inputs[name] = torch.cat(values if name in per_token else _pad_to_common(values))
-    return inputs
-
-
-def _pad_to_common(values: list[Tensor]) -> list[Tensor]:
-    """Pad every dimension except the first with zeros, up to the largest size.
-
-    Images are cut into different numbers of tiles. Models that take tiles [images, tiles, ...] ignore the tiles beyond
-    those of the image's size (LLaVA-NeXT, LLaVA-OneVision) or tiles of zeros (Idefics3, SmolVLM).
-    """
-    common = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    padded = []
-    for value in values:
-        missing = [each for target, size in zip(common, value.shape[1:], strict=True) for each in (target - size, 0)]
-        padded.append(torch.nn.functional.pad(value, missing[::-1]))
-    return padded
-
-
-def _pad_right(values: Tensor, width: int, fill: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
 
 
 def image_token_id(config: Any) -> int:

@@ -18,11 +18,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 from PIL.Image import Image
+from transformers import BatchFeature
 
+from tlq.inputs.chat import IMAGE_MARK, Message, encode, render_prompt
+from tlq.inputs.images import decode_image
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.runtime.digest import checkpoint_digest
-from tlq.samples import decode_image
 
 
 class VisionQuestionAnswering(PythonModel):
@@ -59,13 +61,10 @@ class VisionQuestionAnswering(PythonModel):
 
     def _encode(self, row: int, picture: Image, question: str) -> Any:
         """Inputs of the model; what it cannot take (an image of one pixel's height, a whole book) is refused."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        message = Message(role="user", content=IMAGE_MARK + question.replace(IMAGE_MARK, "image"))
         try:
-            inputs = self.processor(text=[prompt], images=[picture], return_tensors="pt")
-        except (ValueError, IndexError) as error:  # IndexError: image tokens written into the question
+            inputs = BatchFeature(encode(self.processor, render_prompt(self.processor, [message]), [picture]))
+        except ValueError as error:
             raise _refusal(row, f"the model cannot take this image and question: {error}") from error
         length = inputs["input_ids"].shape[1]
         most = self.model.config.get_text_config().max_position_embeddings - self.max_new_tokens

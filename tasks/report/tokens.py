@@ -14,7 +14,8 @@ from PIL import Image
 from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
 from tasks.files import read_tokens as read_token_set
 from tlq.importance.pool import Importance, TokenPool
-from tlq.samples import Sample, decode_image
+from tlq.inputs.images import decode_image
+from tlq.samples import Sample
 
 HEAT = "inferno"
 #: Share of the sets that a token is in; the square root lets small shares be seen.

@@ -19,8 +19,9 @@ from tasks.command import command_line
 from tasks.config.params import PrepareParams, section
 from tasks.files import PREPARED, write_samples
 from tlq.data import Rejected, as_text, draw_usable, image_bytes, image_entries, read_json_list, sample_of
+from tlq.inputs.chat import IMAGE_MARK, Message
 from tlq.runtime.files import new_directory, write_text
-from tlq.samples import IMAGE_MARK, Message, Sample
+from tlq.samples import Sample
 
 logger = logging.getLogger("tlq.prepare")
 

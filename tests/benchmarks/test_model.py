@@ -1,12 +1,14 @@
 """The model behind lm-eval: batched, cached and shared answers equal plain ones, one item at a time."""
 
 import copy
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from support.benchmark_rows import mmmu_rows, write_rows
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -14,9 +16,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks
-from benchmarks.model import AnswerOptions, Finished, VisionLM
+from benchmarks.model import AnswerOptions, Finished, VisionLM, Work
+from tlq.inputs.chat import Message
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
+from tlq.samples import Sample, encode_batches, image_token_id
 
 Make = Callable[..., BenchmarkSource]
 NEW_TOKENS = 6
@@ -184,7 +188,7 @@ def test_damaged_image_is_a_listed_skip(textvqa: Make, model: Any, processor: An
     assert [item.doc for item in result.items] == ["0", "2"]
     assert result.asked == 3
     assert [skip.doc for skip in result.skipped] == ["1"]
-    assert "cannot be decoded" in result.skipped[0].reason
+    assert "it cannot be encoded: image file is truncated" in result.skipped[0].reason
 
 
 def test_out_of_memory_halves_the_batch(
@@ -194,11 +198,11 @@ def test_out_of_memory_halves_the_batch(
     sizes = []
     original = VisionLM._run
 
-    def small_memory(self: VisionLM, batch: Sequence[Any], inputs: Any) -> list[Finished]:
+    def small_memory(self: VisionLM, batch: Sequence[Any], inputs: Any, contexts: Any) -> list[Finished]:
         sizes.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError("too large")
-        return original(self, batch, inputs)
+        return original(self, batch, inputs, contexts)
 
     monkeypatch.setattr(VisionLM, "_run", small_memory)
     results = run({name: fresh(benchmark) for name, benchmark in benchmarks.items()}, model, processor)
@@ -247,3 +251,44 @@ def test_scores_equal_lm_evals(benchmarks: dict[str, Benchmark], model: Any, pro
         assert outcome["results"][result.task][f"{metric},none"] == pytest.approx(mean)
         for name, part in result.parts.items():
             assert outcome["results"][result.task][f"{name},none"] == pytest.approx(part.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "tail"),
+    [
+        (None, "OAK<|im_end|>"),
+        ("closes its thoughts", "\n</think>\n\nOAK<|im_end|>"),
+        ("drops its thoughts", "OAK<|im_end|>"),
+    ],
+)
+def test_the_reference_answer_is_measured_where_the_template_writes_it(
+    model: Any, processor: Any, template: str | None, tail: str
+) -> None:
+    """Prompts that open thoughts, which the conversation closes or drops: same log-probabilities as calibration's."""
+    processor = copy.deepcopy(processor)
+    if template is not None:
+        thoughts = "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}" if "closes" in template else ""
+        processor.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + thoughts + "{% for p in m['content'] %}"
+            "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p['type'] == 'image' else p['text'] }}{% endfor %}"
+            "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+        )
+    key, image, question = ItemKey("t", "1"), Image.new("RGB", (32, 32), "red"), "<image>Which letter?"
+    meter = Keep()
+    lm = VisionLM(model, processor, AnswerOptions(2, meter=meter), answers={key: "OAK"})
+    prompt = lm.apply_chat_template([{"role": "user", "content": question}])
+    reference = lm._reference(key, prompt)
+    assert processor.tokenizer.decode(reference.tokens).endswith(tail.strip())
+    assert (reference.conversation is None) == (template != "drops its thoughts")
+    work = [Work(key, prompt, (image,), 4, reference), Work(ItemKey("t", "2"), prompt + "a longer one", (image,), 4)]
+    with torch.inference_mode():
+        lm._answer(work, lm._encode(work))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        messages = [Message(role="user", content=question), Message(role="assistant", content="OAK")]
+        sample = Sample("1", [file.getvalue()], messages)
+        (batch,) = encode_batches([sample], processor, image_token_id(model.config), 1, 512)
+        log_probs = model(**batch.encode()).logits.log_softmax(-1)[0, :-1][batch.is_answer[0, 1:]]
+    tokens, measured = meter.answers[key]
+    assert list(tokens) == batch.input_ids[batch.is_answer].tolist()
+    torch.testing.assert_close(measured, log_probs, rtol=0, atol=1e-4)

@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tlq.samples import Batch, Inputs, _batch, _Row
+from tlq.inputs.chat import Inputs
+from tlq.samples import Batch, _batch, _Row
 
 VOCABULARY = 96
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93

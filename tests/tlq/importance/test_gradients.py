@@ -20,9 +20,10 @@ from tlq.importance.gradients import answer_loss, score_tokens
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.weighting import Source, Weighting, modality_ratio, modality_weights, token_weights
+from tlq.inputs.images import decode_image
 from tlq.models.architectures import architecture_of
 from tlq.models.streaming import ResidentModel
-from tlq.samples import Batch, Sample, decode_image, encode_batches, image_token_id
+from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 
 def plain_importance(model: Any, processor: Any, sample: Sample) -> dict[tuple[int, str], Tensor]:

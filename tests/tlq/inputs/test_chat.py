@@ -1,0 +1,182 @@
+"""Chats become the tokens of ``processor.apply_chat_template``; the answer is where the template writes it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from support.families import PROCESSORS, write_tiny_with_processor
+
+from tlq.inputs.chat import (
+    IMAGE_MARK,
+    AnsweredText,
+    Message,
+    answer_ids,
+    chat,
+    collate,
+    encode,
+    image_tokens,
+    render_answer,
+    render_prompt,
+)
+from tlq.models.checkpoint import read_config
+from tlq.models.processor import load_processor
+from tlq.samples import Sample, encode_batches, image_token_id
+
+QUESTION = Message(role="user", content="<image>Which letter?")
+
+LLAVA_1_5 = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for p in m['content'] if p['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+LLAVA_1_6 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+    "{% for p in m['content'] if p['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %} [/INST]"
+    "{% else %}{{ ' ' + m['content'][0]['text'] + '<|im_end|> ' }}{% endif %}{% endfor %}"
+)
+#: Qwen3-VL-Thinking: a conversation closes the thoughts that a generation prompt opens.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+#: DeepSeek-R1 and others: a conversation drops the thoughts.
+THOUGHTS_DROPPED = THINKING.replace("{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}", "")
+
+
+@pytest.fixture(scope="module", params=sorted(PROCESSORS))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_with_processor(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_processor(write_tiny_with_processor("llava_onevision", tmp_path_factory.mktemp("ov")))
+
+
+def templated(template: str, processor: Any) -> Any:
+    processor.chat_template = template
+    return processor
+
+
+def answer(content: str) -> Message:
+    return Message(role="assistant", content=content)
+
+
+def counted(folder: Path, text: str, template: str | None = None) -> str:
+    """The tokens that the loss is taken on, as text."""
+    processor = load_processor(folder)
+    if template is not None:
+        processor.chat_template = template
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, "PNG")
+    sample = Sample("1", [file.getvalue()], [QUESTION, answer(text)])
+    (batch,) = encode_batches([sample], processor, image_token_id(read_config(folder)), 1, 512)
+    return str(processor.tokenizer.decode(batch.input_ids[0][batch.is_answer[0]]))
+
+
+@pytest.mark.parametrize("text", ["OAK", "e", "d", "n", "end", "im", "_", "|", "assistant", "0zero0", "Which letter?"])
+def test_the_loss_is_taken_on_the_answer_and_the_end_of_its_turn(family: Path, text: str) -> None:
+    assert counted(family, text) == f"{text}<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [LLAVA_1_5, LLAVA_1_6, THINKING, THOUGHTS_DROPPED])
+def test_blanks_thoughts_and_absent_end_marks_of_templates_are_no_answer(tmp_path: Path, template: str) -> None:
+    folder = write_tiny_with_processor("llava", tmp_path)
+    assert counted(folder, "OAK", template).strip() == "OAK<|im_end|>"
+    assert not counted(folder, "OAK", template).endswith(" ")
+
+
+def test_thoughts_are_closed_before_the_answer(processor: Any) -> None:
+    messages = [QUESTION, answer("OAK")]
+    closed = render_answer(templated(THINKING, processor), messages)
+    assert closed.context.endswith("assistant\n<think>\n\n</think>\n\n")
+    dropped = render_answer(templated(THOUGHTS_DROPPED, processor), messages)
+    assert dropped.context.endswith("<|im_start|>assistant\n")
+    assert closed.answer == dropped.answer == "OAK<|im_end|>"
+
+
+def test_calibration_evaluation_and_serving_encode_a_question_as_transformers_does(family: Path) -> None:
+    """Text and image tokens, the beginning-of-sequence token included, are those of the processor's own function."""
+    processor = load_processor(family)
+    picture = Image.new("RGB", (48, 32), "red")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Which letter?"}]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    inputs = encode(processor, render_prompt(processor, [QUESTION]), [picture])
+    assert set(inputs) == set(expected)
+    for name, tensor in inputs.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_conversation_is_encoded_as_transformers_does_up_to_the_end_of_its_turn(family: Path) -> None:
+    processor = load_processor(family)
+    answered = render_answer(processor, [QUESTION, answer("OAK")])
+    whole = processor.apply_chat_template(chat([QUESTION, answer("OAK")], processor), tokenize=False)
+    mine = (answered.context + answered.answer).split()
+    assert mine == whole.split()[: len(mine)]
+
+
+def test_a_chat_alone_and_in_a_batch_has_the_same_tokens(family: Path) -> None:
+    """A chat without an image beside one with two: neither changes the other."""
+    processor = load_processor(family)
+    pictures = [Image.new("RGB", (48, 16)), Image.new("RGB", (16, 30))]
+    two = encode(processor, render_prompt(processor, [Message(role="user", content="<image>Same?<image>")]), pictures)
+    words = encode(processor, render_prompt(processor, [Message(role="user", content="just words")]), [])
+    both = collate([two, words], pad_id=0, side="left")
+    for row, alone in enumerate((two, words)):
+        kept = both["attention_mask"][row].bool()
+        assert torch.equal(both["input_ids"][row][kept], alone["input_ids"][0])
+    assert both["attention_mask"][:, -1].all()
+    assert torch.equal(both["pixel_values"], two["pixel_values"])
+
+
+def test_image_tokens_that_somebody_typed_become_words(family: Path) -> None:
+    processor = load_processor(family)
+    picture = Image.new("RGB", (16, 16))
+    tokens = [token for token in image_tokens(processor) if token != IMAGE_MARK]
+    for token in tokens:
+        typed, plain = (
+            encode(processor, render_prompt(processor, [Message(role="user", content=f"<image>A {word}?")]), [picture])
+            for word in (token, "video" if "video" in token else "image")
+        )
+        assert torch.equal(typed["input_ids"], plain["input_ids"]), token
+
+
+def test_image_marks_become_image_parts_in_their_place(processor: Any) -> None:
+    turns = chat([Message(role="user", content="Compare <image> with <image>!")], processor)
+    kinds = [(part["type"], part.get("text")) for part in turns[0]["content"]]
+    assert kinds == [("text", "Compare "), ("image", None), ("text", " with "), ("image", None), ("text", "!")]
+
+
+def test_a_chat_that_the_template_or_the_processor_cannot_take_says_why(processor: Any) -> None:
+    template = "{{ raise_exception('Conversation roles must alternate') }}"
+    with pytest.raises(ValueError, match="the model's chat template refuses it: Conversation roles must alternate"):
+        render_prompt(templated(template, processor), [QUESTION])
+    with pytest.raises(ValueError, match="the model's processor refuses it: "):
+        encode(processor, "<image><image>two marks", [Image.new("RGB", (16, 16))])
+
+
+def test_a_token_across_the_boundary_belongs_to_the_answer() -> None:
+    """SentencePiece may join the answer's first letters with the blank before them, BPE with the line end."""
+    tokens = {"to: ": [1, 2], "to: cat": [1, 3, 4], "to:": [1], "to:cat": [1, 4]}
+
+    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": tokens[text]}
+
+    assert answer_ids(tokenizer, AnsweredText("to: ", "cat")) == [3, 4]
+    assert answer_ids(tokenizer, AnsweredText("to:", "cat")) == [4]

@@ -1,0 +1,201 @@
+"""The one place where a chat becomes tokens, for calibration, evaluation and serving.
+
+The tokens are those of ``processor.apply_chat_template(tokenize=True)``. Messages hold plain text in which ``<image>``
+marks the place of an image (the convention of LLaVA data).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from torch import Tensor
+
+IMAGE_MARK = "<image>"
+
+#: Names to tensors, as the model's forward takes them.
+Inputs = dict[str, Tensor]
+
+#: What processors and chat templates raise for a chat that they cannot take.
+REFUSALS = (ValueError, IndexError, KeyError, TypeError, ArithmeticError, RuntimeError, StopIteration, TemplateError)
+
+#: Two answers that share neither their first nor their last character: see ``render_answer``.
+_PROBES = ("0zero0", "1one1")
+
+#: Fill of padded places in inputs that have one value per token; ``input_ids`` are filled with the padding token.
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class AnsweredText:
+    """A conversation as the chat template writes it: all before the answer, and the answer with the end of its turn."""
+
+    context: str
+    answer: str
+
+
+def chat(messages: Sequence[Message], processor: Any) -> list[dict[str, Any]]:
+    """Messages in the form that chat templates take, ``<image>`` marks turned into image parts.
+
+    Image tokens of the model that somebody typed become plain words: only a mark stands for an image.
+    """
+    typed = image_tokens(processor)
+    turns = []
+    for message in messages:
+        parts: list[dict[str, str]] = []
+        for index, text in enumerate(message["content"].split(IMAGE_MARK)):
+            if index:
+                parts.append({"type": "image"})
+            for token in typed:
+                text = text.replace(token, "video" if "video" in token else "image")
+            if text:
+                parts.append({"type": "text", "text": text})
+        turns.append({"role": message["role"], "content": parts})
+    return turns
+
+
+def image_tokens(processor: Any) -> list[str]:
+    """The tokens with which a processor marks images and videos, the longest first."""
+    names = [name for name in vars(processor) if name.endswith("_token")]
+    tokens = {str(getattr(processor, name)) for name in (*names, "image_token") if getattr(processor, name, None)}
+    tokenizer = processor.tokenizer
+    tokens |= {str(getattr(tokenizer, name)) for name in ("image_token", "boi_token") if getattr(tokenizer, name, None)}
+    return sorted(tokens, key=lambda token: (-len(token), token))
+
+
+def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
+    """The text from which the model generates its answer.
+
+    Raises:
+        ValueError: the chat template refuses the messages.
+    """
+    return _render(processor, chat(messages, processor), add_generation_prompt=True)
+
+
+def render_answer(processor: Any, messages: Sequence[Message]) -> AnsweredText:
+    """The conversation's text, parted where its last message, the answer, begins.
+
+    The place of the answer is found by rendering the conversation with two other answers: what all renderings begin
+    with is the context, what all end with follows the answer. The first special token that follows is the end of the
+    turn; where the template writes none (llava-1.5), the tokenizer's ``eos_token`` is. Where the generation prompt
+    differs from the context in its blanks only (LLaVA-OneVision), it is the context: the model is used with it.
+
+    Raises:
+        ValueError: the last message is not from the assistant, is empty, or the chat template refuses the messages.
+    """
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError("the last turn must be the assistant's answer")
+    if not messages[-1]["content"].strip():
+        raise ValueError("its answer is empty")
+    turns = chat(messages, processor)
+    prompt = _render(processor, turns[:-1], add_generation_prompt=True)
+    text = _render(processor, turns)
+    probes = [
+        _render(processor, [*turns[:-1], {"role": "assistant", "content": [{"type": "text", "text": probe}]}])
+        for probe in _PROBES
+    ]
+    start = len(os.path.commonprefix([text, *probes]))
+    after = len(os.path.commonprefix([each[::-1] for each in (text[start:], *(probe[start:] for probe in probes))]))
+    answer = text[start : len(text) - after]
+    if not answer.strip():
+        raise ValueError("the chat template does not write its answer")
+    context = text[:start]
+    if context.split() == prompt.split() and not context.startswith(prompt):
+        context = prompt
+    return AnsweredText(context, answer + _end_of_turn(processor.tokenizer, text[len(text) - after :]))
+
+
+def _render(processor: Any, turns: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+    try:
+        return str(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except REFUSALS as error:
+        raise ValueError(f"the model's chat template refuses it: {_reason(error)}") from error
+
+
+def _end_of_turn(tokenizer: Any, after: str) -> str:
+    """The token that ends the answer's turn, in the text ``after`` the answer."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    places = {token: after.find(token) for token in tokens if token and token in after}
+    if places:
+        return min(places, key=lambda token: (places[token], -len(token)))
+    return str(tokenizer.eos_token or "")
+
+
+def answer_ids(tokenizer: Any, answered: AnsweredText) -> list[int]:
+    """Token ids of the answer and the end of its turn; a token across the boundary belongs to the answer."""
+    return ids_after(tokenizer, answered.context, answered.answer)[1]
+
+
+def ids_after(tokenizer: Any, context: str, text: str) -> tuple[bool, list[int]]:
+    """Tokens of ``text`` where it follows ``context``, from the first that ``context`` alone does not have.
+
+    Returns:
+        Whether all tokens of ``context`` stay as they are alone, and the ids.
+    """
+    alone = tokenizer(context, add_special_tokens=False)["input_ids"]
+    together = tokenizer(context + text, add_special_tokens=False)["input_ids"]
+    common = len(os.path.commonprefix([alone, together]))
+    return common == len(alone), list(together[common:])
+
+
+def encode(processor: Any, text: str, images: Sequence[Image.Image]) -> Inputs:
+    """Inputs [1, ...] of the model's forward for the text of a chat and its images.
+
+    Raises:
+        ValueError: the processor cannot take the chat, with its reason.
+    """
+    # As in transformers: where the chat template writes the bos token (Gemma), the tokenizer must not add another.
+    bos = processor.tokenizer.bos_token
+    special = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    try:
+        return dict(processor(text=[text], images=[list(images)] if images else None, return_tensors="pt", **special))
+    except REFUSALS as error:
+        raise ValueError(f"the model's processor refuses it: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, ValueError | TemplateError) else f"{type(error).__name__}: {text}"
+
+
+def collate(rows: Sequence[Inputs], pad_id: int, side: str = "right") -> Inputs:
+    """Encoded chats, [1, ...] each, as one batch whose tokens are padded on ``side``."""
+    width = max(row["input_ids"].shape[1] for row in rows)
+    inputs: Inputs = {}
+    for name in dict.fromkeys(name for row in rows for name in row):  # chats without an image have no pixels
+        if name in _PER_TOKEN:
+            fill = pad_id if name == "input_ids" else 0
+            values = [row.get(name, torch.zeros_like(row["input_ids"])) for row in rows]
+            inputs[name] = torch.cat([_pad(value, width, fill, side) for value in values])
+        else:
+            inputs[name] = torch.cat(_pad_to_common([row[name] for row in rows if name in row]))
+    return inputs
+
+
+def _pad_to_common(values: list[Tensor]) -> list[Tensor]:
+    """Pad every dimension except the first with zeros, up to the largest size.
+
+    Images are cut into different numbers of tiles. Models that take tiles [images, tiles, ...] ignore the tiles beyond
+    those of the image's size (LLaVA-NeXT, LLaVA-OneVision) or tiles of zeros (Idefics3, SmolVLM).
+    """
+    common = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [each for target, size in zip(common, value.shape[1:], strict=True) for each in (target - size, 0)]
+        padded.append(torch.nn.functional.pad(value, missing[::-1]))
+    return padded
+
+
+def _pad(values: Tensor, width: int, fill: int, side: str) -> Tensor:
+    missing = width - values.shape[1]
+    return torch.nn.functional.pad(values, (0, missing) if side == "right" else (missing, 0), value=fill)
