@@ -121,7 +121,7 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     if choice.recipe.needs_data:
         weights = to_batches(pool.weights(choice, seed), pool.batches)
     started = time.perf_counter()
-    quantizer = WeightQuantizer(get_scheme(scheme), checkpoint_dtype_of(read_config(MODEL)))
+    quantizer = WeightQuantizer(get_scheme(scheme), checkpoint_dtype_of(read_config(MODEL), MODEL))
     calibrate(model, CalibrationJob(choice.recipe, quantizer, pool.batches, weights))
     seconds = time.perf_counter() - started
     return laboratory.measure(model, laboratory.reader) | {"seconds": round(seconds, 2)}
@@ -144,7 +144,7 @@ class Pool:
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )
         self.scores: Importance = score_tokens(ResidentModel(model), self.batches)
-        block = BlockLoss(get_scheme("w3a16"), checkpoint_dtype_of(read_config(MODEL)))
+        block = BlockLoss(get_scheme("w3a16"), checkpoint_dtype_of(read_config(MODEL), MODEL))
         self.block_scores: Importance = score_tokens(ResidentModel(model), self.batches, block)
         self.tokens = TokenPool.of(self.batches)
 

@@ -34,11 +34,17 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of ``SLOW``, and give them more time than the timeout of pyproject.toml."""
     tests = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        places = (number for number, place in enumerate(SLOW) if item.path.is_relative_to(tests / place))
+        return next(places, len(SLOW))
+
     for item in items:
-        if any(item.path.is_relative_to(tests / place) for place in SLOW):
+        if rank(item) < len(SLOW):
             item.add_marker(pytest.mark.slow)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(1800))
+    items.sort(key=rank)  # the longest files first: none of them is left for the end, when other processes are idle
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from tlq.importance.token_weights import (
 )
 from tlq.importance.weighting import Weighting, loss_of
 from tlq.job import calibration_batches, quantize_checkpoint
-from tlq.models.checkpoint import checkpoint_dtype_of, read_config
+from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import Plan, plan_calibration, plan_importance, refuse_impossible
@@ -67,7 +67,9 @@ class CalibrationOptions:
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.dtype != "auto":
             return device, self.dtype
-        return device, torch.float32 if device.type == "cpu" else checkpoint_dtype_of(read_config(model))
+        if device.type == "cpu":
+            return device, torch.float32
+        return device, checkpoint_dtype_of(read_config(model), local_folder(model))
 
     def open_model(self, model: str | Path) -> StreamedModel:
         """Open a checkpoint directory or hub id. Raises: as ``StreamedModel``."""

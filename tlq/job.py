@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -28,6 +29,8 @@ from tlq.runtime.files import new_directory
 from tlq.runtime.memory import peak_resident, processes_here
 from tlq.runtime.resume import ResumeState, package_versions
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
+
+logger = logging.getLogger("tlq.job")
 
 
 def quantize_checkpoint(
@@ -73,8 +76,15 @@ def quantize_checkpoint(
                 shards = [work.part(index) for index in range(len(reports))]
                 finish_checkpoint(folder, shards, model, job.scheme)
                 layers = [LayerReport.from_dict(layer) for layer in reports]
-                CalibrationReport(job.recipe, job.scheme, layers).save(folder / "calibration.json")
+                report = CalibrationReport(job.recipe, job.scheme, layers, sorted(model.unnamed))
+                report.save(folder / "calibration.json")
             work.remove()
+            if model.unnamed:
+                logger.info(
+                    "%d tensors that the model of transformers does not name are carried over, %s first",
+                    len(model.unnamed),
+                    min(model.unnamed),
+                )
     ranks.barrier()
     return reports
 

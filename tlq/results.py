@@ -70,11 +70,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """calibration.json of a checkpoint: the recipe, the scheme, and what happened in every layer."""
+    """calibration.json of a checkpoint: the recipe, the scheme, and what happened in every layer.
+
+    Attributes:
+        carried_over: tensors that transformers' model does not name; they are in the checkpoint as they were.
+    """
 
     recipe: Recipe
     scheme: Scheme
     layers: Sequence[LayerReport]
+    carried_over: Sequence[str] = ()
 
     @property
     def groups(self) -> list[GroupReport]:
@@ -86,6 +91,7 @@ class CalibrationReport:
             "scheme": asdict(self.scheme),
             "groups": [asdict(group) for group in self.groups],
             "layers": [layer.to_dict() for layer in self.layers],
+            "carried_over": list(self.carried_over),
         }
         write_text(json.dumps(content, indent=1) + "\n", path)
 
@@ -99,7 +105,8 @@ class CalibrationReport:
             raise ValueError(f"{path}: has no {', '.join(missing)}; {remedy}")
         try:
             layers = _layers(content["groups"], content.get("layers", ()))
-            return cls(_recipe(content["recipe"]), _scheme(content["scheme"]), layers)
+            carried_over = content.get("carried_over", ())
+            return cls(_recipe(content["recipe"]), _scheme(content["scheme"]), layers, carried_over)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; {remedy}") from error
 

@@ -40,7 +40,8 @@ def whole_model_tensors(
 ) -> dict[str, torch.Tensor]:
     """State dict of the model compressed as a whole by compressed-tensors, by the module tree's names."""
     config = read_config(source)
-    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=checkpoint_dtype_of(config))
+    dtype = checkpoint_dtype_of(config, source)
+    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype)
     _copy_unquantized(calibrated, model, set(weights))
     architecture = StreamedModel(source).architecture
     quantization = quantization_config(scheme, architecture, len(architecture.decoder_layers(model)))

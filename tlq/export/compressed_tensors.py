@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from tlq.models.architectures import Architecture, linear_paths
 from tlq.models.checkpoint import copy_processor_files
+from tlq.models.stored import read_tensor
 from tlq.models.streaming import StreamedModel
 from tlq.quantization.formats import QuantizedWeight, Scheme, get_scheme
 from tlq.runtime.files import new_file
@@ -131,6 +132,10 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
     config = json.loads((model.folder / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(model.checkpoint_dtype).removeprefix("torch.")
+    if model.untied:  # engines believe the config, transformers the weights
+        for section in (config, *(each for each in config.values() if isinstance(each, dict))):
+            if section is config or "tie_word_embeddings" in section:
+                section["tie_word_embeddings"] = False
     (out / "config.json").write_text(json.dumps(config))
     copy_processor_files(model.folder, out)
     _write_quantization(out, model, scheme)
@@ -146,12 +151,19 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _outside_parts(model: StreamedModel) -> Iterator[dict[str, Tensor]]:
-    """Tensors of no decoder layer under their stored names, up to ``_SHARD_BYTES`` at a time."""
+    """Tensors of no decoder layer under their stored names, up to ``_SHARD_BYTES`` at a time.
+
+    Those that the module tree does not name are carried over byte for byte, in the dtype in which they are stored.
+    """
     by_key = {model.weight_map[name].key: name for name in model.outside_names}  # tied weights are stored once
+    unnamed = {place.key: place for place in model.unnamed.values()}
     part: dict[str, Tensor] = {}
     size = 0
-    for key, name in by_key.items():
-        tensor = model.read([name], model.checkpoint_dtype)[name].cpu()
+    for key in (*by_key, *unnamed):
+        if key in unnamed:
+            tensor = read_tensor(unnamed[key])
+        else:
+            tensor = model.read([by_key[key]], model.checkpoint_dtype)[by_key[key]].cpu()
         needed = tensor.numel() * tensor.element_size()
         if part and size + needed > _SHARD_BYTES:
             yield part
@@ -183,12 +195,28 @@ def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None
     """
     layers = len(model.architecture.decoder_layers(model.skeleton))
     quantization = quantization_config(scheme, model.architecture, layers)
+    quantization.ignore = [*(quantization.ignore or ()), *unnamed_modules(model)]
     ModelCompressor(quantization_config=quantization).update_config(str(out))
     path = out / "config.json"
     config = json.loads(path.read_text())
     if not scheme.symmetric:
         config["quantization_config"]["dequantize"] = True
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def unnamed_modules(model: StreamedModel) -> list[str]:
+    """Patterns of the modules that hold tensors which the module tree does not name: `re:.*mtp\\..*` for `mtp.*`.
+
+    A pattern names the first module of a tensor's path that the tree lacks, with its parent if it is a number.
+    """
+    modules = {name for name, _ in model.skeleton.named_modules()}
+    lacking = set()
+    for name in model.unnamed:
+        parts = name.split(".")
+        depth = next((n for n in range(1, len(parts)) if ".".join(parts[:n]) not in modules), len(parts))
+        first = 2 if depth > 1 and parts[depth - 1].isdigit() else 1
+        lacking.add(".".join(parts[depth - first : depth]))
+    return sorted(f"re:(.*\\.)?{re.escape(tail)}(\\..*)?$" for tail in lacking)
 
 
 def quantization_config(scheme: Scheme, architecture: Architecture, layers: int) -> QuantizationConfig:

@@ -6,17 +6,37 @@
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.offload.dispatch import remove_dispatch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from tlq.models.architectures import FAMILIES, architecture_of
+from tlq.models.stored import dtype_of_weights
 
 _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-_NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
+#: Files of the tokenizer, the processor and of generation. Adapters, optimizers and other leftovers are not copied.
+_PROCESSOR_FILES = (
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*preprocessor_config.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "merges.txt",
+    "NOTICE*",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "spiece*",
+    "tekken.json",
+    "tokenizer*",
+    "vocab*",
+)
 
 
 def read_config(checkpoint: str | Path) -> Any:
@@ -30,13 +50,13 @@ def read_config(checkpoint: str | Path) -> Any:
     if path.exists() and not (path / "config.json").exists():
         raise FileNotFoundError(f"{path}: no config.json; give a Hugging Face checkpoint directory")
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = load_config(checkpoint)
     except OSError as error:
         raise FileNotFoundError(
             f"model {checkpoint!s}: not a directory here and not a hub model that can be reached; "
             "check the path or hub id"
         ) from error
-    except ValueError as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(
             f"model {checkpoint!s}: transformers cannot read its config ({str(error).splitlines()[0]}); "
             f"choose a model of one of: {', '.join(FAMILIES)}"
@@ -67,14 +87,28 @@ def load_model(
     return model.eval()
 
 
-def checkpoint_dtype_of(config: Any) -> torch.dtype:
-    """The dtype in which a checkpoint keeps its weights.
+def load_config(checkpoint: str | Path) -> Any:
+    """The config of a checkpoint directory or hub id, of any family.
+
+    Configs exist whose dtype is `auto` or `torch.bfloat16`, which transformers does not read: the one counts as none.
+    """
+    stated = PretrainedConfig.get_config_dict(checkpoint)[0]
+    dtype = stated.get("dtype", stated.get("torch_dtype"))
+    if dtype != "auto" and not str(dtype).startswith("torch."):
+        return AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, dtype=None)
+    config.dtype = None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+    return config
+
+
+def checkpoint_dtype_of(config: Any, folder: Path) -> torch.dtype:
+    """The dtype in which a checkpoint keeps its weights: what ``dtype="auto"`` gives in transformers.
 
     Args:
         config: from ``read_config``; the config of a loaded model states the dtype it was loaded in instead.
+        folder: of the checkpoint, whose weights are looked at if the config states no dtype.
     """
-    dtype = config.dtype or config.get_text_config().dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return config.dtype if isinstance(config.dtype, torch.dtype) else dtype_of_weights(folder)
 
 
 def local_folder(source: str | Path, weights: bool = True) -> Path:
@@ -91,5 +125,8 @@ def local_folder(source: str | Path, weights: bool = True) -> Path:
 def copy_processor_files(source: str | Path, out: Path) -> None:
     """Copy tokenizer, image processor, chat template and generation settings unchanged."""
     for file in sorted(local_folder(source, weights=False).iterdir()):
-        if file.is_file() and file.suffix not in _NOT_PROCESSOR and file.name not in _NOT_COPIED:
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _PROCESSOR_FILES):
             shutil.copyfile(file, out / file.name)
+    templates = local_folder(source, weights=False) / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, out / templates.name)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
+
+from tlq.models.checkpoint import load_config
 
 #: Families whose processors use their video processor for images too -> the packages that they need.
 NEEDS_VIDEO = {"smolvlm": "torchvision and num2words"}
@@ -35,7 +37,7 @@ def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
 
 def image_only_class(checkpoint: str | Path) -> Any:
     """A subclass of the checkpoint's processor class that has no video processor."""
-    model_type = AutoConfig.from_pretrained(checkpoint).model_type
+    model_type = load_config(checkpoint).model_type
     name = PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
         raise ValueError(

@@ -7,7 +7,6 @@ interface for a model in memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,9 +25,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from tlq.models.architectures import Architecture, architecture_of
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
+from tlq.models.stored import StoredTensor, open_tensors, read_tensor, stored_tensors
 from tlq.runtime.memory import release_freed_memory
-
-_INDEX = "model.safetensors.index.json"
 
 
 class LayeredModel(Protocol):
@@ -81,14 +78,6 @@ class ResidentModel:
         return ((index, layers[index]) for index in order)
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """The file of a tensor, and its key in that file."""
-
-    file: Path
-    key: str
-
-
 class StreamedModel:
     """A checkpoint directory or hub id whose weights are read when they are needed.
 
@@ -96,6 +85,9 @@ class StreamedModel:
         config: of the checkpoint.
         checkpoint_dtype: dtype of the stored weights.
         weight_map: name of a parameter in the module tree -> its place on disk.
+        unnamed: name -> place of the stored tensors that the module tree does not name (heads that transformers leaves
+            out, such as `mtp.*`).
+        untied: the checkpoint holds two values of weights that its config ties.
     """
 
     def __init__(
@@ -106,8 +98,8 @@ class StreamedModel:
     ) -> None:
         """Raises: as ``read_config``; ValueError if a weight is missing or its stored form differs from the model's."""
         self.config = read_config(checkpoint)
-        self.checkpoint_dtype = checkpoint_dtype_of(self.config)
         self.folder = local_folder(checkpoint)
+        self.checkpoint_dtype = checkpoint_dtype_of(self.config, self.folder)
         self.device = torch.device(device)
         self.architecture = architecture_of(self.config)
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -117,32 +109,51 @@ class StreamedModel:
         for module in self.skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
-        self.weight_map = self._find_tensors()
+        self.weight_map, self.unnamed = self._find_tensors()
 
-    def _find_tensors(self) -> dict[str, StoredTensor]:
+    def _find_tensors(self) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+        """Places of the tensors that the module tree names, and of those that it does not."""
         wanted = self.skeleton.state_dict()
         transforms = get_model_conversion_mapping(self.skeleton)
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         found: dict[str, StoredTensor] = {}
-        for key, file in _keys(self.folder).items():
+        unnamed: dict[str, StoredTensor] = {}
+        for key, place in stored_tensors(self.folder).items():
             name, converter = rename_source_key(key, renamings, converters, self.skeleton.base_model_prefix, wanted)
             if converter is not None:
                 raise ValueError(
                     f"{self.folder}: {key} is not stored in the form that the model uses; convert the checkpoint"
                 )
-            if name not in wanted and key in wanted:
-                name = key
-            found[name] = StoredTensor(file, key)
-        for name, source in self.skeleton.all_tied_weights_keys.items():
-            found[name] = found.get(source) or found[name]
+            name = name if name in wanted or key not in wanted else key
+            (found if name in wanted else unnamed)[name] = place
+        self.untied = self._tie(found)
         missing = [name for name, value in wanted.items() if name not in found and value.is_meta]
         if missing:
             raise ValueError(
                 f"{self.folder}: {len(missing)} weights are missing, the first is {missing[0]}; the checkpoint is "
                 "incomplete, download it again"
             )
-        return {name: place for name, place in found.items() if name in wanted}
+        return found, unnamed
+
+    def _tie(self, found: dict[str, StoredTensor]) -> bool:
+        """Give tied parameters one place, as transformers does: of two that are stored with other values, each its own.
+
+        Returns:
+            Whether there are such two: they are not tied, although the config says so.
+        """
+        untied = False
+        for name, source in self.skeleton.all_tied_weights_keys.items():
+            if name in found and source in found:
+                if found[name] == found[source] or torch.equal(read_tensor(found[name]), read_tensor(found[source])):
+                    found[name] = found[source]
+                else:
+                    untied = True
+            elif name in found:
+                found[source] = found[name]
+            elif source in found:
+                found[name] = found[source]
+        return untied
 
     @property
     def _inside(self) -> str:
@@ -192,7 +203,7 @@ class StreamedModel:
             by_file.setdefault(self.weight_map[name].file, []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, part in by_file.items():
-            with safe_open(file, "pt") as opened:
+            with open_tensors(file) as opened:
                 for name in part:
                     twin = next((each for each in tensors if self.weight_map[each] == self.weight_map[name]), None)
                     if twin is not None:  # tied weights
@@ -221,25 +232,3 @@ class StreamedModel:
         finally:
             for module, leaf, parameter in empty:
                 module._parameters[leaf] = parameter
-
-
-def _keys(folder: Path) -> dict[str, Path]:
-    """Key and file of every tensor of a checkpoint.
-
-    Raises:
-        FileNotFoundError: there are no safetensors, or a file of the index is missing.
-    """
-    index = folder / _INDEX
-    if index.exists():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        absent = sorted({name for name in weight_map.values() if not (folder / name).exists()})
-        if absent:
-            raise FileNotFoundError(f"{folder / absent[0]}: not found, but {_INDEX} names it; download it again")
-        return {key: folder / name for key, name in weight_map.items()}
-    file = folder / "model.safetensors"
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{folder}: no {_INDEX} and no model.safetensors; give a checkpoint in safetensors form"
-        )
-    with safe_open(file, "pt") as opened:
-        return dict.fromkeys(opened.keys(), file)

@@ -51,7 +51,7 @@ def exported(
         recipe = replace(recipe, equalization=replace(recipe.equalization, points=4))
         model = copy.deepcopy(tiny_model)
         weights = {key: [batch.valid.float() for batch in batches] for key in scores}
-        checkpoint_dtype = checkpoint_dtype_of(read_config(tiny_checkpoint))
+        checkpoint_dtype = checkpoint_dtype_of(read_config(tiny_checkpoint), tiny_checkpoint)
         assert checkpoint_dtype == torch.bfloat16
         calibrated = calibrate(
             model, CalibrationJob(recipe, WeightQuantizer(scheme, checkpoint_dtype), batches, weights)
@@ -227,7 +227,7 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
     """A model loaded in float32 says float32 of itself; taken at its word, the export would round once more."""
     model = copy.deepcopy(tiny_model)
     scheme = get_scheme("w3a16")
-    checkpoint_dtype = checkpoint_dtype_of(model.config)
+    checkpoint_dtype = checkpoint_dtype_of(read_config(tiny_checkpoint), tiny_checkpoint)
     calibrated = calibrate(model, CalibrationJob(RECIPES["rtn"], WeightQuantizer(scheme, checkpoint_dtype)))
     with pytest.raises(ValueError, match=r"is stored in torch\.bfloat16, its weights were quantized for another dtype"):
         write_export(tiny_checkpoint, calibrated, scheme, tmp_path)

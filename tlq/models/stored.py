@@ -1,0 +1,108 @@
+"""The tensors of a checkpoint on disk: which files hold them, as transformers decides it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+#: Files that hold a whole checkpoint, and indices of files that hold parts of it, in the order of transformers.
+_SOURCES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """The file of a tensor, and its key in that file."""
+
+    file: Path
+    key: str
+
+
+class TensorFile(Protocol):
+    """An open file of tensors."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+
+class _PickledTensors:
+    """A file written by ``torch.save``, whose tensors stay on disk until they are read."""
+
+    def __init__(self, file: Path) -> None:
+        self._tensors: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[TensorFile]:
+    """The tensors of a safetensors or PyTorch file, read one by one; they may be mapped from the file."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            yield opened
+    else:
+        yield _PickledTensors(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: one that holds everything comes before an index, safetensors before PyTorch.
+
+    Raises:
+        FileNotFoundError: the folder has none of them, or a file that its index names is missing.
+    """
+    source = next((folder / name for name in _SOURCES if (folder / name).exists()), None)
+    if source is None:
+        raise FileNotFoundError(f"{folder}: has no {', no '.join(_SOURCES)}; give a checkpoint with its weights")
+    if source.suffix != ".json":
+        return [source]
+    names = sorted(set(json.loads(source.read_text())["weight_map"].values()))
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise FileNotFoundError(f"{folder / absent[0]}: not found, but {source.name} names it; download it again")
+    return [folder / name for name in names]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by its key; of a key in two files, the last file's.
+
+    Raises:
+        FileNotFoundError: see ``weight_files``.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        with open_tensors(file) as opened:
+            tensors |= {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+def read_tensor(place: StoredTensor) -> Tensor:
+    """A tensor as it is stored, in memory of its own."""
+    with open_tensors(place.file) as opened:
+        return opened.get_tensor(place.key).clone()
+
+
+def dtype_of_weights(folder: Path) -> torch.dtype:
+    """The dtype of the first floating-point tensor of the first file, which transformers takes for ``auto``."""
+    with open_tensors(weight_files(folder)[0]) as opened:
+        for key in opened.keys():  # noqa: SIM118
+            dtype = opened.get_tensor(key).dtype
+            if dtype.is_floating_point and dtype.itemsize > 1:
+                return dtype
+    return torch.float32
