@@ -76,7 +76,7 @@ def quantize_checkpoint(
                 shards = [work.part(index) for index in range(len(reports))]
                 finish_checkpoint(folder, shards, model, job.scheme)
                 layers = [LayerReport.from_dict(layer) for layer in reports]
-                report = CalibrationReport(job.recipe, job.scheme, layers, sorted(model.unnamed))
+                report = CalibrationReport(job.recipe, job.scheme, layers, tuple(sorted(model.unnamed)))
                 report.save(folder / "calibration.json")
             work.remove()
             if model.unnamed:

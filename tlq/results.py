@@ -105,7 +105,7 @@ class CalibrationReport:
             raise ValueError(f"{path}: has no {', '.join(missing)}; {remedy}")
         try:
             layers = _layers(content["groups"], content.get("layers", ()))
-            carried_over = content.get("carried_over", ())
+            carried_over = tuple(content.get("carried_over", ()))
             return cls(_recipe(content["recipe"]), _scheme(content["scheme"]), layers, carried_over)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; {remedy}") from error

@@ -227,7 +227,7 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
     """A model loaded in float32 says float32 of itself; taken at its word, the export would round once more."""
     model = copy.deepcopy(tiny_model)
     scheme = get_scheme("w3a16")
-    checkpoint_dtype = checkpoint_dtype_of(read_config(tiny_checkpoint), tiny_checkpoint)
+    checkpoint_dtype = model.config.dtype
     calibrated = calibrate(model, CalibrationJob(RECIPES["rtn"], WeightQuantizer(scheme, checkpoint_dtype)))
     with pytest.raises(ValueError, match=r"is stored in torch\.bfloat16, its weights were quantized for another dtype"):
         write_export(tiny_checkpoint, calibrated, scheme, tmp_path)
