@@ -136,7 +136,7 @@ def test_a_difference_is_the_mean_over_benchmarks_with_an_interval_around_it() -
 
 
 def test_a_difference_needs_the_same_items() -> None:
-    with pytest.raises(CannotCompare, match="100 and 99 items were scored, 99 of them the same"):
+    with pytest.raises(CannotCompare, match="100 and 99 items were scored, 99 of them in both"):
         paired_difference(items(50, 40), items(45, 40).iloc[1:])
     with pytest.raises(CannotCompare):
         paired_difference(items(50, 40), items(45, 40, tasks=("a", "c")))

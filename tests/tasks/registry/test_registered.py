@@ -54,7 +54,7 @@ def test_names_stand_for_variants(names: list[str], found: list[str], client: Ml
     [
         (
             "demo-w3a16/1",
-            r"demo-w3a16/1: its checkpoint \(rtn-w3a16\) is not the one in models/ any more; bring it back",
+            r"demo-w3a16/1: its checkpoint \(rtn-w3a16\) is no longer the one in models/; bring it back",
         ),
         ("demo-w3a16/7", "demo-w3a16/7: .*not found"),
         ("demo-w3a16@best", "demo-w3a16@best: .*not found"),

@@ -126,7 +126,7 @@ JUNK = {
     "an empty question": (ask(encoded(), "  "), "row 0: column question: empty"),
     "no question": (ask(encoded(), None), "question"),
     "a book": (ask(encoded(), "why " * 200), "more than the 448 that leave room to answer"),
-    "image tokens as text": (ask(encoded(), "<|image_pad|>"), "the model cannot take this image and question"),
+    "image tokens as text": (ask(encoded(), "<|image_pad|>"), "the model cannot process this image and question"),
     "no table": ({"question": QUESTION}, "dataframe_split"),
     "no JSON": (b"{", "valid JSON"),
 }
