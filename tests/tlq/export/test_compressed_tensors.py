@@ -229,7 +229,7 @@ def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
     scheme = get_scheme("w3a16")
     checkpoint_dtype = checkpoint_dtype_of(model.config)
     calibrated = calibrate(model, CalibrationJob(RECIPES["rtn"], WeightQuantizer(scheme, checkpoint_dtype)))
-    with pytest.raises(ValueError, match=r"is stored in torch\.bfloat16, its weights were quantized for another dtype"):
+    with pytest.raises(ValueError, match=r"is stored in torch\.bfloat16, but the scales have another dtype"):
         write_export(tiny_checkpoint, calibrated, scheme, tmp_path)
 
 
