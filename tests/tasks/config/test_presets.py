@@ -113,7 +113,7 @@ def test_without_a_word_they_are_listed(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["qwen9"], r"unknown preset 'qwen9'; choose of demo, .*qwen2-vl-7b.*--model or --dataset"),
+        (["qwen9"], r"unknown preset 'qwen9'; choose one of demo, .*qwen2-vl-7b.*--model or --dataset"),
         (["qwen2-vl-2b", "qwen2-vl-7b"], r"qwen2-vl-2b and qwen2-vl-7b are all model presets; choose one"),
         (["qwen2-vl-2b", "--revision", "Qwen/Qwen2-VL-2B-Instruct=main"], r"is 'main', must be a commit"),
         (["--dataset", "a/b", "--columns", "answer"], r"--columns 'answer': must be NAME=VALUE"),
