@@ -21,7 +21,7 @@ from tlq.runtime.digest import update_with_tensor
 
 IMAGE_MARK = "<image>"
 
-#: Names to tensors, as the model's forward takes them.
+#: Arguments of the model's forward: tensors by name.
 Inputs = dict[str, Tensor]
 
 
@@ -32,7 +32,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation: encoded image files, chat turns (the last one the answer), and where it came from."""
+    """One conversation: encoded image files, chat turns (the last one is the answer), and its source."""
 
     id: str
     images: list[bytes]
@@ -44,8 +44,8 @@ class Sample:
 class Batch:
     """A micro-batch of samples, padded on the right.
 
-    It does not keep its pixels, which take tens of GiB for 512 photographs and are used once or twice: ``encode()``
-    computes the model's inputs anew at every call.
+    Pixels are not kept, because they take tens of GiB for 512 photographs and are used once or twice: ``encode()``
+    computes the model's inputs at every call.
 
     Attributes:
         samples: index of each row in the list of samples.
@@ -80,7 +80,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages in the form that chat templates take, ``<image>`` marks turned into image parts."""
+    """Convert messages to the form of chat templates, with image parts in place of ``<image>`` marks."""
     turns = []
     for message in messages:
         parts: list[dict[str, str]] = []
@@ -96,7 +96,7 @@ def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def encode_batches(
     samples: Sequence[Sample], processor: Any, image_token_id: int, batch_size: int, max_tokens: int
 ) -> list[Batch]:
-    """All samples as micro-batches, longest first so that the rows of a batch need little padding.
+    """Encode all samples as micro-batches, longest first, so that the rows of a batch need little padding.
 
     Raises:
         ValueError: a sample is longer than ``max_tokens`` (samples are never cut), has no answer, or has an unreadable
@@ -148,7 +148,7 @@ class _Row:
 
 
 def _encode(sample: Sample, processor: Any) -> tuple[Inputs, int]:
-    """One sample encoded by the processor, and the number of its last tokens that are the answer."""
+    """Encode one sample; returns the inputs and the number of answer tokens at the end."""
     prompt, answer = _prompt_and_answer(sample, processor)
     images = [[decode_image(data) for data in sample.images]] if sample.images else None
     # As in transformers: where the chat template writes the bos token (Gemma), the tokenizer must not add another.
@@ -165,7 +165,7 @@ def _prompt_and_answer(sample: Sample, processor: Any) -> tuple[str, str]:
     """The text before the answer, exactly as for generation, and the answer with the end of its turn.
 
     Raises:
-        ValueError: the last turn is no answer, or the text of the chat template does not contain it.
+        ValueError: the last turn is not an answer, or the text of the chat template does not end with it.
     """
     turns = chat(sample.messages)
     if not turns or turns[-1]["role"] != "assistant":
@@ -196,7 +196,7 @@ def _batch(
     """The samples at the indices ``chunk`` as a micro-batch.
 
     Args:
-        encode: encodes the sample at an index anew.
+        encode: encodes the sample at an index.
     """
     members = [rows[index] for index in chunk]
     lengths = torch.tensor([row.length for row in members])[:, None]
@@ -216,7 +216,7 @@ def _batch(
 
 
 def _collate(rows: Sequence[Inputs], pad_id: int) -> Inputs:
-    """Encoded samples, [1, ...] each, as one padded batch."""
+    """Join encoded samples, [1, ...] each, into one padded batch."""
     width = max(row["input_ids"].shape[1] for row in rows)
     per_token = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
     inputs: Inputs = {}
@@ -250,7 +250,7 @@ def image_token_id(config: Any) -> int:
     """The id of image tokens in ``input_ids``.
 
     Raises:
-        ValueError: the config names none.
+        ValueError: the config does not name one.
     """
     for name in ("image_token_id", "image_token_index"):
         if getattr(config, name, None) is not None:
