@@ -73,7 +73,7 @@ def test_shell_of_a_document_runs(document: str, project: QuickProject) -> None:
 
 
 @pytest.mark.parametrize("block", SHELL, ids=label)
-def test_commands_are_such_as_there_are(block: Block) -> None:
+def test_documented_commands_and_options_exist(block: Block) -> None:
     """The program, module or make target exists and has the options used; variables of this project are read by it."""
     for command in block.commands:
         assignments, words = words_of(command)
@@ -153,7 +153,7 @@ def test_python_of_a_document_runs(document: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", list(blocks("yaml", "json")), ids=lambda block: block.place)
-def test_examples_of_parameters_have_the_names_of_parameters(block: Block) -> None:
+def test_parameters_in_examples_exist(block: Block) -> None:
     content = yaml.safe_load(block.code)
     known = yaml.safe_load((ROOT / "params.yaml").read_text())
     if block.language == "yaml":
@@ -161,7 +161,7 @@ def test_examples_of_parameters_have_the_names_of_parameters(block: Block) -> No
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_have_existing_targets(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text())
     absent = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
     assert not absent

@@ -82,7 +82,7 @@ def test_a_stage_depends_on_all_code_that_decides_its_result(stage: str) -> None
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name != "fetch"])
-def test_what_a_stage_depends_on_is_there(stage: str) -> None:
+def test_dependencies_of_a_stage_exist(stage: str) -> None:
     outs = [
         str(out if isinstance(out, str) else next(iter(out)))
         for each in STAGES.values()
@@ -151,7 +151,7 @@ def test_presets_put_downloads_before_the_stages_that_need_them(tmp_path: Path) 
         assert (f"fetch@{benchmark}", "evaluate@tlq-w3a16") in edges
 
 
-def test_experiments_are_a_table_one_can_read(reproduced: Reproduced) -> None:
+def test_experiments_are_listed_in_one_table(reproduced: Reproduced) -> None:
     """One row per experiment, the parameters that differ, KL and retention of the variants they touch."""
     lines = reproduced.output("exp show").splitlines()
     header, *rows = [line.split() for line in lines if line.strip() and "\u2500" * 10 not in line]

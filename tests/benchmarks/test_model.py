@@ -176,7 +176,7 @@ def test_too_long_a_prompt_is_refused_not_cut(textvqa: Make, model: Any, process
         run(benchmarks, model, processor)
 
 
-def test_damaged_image_is_a_listed_skip(textvqa: Make, model: Any, processor: Any) -> None:
+def test_item_with_a_damaged_image_is_skipped_and_listed(textvqa: Make, model: Any, processor: Any) -> None:
     def truncate(rows: list[dict[str, Any]]) -> None:
         rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:200]
 

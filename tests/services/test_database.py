@@ -21,7 +21,7 @@ from services.supervisor import ServiceError
 URL = "postgresql://tlq:se%2Fcret@db.local:5433/models?sslmode=require"
 
 
-def test_both_servers_get_the_address_in_their_driver_s_words() -> None:
+def test_each_server_gets_the_address_for_its_driver() -> None:
     url = postgres(URL)
     prefect = prefect_environment(url)["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
     mlflow = mlflow_environment(url, Path("/project"))["MLFLOW_BACKEND_STORE_URI"]
@@ -30,7 +30,7 @@ def test_both_servers_get_the_address_in_their_driver_s_words() -> None:
     assert sqlalchemy.make_url(mlflow).query == {"sslmode": "require", "options": "-csearch_path=mlflow"}
 
 
-def test_without_an_address_both_use_files() -> None:
+def test_both_servers_use_files_without_an_address() -> None:
     assert prefect_environment(None) == {}
     assert mlflow_environment(None, Path("/project")) == {"MLFLOW_BACKEND_STORE_URI": "sqlite:////project/mlflow.db"}
 

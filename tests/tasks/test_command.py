@@ -50,7 +50,7 @@ def test_an_interruption_has_its_own_status(caplog: pytest.LogCaptureFixture) ->
     assert "interrupted; run the same command again" in caplog.text
 
 
-def test_an_interruption_that_a_library_renames_is_still_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_any_error_after_a_signal_counts_as_an_interruption(caplog: pytest.LogCaptureFixture) -> None:
     """Extension code may raise an error of its own where it finds KeyboardInterrupt set."""
 
     def stage() -> None:
@@ -67,7 +67,7 @@ def test_an_interruption_that_a_library_renames_is_still_one(caplog: pytest.LogC
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_termination_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_sigterm_leaves_no_partial_directory(tmp_path: Path) -> None:
     """SIGTERM, as a scheduler sends it, in the middle of writing a directory."""
 
     def stage() -> None:
@@ -82,7 +82,7 @@ def test_a_termination_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stage_started_in_the_wrong_folder_says_so(tmp_path: Path) -> None:
+def test_a_stage_started_in_the_wrong_folder_ends_with_one_line(tmp_path: Path) -> None:
     """The whole way, as a user types it: nothing but one line on stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "tasks.stages.calibset"],

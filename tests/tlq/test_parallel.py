@@ -105,7 +105,7 @@ def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str],
     assert not [entry for entry in folder.iterdir() if entry.name.endswith(".work") and "out" in entry.name]
 
 
-def test_an_error_that_trying_again_cannot_cure_is_told_once(job: Path) -> None:
+def test_an_error_that_a_retry_cannot_cure_is_reported_once(job: Path) -> None:
     process = start(job, "refused", 2, "tlq", "w9")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -113,7 +113,7 @@ def test_an_error_that_trying_again_cannot_cure_is_told_once(job: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_state_of_other_choices_is_refused_by_name(
+def test_state_of_other_parameters_is_refused_by_name(
     job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]
 ) -> None:
     folder = job / "changed"

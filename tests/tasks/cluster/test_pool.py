@@ -190,7 +190,7 @@ def test_a_pool_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
 
-def test_without_workers_a_stage_says_so(site: Site) -> None:
+def test_a_stage_without_workers_ends_with_an_error(site: Site) -> None:
     output, _ = (process := site.start("waiting", TLQ_POOL_WAIT="3")).communicate(timeout=120)
     assert process.returncode == 1
     assert "pool gpu: no worker took up a run within 3 s; found 0 online, needed at least 1 (2 wanted)" in output
@@ -209,9 +209,7 @@ def test_a_cancelled_stage_cancels_its_runs(workers: Site) -> None:
     workers.assert_nothing_left("cancelled")
 
 
-def test_stage_worker_and_run_are_killed_and_the_bits_are_the_same(
-    workers: Site, expected: dict[str, torch.Tensor]
-) -> None:
+def test_kills_of_stage_worker_and_run_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
     folder = workers.job / "killed"
     process = workers.start("killed")
     wait_until(lambda: len(processes_of(folder)) > WORKERS + 1)  # the first rank is there
@@ -235,7 +233,7 @@ def test_stage_worker_and_run_are_killed_and_the_bits_are_the_same(
     assert {StateType.CRASHED, StateType.COMPLETED} <= set(states)
 
 
-def test_a_mistake_is_told_once(workers: Site) -> None:
+def test_an_input_error_is_reported_once(workers: Site) -> None:
     output, _ = (process := workers.start("refused", "w9")).communicate(timeout=400)
     assert process.returncode == 1
     errors = [line for line in output.splitlines() if line.startswith("ERROR")]
@@ -244,7 +242,7 @@ def test_a_mistake_is_told_once(workers: Site) -> None:
     workers.assert_nothing_left("refused")
 
 
-def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
+def test_concurrent_variants_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
     """As the flow does with evaluations: each is a DVC stage here, and one flow run of the pool there."""
     names = ["a", "b"]
     (tmp_path / "side.py").write_text(SIDE)
@@ -264,7 +262,7 @@ def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path)
 
 
 @pytest.mark.skipif("TLQ_TEST_KILLS" not in os.environ, reason="minutes long; TLQ_TEST_KILLS=20 says how many kills")
-def test_random_kills_of_everything_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
+def test_random_kills_of_any_process_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
     """SIGKILL hits ranks, agents, flow runs, workers and the stage; workers and stage are started again."""
     chance = random.Random(11)
     folder = workers.job / "everything"

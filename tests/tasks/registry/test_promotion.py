@@ -64,7 +64,7 @@ class Interrupted:
 
 @pytest.mark.parametrize("moment", ["get_registered_model", "set_registered_model_alias", "set_model_version_tag"])
 @pytest.mark.parametrize(("first", "second"), [(40, 49), (49, 40)])
-def test_whoever_writes_last_has_seen_both(workspace: Path, moment: str, first: int, second: int) -> None:
+def test_the_last_writer_has_compared_both_versions(workspace: Path, moment: str, first: int, second: int) -> None:
     """Another process registers a version and moves the aliases in the middle of ours."""
     client = connect()
     add_version(client, first)
@@ -77,7 +77,7 @@ def test_whoever_writes_last_has_seen_both(workspace: Path, moment: str, first: 
     assert aliases(client, NAME) == {"champion": 1 if first > second else 2, "candidate": 2}
 
 
-def test_item_scores_that_are_gone_leave_the_champion_and_say_so(workspace: Path) -> None:
+def test_missing_item_scores_keep_the_champion_and_are_logged(workspace: Path) -> None:
     client = connect()
     add_version(client, 40)
     promote(client, NAME)
@@ -89,7 +89,7 @@ def test_item_scores_that_are_gone_leave_the_champion_and_say_so(workspace: Path
     assert "item scores of version 1" in client.get_model_version(NAME, "2").tags["champion.reason"]
 
 
-def test_a_version_that_something_else_registered_is_no_contender(workspace: Path) -> None:
+def test_a_version_registered_by_other_software_is_ignored(workspace: Path) -> None:
     client = connect()
     add_version(client, 40)
     client.create_model_version(NAME, "file:///nowhere")
@@ -109,7 +109,7 @@ def _register(folder: Path, variant: str, barrier: multiprocessing.synchronize.B
     register_all(registrar, [variant])
 
 
-def test_two_variants_registered_at_once_lose_nothing(workspace: Path) -> None:
+def test_concurrent_registrations_keep_every_version(workspace: Path) -> None:
     (workspace / "mlflow.db").unlink()  # they also race for making the database
     skill = {"rtn-w3a16": 42, "mbq-w3a16": 45, "tlq-w3a16": 50}
     for variant, right in skill.items():

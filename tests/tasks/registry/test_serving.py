@@ -133,14 +133,14 @@ JUNK = {
 
 
 @pytest.mark.parametrize("case", JUNK)
-def test_junk_is_refused_with_400_and_the_reason(server: str, case: str) -> None:
+def test_invalid_requests_get_status_400_and_the_reason(server: str, case: str) -> None:
     body, reason = JUNK[case]
     status, answer = post(server, body)
     assert status == 400, answer
     assert reason in answer["message"]
 
 
-def test_bad_rows_name_themselves(registered: Path) -> None:
+def test_errors_name_the_bad_row(registered: Path) -> None:
     frame = pd.DataFrame({"image": [png(0), b"junk"], "question": [QUESTION, QUESTION]})
     with pytest.raises(MlflowException, match="row 1: column image: unreadable image"):
         mlflow.pyfunc.load_model(URI).predict(frame)
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_changed_is_refused(registered: Path) -> None:
         report.write_text(before)
 
 
-def test_a_checkpoint_that_moved_can_be_named(registered: Path, tmp_path: Path) -> None:
+def test_the_path_of_a_moved_checkpoint_can_be_configured(registered: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(registered / "models/rtn-w3a16", moved)
     with pytest.raises(FileNotFoundError, match="nowhere is gone"):

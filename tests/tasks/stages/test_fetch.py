@@ -59,7 +59,7 @@ def names(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_model_arrives_whole_and_nothing_beside_it(hub: Hub, tiny_checkpoint: Path) -> None:
+def test_a_model_is_downloaded_completely_and_without_other_files(hub: Hub, tiny_checkpoint: Path) -> None:
     fetch(model())
     expected = {file.name for file in tiny_checkpoint.iterdir()} | {"README.md"}
     assert names("data/models/tiny") == expected
@@ -68,7 +68,7 @@ def test_a_model_arrives_whole_and_nothing_beside_it(hub: Hub, tiny_checkpoint: 
     assert [path.name for path in Path("data/models").iterdir()] == ["tiny"]
 
 
-def test_an_unsupported_family_costs_its_config_only(hub: Hub) -> None:
+def test_only_the_config_of_an_unsupported_family_is_downloaded(hub: Hub) -> None:
     with pytest.raises(ValueError, match=r"model type 'bert' is not supported.*choose a model of one of: qwen2_vl"):
         fetch(model("maker/odd"))
     assert hub.loaded == ["config.json"]
@@ -118,7 +118,7 @@ def test_another_commit_replaces_the_folder(hub: Hub) -> None:
     assert not stale.exists()
 
 
-def test_a_branch_is_no_revision() -> None:
+def test_a_branch_is_refused_as_revision() -> None:
     with pytest.raises(ValueError, match="revision of maker/tiny-VL is 'main', must be a commit"):
         model(revision="main")
 
@@ -136,7 +136,7 @@ def test_a_small_disk_is_refused_before_the_download(hub: Hub, monkeypatch: pyte
     assert hub.loaded == ["config.json"]
 
 
-def test_the_newest_commit_is_asked_of_the_hub(hub: Hub) -> None:
+def test_the_newest_commit_comes_from_the_hub(hub: Hub) -> None:
     assert newest_commit("maker/tiny-VL", "model") == COMMIT
     assert newest_commit("maker/questions", "dataset") == COMMIT
     with pytest.raises(ConnectionError, match=r"maker/nothing: .*--revision maker/nothing=COMMIT"):

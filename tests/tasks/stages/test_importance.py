@@ -20,7 +20,7 @@ def _in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
 
 
-def test_sequences_are_the_tokens_of_the_samples_asked_for(tiny_processor: Any) -> None:
+def test_sequences_are_the_tokens_of_the_chosen_samples(tiny_processor: Any) -> None:
     pool = read_pool(IMPORTANCE)
     samples = read_samples(PREPARED / "calibration.parquet", 5)
     assert pool.samples == 5

@@ -58,7 +58,7 @@ def test_fields_that_the_library_names_exist() -> None:
         ("weighting", {"power": 0}, r"calibset\.weighting\.power is 0.*, must be above 0"),
     ],
 )
-def test_the_stage_says_where_the_field_stands(section: str, values: dict[str, Any], message: str) -> None:
+def test_stage_errors_name_the_key_of_params_yaml(section: str, values: dict[str, Any], message: str) -> None:
     cls: Any = {"budget": TokenBudget, "weighting": Weighting}[section]
     with pytest.raises(ParamsError, match=message):
         parse(f"calibset.{section}", values, cls)

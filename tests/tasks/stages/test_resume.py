@@ -95,7 +95,7 @@ def failing_save(stage: str, monkeypatch: pytest.MonkeyPatch, error: BaseExcepti
     ],
     ids=["interrupt", "full disk", "full disk, told by safetensors"],
 )
-def test_a_part_that_cannot_be_written_loses_nothing_before_it(
+def test_a_failed_write_keeps_the_finished_parts(
     expected: Callable[[str], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
 ) -> None:
     made = expected(stage)
@@ -153,7 +153,7 @@ def fill(folder: Path) -> Path:
     return ballast
 
 
-def test_a_disk_that_fills_up_while_layers_are_written(
+def test_a_disk_that_fills_up_keeps_the_finished_layers(
     expected: Callable[[str], dict[str, bytes]],
     small_disk: Callable[[Path], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -183,7 +183,7 @@ def test_a_disk_that_fills_up_while_layers_are_written(
 
 @each_stage
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_stops_the_command_and_the_same_command_goes_on(
+def test_a_signal_stops_the_command_and_the_same_command_continues(
     expected: Callable[[str], dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
@@ -226,7 +226,7 @@ def test_a_second_process_is_refused(workplace: Path, monkeypatch: pytest.Monkey
         ("importance", {"batch_size": 2}, "data '[0-9a-f]{64}', now '[0-9a-f]{64}'"),
     ],
 )
-def test_scores_begun_otherwise_are_refused_by_what_differs(
+def test_resuming_scores_with_other_parameters_names_the_difference(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, section: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:

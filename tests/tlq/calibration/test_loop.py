@@ -222,7 +222,7 @@ def test_codes_cover_every_decoder_linear_and_match_the_model(run: Runner) -> No
 
 
 @pytest.mark.parametrize("name", ["tlq", "tlq-c"])
-def test_the_same_twice_is_the_same_bit_for_bit(run: Runner, name: str) -> None:
+def test_two_runs_are_bit_identical(run: Runner, name: str) -> None:
     first, second = run(name, "w3a16").calibrated.weights, run(name, "w3a16", 2).calibrated.weights
     for path, weight in first.items():
         assert torch.equal(weight.codes, second[path].codes)

@@ -65,7 +65,7 @@ def exported(
 
 @torch.no_grad()
 @pytest.mark.parametrize(("recipe", "scheme"), PAIRS)
-def test_loads_plainly_with_the_logits_of_the_calibrated_model_and_generates(
+def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
     exported: Callable[[str, str], Exported],
     tiny_model: PreTrainedModel,
     batches: list[Batch],

@@ -120,7 +120,7 @@ def test_no_sample_supplies_more_of_a_set_than_its_cap(selection: str) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.integers(60, 120), st.integers(5, 29), st.sampled_from(["top", "sample"]))
-def test_a_set_has_the_effective_tokens_asked_for(seed: int, size: int, least: int, selection: str) -> None:
+def test_a_set_reaches_the_required_effective_sample_size(seed: int, size: int, least: int, selection: str) -> None:
     """Always in a set of the heaviest; on average in draws, here over groups."""
     generator = np.random.default_rng(seed)
     pool = pool_of([np.arange(40) < 25] * 10)
@@ -139,7 +139,7 @@ def test_a_set_has_the_effective_tokens_asked_for(seed: int, size: int, least: i
         assert np.mean(sizes) < 2 * least + 10  # evened out no more than that takes, or not much
 
 
-def test_asking_for_no_effective_tokens_changes_no_set() -> None:
+def test_least_effective_of_zero_changes_no_set() -> None:
     scores, pool = scored(10)
     budget = TokenBudget(30, "sample", 0.0)
     without, with_two = (token_set(scores, pool, "token", Weighting(1, 1, 0, least), budget, 0) for least in (0, 2))

@@ -95,7 +95,7 @@ def test_every_family_is_tested() -> None:
 
 
 @every_family
-def test_layer_by_layer_the_decoder_computes_what_the_model_does(build: Builder, name: str) -> None:
+def test_layer_by_layer_execution_equals_the_model(build: Builder, name: str) -> None:
     """Both streams of the loop, with every group in full precision: masks, rotary embeddings, what is added between."""
     built = build(name)
     weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
@@ -250,7 +250,7 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
 @torch.no_grad()
 @every_family
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_an_export_loads_plainly_too(
+def test_an_export_loads_with_plain_transformers(
     build: Builder, export: Callable[[str, str, str], Exported], name: str, scheme: str
 ) -> None:
     """By transformers alone: what it makes of the files depends on the scheme and the family, not on the recipe."""
@@ -372,9 +372,7 @@ def test_named_layers_keep_a_higher_precision_through_export_and_loading(
         ("w4a8", ("*.q_proj", "w8a8"), "layer 0, group qkv: its linears .* share an input and need one scheme"),
     ],
 )
-def test_overrides_that_cannot_be_are_refused(
-    build: Builder, scheme: str, override: tuple[str, str], message: str
-) -> None:
+def test_invalid_overrides_are_refused(build: Builder, scheme: str, override: tuple[str, str], message: str) -> None:
     built = build("llava")
 
     def attempt() -> None:
@@ -440,7 +438,7 @@ def test_a_linear_that_no_group_covers_is_refused(build: Builder) -> None:
         calibrate(model, job_of(RECIPES["rtn"], get_scheme("w4a8")))
 
 
-def test_a_family_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_adds_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """VipLLaVA, which is not among the families: its vision tower and connector are named as LLaVA's."""
     monkeypatch.setitem(architectures.FAMILIES, "vipllava", Family(FAMILIES["llava"].ignore))
     config = AutoConfig.for_model(

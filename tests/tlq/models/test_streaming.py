@@ -29,7 +29,7 @@ every_family = pytest.mark.parametrize("name", list(TINY))
 
 
 @every_family
-def test_weights_are_those_that_transformers_loads(name: str, tmp_path: Path) -> None:
+def test_streamed_weights_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Names on disk, tied embeddings, buffers: what enters the decoder, and every layer's weights."""
     path = write_tiny(name, tmp_path)
     resident, streamed = ResidentModel(load_model(path)), StreamedModel(path)
@@ -154,7 +154,7 @@ def test_an_incomplete_checkpoint_is_refused(
         StreamedModel(folder)
 
 
-def test_activations_beyond_the_budget_lie_on_disk_and_come_back(tmp_path: Path) -> None:
+def test_activations_beyond_the_budget_are_written_to_disk_and_read_back(tmp_path: Path) -> None:
     memory = HostMemory(100, tmp_path)
     values = [torch.arange(10.0) + number for number in range(4)]
     kept = Activations(memory, torch.device("cpu"), values)

@@ -66,7 +66,7 @@ def test_codes_stay_in_range_and_scales_in_storage(weight: Tensor, scheme: Schem
 
 @settings(max_examples=60, deadline=None)
 @given(weights(), schemes, storages)
-def test_fake_quantize_is_rounding_and_back(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
+def test_fake_quantize_equals_round_nearest_and_dequantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
     assert torch.equal(
         WeightQuantizer(scheme, dtype).fake_quantize(weight),
         WeightQuantizer(scheme, dtype).round_nearest(weight).dequantize(),

@@ -87,7 +87,7 @@ def test_statistics_wider_than_a_block_are_the_moments_themselves(monkeypatch: p
     assert error_of(found, weight, quantized) == pytest.approx(plain_error(weight, quantized, x, u, w), rel=1e-4)
 
 
-def test_weight_of_two_is_the_token_twice() -> None:
+def test_a_weight_of_two_equals_the_token_twice() -> None:
     weight, quantized, x, u, _ = problem(2)
     once = torch.ones(len(x))
     doubled = once.clone()
@@ -98,7 +98,7 @@ def test_weight_of_two_is_the_token_twice() -> None:
     )
 
 
-def test_scaling_the_inputs_is_scaling_the_statistics() -> None:
+def test_scaling_the_inputs_equals_scaling_the_statistics() -> None:
     weight, _, x, u, w = problem(3)
     s = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0)) + 0.5
     statistics, direct = Statistics.of(weight, x, u, w), Statistics.of(weight * s, x / s, u / s, w)
@@ -169,7 +169,7 @@ def test_target_is_the_weight_itself_without_exposure() -> None:
     assert torch.equal(target, weight)
 
 
-def test_damping_raises_itself_until_the_factorisation_succeeds() -> None:
+def test_damping_grows_until_the_factorisation_succeeds() -> None:
     """Three tokens span three of twelve channels: no inverse without damping, from whatever share it starts."""
     weight, _, x, u, w = problem(7, tokens=3)
     statistics = Statistics.of(weight, x, u, w)

@@ -132,7 +132,7 @@ class Recorder(GroupSolver):
     ],
 )
 @torch.no_grad()
-def test_chooses_the_exponent_of_a_plain_implementation(
+def test_the_search_chooses_the_exponent_of_a_plain_implementation(
     tiny_model: PreTrainedModel,
     batches: list[Batch],
     scores: Importance,

@@ -86,7 +86,7 @@ def test_equals_the_column_by_column_algorithm(scheme: Scheme, seed: int) -> Non
     assert quadratic(fast - weight, hessian) == pytest.approx(quadratic(slow - weight, hessian), rel=0.02)
 
 
-def test_equals_it_over_several_blocks() -> None:
+def test_equals_the_column_by_column_algorithm_over_several_blocks() -> None:
     """One scale per row and more columns than a block: the lazy update of the columns behind it must arrive."""
     weight, hessian = problem(0, width=300, out=3, tokens=1500)
     fast = rounded(weight, factor(hessian), ROWS, torch.bfloat16).dequantize()
@@ -97,7 +97,7 @@ def test_equals_it_over_several_blocks() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([GROUPED, ROWS]))
-def test_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
+def test_compensated_rounding_is_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
     """On correlated inputs and enough rows to average over; being greedy it may lose single rows."""
     weight, hessian = problem(seed, out=64)
     compensated = rounded(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
@@ -132,7 +132,7 @@ def test_shifted_target_beats_plain_gptq_on_exposed_inputs() -> None:
 
 
 @both_schemes
-def test_codes_do_not_depend_on_what_is_rounded_beside_them(scheme: Scheme) -> None:
+def test_codes_do_not_depend_on_other_targets(scheme: Scheme) -> None:
     """Ranks of one group or of eight round other parts together: it must not show, in the last bit."""
     weight, hessian = problem(6, out=111, width=192)
     found = factor(hessian)
@@ -159,7 +159,7 @@ def test_shapes_and_ranges(scheme: Scheme) -> None:
     assert low <= int(result.codes.min()) <= int(result.codes.max()) <= high
 
 
-def test_inputs_are_left_alone() -> None:
+def test_rounding_does_not_change_its_inputs() -> None:
     weight, hessian = problem(4)
     copies = weight.clone(), hessian.clone()
     rounded(weight, factor(hessian), GROUPED, torch.bfloat16)
@@ -167,7 +167,7 @@ def test_inputs_are_left_alone() -> None:
     assert torch.equal(hessian, copies[1])
 
 
-def test_factors() -> None:
+def test_factors_give_the_hessian_and_solve_with_it() -> None:
     _, hessian = problem(5)
     found = factor(hessian)
     assert torch.equal(found.upper, found.upper.triu())
