@@ -1,4 +1,4 @@
-"""What DVC makes of the project: dependencies that are whole, tables one can read, results that travel."""
+"""The project in DVC: complete dependencies, readable tables, and results that a clone can pull."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages
 PACKAGES = ("tlq", "tasks", "benchmarks", "demo")
 
 #: Code that no result depends on: it decides where and how a stage runs, reads its parameters (which are dependencies
-#: themselves), keeps what is unfinished, takes times, records. What it imports counts no more than itself.
+#: themselves), stores unfinished work, measures times, or records. Its imports are no dependencies either.
 BESIDE_RESULTS = (
     "tasks/cluster/",
     "tasks/config/",
@@ -57,7 +57,7 @@ def imported(path: str) -> Iterator[str]:
 
 
 def code_behind(path: str) -> set[str]:
-    """Every file of the project that what a stage's module computes can depend on."""
+    """Every file of the project that the result of a stage's module can depend on."""
     seen: set[str] = set()
     waiting = [path]
     while waiting:
@@ -95,13 +95,13 @@ def test_dependencies_of_a_stage_exist(stage: str) -> None:
 
 @dataclass(frozen=True)
 class Reproduced:
-    """A quick project in which docs/reproduce.md was followed, and what its commands printed."""
+    """A quick project after the steps of docs/reproduce.md, and the output of its commands."""
 
     project: QuickProject
     outputs: dict[str, str]
 
     def output(self, part: str) -> str:
-        """Of the only command that ``part`` is in."""
+        """Output of the only command that contains ``part``."""
         (found,) = [output for command, output in self.outputs.items() if part in command]
         return found
 

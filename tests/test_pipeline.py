@@ -1,4 +1,4 @@
-"""The whole pipeline in a fresh copy of the project: servers, a schedule that fires, registry, report, DVC's view."""
+"""The whole pipeline in a fresh copy of the project: servers, a schedule, registry, report, DVC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading benchmark rows: what is refused, what is skipped and listed, which rows a limit picks."""
+"""Reading benchmark rows: refused sources, skipped rows, and the rows that a limit chooses."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""NLL and KL against their definitions, and what is stored of full precision."""
+"""NLL and KL against their definitions, and the stored log-probabilities of full precision."""
 
 import math
 from pathlib import Path

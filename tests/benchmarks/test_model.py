@@ -1,4 +1,4 @@
-"""The model behind lm-eval: batched, cached and shared answers equal plain ones, one item at a time."""
+"""The model for lm-eval: batched and cached answers equal plain answers to single items."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ NEW_TOKENS = 6
 
 
 class Keep:
-    """Meter that keeps what it is given."""
+    """Meter that keeps its arguments."""
 
     def __init__(self) -> None:
         self.answers: dict[ItemKey, tuple[Sequence[int], torch.Tensor]] = {}
@@ -37,7 +37,7 @@ class Keep:
 
 
 def tiny_llava(tokenizer: Any) -> tuple[Any, Any]:
-    """A random LLaVA: unlike Qwen2-VL its family counts positions in the forward pass by itself."""
+    """A random LLaVA, which unlike Qwen2-VL computes positions in the forward pass."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|picture|>"]})
     image = tokenizer.convert_tokens_to_ids("<|picture|>")
@@ -106,7 +106,7 @@ def plain_reply(model: Any, processor: Any, prompt: str, images: list[Any]) -> s
 
 
 def plain_log_probs(model: Any, processor: Any, prompt: str, images: list[Any], answer: str) -> torch.Tensor:
-    """Answer written behind the prompt as text, a forward pass without padding or cache."""
+    """Log-probabilities of an answer appended to the prompt as text, from a forward pass without padding or cache."""
     inputs = processor(text=[f"{prompt}{answer}<|im_end|>"], images=images, return_tensors="pt")
     n_answer = len(processor.tokenizer(f"{answer}<|im_end|>").input_ids)
     with torch.inference_mode():

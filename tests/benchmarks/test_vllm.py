@@ -22,7 +22,7 @@ Make = Callable[..., BenchmarkSource]
 
 
 class Stub:
-    """What this project uses of lm-eval's vLLM model."""
+    """The part of lm-eval's vLLM model that this project uses."""
 
     tokenizer_name = "stub"
 

@@ -1,4 +1,4 @@
-"""What a failed run tells, and which failures are tried again."""
+"""Advice on failed runs, and the choice of failures to retry."""
 
 from __future__ import annotations
 

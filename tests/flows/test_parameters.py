@@ -1,4 +1,4 @@
-"""What is filled in for a run reaches params.yaml, is kept as an experiment, and does not stay."""
+"""Parameters of a run reach params.yaml, are saved as an experiment, and are removed afterwards."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Calls = list[tuple[float, str]]
 
 
 def bars(total: int, name: str, postfix: dict[str, str] | None = None) -> list[str]:
-    """Lines as a stage writes them when its output is no terminal."""
+    """Lines of a progress bar on an output that is not a terminal."""
     stream = io.StringIO()
     with tqdm(total=total, desc=name, unit="layer", file=stream, mininterval=0) as bar:
         for _ in range(total):
@@ -31,7 +31,7 @@ def bars(total: int, name: str, postfix: dict[str, str] | None = None) -> list[s
 
 @pytest.fixture
 def artifacts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Calls]:
-    """Stands in for the server: percent and description by key."""
+    """Artifacts of a stand-in for the server: percent and description by key."""
     keys: dict[UUID, str] = {}
     shown: dict[str, Calls] = {}
 

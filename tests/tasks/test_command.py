@@ -1,4 +1,4 @@
-"""What a user sees when a stage goes wrong: one line on stderr and an exit status."""
+"""The errors of a stage: one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_interruption_has_its_own_status(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_any_error_after_a_signal_counts_as_an_interruption(caplog: pytest.LogCaptureFixture) -> None:
-    """Extension code may raise an error of its own where it finds KeyboardInterrupt set."""
+    """Extension code may raise another error in place of KeyboardInterrupt."""
 
     def stage() -> None:
         try:
@@ -68,7 +68,7 @@ def test_any_error_after_a_signal_counts_as_an_interruption(caplog: pytest.LogCa
 
 
 def test_sigterm_leaves_no_partial_directory(tmp_path: Path) -> None:
-    """SIGTERM, as a scheduler sends it, in the middle of writing a directory."""
+    """A scheduler's SIGTERM arrives while a directory is written."""
 
     def stage() -> None:
         with new_directory(tmp_path / "out") as folder:
@@ -83,7 +83,7 @@ def test_sigterm_leaves_no_partial_directory(tmp_path: Path) -> None:
 
 
 def test_a_stage_started_in_the_wrong_folder_ends_with_one_line(tmp_path: Path) -> None:
-    """The whole way, as a user types it: nothing but one line on stderr."""
+    """The full command line prints only one line on stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "tasks.stages.calibset"],
         cwd=tmp_path,
@@ -104,7 +104,7 @@ STAGES = ("fetch", "prepare", "importance", "calibset", "calibrate", "evaluate",
 def test_help_prints_the_docstring_and_runs_nothing(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder without params.yaml: whatever ran would fail, or leave a file."""
+    """The folder has no params.yaml, so a stage that ran would fail or leave a file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     monkeypatch.delitem(sys.modules, module, raising=False)

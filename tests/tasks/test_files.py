@@ -1,4 +1,4 @@
-"""Files between stages: round trips, and nothing half-written."""
+"""Files between stages: round trips, and atomic writes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_new_directory_replaces_all_of_the_old_one(tmp_path: Path) -> None:
 
 
 def test_the_old_directory_is_whole_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interruption while the old one is being deleted must not leave a part of it in its place."""
+    """An interruption while the old directory is deleted must not leave a part of it in place."""
     path = tmp_path / "result"
     with new_directory(path) as folder:
         (folder / "a.txt").write_text("old")

@@ -101,7 +101,7 @@ def errors(folder: Path) -> Tensor:
 def test_every_recipe_has_the_same_errors_on_gpu_and_host(
     quantized: Callable[..., Path], recipe: str, scheme: str
 ) -> None:
-    """Last bits differ, and error feedback makes other codes of them: single groups gain or lose, on average none."""
+    """Last bits differ and change some codes through error feedback: single errors differ, their mean does not."""
     host, gpu = (quantized(device, recipe, scheme, device) for device in ("cpu", "cuda"))
     ratios = (errors(gpu) / errors(host)).log()
     assert float(ratios.abs().max()) < math.log(1.5)

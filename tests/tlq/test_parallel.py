@@ -1,4 +1,4 @@
-"""The same bits for any number of ranks and after any history of crashes; state on disk that says no to a mismatch."""
+"""Results are bit-identical for any number of ranks and after crashes; mismatched state on disk is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(job: Path) -> Callable[[str, str], dict[str, torch.Tensor]]:
-    """What one rank makes of a recipe and a scheme, computed once."""
+    """Result of one rank for a recipe and a scheme, computed once."""
 
     @cache
     def made(recipe: str, scheme: str) -> dict[str, torch.Tensor]:

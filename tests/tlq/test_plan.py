@@ -1,4 +1,4 @@
-"""The plan of a job: what it counts, and that an impossible job is refused with the numbers before any work."""
+"""The plan of a job: its numbers, and the refusal of an impossible job before any work."""
 
 from __future__ import annotations
 

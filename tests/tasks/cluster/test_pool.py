@@ -1,4 +1,4 @@
-"""Stages on the workers of a real work pool of a local Prefect server: same bits, whoever dies; nothing left behind."""
+"""Stages on a real work pool of a local Prefect server: kills change no bit, and no process or run remains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tasks.cluster.work_pool import Pool
 WORKERS = 2
 BUSY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
-#: A stage that one worker does, as `evaluate` is; says which process did it.
+#: A stage for one worker, like `evaluate`; it prints its process.
 SIDE = """
 import os, sys, time
 from pathlib import Path
@@ -78,7 +78,7 @@ class Site:
         return SyncPrefectClient(self.api)
 
     def start_workers(self) -> None:
-        """Start those that do not run: what systemd would do with one that was killed."""
+        """Start the workers that do not run, as systemd does after a kill."""
         running = [worker for worker in self.workers if worker.poll() is None]
         self.workers = running + [self._start_worker() for _ in range(WORKERS - len(running))]
 
@@ -115,7 +115,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Nothing of it is shared with another server or its settings."""
+    """Environment of the server, which shares nothing with another server or its settings."""
     folder = tmp_path_factory.mktemp("site")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -137,7 +137,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def expected(site: Site) -> dict[str, torch.Tensor]:
-    """What one process makes of the job."""
+    """Result of the job in one process."""
     return finish(site.start("alone", TLQ_POOL=""), site.job / "alone")
 
 
@@ -243,7 +243,7 @@ def test_an_input_error_is_reported_once(workers: Site) -> None:
 
 
 def test_concurrent_variants_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
-    """As the flow does with evaluations: each is a DVC stage here, and one flow run of the pool there."""
+    """As in the flow's evaluations: each is a DVC stage here, and one flow run of the pool."""
     names = ["a", "b"]
     (tmp_path / "side.py").write_text(SIDE)
     stages = "\n".join(f"  evaluate-{name}:\n    cmd: python -m side {name}\n    outs: [{name}]" for name in names)
@@ -297,7 +297,7 @@ def test_random_kills_of_any_process_change_no_bit(workers: Site, expected: dict
 def victims_of(
     kind: str, site: Site, folder: Path, stage: subprocess.Popen[str], chance: random.Random
 ) -> list[psutil.Process]:
-    """Processes to kill together; none if there is no such process at this moment."""
+    """Processes to kill together; empty if none of them runs at this moment."""
     agents = agents_of(folder)
     others = [process for process in processes_of(folder) if process.pid != stage.pid]
     worker = psutil.Process(chance.choice(site.workers).pid)

@@ -1,4 +1,4 @@
-"""Presets: one word changes params.yaml, its layout stays, and what runs is pinned."""
+"""Presets change params.yaml, keep its layout, and pin every download."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL = available(ROOT / PRESETS)
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the shipped params.yaml and presets, and a hub that knows one commit."""
+    """A folder with the shipped params.yaml and presets, and a hub with one commit."""
     shutil.copytree(ROOT / PRESETS, tmp_path / PRESETS)
     (tmp_path / "params.yaml").write_text(SHIPPED)
     monkeypatch.chdir(tmp_path)
@@ -34,7 +34,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def apply(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
-    """What params.yaml holds after the command."""
+    """Content of params.yaml after the command."""
     monkeypatch.setattr(sys, "argv", ["preset", *words])
     main()
     content: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
@@ -42,7 +42,7 @@ def apply(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
 
 
 def squeezed(text: str) -> str:
-    """Without the blanks before comments: a longer value pushes its comment to the right."""
+    """The text without blanks before comments, because a longer value moves its comment to the right."""
     return re.sub(r" +#", " #", text)
 
 

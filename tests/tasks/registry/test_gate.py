@@ -1,4 +1,4 @@
-"""The gate: what passes, and which of two versions that pass is champion."""
+"""The gate: the versions that pass, and the choice of the champion among them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_better_numbers_never_turn_a_pass_into_a_failure(retention: float, more:
 
 
 def items(*right: int, tasks: tuple[str, ...] = ("a", "b")) -> pd.DataFrame:
-    """Fifty items of every benchmark, the first of which, as many as given, are right."""
+    """Scores of fifty items of every benchmark, of which the first ``right`` are right."""
     rows = [
         {"task": task, "doc": str(doc), "score": float(doc < count)}
         for task, count in zip(tasks, right, strict=True)
@@ -169,7 +169,7 @@ def test_better_by_score_then_by_kl(measure: Any, kl: float | None, state: str) 
 
 @pytest.mark.parametrize(("measure", "state"), [(EVEN, "champion"), (WORSE, "not_better")])
 def test_a_later_checkpoint_of_a_variant_replaces_it_unless_it_is_worse(measure: Any, state: str) -> None:
-    """The version before it refers to a checkpoint that is not there any more."""
+    """The earlier version refers to a checkpoint that no longer exists."""
     old, new = contender(1, 0.1, variant="tlq-w3a16"), contender(2, 0.1, variant="tlq-w3a16")
     assert challenge(new, old, measure).state == state
 

@@ -1,4 +1,4 @@
-"""Aliases when several processes register at once: nothing is lost, and the better version is champion."""
+"""Aliases when several processes register at once: no version is lost, and the best one is champion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.registry.runs import CHECKPOINT, new_run
 from tasks.stages.register import Registrar, register_all
 
 NAME = "tiny-w3a16"
-#: Processes that start with everything imported.
+#: Processes that are forked after all imports.
 PROCESSES = multiprocessing.get_context("fork")
 
 
@@ -37,7 +37,7 @@ def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPa
 
 
 def add_version(client: MlflowClient, right: int, kl: float = 0.1) -> int:
-    """A version that passed the gate, straight in the registry; aliases are left as they are."""
+    """Create a version that passed the gate directly in the registry, without moving aliases."""
     if not client.search_registered_models(f"name = '{NAME}'"):
         client.create_registered_model(NAME)
     run_id = new_run(client, "tlq", "made", {})
@@ -49,7 +49,7 @@ def add_version(client: MlflowClient, right: int, kl: float = 0.1) -> int:
 
 
 class Interrupted:
-    """A client in whose way something happens, once, just before its first call of ``method``."""
+    """A client that calls a function once, just before its first call of ``method``."""
 
     def __init__(self, client: MlflowClient, method: str, happens: Callable[[], None]) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""Registered models, versions and aliases are found in the workspace, or refused with the way out."""
+"""Registered models, versions and aliases are found in the workspace, or refused with the next step."""
 
 from __future__ import annotations
 

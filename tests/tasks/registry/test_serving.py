@@ -50,7 +50,7 @@ def registered(tiny_checkpoint: Path, empty_tracking: Path, tmp_path_factory: py
 
 @pytest.fixture(scope="module")
 def server(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`mlflow models serve` of the champion, in a folder of its own; yields its address."""
+    """Run `mlflow models serve` for the champion in a separate folder; yields its address."""
     port = free_port()
     mlflow_command = str(Path(sys.executable).with_name("mlflow"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -147,7 +147,7 @@ def test_errors_name_the_bad_row(registered: Path) -> None:
 
 
 def test_the_version_brings_its_own_code(registered: Path, tmp_path: Path) -> None:
-    """What it imports comes from the version, whatever project stands around it."""
+    """The model's imports come from the version, not from a project around it."""
     script = f"import mlflow\nmlflow.pyfunc.load_model({URI!r})\nimport tlq\nprint(tlq.__path__)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "/artifacts/code/tlq'" in done.stdout

@@ -1,4 +1,4 @@
-"""A calibration in MLflow while it runs: layers, ends, continuation, an MLflow that goes away, two at once."""
+"""Tracking of a running calibration: layers, final status, continuation, an unreachable MLflow, concurrency."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OUT = Path("models/rtn-w3a16")
 
 @pytest.fixture
 def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project folder in which `calibrate` could begin."""
+    """A project folder that is ready for `calibrate`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     shutil.copyfile(empty_tracking, tmp_path / "mlflow.db")
@@ -169,7 +169,7 @@ class Flaky:
 
 @pytest.fixture
 def live(workspace: Path) -> tuple[LiveRun, Flaky, list[float]]:
-    """A run, its client, and what its clock shows."""
+    """A run, its client, and the time of its clock."""
     client, now = connect(), [0.0]
     flaky = Flaky(client)
     run_id = new_run(client, "tlq", "rtn-w3a16", {})
@@ -242,7 +242,7 @@ def test_the_stage_logs_its_layers_and_links_run_and_checkpoint(
     assert fill_in_layers(connect(), run.info.run_id, report) == 0
 
 
-#: Processes that start with everything imported.
+#: Processes that are forked after all imports.
 PROCESSES = multiprocessing.get_context("fork")
 
 

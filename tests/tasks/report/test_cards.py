@@ -1,4 +1,4 @@
-"""Model cards: what they say, that their code runs, and that neither DVC nor the digest sees them in a checkpoint."""
+"""Model cards: their content and their code; DVC and the digest of a checkpoint ignore them."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def dvc(folder: Path, *arguments: str) -> str:
 
 
 def test_dvc_ignores_cards(tmp_path: Path) -> None:
-    """A stage that makes a checkpoint, one that writes a card into it; status, push, checkout and pull go on."""
+    """One stage makes a checkpoint, another writes a card into it; status, push, checkout and pull still work."""
     repo = tmp_path / "repo"
     repo.mkdir()
     for name in (".dvcignore", ".dvc/config"):

@@ -1,4 +1,4 @@
-"""The report: its tables and pictures, what it reads, and what it says where something was not recorded."""
+"""The report: its tables and pictures, its inputs, and its text for values that were not recorded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tlq.samples import Sample
 
 
 class Resources(HTMLParser):
-    """What a page refers to, and the ids it has."""
+    """The references and ids of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

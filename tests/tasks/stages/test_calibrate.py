@@ -1,4 +1,4 @@
-"""Stage `calibrate`, end to end on what the stages before it really wrote."""
+"""Stage `calibrate`, end to end on the real outputs of the earlier stages."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def encoded(workplace: Path, tiny_processor: Any) -> list[Batch]:
 
 
 def unpadded(weights: list[torch.Tensor], batches: list[Batch]) -> dict[int, np.ndarray]:
-    """Weights per sample; padding must weigh nothing."""
+    """Weights per sample; asserts that padding has no weight."""
     found = {}
     for weight, batch in zip(weights, batches, strict=True):
         assert float(weight[~batch.valid].abs().sum()) == 0

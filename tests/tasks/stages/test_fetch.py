@@ -1,4 +1,4 @@
-"""Stage `fetch`: what is downloaded is what was pinned, whole, and refused early where it cannot be of use."""
+"""Stage `fetch`: it downloads the pinned files completely, and refuses unusable downloads early."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_an_interrupted_download_keeps_what_it_has(hub: Hub, monkeypatch: pytest
     loaded = module.snapshot_download
 
     def cut_short(*args: object, **kwargs: object) -> object:
-        """The connection is gone after the first files."""
+        """Fail after the first files, like a lost connection."""
         if kwargs["allow_patterns"] == list(module.MODEL_FILES) and not kwargs["dry_run"]:
             loaded(*args, **{**kwargs, "allow_patterns": ["*.json"]})  # type: ignore[arg-type]
             raise ConnectionError("reset by peer")

@@ -1,4 +1,4 @@
-"""The library names its own fields in messages, a stage says which key of params.yaml holds them."""
+"""Messages of the library name its own fields; messages of a stage name the key of params.yaml."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = (".py", ".json", ".csv", ".png", ".parquet", ".safetensors", ".html", ".
 
 
 def named_keys(file: Path) -> set[str]:
-    """Keys such as `calibset.budget.sample_cap` in the string literals of a module."""
+    """Keys of params.yaml, for instance `calibset.budget.sample_cap`, in the string literals of a module."""
     texts = [
         node.value
         for node in ast.walk(ast.parse(file.read_text()))

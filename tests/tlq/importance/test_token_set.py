@@ -108,7 +108,7 @@ def test_every_token_is_drawn_within_one_of_its_expectation(seed: int, draws: in
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.floats(0, 0.5), st.floats(1, 3), st.floats(-12, 12))
 def test_draws_hold_floors_and_caps(seed: int, samples: int, floor: float, slack: float, tilt: float) -> None:
-    """Or the pool is refused, and then no shares could have held them."""
+    """If the pool is refused, no shares can keep the floors and caps."""
     weights, is_image = pool(seed, 80)
     weights[is_image] *= math.exp(tilt)
     sample_of, cap = samples_of(seed, 80, samples), min(1.0, slack / samples)
@@ -128,7 +128,7 @@ def test_draws_hold_floors_and_caps(seed: int, samples: int, floor: float, slack
 def test_draws_are_the_nearest_to_the_weights_within_floors_and_caps(seed: int, samples: int, tilt: float) -> None:
     """One factor for each modality and one for each sample, equal for all samples below the cap and less at it.
 
-    Those are the conditions under which no other shares within the bounds are nearer to the weights.
+    Under these conditions no other shares within the bounds are nearer to the weights.
     """
     weights, is_image = pool(seed, 60)
     weights[is_image] *= math.exp(tilt)

@@ -38,7 +38,7 @@ def assistant(content: str) -> Message:
 
 
 def test_the_processor_gives_ids_and_pixels_for_an_image_and_a_text(tiny_processor: Any) -> None:
-    """One image token per 2 x 2 patches, and pixels normalised as the checkpoint says: a red image is one value."""
+    """There is one image token per 2 x 2 patches, and a red image has one normalised pixel value per channel."""
     red = Image.new("RGB", (48, 32), (255, 0, 0))
     encoded = tiny_processor(text=[TEXT], images=[red], return_tensors="pt")
     assert encoded["image_grid_thw"].tolist() == [[1, 4, 6]]

@@ -103,7 +103,7 @@ def test_grouped_query_attention_ties_the_scales_of_a_value_channel() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_norm_scales_are_exact_in_storage(dtype: torch.dtype) -> None:
-    """What the fold stores is on the grid of its dtype, so the saved norm is the one that was searched with."""
+    """The folded gain is exact in its dtype, so the search uses the saved norm."""
     fold = norm_fold(64, dtype)
     fold.weight.data = fold.weight.to(dtype).float()
     fold.weight.data[3] = 0
@@ -121,7 +121,7 @@ def test_an_impossible_fold_is_refused() -> None:
 
 
 def unquantized(weight: Tensor) -> QuantizedWeight:
-    """A weight in QuantizedWeight's clothes whose dequantize gives it back exactly: isolates folding from rounding."""
+    """A QuantizedWeight whose dequantize returns the exact weight, to test folding without rounding."""
     return QuantizedWeight(weight, torch.ones(len(weight), 1), torch.zeros(len(weight), 1))
 
 
@@ -129,7 +129,7 @@ def unquantized(weight: Tensor) -> QuantizedWeight:
 def test_folding_leaves_the_layer_function_unchanged(
     tiny_model: PreTrainedModel, batches: list[Batch], group: LinearGroup
 ) -> None:
-    """W diag(s) behind a norm or linear divided by s computes what W did: norms, linears with bias, shared heads."""
+    """W diag(s) after a norm or linear divided by s computes the same as W: norms, linears with bias, shared heads."""
     model = copy.deepcopy(tiny_model)
     architecture = architecture_of(model.config)
     layer = architecture.decoder_layers(model)[0]

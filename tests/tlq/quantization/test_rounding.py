@@ -65,7 +65,7 @@ def factor(hessian: Tensor) -> Factor:
 
 
 def rounded(target: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """One target alone."""
+    """Codes of a single target."""
     (found,) = round_compensated([target], factor, WeightQuantizer(scheme, scale_dtype))
     return found
 
@@ -87,7 +87,7 @@ def test_equals_the_column_by_column_algorithm(scheme: Scheme, seed: int) -> Non
 
 
 def test_equals_the_column_by_column_algorithm_over_several_blocks() -> None:
-    """One scale per row and more columns than a block: the lazy update of the columns behind it must arrive."""
+    """With one scale per row and more columns than a block, the lazy update must reach the columns after the block."""
     weight, hessian = problem(0, width=300, out=3, tokens=1500)
     fast = rounded(weight, factor(hessian), ROWS, torch.bfloat16).dequantize()
     slow = slow_gptq(weight, hessian, ROWS).float()
@@ -98,7 +98,7 @@ def test_equals_the_column_by_column_algorithm_over_several_blocks() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([GROUPED, ROWS]))
 def test_compensated_rounding_is_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
-    """On correlated inputs and enough rows to average over; being greedy it may lose single rows."""
+    """This holds on correlated inputs over many rows; the greedy algorithm may lose single rows."""
     weight, hessian = problem(seed, out=64)
     compensated = rounded(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
     nearest = WeightQuantizer(scheme, torch.bfloat16).round_nearest(weight).dequantize()
@@ -117,7 +117,7 @@ def test_uncorrelated_inputs_leave_nearest_rounding(scheme: Scheme) -> None:
 
 
 def test_shifted_target_beats_plain_gptq_on_exposed_inputs() -> None:
-    """Rounding towards W* lowers the real error E(V); rounding towards W answers a question nobody asked."""
+    """Rounding towards W* lowers the real error E(V) more than rounding towards W."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(600, 48, generator=generator)
     u = x + 0.3 * torch.randn(600, 48, generator=generator)
@@ -133,7 +133,7 @@ def test_shifted_target_beats_plain_gptq_on_exposed_inputs() -> None:
 
 @both_schemes
 def test_codes_do_not_depend_on_other_targets(scheme: Scheme) -> None:
-    """Ranks of one group or of eight round other parts together: it must not show, in the last bit."""
+    """One rank and eight ranks round different parts together; the codes must have the same bits."""
     weight, hessian = problem(6, out=111, width=192)
     found = factor(hessian)
     parts = weight.split(37)

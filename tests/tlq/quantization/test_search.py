@@ -19,7 +19,7 @@ from tlq.recipes import RECIPES
 
 
 class Table:
-    """Errors of candidates 0, 1, ... by part, and how many were asked for."""
+    """Errors of candidates 0, 1, ... by part, and the number of measured parts."""
 
     def __init__(self, values: Sequence[Sequence[float]]) -> None:
         self.values, self.asked = values, 0
@@ -35,7 +35,7 @@ class Table:
 
 
 def tables(candidates: int = 12, parts: int = 9) -> st.SearchStrategy[list[list[float]]]:
-    """Small whole numbers: many are equal, and sums are exact."""
+    """Small integers, so that many are equal and sums are exact."""
     return st.integers(1, parts).flatmap(
         lambda width: st.lists(
             st.lists(st.integers(0, 5).map(float), min_size=width, max_size=width), min_size=1, max_size=candidates
@@ -73,7 +73,7 @@ def test_halving_measures_a_fraction() -> None:
 @pytest.mark.parametrize("form", ["statistics", "tokens"])
 @pytest.mark.parametrize("seed", range(3))
 def test_halving_finds_an_error_close_to_the_minimum(form: str, seed: int) -> None:
-    """Heavy-tailed channels, as those for which scales are searched."""
+    """Errors of heavy-tailed channels, which occur in practice."""
     generator = torch.Generator().manual_seed(seed)
     channels = torch.randn(128, generator=generator).mul(1.5).exp()
     x = torch.randn(400, 128, generator=generator) * channels
