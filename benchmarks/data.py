@@ -113,7 +113,7 @@ def load_rows(
     limit = limit if source.limit is None else source.limit
     chosen = choose_rows(names, source.task, limit, seed)
     if limit is not None and limit > len(names):
-        logger.warning("%s: asked for %d items, the data has %d", source.task, limit, len(names))
+        logger.warning("%s: %d items needed, %d found", source.task, limit, len(names))
     rows = Rows(docs=[], ids=[], asked=len(chosen) if limit is None else limit)
     for position in chosen:
         _add_row(rows, dict(table[position]), names[position], metadata, target)

@@ -82,7 +82,7 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
             "make it with `dvc repro prepare`"
         )
     if limit is not None and limit > table.num_rows:
-        raise ValueError(f"{path}: {limit} samples asked for, {table.num_rows} there; raise prepare.samples")
+        raise ValueError(f"{path}: {limit} samples needed, {table.num_rows} found; raise prepare.samples")
     return [Sample(**row) for row in table.slice(0, limit).to_pylist()]
 
 

@@ -194,4 +194,4 @@ def _record(params: RegisterParams, stage: str, variant: str, error: Exception) 
         tags = {"stage": stage, "variant": variant, ERROR: first_line(error)}
         client.set_terminated(new_run(client, params.experiment, f"{stage} {variant}", tags), "FAILED")
     except (MlflowException, OSError) as unreachable:
-        logger.warning("the failure of %s %s cannot be recorded in MLflow: %s", stage, variant, first_line(unreachable))
+        logger.warning("the failure of %s %s is not recorded in MLflow: %s", stage, variant, first_line(unreachable))

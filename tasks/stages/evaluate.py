@@ -5,7 +5,7 @@
 
 Reads models/<variant>, or `model.path` for `full`; a variant also needs evaluation/full. Writes evaluation/<variant>:
 
-- metrics.json: per benchmark and their mean: score, interval, retention, flips, KL, NLL, items asked and scored, parts;
+- metrics.json: per benchmark and their mean: score, interval, retention, flips, KL, NLL, numbers of items, parts;
 - summary.json: the main numbers, one row of `dvc metrics show`;
 - items.parquet: every item with prompt, target, reply, score, answer tokens, NLL and KL;
 - scores.csv: for `dvc plots`; skipped.csv: chosen items that were not scored, with reasons;

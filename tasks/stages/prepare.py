@@ -51,7 +51,7 @@ def draw(count: int, read: Callable[[int], Sample], params: PrepareParams) -> tu
             f"{rejected[0].reason}"
         )
     if len(kept) < params.samples:
-        raise ValueError(f"{params.path}: {len(kept)} usable rows, prepare.samples asks for {params.samples}")
+        raise ValueError(f"{params.path}: {len(kept)} usable rows, prepare.samples needs {params.samples}")
     return kept, rejected
 
 

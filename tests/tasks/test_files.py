@@ -122,7 +122,7 @@ def test_samples_survive_the_round_trip(tmp_path: Path, samples: list[Sample]) -
 def test_a_limit_above_the_number_of_samples_is_refused(tmp_path: Path, samples: list[Sample]) -> None:
     path = tmp_path / "calibration.parquet"
     write_samples(samples, path)
-    with pytest.raises(ValueError, match="7 samples asked for, 6 there; raise prepare.samples"):
+    with pytest.raises(ValueError, match="7 samples needed, 6 found; raise prepare.samples"):
         read_samples(path, 7)
 
 

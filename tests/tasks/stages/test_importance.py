@@ -52,7 +52,7 @@ def test_scores_are_those_of_the_method(scores: Importance, batches: list[Batch]
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"importance": {"samples": 99}}, ValueError, "99 samples asked for, 6 there; raise prepare.samples"),
+        ({"importance": {"samples": 99}}, ValueError, "99 samples needed, 6 found; raise prepare.samples"),
         (
             {"importance": {"samples": 5, "max_tokens": 10}},
             ValueError,
