@@ -1,5 +1,5 @@
-"""Vision-language benchmarks as lm-eval tasks, and what runs and compares them.
+"""Vision-language benchmarks as lm-eval tasks, and the code that runs and compares them.
 
-Each folder is one benchmark: a YAML that lm-eval reads, a scorer and a README. The scorers import nothing of
+Each folder is one benchmark: a YAML that lm-eval reads, a scorer and a README. The scorers import nothing from
 this project, so that `lm_eval --include_path benchmarks --tasks textvqa_vlm` works on its own.
 """

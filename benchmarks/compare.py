@@ -2,10 +2,10 @@
 
 - Score: mean over items, in percent, with a bootstrap interval.
 - Retention: variant's mean as a percentage of full precision's, both over the items that the two share; its interval
-  resamples items in pairs, so that what an item is like cancels out.
+  resamples items in pairs, so that the difficulty of an item cancels out.
 - Flips: items right in full precision and wrong in the variant (``lost``), and the other way round (``gained``); an
-  item is right from a score of 0.5. Exact McNemar: under no difference each flip is a fair coin.
-- Mean over benchmarks: every benchmark weighs the same, its interval resamples within each.
+  item is right from a score of 0.5. Exact McNemar test: without a difference each flip is a fair coin.
+- Mean over benchmarks: every benchmark has the same weight; the interval resamples within each benchmark.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,19 +21,19 @@ from benchmarks.results import Comparison, Metrics
 FULL = "full"
 RIGHT = 0.5
 INTERVAL = (2.5, 97.5)
-# Resamples times items held in memory at a time.
+# Maximum of resamples times items in memory at a time.
 CHUNK = 4_000_000
 
 Floats = npt.NDArray[np.float64]
 
 
 def mcnemar_p(lost: int, gained: int) -> float:
-    """Two-sided exact McNemar test: p-value of a split at least as uneven among lost + gained fair coin flips."""
+    """Two-sided exact McNemar test: p-value of a split at least as uneven in lost + gained fair coin flips."""
     return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def resampled_means(scores: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Means [resamples, columns] of rows of scores [items, columns] drawn with replacement, columns kept together."""
+    """Bootstrap means [resamples, columns] of scores [items, columns]; whole rows are drawn with replacement."""
     n = len(scores)
     step = max(1, CHUNK // n)
     chunks = [
@@ -46,12 +46,13 @@ def resampled_means(scores: Floats, resamples: int, rng: np.random.Generator) ->
 def compare(
     items: pd.DataFrame, asked: Mapping[str, int], full: pd.DataFrame | None, resamples: int, seed: int
 ) -> dict[str, Comparison]:
-    """Every benchmark and their ``mean``.
+    """Compare a variant on every benchmark and on their ``mean``.
 
     Args:
-        items, full: records with columns task, doc, score, n_answer_tokens, nll, kl. ``full`` None: this is it.
-        asked: items asked for, by task.
-        resamples, seed: of the bootstrap.
+        items, full: records with columns task, doc, score, n_answer_tokens, nll, kl. ``full`` is None if ``items`` are
+            those of full precision.
+        asked: number of chosen items, by task.
+        resamples, seed: number of resamples and seed of the bootstrap.
     """
     rng = np.random.default_rng(seed)
     benchmarks: dict[str, Comparison] = {}
@@ -71,7 +72,7 @@ def compare(
 def _compare_benchmark(
     rows: pd.DataFrame, asked: int, full: pd.DataFrame | None, resamples: int, rng: np.random.Generator
 ) -> tuple[Comparison, Floats, Floats]:
-    """One benchmark, its resampled means [resamples], and those of the pairs [resamples, 2] in score points."""
+    """One benchmark, its resampled means [resamples], and the resampled means of the pairs [resamples, 2]."""
     scores = rows["score"].to_numpy(float)
     own = resampled_means(scores[:, None], resamples, rng)[:, 0]
     low, high = _interval(100 * own)
@@ -132,7 +133,7 @@ def _with_retention(comparison: Comparison, means: Floats, resampled: Floats) ->
 
 
 def _per_token(rows: pd.DataFrame, name: str) -> float | None:
-    """Mean NLL or KL over the tokens of all answers, each of which weighs the same; None: no answer was measured."""
+    """Mean NLL or KL over the tokens of all answers, with equal weight per token; None without a measured answer."""
     usable = rows[(rows["n_answer_tokens"] > 0) & rows[name].notna()]
     tokens = usable["n_answer_tokens"]
     return float((usable[name] * tokens).sum() / tokens.sum()) if len(usable) else None
@@ -152,9 +153,9 @@ def _average(values: Sequence[float | None]) -> float | None:
 
 
 def scores_table(metrics: Sequence[Metrics]) -> str:
-    """Table of variants for the terminal; full precision first, then as given.
+    """Table of variants for the terminal; full precision is first, the rest keeps its order.
 
-    A score that fewer items than asked went into carries how many: "71.2 ± 2.1 (598/600)".
+    If fewer items were scored than chosen, both numbers are shown: "71.2 ± 2.1 (598/600)".
     """
     ordered = sorted(metrics, key=lambda each: each.variant != FULL)
     if not ordered:

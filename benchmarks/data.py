@@ -1,4 +1,4 @@
-"""Read a benchmark's rows: from the hub or a local parquet, checked, with bad rows listed and images undecoded."""
+"""Read and check a benchmark's rows from the hub or a local parquet; bad rows are listed, images stay encoded."""
 
 import hashlib
 import io
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 class BenchmarkError(ValueError):
-    """A benchmark that cannot be run; the message names the value to change."""
+    """A benchmark cannot run; the message names the value to change."""
 
 
 class EncodedImage:
-    """An image as its file's bytes: decoded when a batch needs it, so that a large set fits in memory."""
+    """An image as its file's bytes. It is decoded when a batch needs it, so that a large set fits in memory."""
 
     def __init__(self, data: bytes, name: str) -> None:
-        """Read the size from the header. Raises one of IMAGE_ERRORS if the bytes are no image."""
+        """Read the size from the header. Raises one of IMAGE_ERRORS if the bytes are not an image."""
         self._data = data
         self.name = name
         with Image.open(io.BytesIO(data)) as image:
@@ -44,7 +44,7 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Skip:
-    """A row that was asked for and not scored, and why."""
+    """A chosen row that was not scored, and the reason."""
 
     doc: str
     reason: str
@@ -74,9 +74,9 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def choose_rows(names: Sequence[str], task: str, limit: int | None, seed: int) -> list[int]:
-    """Positions of ``limit`` rows, in order: those whose name has the smallest hash with seed and task.
+    """Positions, in order, of the ``limit`` rows whose name has the smallest hash with seed and task.
 
-    Depends on nothing else, so every variant answers the same questions.
+    The choice depends on nothing else, so every variant answers the same questions.
     """
     if limit is None or limit >= len(names):
         return list(range(len(names)))
@@ -99,7 +99,7 @@ def load_rows(
     Args:
         config: the task's YAML; ``metadata`` names its ``columns``, ``images`` and optionally an ``id`` column.
         target: the YAML's ``doc_to_target``; a row without a target is skipped unless ``empty_target: score``.
-        limit: rows to ask for, None for all; the source's own limit wins.
+        limit: number of rows to choose, None for all; the source's own limit takes precedence.
     """
     metadata = config["metadata"]
     table = _read_local(source) if source.data else _read_hub(source, config)
@@ -111,7 +111,7 @@ def load_rows(
     limit = limit if source.limit is None else source.limit
     chosen = choose_rows(names, source.task, limit, seed)
     if limit is not None and limit > len(names):
-        logger.warning("%s: asked for %d items, the data has %d", source.task, limit, len(names))
+        logger.warning("%s: %d items needed, %d found", source.task, limit, len(names))
     rows = Rows(docs=[], ids=[], asked=len(chosen) if limit is None else limit)
     for position in chosen:
         _add_row(rows, dict(table[position]), names[position], metadata, target)
@@ -133,7 +133,7 @@ def _place(source: BenchmarkSource, config: Mapping[str, Any]) -> str:
 
 
 def _read_local(source: BenchmarkSource) -> datasets.Dataset:
-    """A parquet file with every column, whether ``datasets`` wrote it or pandas did."""
+    """Read a parquet file with all its columns, written by ``datasets`` or pandas."""
     path = Path(str(source.data))
     if source.hub or source.revision or source.split or source.subset:
         raise BenchmarkError(f"{source.task}: give either `data` or hub, subset, revision and split, not both")
@@ -175,7 +175,7 @@ def _check_columns(columns: Sequence[str], needed: Sequence[str], source: Benchm
 
 
 def _row_names(table: datasets.Dataset, id_column: str | None) -> list[str]:
-    """Stable names of rows: the id column where it is unique, else position (with the id, if there is one)."""
+    """Stable names of rows: the id if it is unique, else the position (with the id, if the row has one)."""
     if id_column is None:
         return [str(position) for position in range(len(table))]
     ids = [str(value) for value in table[id_column]]
@@ -189,7 +189,7 @@ def _add_row(
     metadata: Mapping[str, Any],
     target: Callable[[Mapping[str, Any]], str],
 ) -> None:
-    """Check one row and add it to the rows or to the skipped."""
+    """Check one row and add it to the rows or to the skipped rows."""
     empty = [
         column
         for column in metadata["columns"]
@@ -217,7 +217,7 @@ def _scores_empty(metadata: Mapping[str, Any]) -> bool:
 
 
 def _encoded(value: Any, name: str) -> EncodedImage:
-    """Image column entry ({"bytes", "path"} or bytes) as an EncodedImage."""
+    """Convert an image column entry ({"bytes", "path"} or bytes) to an EncodedImage."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or (Path(value["path"]).read_bytes() if value.get("path") else None)
     if not isinstance(value, bytes):

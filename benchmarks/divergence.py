@@ -1,13 +1,13 @@
-"""How far a variant's answer distributions are from full precision, teacher-forced on the reference answers.
+"""Measure how far a variant's answer distributions are from full precision, teacher-forced on reference answers.
 
-Accuracy on a few hundred items cannot tell good quantizers apart; these can:
+Accuracy on a few hundred items cannot distinguish good quantizers; these measures can:
 
 - NLL: mean over answer tokens of -log q(token), in nats.
 - KL: mean over answer tokens of KL(p || q) = sum over the vocabulary of p (log p - log q), in nats,
   p full precision and q the variant, both given the same prompt and the same preceding answer tokens.
 
-The tokens of an answer include the one that ends the turn: stopping is part of the answer. The full-precision run
-stores log p per answer token; variant runs read it, so that no process holds two models.
+The tokens of an answer include the token that ends the turn, because stopping is part of the answer. The full-precision
+run stores log p per answer token; variant runs read it, so that no process holds two models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class ItemKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of one item, per answer token in nats; ``kl`` is None where there is nothing to compare with."""
+    """NLL and KL of one item, per answer token in nats; ``kl`` is None without a reference."""
 
     n_tokens: int
     nll: float
@@ -43,13 +43,13 @@ class Divergence:
 
 
 class AnswerMeter(Protocol):
-    """Takes log q of a batch of answers, gives their divergences."""
+    """Measures the divergences of a batch of answers from their log q."""
 
     def wants(self, key: ItemKey) -> bool:
-        """Whether this item's answer is to be measured."""
+        """Whether to measure this item's answer."""
 
     def measure(self, answers: Mapping[ItemKey, tuple[Sequence[int], torch.Tensor]]) -> dict[ItemKey, Divergence]:
-        """Answer token ids, and log-probabilities [tokens, vocabulary] float32 at each of them."""
+        """Measure answers, given as token ids and log-probabilities [tokens, vocabulary] float32 at each token."""
 
 
 def nll_per_token(log_q: torch.Tensor, tokens: Sequence[int]) -> float:
@@ -64,7 +64,7 @@ def kl_per_token(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
 
 
 class ReferenceRecorder:
-    """Meter of the full-precision run: stores log p, one file a batch, each written to a temporary name first."""
+    """Meter of the full-precision run: stores log p in one file per batch, each written to a temporary name first."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class ReferenceRecorder:
 
 
 class ReferenceReader:
-    """Meter of a variant's run: compares with what the full-precision run stored."""
+    """Meter of a variant's run: compares with the log p that the full-precision run stored."""
 
     def __init__(self, folder: Path) -> None:
         self._places: dict[str, Path] = {}

@@ -1,7 +1,7 @@
 """Run the benchmarks on a loaded model through lm-eval and return per-item records.
 
-lm-eval's ``evaluate`` is called rather than ``simple_evaluate``: it is the same engine without the environment report,
-which takes longer than the demo's benchmarks do.
+lm-eval's ``evaluate`` is called and not ``simple_evaluate``, whose additional environment report takes longer than the
+demo's benchmarks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """The outcome of one benchmark; ``len(items) < asked``: some items could not be scored."""
+    """The outcome of one benchmark; if ``len(items) < asked``, some items could not be scored."""
 
     task: str
     items: Sequence[Item]
@@ -63,7 +63,7 @@ class Benchmark:
 
 
 def load_benchmarks(sources: Sequence[BenchmarkSource], limit: int | None, seed: int) -> dict[str, Benchmark]:
-    """Read the rows of all benchmarks before any is answered: a missing file stops the run at once."""
+    """Read the rows of all benchmarks before the first answer, so that a missing file stops the run at once."""
     names = [source.task for source in sources]
     if len(set(names)) != len(names):
         raise BenchmarkError(f"evaluate.benchmarks names a task twice: {', '.join(names)}")
@@ -98,14 +98,14 @@ def run_benchmarks(
     """Answer every item, score it, and measure the reference answers if ``options`` has a meter.
 
     Args:
-        measured_items: how many reference answers to measure per benchmark, drawn with ``seed``; None for all.
+        measured_items: number of reference answers to measure per benchmark, drawn with ``seed``; None for all.
     """
     answers = _answers(benchmarks, measured_items, seed)
     return run_on(VisionLM(model, processor, options, namer(benchmarks), answers), benchmarks)
 
 
 def namer(benchmarks: Mapping[str, Benchmark]) -> Callable[[str, int], str]:
-    """Row names by task and position."""
+    """A function from task and position to the row's name."""
     return lambda task, position: benchmarks[task].rows.ids[position]
 
 
@@ -126,7 +126,7 @@ def run_on(lm: VisionLM | WrappedLM, benchmarks: Mapping[str, Benchmark]) -> lis
 
 @contextmanager
 def _without_bars_of_lm_eval() -> Iterator[None]:
-    """lm-eval shows a bar per task while it writes prompts, which takes no time; the model's own bar is enough."""
+    """Hide lm-eval's bar per task for writing prompts, which takes no time; the model has its own bar."""
     shown = lm_eval.api.task.tqdm
     lm_eval.api.task.tqdm = partial(shown, disable=True)
     try:
@@ -136,7 +136,7 @@ def _without_bars_of_lm_eval() -> Iterator[None]:
 
 
 def _answers(benchmarks: Mapping[str, Benchmark], limit: int | None, seed: int) -> dict[ItemKey, str]:
-    """Reference answers of the items to be measured."""
+    """Reference answers of the items to measure."""
     answers = {}
     for name, benchmark in benchmarks.items():
         rows = benchmark.rows
@@ -151,7 +151,7 @@ def _result(
     samples: Sequence[Mapping[str, Any]],
     finished: Mapping[ItemKey, Finished],
 ) -> BenchmarkResult:
-    """Per-item records and sub-scores; items that could not be answered count as skipped, not as wrong."""
+    """Per-item records and sub-scores; items without an answer count as skipped, not as wrong."""
     items, skipped = [], list(benchmark.rows.skipped)
     for sample in samples:
         done = finished[ItemKey(name, benchmark.rows.ids[sample["doc_id"]])]

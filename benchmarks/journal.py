@@ -1,4 +1,4 @@
-"""Answers of an evaluation in progress, a line each: a killed evaluation continues where it stopped."""
+"""Store the answers of an evaluation in progress, one line each, so that a killed evaluation continues."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class Journal:
     """Lines in ``folder``, valid for one fingerprint of items, parameters and model.
 
-    A folder with another fingerprint is emptied: its answers are to other questions or of another model.
+    A folder with another fingerprint is emptied, because its answers belong to other questions or another model.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -32,7 +32,7 @@ class Journal:
             stamp.write_text(fingerprint)
 
     def read(self) -> dict[ItemKey, Finished]:
-        """Finished items; a last line that was being written when the process died is dropped."""
+        """Finished items; an incomplete last line, from a process that was killed, is dropped."""
         if not self._path.exists():
             return {}
         lines = self._path.read_text(encoding="utf-8").split("\n")

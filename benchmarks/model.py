@@ -1,8 +1,8 @@
-"""A vision-language model behind the interface of lm-eval: chat prompts with images in, greedy replies out.
+"""A vision-language model with lm-eval's interface: it answers chat prompts with images by greedy decoding.
 
-One prefill serves two purposes. A plain forward pass over prompt and reference answer gives the answer's
-log-probabilities; its cache, cut back to the prompt, is what ``generate`` continues from. Batches are sorted by length,
-and images are decoded and processed for the next batch while the model works on this one.
+One prefill serves two purposes. A forward pass over prompt and reference answer gives the answer's log-probabilities;
+``generate`` continues from its cache, cut back to the prompt. Batches are sorted by length. While the model computes a
+batch, the images of the next batch are decoded and processed.
 """
 
 import logging
@@ -58,7 +58,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Finished:
-    """One item answered; ``failure`` is the reason if it could not be answered; then the reply is empty."""
+    """One finished item. If it could not be answered, ``failure`` is the reason and the reply is empty."""
 
     key: ItemKey
     reply: str = ""
@@ -85,11 +85,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How ``VisionLM`` answers items.
+    """Options of ``VisionLM``.
 
     Attributes:
-        batch_size: items at a time; halved when memory runs out.
-        max_new_tokens: upper bound on the tasks' own lengths of replies.
+        batch_size: items per batch; halved when memory runs out.
+        max_new_tokens: upper bound on the reply lengths that the tasks set.
         meter: measures reference answers; None measures none.
         finished: items answered by an earlier, interrupted run.
         on_batch: called with each batch of finished items.
@@ -117,7 +117,7 @@ class VisionLM(LM):
     ) -> None:
         """
         Args:
-            name_of: row name from task and position.
+            name_of: function from task and position to the row's name.
             answers: reference answers, which the meter of ``options`` may measure.
         """
         super().__init__()
@@ -134,7 +134,7 @@ class VisionLM(LM):
         self._chats: dict[str, list[Message]] = {}
         self._end_of_turn = _end_of_turn(model, self.tokenizer)
 
-    # --- What lm-eval calls ---------------------------------------------------------------------------
+    # --- lm-eval's interface --------------------------------------------------------------------------
 
     @property
     def tokenizer_name(self) -> str:
@@ -159,7 +159,7 @@ class VisionLM(LM):
         waiting = [item for item in work if item.key not in self.finished]
         if len(waiting) < len(work):
             done_before = len(work) - len(waiting)
-            logger.info("%d of %d items were answered before; going on with the rest", done_before, len(work))
+            logger.info("%d of %d items were answered before; continuing with the rest", done_before, len(work))
         with tqdm(total=len(waiting), desc="answers", unit="item", disable=disable_tqdm) as progress:
             for batch, encoded in self._encoded_batches(self._in_batches(waiting)):
                 done = self._answer(batch, encoded)
@@ -206,7 +206,7 @@ class VisionLM(LM):
         return Reference(tuple(own), 0, text)
 
     def _in_batches(self, work: Sequence[Work]) -> Iterator[list[Work]]:
-        """Batches of like items, longest first: running out of memory happens at once or not at all."""
+        """Batches of items with similar lengths, longest first, so that memory runs out at once or not at all."""
         ordered = sorted(work, key=lambda item: (-item.max_new_tokens, -item.length, item.key))
         start = 0
         while start < len(ordered):
@@ -275,7 +275,7 @@ class VisionLM(LM):
         return failed + [done for half in halves for done in self._answer(half, self._encode(half))]
 
     def _check_length(self, batch: Sequence[Work], inputs: Any) -> None:
-        """Refuse what does not fit: cutting a prompt would cut its image."""
+        """Raise an error if a prompt is too long, because cutting the prompt would cut its image."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         lengths = inputs["attention_mask"].sum(-1)
         longest = int(lengths.argmax())
@@ -318,8 +318,8 @@ class VisionLM(LM):
         """Forward pass over prompts and answers.
 
         Returns:
-            Per item its answer tokens and their log-probabilities [tokens, vocabulary]; and the cache of the prompts
-            except for their last token, None if this model's cache cannot be cut.
+            Answer tokens and their log-probabilities [tokens, vocabulary] by item, and the cache of the prompts except
+            their last token; the cache is None if this model's cache cannot be cut.
         """
         longest = max(len(item.reference.tokens) for item in batch)
         extended = _append(inputs, [item.reference.tokens for item in batch], longest, self._pad_token)
@@ -343,7 +343,7 @@ class VisionLM(LM):
         return self._end_of_turn if pad is None else int(pad)
 
     def _generation(self, max_new_tokens: int) -> GenerationConfig:
-        """Greedy, whatever the checkpoint's own generation config prefers."""
+        """Greedy decoding, in place of the checkpoint's own generation config."""
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -356,7 +356,7 @@ class VisionLM(LM):
 
 
 def _append(inputs: Any, answers: Sequence[Sequence[int]], longest: int, pad: int) -> dict[str, Any]:
-    """Inputs with answers [batch, longest] after the prompts, padded right; other token-shaped inputs get 0."""
+    """Append answers [batch, longest] to the prompts, padded on the right; other inputs per token are padded with 0."""
     ids = inputs["input_ids"]
     tail = torch.full((len(answers), longest), pad, dtype=ids.dtype)
     mask = torch.zeros((len(answers), longest), dtype=inputs["attention_mask"].dtype)
@@ -385,7 +385,7 @@ def pixels(image: Any) -> Any:
 
 
 def _end_of_turn(model: Any, tokenizer: Any) -> int:
-    """Token that ends a reply: the tokenizer's, if generation stops at it, else the first that it stops at."""
+    """Token that ends a reply: the tokenizer's eos token if generation stops there, else the first stop token."""
     stops = model.generation_config.eos_token_id
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     if tokenizer.eos_token_id in stops or not stops:

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-#: Fields in nats or probabilities, kept to six places; other floats are percentages, kept to hundredths.
+#: Fields in nats or probabilities, rounded to six places; other floats are percentages, rounded to hundredths.
 _FINE = ("nll", "kl", "mcnemar_p")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A sub-score: mean in [0, 1] or sum of points, and over how many items."""
+    """A sub-score: mean in [0, 1] or sum of points, and the number of items."""
 
     value: float
     n: int
@@ -23,10 +23,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One benchmark, or the mean over benchmarks, of one variant. Percent, except nll and kl in nats per token.
+    """One benchmark, or the mean over benchmarks, of one variant, in percent; nll and kl are in nats per token.
 
-    ``n`` items were scored of ``asked``; ``pairs`` of them also in full precision. None: nothing to compare or to
-    measure.
+    ``n`` of the ``asked`` items were scored, and ``pairs`` of them also in full precision. A field is None if it was
+    not compared or measured.
     """
 
     score: float
@@ -46,7 +46,7 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Raises ValueError if a required key is missing, a key is unknown, or a value is not a number."""
+        """Parse an entry. Raises ValueError for a missing or unknown key, or a value that is not a number."""
         known = {each.name for each in fields(cls)}
         if unknown := values.keys() - known:
             raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
@@ -59,11 +59,11 @@ class Comparison:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields that have a value."""
+        """The fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def rounded(self) -> Self:
-        """Percentages to hundredths, nats and p-values to six places."""
+        """Round percentages to hundredths, nats and p-values to six places."""
         rounded: dict[str, Any] = {
             name: round(value, 6 if name in _FINE else 2)
             for name, value in self.to_dict().items()
@@ -80,20 +80,20 @@ class Comparison:
 
     @property
     def retention_interval(self) -> tuple[float, float, float] | None:
-        """Retention, its low end and its high end; None where there is no retention."""
+        """Retention, its low end and its high end; None without a retention."""
         if self.retention is None or self.retention_low is None or self.retention_high is None:
             return None
         return self.retention, self.retention_low, self.retention_high
 
     @property
     def score_text(self) -> str:
-        """``71.2 ± 2.1 (598/600)``: score, half of its interval, and how many items where some are missing."""
+        """``71.2 ± 2.1 (598/600)``: score, half of its interval, and the numbers of items if some are missing."""
         missing = f" ({self.n}/{self.asked})" if self.n < self.asked else ""
         return f"{self.score:.1f} ± {(self.high - self.low) / 2:.1f}{missing}"
 
     @property
     def retention_text(self) -> str | None:
-        """``98.0 ± 1.0``: retention and half of its interval; None where there is no retention."""
+        """``98.0 ± 1.0``: retention and half of its interval; None without a retention."""
         if self.retention_interval is None:
             return None
         retention, low, high = self.retention_interval
@@ -102,11 +102,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BenchmarkMetrics(Comparison):
-    """One benchmark as metrics.json has it.
+    """One benchmark in metrics.json.
 
     Attributes:
-        skipped: items that were asked for and not scored.
-        empty_replies: None in files that older versions wrote.
+        skipped: chosen items that were not scored.
+        empty_replies: number of empty replies; None in files of older versions.
         parts: sub-scores by name.
     """
 
@@ -135,7 +135,7 @@ class Metrics:
         yield from self.benchmarks.items()
 
     def entry(self, name: str) -> Comparison:
-        """A benchmark's metrics, or those of ``mean``."""
+        """The metrics of a benchmark or of ``mean``."""
         return self.mean if name == "mean" else self.benchmarks[name]
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Metrics:
         return {"variant": self.variant, "benchmarks": benchmarks, "mean": self.mean.to_dict()}
 
     def summary(self) -> Summary:
-        """The few numbers of summary.json."""
+        """The content of summary.json."""
         return Summary(
             score=self.mean.score,
             benchmarks={name: entry.score for name, entry in self.benchmarks.items()},
@@ -159,7 +159,7 @@ class Metrics:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises ValueError, with the file and the entry, if the file does not hold what ``save`` writes."""
+        """Read a file that ``save`` has written. Raises ValueError, with path and entry, for any other content."""
         content = json.loads(path.read_text())
         try:
             variant, benchmarks, mean = (content[key] for key in ("variant", "benchmarks", "mean"))
@@ -189,7 +189,7 @@ class Summary:
     nll: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat row; what was not measured is left out."""
+        """One flat row without the values that were not measured."""
         measured = {"retention": self.retention, "kl": self.kl, "nll": self.nll}
         known = {name: value for name, value in measured.items() if value is not None}
         return {"score": self.score, **self.benchmarks, **known, "n": self.n, "skipped": self.skipped}
@@ -199,7 +199,7 @@ class Summary:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises ValueError if a number is missing."""
+        """Read a file that ``save`` has written. Raises ValueError if a number is missing."""
         content: dict[str, Any] = json.loads(path.read_text())
         names = [each.name for each in fields(cls) if each.name != "benchmarks"]
         if missing := [name for name in ("score", "n", "skipped") if name not in content]:

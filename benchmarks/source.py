@@ -1,15 +1,15 @@
-"""Which benchmark to run: the type of an entry of `evaluate.benchmarks`, without what reads its rows."""
+"""The type of an entry of `evaluate.benchmarks`, without the code that reads its rows."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class BenchmarkSource:
-    """Which benchmark to run, and where its rows are if not where the YAML says.
+    """A benchmark to run, and the source of its rows if it is not the YAML's.
 
-    `data` is a local parquet file, or a folder whose parquet files are taken together in the order of their names; it
-    excludes the hub fields. `limit` overrides the evaluation's own;
-    `suffix` replaces the instruction after the question.
+    `data` is a local parquet file, or a folder whose parquet files are concatenated in the order of their names; it
+    excludes the hub fields. `limit` overrides the evaluation's limit. `suffix` replaces the instruction after the
+    question.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Benchmarks on vLLM, through lm-eval's ``vllm-vlm`` model. Faster on a GPU; measures no reference answers."""
+"""Run benchmarks on vLLM through lm-eval's ``vllm-vlm`` model, which is faster and measures no reference answers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +13,11 @@ from benchmarks.divergence import ItemKey
 from benchmarks.model import Finished, pixels
 from tlq.inputs.images import IMAGE_ERRORS
 
-MOST_IMAGES = 7  # of one item: MMMU
+MOST_IMAGES = 7  # maximum per item, in MMMU
 
 
 def load_vllm(path: str, dtype: str, pixel_bounds: Mapping[str, int]) -> LM:
-    """lm-eval's vLLM model of a checkpoint. Needs the ``vllm`` package, which this project does not install."""
+    """lm-eval's vLLM model of a checkpoint. It needs the ``vllm`` package, which this project does not install."""
     try:
         from lm_eval.models.vllm_vlms import VLLM_VLM
     except ImportError as error:
@@ -29,7 +29,7 @@ def load_vllm(path: str, dtype: str, pixel_bounds: Mapping[str, int]) -> LM:
 
 
 class WrappedLM(LM):
-    """Another lm-eval model, given decoded images a chunk at a time, so that an interrupted run can go on."""
+    """Wrap another lm-eval model: decode images for one chunk at a time, so that an interrupted run can continue."""
 
     MULTIMODAL = True
 
@@ -42,7 +42,7 @@ class WrappedLM(LM):
         finished: Mapping[ItemKey, Finished] | None = None,
         on_batch: Callable[[Sequence[Finished]], None] = lambda batch: None,
     ) -> None:
-        """For the arguments see VisionLM."""
+        """See ``VisionLM`` for the arguments."""
         super().__init__()
         self.finished = dict(finished or {})
         self._inner = inner

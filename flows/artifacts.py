@@ -1,4 +1,4 @@
-"""What a finished run shows in the Prefect UI: tables, pictures, links."""
+"""Publish the results of a finished run in the Prefect UI: tables, pictures, links."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WIDTH = 1200  # pixels; artifacts live in Prefect's database
 
 
 def publish_results(variants: Sequence[str]) -> str:
-    """Everything that a run of the pipeline made, as artifacts; returns the table of scores for the terminal."""
+    """Publish the results of a run as artifacts; returns the table of scores for the terminal."""
     table = (ROOT / "report" / "scores.txt").read_text().rstrip("\n")
     create_table_artifact(
         score_rows(variants), key="scores", description="Scores by variant; retention is in percent of full precision."
@@ -48,7 +48,7 @@ def publish_results(variants: Sequence[str]) -> str:
 
 
 def score_rows(variants: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per variant: its summary, and under which name and version it is registered."""
+    """One row per variant: its summary, and its registered name and version."""
     registered = {row["variant"]: row for row in json.loads((ROOT / "registry.json").read_text())}
     return [
         {
@@ -65,7 +65,7 @@ def _version(row: Mapping[str, Any]) -> str:
 
 
 def link_registry(tracking_uri: str) -> None:
-    """A link to the registered models, or how to look at them where no MLflow server is named."""
+    """Publish a link to the registered models or, without an MLflow server, the command that shows them."""
     if tracking_uri.startswith(("http://", "https://")):
         create_link_artifact(
             f"{tracking_uri.rstrip('/')}/#/models", "Registered models in MLflow", key="mlflow", description="MLflow"
@@ -77,7 +77,7 @@ def link_registry(tracking_uri: str) -> None:
 
 
 def data_url(picture: Path) -> str:
-    """A picture as an address that holds the picture itself: the UI shows it without a file server."""
+    """``data:`` URI of a picture, which the UI shows without a file server."""
     with Image.open(picture) as image:
         image.thumbnail((_WIDTH, 4 * _WIDTH))
         buffer = io.BytesIO()
@@ -86,13 +86,13 @@ def data_url(picture: Path) -> str:
 
 
 def publish_overrides(values: Mapping[str, Any], experiment: str) -> None:
-    """What was filled in for this run, and how to come back to it."""
+    """Publish the parameters of this run, and the command that restores the run."""
     if not values:
         return
     rows = "\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in values.items())
     text = (
         f"| params.yaml | this run |\n|---|---|\n{rows}\n\n"
-        f"When it has ended well it is the experiment `{experiment}`: `dvc exp show` lists it, "
-        f"`dvc exp apply {experiment}` brings it back."
+        f"If the run succeeds, it is saved as the experiment `{experiment}`: `dvc exp show` lists it, "
+        f"`dvc exp apply {experiment}` restores it."
     )
     create_markdown_artifact(text, key="parameters", description="Values that differ from params.yaml")

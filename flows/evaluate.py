@@ -67,7 +67,7 @@ def score(variants: Sequence[str], again: bool) -> None:
 
 @task(task_run_name="find registered models")
 def find_models(models: Sequence[str], variants: Sequence[str]) -> list[str]:
-    """The variants that ``models`` name: a variant, or the one registered under the model's name."""
+    """Variants that ``models`` refer to; each entry is a variant or a registered model."""
     from tasks.registry.connection import connect
     from tasks.registry.registered import find_variants
 

@@ -1,4 +1,4 @@
-"""What happens when a flow run fails, crashes or is cancelled. Prefect passes a hook's arguments by these names."""
+"""Hooks for flow runs that fail, crash or are cancelled. Prefect passes their arguments by name."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ _FAILED = """## {what}
 ```
 
 1. {cure}
-2. Start the flow again, or press *Retry*: stages that are done are not done again, and a stage that was interrupted
-   goes on from its last finished layer or batch.
+2. Start the flow again, or press *Retry*: finished stages are skipped, and an interrupted stage continues from its last
+   finished layer or batch.
 
-Parameters filled in for this run are not in params.yaml any more; fill them in again.
+The parameters of this run are no longer in params.yaml; fill them in again.
 """
 
-_CRASHED = """## The process of this run ended without saying why
+_CRASHED = """## The process of this run ended without an error message
 
-Usually it was killed: by hand, by a restart of the machine, or for want of memory (`dmesg` says so). {stopped} of its
-stages' processes were still at work and have been stopped.
+Usually the process was killed: by hand, by a restart of the machine, or because memory ran out (see `dmesg`).
+{stopped} of its stages' processes were still running and have been stopped.
 
-1. Look at `git diff params.yaml`: values that were filled in for this run may still be there.
-   `git checkout params.yaml` puts back what was committed.
-2. Start the flow again: stages that are done are not done again, and the interrupted one goes on where it was.
+1. Check `git diff params.yaml`: the parameters of this run may still be there. `git checkout params.yaml` restores the
+   committed values.
+2. Start the flow again: finished stages are skipped, and the interrupted stage continues.
 3. If memory was short, lower `calibrate.batch_size`, `importance.batch_size` or `evaluate.batch_size`, or set
    `TLQ_PARALLEL=1`.
 """
 
 
 def advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
-    """A markdown artifact, and a line in the log, that say what failed and what to do next."""
+    """Write a markdown artifact that says what failed and what to do next, and point to it in the log."""
     text = advice(state.message or "")
     flow_run_logger(flow_run, flow).error("%s", "What to do next is in the artifact what-to-do of this run")
     _publish(text, flow_run)
 
 
 def clean_up_and_advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
-    """After a crash nobody else stops the stages that the flow's process had started."""
+    """Stop the stages that the crashed process of the flow had started, and advise."""
     stopped = stop_stages(str(flow_run.id))
     flow_run_logger(flow_run, flow).error("Crashed; what to do next is in the artifact what-to-do of this run")
     _publish(_CRASHED.format(stopped=stopped or "None"), flow_run)
 
 
 def stop_its_stages(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
-    """A cancelled run leaves nothing at work."""
+    """Stop the stages of a cancelled run."""
     stopped = stop_stages(str(flow_run.id))
-    flow_run_logger(flow_run, flow).info("Cancelled; %d processes of its stages were still at work", stopped)
+    flow_run_logger(flow_run, flow).info("Cancelled; %d processes of its stages were stopped", stopped)
 
 
 def advice(message: str) -> str:
-    """Markdown about a failed run, from its state's message."""
+    """Markdown advice on a failed run, from its state's message."""
     found = _STAGE.search(message)
     if not found:
         return _FAILED.format(what="The flow failed", reason=message, cure="Correct what the message names.")
@@ -75,7 +75,7 @@ def _cure(stage: str, reason: str) -> str:
         return "Another `dvc` command is at work in this folder. Wait until it is done."
     if "No such file or directory" in reason:
         return (
-            "Something an earlier stage makes is missing, as after a run that was interrupted: start `quantize` first."
+            "An output of an earlier stage is missing, perhaps because a run was interrupted: start `quantize` first."
         )
     return (
         f"Correct what the message names. `dvc repro --single-item {stage}` in the project's folder shows the same "
@@ -84,7 +84,7 @@ def _cure(stage: str, reason: str) -> str:
 
 
 def _publish(text: str, flow_run: FlowRun) -> None:
-    """Hooks run outside the flow's context, so the run is named here."""
+    """Create the artifact through the API, because hooks run outside the flow's context."""
     artifact = ArtifactCreate(key="what-to-do", type="markdown", data=text, flow_run_id=flow_run.id)
     with get_client(sync_client=True) as client:
         client.create_artifact(artifact)

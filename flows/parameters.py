@@ -1,8 +1,7 @@
-"""What can be filled in when a flow is started, and how it gets into params.yaml.
+"""Parameters of a flow run, and how they replace values of params.yaml.
 
-params.yaml is the truth: a run without parameters does what it says. Whatever is filled in replaces values of
-params.yaml for that run, as `dvc exp run -S` would; the run is saved as a DVC experiment under its own name, and then
-params.yaml is as it was.
+A run without parameters uses params.yaml. Parameters replace values of params.yaml for that run, as `dvc exp run -S`
+does. The run is saved as a DVC experiment under its own name, and params.yaml is restored.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from tlq.runtime.files import write_text
 PARAMS = ROOT / "params.yaml"
 PRESETS = ROOT / "presets"
 
-#: Stands among the overrides for the preset of a model; everything the preset sets is below the other overrides.
+#: Key of a model's preset among the overrides. The preset is applied first, so the other overrides take precedence.
 PRESET = "preset"
 
-#: Stages by the names that `force` takes, those of dvc.yaml; `fetch`, `calibrate`, `evaluate` name all their entries.
+#: Stages of dvc.yaml, the names that `force` takes; `fetch`, `calibrate` and `evaluate` stand for all their entries.
 STAGES: tuple[str, ...] = tuple(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 
 # Prefect's form shows an `enum` as a menu, and takes descriptions from the flow's docstring.
@@ -43,7 +42,7 @@ Limit = Annotated[int, Field(ge=0)]
 
 
 class ParametersError(ValueError):
-    """A flow was started with something that params.yaml does not have."""
+    """A flow cannot run with its parameters."""
 
 
 def overrides(
@@ -54,13 +53,13 @@ def overrides(
     limit: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Values of params.yaml by dotted name, from a flow's parameters; those left empty are not in it.
+    """Values of params.yaml by dotted name, from the flow parameters that are not empty.
 
     Args:
-        model: name of a preset, which also says what its models are registered as, or folder of a checkpoint.
+        model: name of a preset, which also sets the name of its registered models, or folder of a checkpoint.
 
     Raises:
-        ParametersError: ``model`` is neither.
+        ParametersError: ``model`` is neither a preset nor a folder.
     """
     preset = model if (PRESETS / "model" / f"{model}.yaml").is_file() else ""
     path = "" if preset else model
@@ -84,10 +83,10 @@ def overrides(
 
 
 def with_overrides(text: str, values: Mapping[str, Any]) -> str:
-    """A params file's text with ``values`` put in by dotted name; comments stay.
+    """Set ``values`` by dotted name in the text of a params file; comments stay.
 
     Raises:
-        ParametersError: a section that the file does not have, or a name that goes on below a plain value.
+        ParametersError: the file has no such section, or a name continues below a plain value.
     """
     values = dict(values)
     if preset := values.pop(PRESET, ""):
@@ -102,7 +101,7 @@ def with_overrides(text: str, values: Mapping[str, Any]) -> str:
 
 
 def with_preset(text: str, name: str) -> str:
-    """A params file's text with a model's preset in it, download at the preset's commit included."""
+    """Apply a model's preset to the text of a params file, with the download at the preset's commit."""
     from tasks.config.presets import applied, available, named, newest_commit, pin
 
     chosen = [preset for preset in named([name], available(PRESETS)) if preset.kind == "model"]
@@ -111,9 +110,9 @@ def with_preset(text: str, name: str) -> str:
 
 @contextmanager
 def overridden(values: Mapping[str, Any]) -> Iterator[None]:
-    """params.yaml with ``values`` in it; when the block ends well the workspace is saved as an experiment.
+    """Set ``values`` in params.yaml during the block, and save the workspace as an experiment if the block succeeds.
 
-    Afterwards params.yaml is as it was, unless somebody else has changed it meanwhile.
+    Afterwards params.yaml is restored, unless another process or a user has changed it in the meantime.
     """
     if not values:
         yield
@@ -133,7 +132,7 @@ def overridden(values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def check_identity() -> None:
-    """Refuse before the long work what saving the experiment would refuse after it.
+    """Check before the long work that the experiment can be saved after it.
 
     Raises:
         ParametersError: git has no name and email for commits.
@@ -148,13 +147,13 @@ def check_identity() -> None:
 
 
 def save_experiment(name: str) -> None:
-    """The workspace as a DVC experiment: params, dvc.lock, metrics; outputs are in DVC's cache already.
+    """Save the workspace (params, dvc.lock, metrics) as a DVC experiment; outputs are in DVC's cache already.
 
     Raises:
         ParametersError: DVC cannot save it, for instance because this is no git repository.
     """
     command = [sys.executable, "-m", "dvc", "exp", "save", "--force", "--name", name]
-    for metrics in _metric_files():  # `exp save` takes only what git knows
+    for metrics in _metric_files():  # `exp save` takes only tracked files otherwise
         command += ["--include-untracked", metrics]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -163,7 +162,7 @@ def save_experiment(name: str) -> None:
 
 
 def _metric_files() -> list[str]:
-    """Files with metrics that exist, relative to the project's folder."""
+    """Existing metrics files, relative to the project's folder."""
     with Repo(str(ROOT)) as repo:
         paths = [Path(out.fs_path) for out in repo.index.outs if out.metric and not out.use_cache]
     return [str(path.relative_to(ROOT)) for path in paths if path.exists()]

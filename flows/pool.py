@@ -43,9 +43,9 @@ def pool_worker(store: str, agents: int, module: str, arguments: list[str], fold
 
     Args:
         store: host and port of the stage's store.
-        agents: most workers that share the stage.
-        module, arguments: what every rank runs.
-        folder: where it runs: the stage's own folder, on a file system that all workers share.
+        agents: maximum number of workers that share the stage.
+        module, arguments: module that every rank runs, and its arguments.
+        folder: working directory: the stage's own folder, on a file system that all workers share.
     """
     name = str(flow_run.id)
     command = [sys.executable, "-m", "tasks.cluster.agent", "--store", store, "--name", name]
@@ -57,7 +57,7 @@ def pool_worker(store: str, agents: int, module: str, arguments: list[str], fold
         except StageFailed:
             if not meeting.stopped(name):
                 raise
-            return Cancelled(message="the stage needs this worker no longer")
+            return Cancelled(message="the stage no longer needs this worker")
     except StageGoneError as error:
         return Cancelled(message=str(error))
     return None
@@ -75,22 +75,22 @@ def deploy(pool: str) -> None:
             entrypoint_type=EntrypointType.MODULE_PATH,
             job_variables={
                 "working_dir": str(ROOT),
-                "stream_output": False,  # else a run crashes at its next line when its worker has died
+                "stream_output": False,  # else a run whose worker has died crashes at its next line of output
                 "env": {
                     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # one line for a lost connection in place of a stack trace
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection logs one line, no stack trace
                 },
             },
         )
-        deployment.entrypoint = f"flows.pool.{pool_worker.fn.__name__}"  # this module may be __main__ now, never there
+        deployment.entrypoint = f"flows.pool.{pool_worker.fn.__name__}"  # here the module may be __main__
         _end_silent_runs(client, pool, cast(UUID, deployment.apply()))
 
 
 def _end_silent_runs(client: SyncPrefectClient, pool: str, deployment: UUID) -> None:
     """Let the server set runs without a heartbeat to Crashed, so that they free their slot.
 
-    A living stage does the same earlier (``tasks.cluster.watch``); the automation is for runs whose worker, process
-    and stage have all died, which no process reports.
+    A running stage does the same earlier (``tasks.cluster.watch``). The automation covers runs whose worker, process
+    and stage have all died, so that no process reports their end.
     """
     name = f"{FLOW}/{pool}: nothing heard"
     ends = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled")]
@@ -111,7 +111,7 @@ def _end_silent_runs(client: SyncPrefectClient, pool: str, deployment: UUID) -> 
         ),
         actions=[
             ChangeFlowRunState(
-                state=StateType.CRASHED, name="Crashed", force=True, message=f"silent for {_SILENT_SECONDS} s"
+                state=StateType.CRASHED, name="Crashed", force=True, message=f"no heartbeat for {_SILENT_SECONDS} s"
             )
         ],
     )
@@ -122,7 +122,7 @@ def _end_silent_runs(client: SyncPrefectClient, pool: str, deployment: UUID) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deploy", action="store_true", required=True, help="make the pool and its deployment")
+    parser.add_argument("--deploy", action="store_true", required=True, help="create the pool and its deployment")
     parser.parse_args()
     if not os.environ.get("PREFECT_API_URL"):
         sys.exit("PREFECT_API_URL names no Prefect server; start one with `prefect server start` and set it")

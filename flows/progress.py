@@ -1,7 +1,7 @@
-"""The progress of a stage as a Prefect artifact, read off the progress bar that the stage shows on its output.
+"""Show the progress of a stage as a Prefect artifact, parsed from the tqdm bar in the stage's output.
 
-The bar is tqdm's, so what a terminal shows and what the Prefect UI shows is one thing: done and all, seconds, the time
-left, and what the stage adds (the error of the last layer).
+The Prefect UI therefore shows the same as a terminal: steps done, total, elapsed and remaining time, and the values
+that the stage adds (the error of the last layer).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _LEAST_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Bar:
-    """What a progress bar says.
+    """The content of a progress bar.
 
     Attributes:
-        name: what the bar is about.
-        done, total: steps.
-        elapsed, left: times as tqdm writes them.
+        name: description of the work.
+        done, total: numbers of steps.
+        elapsed, left: times in tqdm's format.
         rest: rate and postfix, for instance `1.5s/layer, error=0.02`.
     """
 
@@ -47,7 +47,7 @@ class Bar:
 
     @classmethod
     def read(cls, line: str) -> Bar | None:
-        """None if the line is no progress bar of a known length."""
+        """Parse a line; None if the line is not a progress bar with a total."""
         found = _BAR.match(line.strip())
         if found is None or not int(found["total"]):
             return None
@@ -61,14 +61,14 @@ class Bar:
 
     @property
     def text(self) -> str:
-        """For people: `tlq w3a16: 3 of 28 done in 00:41, 05:40 left (13.6s/layer, error=0.0194)`."""
+        """Readable form: `tlq w3a16: 3 of 28 done in 00:41, 05:40 left (13.6s/layer, error=0.0194)`."""
         return f"{self.name}: {self.done} of {self.total} done in {self.elapsed}, {self.left} left ({self.rest})"
 
 
 def with_progress(lines: Iterable[str], stage: str, clock: Callable[[], float] = time.monotonic) -> Iterator[str]:
-    """The lines as they are; the bars among them keep the progress artifact of this task run up to date.
+    """Pass the lines through, and update the progress artifact of this task run from the bars among them.
 
-    A step that takes seconds (a layer) is shown when it is done; quicker ones every ``_LEAST_SECONDS``, and the last.
+    Updates are at least ``_LEAST_SECONDS`` apart, except the last one of a bar.
     """
     artifact: UUID | None = None
     shown: tuple[str, int] | None = None
@@ -83,18 +83,18 @@ def with_progress(lines: Iterable[str], stage: str, clock: Callable[[], float] =
 
 
 def _show(bar: Bar, stage: str, artifact: UUID | None) -> UUID | None:
-    """Progress is told, not needed: a server that is away for a while must not end hours of work."""
+    """Create or update the artifact. An unreachable server only causes a warning, so that the work goes on."""
     try:
         if artifact is None:
             made = create_progress_artifact(bar.percent, key=_key(stage), description=bar.text)
         else:
             made = update_progress_artifact(artifact, bar.percent, description=bar.text)
-        return cast(UUID | None, made)  # a coroutine only where an event loop runs
+        return cast(UUID | None, made)  # a coroutine only inside an event loop
     except (PrefectException, httpx.HTTPError) as error:
         logger.warning("progress of %s could not be shown: %s", stage, error)
         return artifact
 
 
 def _key(stage: str) -> str:
-    """A key as Prefect allows them: lowercase letters, digits and dashes."""
+    """Artifact key of a stage; Prefect allows lowercase letters, digits and dashes."""
     return f"progress-{re.sub('[^a-z0-9]+', '-', stage.lower()).strip('-')}"

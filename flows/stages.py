@@ -25,7 +25,7 @@ from tlq.parallel import REDUCTION_CHUNKS
 #: The command that reproduces a stage; it waits while a concurrent stage holds DVC's lock to save its result.
 REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")
 
-#: How the lines begin that DVC prints as advice; the log leaves them out.
+#: Beginnings of DVC's lines of advice, which the log leaves out.
 _NOISE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`", "Updating lock")
 
 _BAR = re.compile(r"\d+%\|")
@@ -41,7 +41,7 @@ class StageUnavailable(StageFailed):
 
 
 def is_retryable(_task: Any, _run: Any, state: State) -> bool:
-    """Whether a retry can help: it cannot when the stage itself failed, because it computes the same again."""
+    """Whether a retry can help: not if the stage itself failed, because it would compute the same again."""
     return isinstance(state.result(raise_on_failure=False), StageUnavailable)
 
 

@@ -1,4 +1,4 @@
-"""Flow `sweep`: every model with every recipe and scheme.
+"""Flow `sweep`: quantize and score every model with every recipe and scheme.
 
 Recipes and schemes are a matrix inside the pipeline, so a sweep is one run of flow `quantize` per model, one after the
 other: they share the workspace. Each is saved as a DVC experiment, whose dvc.lock is the model's own.
@@ -30,7 +30,7 @@ def sweep(
     limit: Limit | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    """Quantize, score and register several models; one that fails does not keep the others from it.
+    """Quantize, score and register several models; if one fails, the others still run.
 
     Each model is a run of flow `quantize` and a DVC experiment of that run's name, see `dvc exp show`. Its models are
     registered as `<model>-<scheme>`.

@@ -20,7 +20,7 @@ def postgres(url: str) -> URL:
     """Parse and check ``TLQ_DATABASE_URL``.
 
     Raises:
-        ServiceError: the variable is no address of a PostgreSQL database.
+        ServiceError: the variable is not the address of a PostgreSQL database.
     """
     try:
         parsed = make_url(url)

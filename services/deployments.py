@@ -36,7 +36,7 @@ _CANCEL_SECONDS = 60.0
 
 @contextmanager
 def server() -> Iterator[SyncPrefectClient]:
-    """A client of the present PREFECT_API_URL; Prefect reads that variable only once, at import."""
+    """A client of the current PREFECT_API_URL; Prefect itself reads that variable only once, at import."""
     with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
         yield client
 
@@ -89,10 +89,10 @@ def _exists(flow: str, name: str, client: SyncPrefectClient) -> bool:
 
 
 def release_lost_runs(client: SyncPrefectClient) -> list[str]:
-    """Set the runs of the pool whose process has ended to Crashed; returns their names.
+    """Set the state of the pool's runs whose process has ended to Crashed; returns their names.
 
-    If a worker and its run are killed together, nothing reports it to the server, and the run would occupy the pool's
-    only slot for ever.
+    If a worker and its run are killed together, no process reports their end to the server, and the run would occupy
+    the pool's only slot forever.
     """
     active = client.read_flow_runs(
         flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": _ACTIVE}}}),
@@ -105,7 +105,7 @@ def release_lost_runs(client: SyncPrefectClient) -> list[str]:
 
 
 def cancel_runs(worker: Iterable[psutil.Process]) -> None:
-    """Cancel the flow runs among a worker's processes and wait for their end; the worker alone would wait for ever."""
+    """Cancel the flow runs among a worker's processes and wait for their end; the worker alone would wait forever."""
     runs = {run for process in worker if (run := _flow_run(process))}
     if not runs:
         return

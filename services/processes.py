@@ -22,7 +22,7 @@ _GRACE_SECONDS = 20.0
 
 
 def owner() -> str:
-    """The flow run of this process or, if a terminal started it, the process: what its stages belong to."""
+    """Owner of the stages that this process starts: its flow run or, outside a flow run, the process itself."""
     return os.environ.get(FLOW_RUN) or f"process {os.getpid()}"
 
 
@@ -34,7 +34,7 @@ def with_environment(name: str, value: str) -> list[psutil.Process]:
             if process.pid != os.getpid() and process.environ().get(name) == value:
                 processes.append(process)
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue  # it belongs to another user, or has just ended
+            continue  # the process belongs to another user, or has just ended
     return processes
 
 
@@ -68,5 +68,5 @@ def stop_stages(owner: str) -> int:
 
 
 def _signal(send: Callable[[], None]) -> None:
-    with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+    with suppress(psutil.NoSuchProcess):  # the process has ended in the meantime
         send()

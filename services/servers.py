@@ -195,7 +195,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     _log_to_terminal()
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell's background job ignores from its start
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, because a shell's background jobs ignore it by default
         signal.signal(number, _interrupt)
     machine = Machine(arguments.prefect_port, arguments.mlflow_port)
     try:

@@ -19,9 +19,9 @@ from services.processes import stop, tree
 logger = logging.getLogger("tlq.services")
 
 HOST = "127.0.0.1"
-#: A service must be healthy so long after its start.
+#: A service must be healthy within this time after its start.
 START_SECONDS = 180.0
-#: A service that ends sooner after its start has failed to start: another start would fail too.
+#: A service that ends sooner after its start has failed to start, and is not restarted.
 LEAST_SECONDS = 10.0
 _POLL_SECONDS = 0.5
 _LAST_LINES = 15

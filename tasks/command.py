@@ -1,4 +1,4 @@
-"""What every stage's command line shares: logging, one-line errors, the device."""
+"""Shared parts of the stages' command lines: logging, one-line errors, the device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tasks.config.environment import value
 
 logger = logging.getLogger("tlq")
 
-#: Mistakes of input or surroundings; anything else is a defect and keeps its traceback.
+#: Errors of input or environment, reported in one line; any other error is a defect and keeps its traceback.
 EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError)
 
-#: Exit status of a stage that failed because something outside did not answer (EX_TEMPFAIL of sysexits.h).
+#: Exit status of a stage that failed because a server did not answer (EX_TEMPFAIL of sysexits.h).
 TRY_AGAIN = 75
 
 _BUSY = (429, 500, 502, 503, 504)  # HTTP statuses of a server that may answer later
@@ -34,7 +34,7 @@ def command_line(
 
     Args:
         description: the stage's docstring, which `--help` prints.
-        add_options: adds the stage's options to the parser; None: it has none.
+        add_options: adds the stage's options to the parser; None for a stage without options.
     """
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     if add_options is not None:
@@ -46,9 +46,9 @@ def command_line(
 def run(main: Callable[[], None]) -> None:
     """Run a stage: log to stderr, turn an expected error into one line and exit status 1, or ``TRY_AGAIN``.
 
-    ``TLQ_LOG=debug`` shows more, tracebacks of expected errors included. SIGTERM ends a stage the way Ctrl-C does, so
-    that temporary files are removed. A library that was interrupted may raise an error of its own in place of
-    KeyboardInterrupt: what follows a signal is an interruption, whatever it is called.
+    ``TLQ_LOG=debug`` shows more, including tracebacks of expected errors. SIGTERM ends a stage as Ctrl-C does, so that
+    temporary files are removed. An interrupted library may raise another error than KeyboardInterrupt, so any error
+    after a signal counts as an interruption.
     """
     level = value("TLQ_LOG", "info").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -59,14 +59,14 @@ def run(main: Callable[[], None]) -> None:
         with _interruptions() as interruptions:
             _run(main, interruptions)
     except KeyboardInterrupt:
-        if not is_rank():  # ranks are also interrupted when their group forms anew
+        if not is_rank():  # ranks are also interrupted when their group forms again
             logger.error("interrupted; run the same command again to continue")
         sys.exit(130)
 
 
 @contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """SIGINT, unless this process was started to ignore it, and SIGTERM raise KeyboardInterrupt and are noted."""
+    """Raise KeyboardInterrupt on SIGTERM and, unless this process ignores it, SIGINT; yields the signals received."""
     received: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
@@ -96,13 +96,13 @@ def _run(main: Callable[[], None], interruptions: list[int]) -> None:
         logger.debug("traceback", exc_info=True)
         message = " ".join(str(error).split())
         if report_failure(message):
-            return  # a rank: the stage's own process says it, once
+            return  # a rank: the stage's own process reports the error once
         logger.error("%s", message)
         sys.exit(TRY_AGAIN if is_transient(error) else 1)
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether a server (the hub, MLflow) did not answer, here or in what caused ``error``: another try may work."""
+    """Whether ``error`` or one of its causes is that a server (the hub, MLflow) did not answer: a retry may succeed."""
     import httpx
     import requests
 
@@ -120,7 +120,7 @@ def is_transient(error: BaseException | None) -> bool:
 def quiet_libraries() -> None:
     """Keep stage logs readable: no progress bars and load reports from libraries below warnings.
 
-    lm-eval warns whenever a sub-score covers fewer items than its benchmark, which is what sub-scores do.
+    lm-eval warns whenever a sub-score covers fewer items than its benchmark, which is normal here.
     """
     import transformers
 
@@ -131,7 +131,7 @@ def quiet_libraries() -> None:
 
 
 def device() -> torch.device:
-    """Where to compute: ``TLQ_DEVICE``, else the first GPU, else the CPU. It never changes what is computed."""
+    """The compute device: ``TLQ_DEVICE``, else the first GPU, else the CPU. It does not change what is computed."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = value("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
     return torch.device(name)

@@ -1,4 +1,4 @@
-"""Files that one stage writes and others read, and their formats."""
+"""Read and write the files that pass between stages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class VariantName(NamedTuple):
 
 
 def existing(path: Path, stage: str) -> Path:
-    """``path``; raises FileNotFoundError, with the DVC stage that makes it, if there is no such file."""
+    """``path``; raises FileNotFoundError, with the DVC stage that makes the file, if it is missing."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; run `dvc repro {stage}` first")
     return path
@@ -72,7 +72,7 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     """The first ``limit`` calibration samples.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, a column is missing, or fewer samples than asked for.
+        FileNotFoundError, ValueError: the file or a column is missing, or there are fewer samples than ``limit``.
     """
     table = pq.read_table(existing(path, "prepare"))
     missing = [name for name in _SAMPLES.names if name not in table.column_names]
@@ -82,7 +82,7 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
             "make it with `dvc repro prepare`"
         )
     if limit is not None and limit > table.num_rows:
-        raise ValueError(f"{path}: {limit} samples asked for, {table.num_rows} there; raise prepare.samples")
+        raise ValueError(f"{path}: {limit} samples needed, {table.num_rows} found; raise prepare.samples")
     return [Sample(**row) for row in table.slice(0, limit).to_pylist()]
 
 
@@ -124,7 +124,7 @@ def read_importance(folder: Path, loss: LossName = "answer") -> Importance:
     """Raw scores of one loss.
 
     Raises:
-        ValueError: that loss was not scored.
+        ValueError: the loss was not scored.
     """
     table = pq.read_table(existing(folder / "scores.parquet", "importance"))
     table = table.filter(pc.equal(table["loss"], loss))

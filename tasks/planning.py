@@ -1,4 +1,4 @@
-"""`--dry-run` of the stages that compute for long."""
+"""Option `--dry-run` of the stages with long computations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tlq.plan import Plan, refuse_impossible
 
 
 def add_dry_run(parser: ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="print what the job will need, and do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="only print the memory and disk that the job needs")
 
 
 def show_plan(plan: Plan, out: Path, ranks: Ranks) -> None:
-    """Print what a job will need, then refuse it if this machine cannot do it."""
+    """Print a job's plan, then raise an error if this machine is too small for it."""
     sys.stdout.write("\n".join([*plan.lines(), ""]))
     refuse_impossible(plan, out, ranks.device, ranks.size)
     sys.stdout.write("this machine has it\n")

@@ -1,8 +1,8 @@
-"""README.md and docs/ as written: blocks of shell and Python are run, or checked where they need what a test has not.
+"""README.md and docs/: blocks of shell and Python are run, or only checked if they need something that a test lacks.
 
-What a block needs stands in a comment before it, ``<!-- needs: the hub -->``. Blocks without one run in the order of
+A comment before a block names its needs, ``<!-- needs: the hub -->``. Blocks without such a comment run in the order of
 their document: shell in a copy of the project whose stages take no time (quick_project), Python in a folder with the
-demo model. Which blocks are run, and why others are only checked, is in the names of the tests (``pytest -v``).
+demo model. The names of the tests (``pytest -v``) say which blocks are run, and why others are only checked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOLDERS = (*PROJECT, "docs", "presets", "tests")
 #: Programs that are never run here: why.
 NEVER_RUN = {"make": "builds an environment", "pip": "changes the environment"}
 
-#: Programs that documents call and that are not of the project's environment.
+#: Programs that documents call and that are not in the project's environment.
 OUTSIDE = {"aws", "cd", "curl", "docker", "export", "git", "kill", "mkdir", "nvidia-smi", "scp", "ssh", "unzip", "vllm"}
 
 
@@ -73,8 +73,8 @@ def test_shell_of_a_document_runs(document: str, project: QuickProject) -> None:
 
 
 @pytest.mark.parametrize("block", SHELL, ids=label)
-def test_commands_are_such_as_there_are(block: Block) -> None:
-    """The program, module or make target exists and has the options used; variables of this project are read by it."""
+def test_documented_commands_and_options_exist(block: Block) -> None:
+    """The program, module or make target exists, has the options used, and reads the variables of this project."""
     for command in block.commands:
         assignments, words = words_of(command)
         for name in assignments:
@@ -118,7 +118,7 @@ def source_of(module: str) -> str:
 
 @cache
 def help_of(name: str, *words: str) -> str:
-    """What a program says of itself, of a subcommand if the first words are one."""
+    """The help text of a program, or of a subcommand if the first words name one."""
     command = [str(Path(sys.executable).parent / name)]
     for count in (3, 2, 1, 0):
         done = subprocess.run([*command, *words[:count], "--help"], capture_output=True, text=True, check=False)
@@ -139,7 +139,7 @@ PYTHON = [block for block in ALL if block.language == "python" and why_not_run(b
 
 @pytest.mark.parametrize("document", dict.fromkeys(block.document for block in PYTHON))
 def test_python_of_a_document_runs(document: str, tmp_path: Path) -> None:
-    """All blocks of a document in one process: importing the project takes longer than they do."""
+    """All blocks of a document run in one process, because importing the project takes longer than the blocks."""
     (tmp_path / "data/demo").mkdir(parents=True)
     (tmp_path / "data/demo/model").symlink_to(ROOT / "data/demo/model")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
@@ -153,7 +153,7 @@ def test_python_of_a_document_runs(document: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", list(blocks("yaml", "json")), ids=lambda block: block.place)
-def test_examples_of_parameters_have_the_names_of_parameters(block: Block) -> None:
+def test_parameters_in_examples_exist(block: Block) -> None:
     content = yaml.safe_load(block.code)
     known = yaml.safe_load((ROOT / "params.yaml").read_text())
     if block.language == "yaml":
@@ -161,7 +161,7 @@ def test_examples_of_parameters_have_the_names_of_parameters(block: Block) -> No
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_have_existing_targets(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text())
     absent = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
     assert not absent
@@ -186,7 +186,7 @@ def test_docs_index_links_every_page() -> None:
 
 
 def messages_of_code() -> set[str]:
-    """What the project raises and warns of: literal texts, variable parts as `…`."""
+    """The texts of the project's errors and warnings, with variable parts as `…`."""
     found = set()
     for folder in PROJECT:
         for path in (ROOT / folder).rglob("*.py"):

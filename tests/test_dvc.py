@@ -1,4 +1,4 @@
-"""What DVC makes of the project: dependencies that are whole, tables one can read, results that travel."""
+"""The project in DVC: complete dependencies, readable tables, and results that a clone can pull."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages
 PACKAGES = ("tlq", "tasks", "benchmarks", "demo")
 
 #: Code that no result depends on: it decides where and how a stage runs, reads its parameters (which are dependencies
-#: themselves), keeps what is unfinished, takes times, records. What it imports counts no more than itself.
+#: themselves), stores unfinished work, measures times, or records. Its imports are no dependencies either.
 BESIDE_RESULTS = (
     "tasks/cluster/",
     "tasks/config/",
@@ -57,7 +57,7 @@ def imported(path: str) -> Iterator[str]:
 
 
 def code_behind(path: str) -> set[str]:
-    """Every file of the project that what a stage's module computes can depend on."""
+    """Every file of the project that the result of a stage's module can depend on."""
     seen: set[str] = set()
     waiting = [path]
     while waiting:
@@ -82,7 +82,7 @@ def test_a_stage_depends_on_all_code_that_decides_its_result(stage: str) -> None
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name != "fetch"])
-def test_what_a_stage_depends_on_is_there(stage: str) -> None:
+def test_dependencies_of_a_stage_exist(stage: str) -> None:
     outs = [
         str(out if isinstance(out, str) else next(iter(out)))
         for each in STAGES.values()
@@ -95,13 +95,13 @@ def test_what_a_stage_depends_on_is_there(stage: str) -> None:
 
 @dataclass(frozen=True)
 class Reproduced:
-    """A quick project in which docs/reproduce.md was followed, and what its commands printed."""
+    """A quick project after the steps of docs/reproduce.md, and the output of its commands."""
 
     project: QuickProject
     outputs: dict[str, str]
 
     def output(self, part: str) -> str:
-        """Of the only command that ``part`` is in."""
+        """Output of the only command that contains ``part``."""
         (found,) = [output for command, output in self.outputs.items() if part in command]
         return found
 
@@ -151,7 +151,7 @@ def test_presets_put_downloads_before_the_stages_that_need_them(tmp_path: Path) 
         assert (f"fetch@{benchmark}", "evaluate@tlq-w3a16") in edges
 
 
-def test_experiments_are_a_table_one_can_read(reproduced: Reproduced) -> None:
+def test_experiments_are_listed_in_one_table(reproduced: Reproduced) -> None:
     """One row per experiment, the parameters that differ, KL and retention of the variants they touch."""
     lines = reproduced.output("exp show").splitlines()
     header, *rows = [line.split() for line in lines if line.strip() and "\u2500" * 10 not in line]

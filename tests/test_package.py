@@ -1,6 +1,7 @@
-"""The wheel: what it holds and needs, and that it quantizes a checkpoint where nothing else of the project is.
+"""The wheel: its content and requirements, and that it quantizes a checkpoint without the rest of the project.
 
-The installation takes packages from pip's index: without one, set TLQ_TEST_SITE_PACKAGES=1 to lend this environment's.
+The installation takes packages from pip's index; without an index, set TLQ_TEST_SITE_PACKAGES=1 to use this
+environment's packages.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def canonical(name: str) -> str:
 
 
 def names_of(requirements: list[str]) -> set[str]:
-    """Distributions that requirements name, those of the extras of this project included."""
+    """Distributions that requirements name, including those of this project's extras."""
     names: set[str] = set()
     for requirement in requirements:
         match = re.match(r"([\w.-]+)(?:\[([\w,]+)\])?", requirement)
@@ -129,7 +130,7 @@ def test_the_wheel_holds_the_library_with_its_data_and_nothing_else(wheel: Path)
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ``bin`` of an environment that holds the wheel and what it requires."""
+    """The ``bin`` of an environment with the wheel and its requirements."""
     folder = tmp_path_factory.mktemp("installed") / "env"
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-compile"]
@@ -145,7 +146,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clean() -> dict[str, str]:
-    """This environment without what could lead to the checkout, and without the hub."""
+    """This environment without paths to the checkout and without the hub."""
     names = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return {**names, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

@@ -1,4 +1,4 @@
-"""The whole pipeline in a fresh copy of the project: servers, a schedule that fires, registry, report, DVC's view."""
+"""The whole pipeline in a fresh copy of the project: servers, a schedule, registry, report, DVC."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(
     assert not [line for line in lines if "Running stage" in line]
 
 
-def test_nothing_is_stale_afterwards(project: Path) -> None:
+def test_no_stage_is_stale_after_the_run(project: Path) -> None:
     assert "up to date" in dvc(project, "status")
     assert "Running stage" not in dvc(project, "repro")
 

@@ -1,4 +1,4 @@
-"""The rooms of the house: imports go down only, and no circle ties two rooms together."""
+"""The order of packages and folders: a module imports only from its own folder and from lower ones."""
 
 from __future__ import annotations
 

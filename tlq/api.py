@@ -39,16 +39,16 @@ logger = logging.getLogger("tlq.api")
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How ``quantize`` calibrates; every field is also a keyword of ``quantize``.
+    """Options of ``quantize``; every field is also a keyword of ``quantize``.
 
     Attributes:
-        weighting: how importance becomes token weights.
-        budget: size and choice of the token-level calibration set.
-        seed: of the draw of that set.
+        weighting: map from importance to token weights.
+        budget: size and selection of the token-level calibration set.
+        seed: seed of the draw of that set.
         batch_size: samples per micro-batch.
         max_tokens: longest sample allowed.
-        dtype: in which layers compute; ``auto`` is the checkpoint's dtype on a GPU and float32 on a CPU.
-        device: where they compute; None takes the GPU if there is one.
+        dtype: dtype of the computation; ``auto`` is the checkpoint's dtype on a GPU and float32 on a CPU.
+        device: compute device; None takes the GPU if there is one.
     """
 
     weighting: Weighting = Weighting()
@@ -91,7 +91,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What ``quantize`` has made.
+    """The result of ``quantize``.
 
     Attributes:
         folder: the checkpoint, with its processor, ``calibration.json`` and a model card.
@@ -165,7 +165,7 @@ def plan(
     scheme: str | Scheme = "w3a16",
     **options: Unpack[Options],
 ) -> list[Plan]:
-    """What ``quantize`` with the same arguments will need: one plan per part of the work. No weight is read.
+    """Plan ``quantize`` with the same arguments: one plan per part of the work. No weight is read.
 
     Raises:
         ValueError: the scheme does not fit the model, or a sample cannot be encoded.
@@ -196,7 +196,7 @@ def _rows(recipe: str | Recipe, scheme: str | Scheme) -> tuple[Recipe, Scheme]:
 
 
 def _counted(recipe: Recipe, settings: CalibrationOptions) -> int | None:
-    """Most tokens whose error counts in a linear group; None is all of them."""
+    """Maximum number of tokens whose error counts in a linear group; None means all tokens."""
     return settings.budget.tokens_per_layer if recipe.tokens == "set" else None
 
 
@@ -207,7 +207,7 @@ def _scores_gradients(recipe: Recipe) -> bool:
 def _weights(
     model: StreamedModel, job: CalibrationJob, settings: CalibrationOptions, scoring: ResumeState
 ) -> PoolWeights:
-    """Token weights for calibration, as the stages importance and calibset make them.
+    """Token weights for calibration, computed like those of the stages importance and calibset.
 
     Args:
         scoring: keeps finished scores, so that an interrupted call continues.

@@ -1,6 +1,6 @@
 """The command ``tlq``: quantize a checkpoint, plan the job, list the supported model families.
 
-Imports torch in the functions that need it: help is printed at once.
+Torch is imported in the functions that need it, so that help is printed at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger("tlq")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 after an expected error, 130 after Ctrl-C.
 
-    Wrong arguments exit with status 2. ``TLQ_LOG=debug`` logs more, tracebacks of expected errors included.
+    Wrong arguments exit with status 2. ``TLQ_LOG=debug`` logs more, including tracebacks of expected errors.
     """
     arguments = _parser().parse_args(argv)
     level = os.environ.get("TLQ_LOG", "info").upper()
@@ -77,7 +77,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="longest sample allowed")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     parser.add_argument(
-        "--dtype", default="auto", help="of the computation (default: float32 on a CPU, the checkpoint's on a GPU)"
+        "--dtype", default="auto", help="dtype to compute in (default: float32 on a CPU, the checkpoint's on a GPU)"
     )
 
 

@@ -39,7 +39,7 @@ from tlq.samples import Sample
 
 logger = logging.getLogger("tlq.data")
 
-#: What LLaVA's files call the two sides, and what chat templates call them.
+#: Roles of chat templates by the names that LLaVA's files give them.
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 CAPTION_PROMPT = "Describe this image."
@@ -70,15 +70,15 @@ def load_samples(
     Rows that calibration cannot use (an image is missing, an answer is empty) are skipped, and logged with the reason.
 
     Args:
-        image_root: folder that image names are relative to; the folder of ``path`` without it.
-        limit: how many samples to draw, without replacement and in random order; all of them, in order, without it.
-        seed: of the draw.
+        image_root: folder that image names are relative to; by default the folder of ``path``.
+        limit: number of samples to draw, without replacement and in random order; by default all samples, in order.
+        seed: seed of the draw.
         prompt: the question of rows that have none.
         max_rejected: share of the rows read that may be unusable.
 
     Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: a format that is not in the table, too many unusable rows, or fewer samples than ``limit``.
+        FileNotFoundError: the file or folder does not exist.
+        ValueError: the format is not in the table, too many rows are unusable, or fewer than ``limit`` are usable.
         ImportError: pyarrow, which reads parquet, is not installed.
     """
     path = Path(path)
@@ -112,11 +112,11 @@ def draw_usable(
 
     Args:
         count: number of rows.
-        read: the sample of a row; ValueError with the reason if it has none.
+        read: function from a row to its sample; raises ValueError with the reason if the row is unusable.
         limit: samples taken from a seeded shuffle of the rows; None takes every row in its order.
 
     Returns:
-        The samples, and the unusable rows met on the way.
+        The samples, and the unusable rows among those read.
     """
     kept: list[Sample] = []
     rejected: list[Rejected] = []
@@ -162,7 +162,7 @@ def read_json_list(path: Path) -> list[Any]:
     """The rows of a JSON file.
 
     Raises:
-        ValueError: not JSON, or not a list.
+        ValueError: the file is not JSON, or its content is not a list.
     """
     try:
         rows = json.loads(path.read_text())
@@ -193,7 +193,7 @@ def _read_parquet(path: Path) -> Sequence[Any]:
 
 
 class _TableRows(Sequence[Any]):
-    """The rows of a pyarrow table as dicts, made when they are read."""
+    """The rows of a pyarrow table as dicts, converted on access."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
@@ -228,12 +228,12 @@ def sample_of(row: Any, index: str, root: Path, source: str, prompt: str = CAPTI
     """The sample of a row, see the module's list of rows.
 
     Args:
-        index: the sample's id where the row has none.
+        index: id of the sample if the row has none.
         root: folder that image names are relative to.
-        source: of the sample, where the row names none.
+        source: source of the sample if the row names none.
 
     Raises:
-        ValueError: the row is none of the three, or an image cannot be read.
+        ValueError: the row has none of the three forms, or an image cannot be read.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"it is a {type(row).__name__}, must be an object with names and values")
@@ -288,7 +288,7 @@ def _question_and_answer(row: Mapping[str, Any], images: int, prompt: str) -> li
 
 
 def as_text(value: Any) -> str:
-    """A cell as text; numbers count as answers (0 too), an empty cell as none."""
+    """Text of a cell; numbers, including 0, become text, and an empty cell becomes the empty text."""
     return "" if value is None else str(value)
 
 
@@ -311,5 +311,5 @@ def _chat_message(turn: Any) -> Message:
 
 
 def _tidy(text: str) -> str:
-    """Drop the newline that LLaVA data puts between the image mark and the text; chat templates bring their own."""
+    """Drop LLaVA's newline between the image mark and the text, because chat templates add their own."""
     return text.replace(f"{IMAGE_MARK}\n", IMAGE_MARK).replace(f"\n{IMAGE_MARK}", IMAGE_MARK)

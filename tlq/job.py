@@ -1,4 +1,4 @@
-"""Quantize one checkpoint: calibrate layer by layer, keep what is finished, export."""
+"""Quantize one checkpoint: calibrate layer by layer, keep finished layers, export."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def quantize_checkpoint(
 
     Args:
         job: its scales must have the checkpoint's dtype; hidden states that exceed the host's budget go to the folder.
-        weigh: computes ``job.weights`` after the job is planned, where that takes long; not called for a recipe that
+        weigh: computes ``job.weights`` after the job is planned, if that takes long; not called for a recipe that
             needs no data.
-        counted: most tokens with a weight in a linear group, for the plan; from ``job.weights`` by default, or all
-            tokens where these are not known yet.
-        on_layer: called by the leading rank with the report of each layer as it is finished.
+        counted: maximum number of tokens with a weight in a linear group, for the plan; by default from
+            ``job.weights``, or all tokens if the weights are not computed yet.
+        on_layer: called by the leading rank with the report of each finished layer.
 
     Returns:
         One report per layer: its groups' reports, seconds by phase, peak memory.
 
     Raises:
-        BlockingIOError, ValueError: the folder next to ``out`` is in use, or was begun with other choices.
-        MemoryError, OSError: this machine cannot do it (see ``tlq.plan``).
+        BlockingIOError, ValueError: the folder next to ``out`` is in use, or belongs to a job with other parameters.
+        MemoryError, OSError: this machine is too small for the job (see ``tlq.plan``).
     """
     ranks, work = job.ranks, ResumeState(out)
     needed = plan_calibration(model, job, counted)

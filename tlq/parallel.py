@@ -1,8 +1,8 @@
-"""Ranks: the processes that share one calibration, and sums that do not depend on how many there are.
+"""Ranks: the processes that share one calibration, and sums that do not depend on the number of ranks.
 
 Micro-batches are divided into a fixed number of reduction chunks. A rank works on whole chunks, and partial sums are
-added in the order of the chunks. Float addition depends on order, so this makes the quantized codes the same bits for
-one rank, for eight ranks, and for a group of ranks that formed again after a crash.
+added in the order of the chunks. Float addition depends on order, so this fixed order makes the quantized codes
+bit-identical for one rank, for eight ranks, and for a group of ranks that formed again after a crash.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from tlq.runtime.clock import Clock
 
-#: Chunks in whose order partial sums are added; more ranks than chunks would have nothing to do.
+#: Number of chunks, in whose order partial sums are added; additional ranks would have no work.
 REDUCTION_CHUNKS = 16
 
 _TIMEOUT = timedelta(minutes=30)
 
 
 def chunk_ranges(batches: int) -> list[range]:
-    """Micro-batches of every reduction chunk: contiguous, of sizes that differ by one at most, none empty."""
+    """Micro-batches of every reduction chunk: contiguous, not empty, with sizes that differ by at most one."""
     chunks = min(REDUCTION_CHUNKS, batches)
     edges = [chunk * batches // chunks for chunk in range(chunks + 1)] if chunks else [0]
     return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
@@ -37,8 +37,8 @@ class Ranks:
     """This process's place in the group.
 
     Attributes:
-        rank, size: this process's number, and how many there are.
-        device: where this process computes.
+        rank, size: index of this process, and number of processes.
+        device: compute device of this process.
         clock: seconds that this process spends in each phase.
     """
 
@@ -83,10 +83,10 @@ class Ranks:
         columns = self.own_chunks(chunks)
         table = torch.zeros(len(own), chunks, dtype=torch.float64)
         table[:, columns.start : columns.stop] = torch.tensor(own, dtype=torch.float64).view(len(own), len(columns))
-        return self.all_reduce(table)  # one rank has a value, the others zero: exact
+        return self.all_reduce(table)  # exact, because all ranks except one add zero
 
     def all_reduce(self, value: Tensor) -> Tensor:
-        """Sum over ranks in no fixed order: equal on all ranks, while its last bits may depend on their number."""
+        """Sum over ranks in no fixed order: equal on all ranks, but the last bits may depend on the number of ranks."""
         if self.size > 1:
             with self.clock.phase("reduce"):
                 dist.all_reduce(value)
@@ -99,22 +99,22 @@ class Ranks:
         return value
 
     def assigned(self, count: int) -> Iterator[int]:
-        """Indices of the pieces of work, out of ``count`` independent ones, that this rank does."""
+        """Indices of the work items, out of ``count`` independent ones, that this rank computes."""
         return iter(range(self.rank, count, self.size))
 
     def owner(self, number: int) -> int:
-        """The rank that does piece ``number``."""
+        """The rank that computes work item ``number``."""
         return number % self.size
 
     def broadcast(self, value: Tensor, owner: int) -> Tensor:
-        """``value`` as rank ``owner`` has it, on every rank (in place)."""
+        """Broadcast ``value`` of rank ``owner`` to every rank, in place."""
         if self.size > 1:
             with self.clock.phase("reduce"):
                 dist.broadcast(value, owner)
         return value
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has reached the barrier."""
         if self.size > 1:
             dist.barrier()
 
@@ -127,9 +127,9 @@ def _add_up(total: Tensor | None, parts: Iterable[Tensor], shape: Sequence[int],
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """This process's ranks from the environment that torch elastic sets; one rank alone without it.
+    """Join the process group that torch elastic's environment describes; without that environment, be the only rank.
 
-    NCCL carries tensors of GPUs, Gloo those of the host.
+    The backend is NCCL for GPU tensors and Gloo for host tensors.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks(device=device)

@@ -1,8 +1,8 @@
-"""What a job will need, worked out before any long work: bytes per layer, tokens, memory, disk.
+"""Plan a job before any long work: bytes per layer, tokens, memory, disk.
 
-Everything follows from shapes: no weight is read. An impossible job is refused in seconds, with the number found and
-the number needed; only tensors that are certainly held count for that. Between this lower bound and the expected peak
-one warning is logged. `python -m bench.memory` holds the expected peaks against measured ones.
+Every number follows from shapes; no weight is read. An impossible job is refused in seconds, with the bytes available
+and the bytes needed. The refusal uses a lower bound, which counts only tensors that the job certainly holds. If the
+expected peak is too large, one warning is logged. `python -m bench.memory` compares expected with measured peaks.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from tlq.samples import Batch
 logger = logging.getLogger(__name__)
 
 _FLOAT = 4
-#: Bytes that thread pools, matrix kernels and the allocator take in addition to tensors: measured by bench.memory.
+#: Bytes that thread pools, matrix kernels and the allocator take in addition to tensors, measured by bench.memory.
 _RUNTIME = 96 * 2**20
-#: Copies of a group's weight that solving it holds: original, scaled, W G, dequantized, temporaries.
+#: Copies of a group's weight in memory while the group is solved: original, scaled, W G, dequantized, temporaries.
 _WEIGHTS = 5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Needs of one rank, in bytes where not said otherwise.
+    """Needs of one rank, in bytes unless stated otherwise.
 
     Attributes:
-        work: what is planned.
-        layers: decoder layers.
-        layer: weights of the largest decoder layer, as computed with.
-        outside: weights of everything else.
-        tokens: tokens of all micro-batches, padding included.
-        counted: most tokens whose error counts in a linear group.
+        work: name of the planned work.
+        layers: number of decoder layers.
+        layer: weights of the largest decoder layer, in the dtype of the computation.
+        outside: weights outside the decoder layers.
+        tokens: number of tokens of all micro-batches, with padding.
+        counted: maximum number of tokens whose error counts in a linear group.
         device: expected peak on the compute device.
         least: bytes of tensors that the compute device certainly holds at once, a lower bound of the peak.
-        hidden_states: kept in host memory up to ``budget``, on disk beyond.
-        disk: the result, and what is kept beside it until it is complete.
+        hidden_states: hidden states; they are kept in host memory up to ``budget``, the rest on disk.
+        disk: the result, and the state that is kept next to it until it is complete.
     """
 
     work: str
@@ -77,18 +77,18 @@ class Plan:
         return self.hidden_states - self.host
 
     def lines(self) -> list[str]:
-        """The plan for a person to read."""
+        """The plan as text."""
         return [
             f"{self.work}: {self.layers} decoder layers of up to {gib(self.layer)}, {gib(self.outside)} outside them",
             f"{self.tokens} tokens, up to {self.counted} of them counted in a linear group",
             f"expected peak per rank: {gib(self.device)} on the device, {gib(self.host)} of hidden states in host "
             f"memory, {gib(self.spilled)} of them on disk",
-            f"disk: {gib(self.disk)} for the result and the state beside it",
+            f"disk: {gib(self.disk)} for the result and the state next to it",
         ]
 
 
 def gib(size: int) -> str:
-    """Bytes for a person to read."""
+    """Bytes as text, in GiB."""
     return f"{size / GIB:.2f} GiB"
 
 
@@ -96,8 +96,8 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
     """The needs of ``quantize_checkpoint``.
 
     Args:
-        counted: most tokens with a weight in a linear group; from ``job.weights`` by default, or all tokens where these
-            are not known yet.
+        counted: maximum number of tokens with a weight in a linear group; by default from ``job.weights``, or all
+            tokens if the weights are not computed yet.
 
     Raises:
         ValueError: a group size does not divide a layer's width, an override matches nothing, a linear is missing.
@@ -125,7 +125,7 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         counted=counted if recipe.needs_data else 0,
         least=max(sizes.least_group(recipe), sizes.outside if batches else 0),
         device=_RUNTIME + sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
-        # On the exposed path, also what the attention at hand has put out.
+        # On the exposed stream, also the output of the current layer's attention.
         hidden_states=own * sizes.state * (streams + exposed) if recipe.needs_data else 0,
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
@@ -133,10 +133,10 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
 
 
 def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks, losses: int = 1) -> Plan:
-    """What ``score_resumably`` will need.
+    """The needs of ``score_resumably``.
 
     Args:
-        losses: how many are scored, one after the other.
+        losses: number of losses, which are scored one after the other.
     """
     sizes = _Sizes(model)
     own = _own_tokens(batches, ranks)
@@ -161,7 +161,7 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
 
 
 class _Sizes:
-    """Bytes of the parts of a model, and of what passes through it."""
+    """Bytes of a model's parts and of its activations."""
 
     def __init__(self, model: StreamedModel) -> None:
         self.model = model
@@ -178,7 +178,7 @@ class _Sizes:
         return own * (longest + 2 * head_dim_of(self.model.skeleton.config)) * self.item
 
     def activations(self, batches: Sequence[Batch], graph: bool) -> int:
-        """A micro-batch inside a decoder layer; with a graph, what backward needs and makes."""
+        """Activations of a micro-batch inside a decoder layer; with a graph, also those of the backward pass."""
         layer = self.model.architecture.decoder_layers(self.model.skeleton)[0]
         linears = [get_linear(layer, path) for path in self.model.architecture.linears]
         width = sum(linear.out_features + (linear.in_features if graph else 0) for linear in linears)
@@ -186,7 +186,7 @@ class _Sizes:
         return max((_all_tokens(batch) for batch in batches), default=0) * width * self.item * (1 + graph)
 
     def enter(self, batches: Sequence[Batch], own: int) -> int:
-        """All that is outside the decoder layers, with the vision tower at work and the states it has made."""
+        """Weights outside the decoder layers, activations of the vision tower, and the first hidden states."""
         pixels = max((batch.size for batch in batches), default=0)
         return self.outside + own * self.state + 8 * pixels if batches else 0
 
@@ -197,7 +197,7 @@ class _Sizes:
         return vocabulary * (int(self.text.hidden_size) * self.item + 4 * answers * _FLOAT)
 
     def least_group(self, recipe: Recipe) -> int:
-        """A decoder layer, with a group's weights stacked in float32 and what its rounding holds at once."""
+        """A decoder layer, a group's weights stacked in float32, and the tensors of its rounding."""
         layer = self.model.architecture.decoder_layers(self.model.skeleton)[0]
         needed = []
         for group in self.model.architecture.groups:
@@ -221,7 +221,7 @@ class _Sizes:
         if not recipe.needs_data:
             return weights
         inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
-        if streams == 2:  # the original inputs of all groups are noted in one pass
+        if streams == 2:  # one pass records the original inputs of all groups
             widths = [get_linear(layer, each.linears[0]).in_features for each in architecture.groups]
             inputs += own * sum(widths) * self.item
         if recipe.error_measure.parent_of(group) is not None:
@@ -232,7 +232,7 @@ class _Sizes:
 
 
 def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
-    """Size of the result's weights; the state beside it is the same files."""
+    """Size of the result's weights; the state next to it consists of the same files."""
     skeleton, architecture = model.skeleton, model.architecture
     layers = range(len(architecture.decoder_layers(skeleton)))
     total = _elements(model, list(model.weight_map)) * model.checkpoint_dtype.itemsize
@@ -261,7 +261,7 @@ def _all_tokens(batch: Batch) -> int:
 
 
 def _own_tokens(batches: Sequence[Batch], ranks: Ranks) -> int:
-    """Tokens of the micro-batches of the rank that has most, padding included."""
+    """Tokens of the rank with the most tokens, with padding."""
     chunks = chunk_ranges(len(batches))
     most = 0
     for rank in range(ranks.size):
@@ -271,16 +271,16 @@ def _own_tokens(batches: Sequence[Batch], ranks: Ranks) -> int:
 
 
 def refuse_impossible(needed: Plan, out: Path, device: torch.device, processes: int, there: int = 0) -> None:
-    """Compare a plan with what this machine has: refuse what is certainly too much, warn of what is expected to be.
+    """Compare a plan with this machine: refuse a job that is certainly too large, and warn if it probably is.
 
     Args:
-        out: where the result will be.
-        processes: ranks on this machine.
+        out: folder of the result.
+        processes: number of ranks on this machine.
         there: bytes of the result that an interrupted run has left.
 
     Raises:
-        MemoryError: the device or the host is too small.
-        OSError: the disk is.
+        MemoryError: the device or the host has too little memory.
+        OSError: the disk is too small.
     """
     on_device, on_host = device_memory(device), psutil.virtual_memory().available
     if needed.least > on_device:
@@ -318,7 +318,7 @@ def device_memory(device: torch.device) -> int:
     """Free bytes of the compute device; ``TLQ_DEVICE_MEMORY`` (GiB) if less, to plan for a smaller one.
 
     Raises:
-        ValueError: ``TLQ_DEVICE_MEMORY`` is no number.
+        ValueError: ``TLQ_DEVICE_MEMORY`` is not a number.
     """
     on_gpu = device.type == "cuda"
     free = int(torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available)

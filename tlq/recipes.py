@@ -1,13 +1,13 @@
-"""Recipes as data: every method is one row of choices.
+"""Recipes as data: every method is one row of this table.
 
 | choice       | values                                                                              |
 |--------------|-------------------------------------------------------------------------------------|
-| importance   | where token weights come from (`uniform`, `modality`, `token`, `block`)             |
-| tokens       | whose error counts: `all`, or the token-level calibration `set`                     |
-| inputs       | what the quantized linear is calibrated on: `full_precision`, or `exposed` to the   |
-|              | groups quantized before it                                                          |
-| target       | what its reference output is computed from, likewise                                |
-| equalization | how per-channel scales s are found (AWQ's idea)                                     |
+| importance   | source of the token weights: `uniform`, `modality`, `token`, `block`                |
+| tokens       | tokens whose error counts: `all`, or the token-level calibration `set`              |
+| inputs       | inputs of the quantized linear: `full_precision`, or `exposed` to the groups        |
+|              | quantized before it                                                                 |
+| target       | inputs that its reference output is computed from, with the same values             |
+| equalization | choice of the per-channel scales s (AWQ's idea)                                     |
 | rounding     | `nearest`, or `compensated` by error feedback (GPTQ's idea)                         |
 """
 
@@ -31,7 +31,7 @@ class Recipe:
     """A quantization method.
 
     Attributes:
-        inputs_quantized_activations: replaces ``inputs`` where the scheme quantizes activations too.
+        inputs_quantized_activations: replaces ``inputs`` if the scheme also quantizes activations.
         rounding: key of ``tlq.quantization.rounding.ROUNDINGS``.
         damping: fraction of the Hessian's mean diagonal that is added to its diagonal (GPTQ's ``percdamp``).
     """
@@ -68,7 +68,7 @@ class Recipe:
         return ERROR_MEASURES[self.equalization.error]
 
     def sees(self, path: InputPath, scheme: Scheme) -> bool:
-        """Whether inputs from ``path`` are needed: for the quantized linear, or full-precision ones for the target."""
+        """Whether the recipe needs inputs from ``path``, for the quantized linear or for the target."""
         return path == self.inputs_for(scheme) or (path == "full_precision" and path == self.target)
 
     def inputs_for(self, scheme: Scheme) -> InputPath:
@@ -98,7 +98,7 @@ RECIPES: dict[str, Recipe] = {
             target="exposed",
             equalization=Equalization("grid", duo=True, error="parent", folds="matching"),
         ),
-        # arXiv 2210.17323: Hessian of the inputs the quantized layer sees, target on the same inputs.
+        # arXiv 2210.17323: Hessian of the quantized layer's inputs, target on the same inputs.
         Recipe("gptq", target="exposed", rounding="compensated"),
         # arXiv 2412.19509: L1 error of the parent module, image tokens weighted by the ratio of mean gradients.
         Recipe(
@@ -127,7 +127,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """Raises ValueError if there is no such recipe."""
+    """The recipe of this name. Raises ValueError if the name is unknown."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -1,4 +1,4 @@
-"""What a calibration reports: the content of calibration.json, with load and save."""
+"""The report of a calibration: the content of calibration.json, with load and save."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class GroupReport:
     """The calibration of one linear group.
 
     Attributes:
-        layer, group: where it is.
+        layer, group: index of the decoder layer, and name of the group.
         alpha, duo: the exponent of the per-channel scales, and whether the weight magnitude was used.
-        error_before, error_after: E(V) / sum_t w_t, before with s = 1 and nearest rounding; None: not measured.
+        error_before, error_after: E(V) / sum_t w_t; "before" uses s = 1 and nearest rounding; None if not measured.
         tokens, effective_tokens: tokens whose error counted, and their effective sample size.
-        damping: share of the Hessian's diagonal that was added; None without compensated rounding.
-        seconds: time of the solution.
-        peak_memory_bytes: peak of the process when the layer was finished.
+        damping: fraction of the Hessian's mean diagonal that was added; None without compensated rounding.
+        seconds: time to solve the group.
+        peak_memory_bytes: memory peak of the process when the layer was finished.
     """
 
     layer: int
@@ -44,9 +44,9 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The calibration of one decoder layer; times and peaks of memory are the leading rank's.
+    """The calibration of one decoder layer; times and memory peaks are those of the leading rank.
 
-    None: files of older versions do not have it, or there is no device.
+    A field is None if a file of an older version lacks it, or if there is no device.
     """
 
     layer: int
@@ -59,7 +59,7 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Raises ValueError if the layer or one of its groups has an unknown key, or lacks one."""
+        """Parse a layer. Raises ValueError if the layer or one of its groups has an unknown key or lacks one."""
         groups = [_from_dict(GroupReport, group, "its groups have") for group in values.get("groups", ())]
         return _from_dict(cls, {**values, "groups": groups}, "its layers have")
 
@@ -97,7 +97,7 @@ class CalibrationReport:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises ValueError, with the file, if it does not hold what ``save`` writes."""
+        """Read a file that ``save`` has written. Raises ValueError, with the path, for any other content."""
         content = json.loads(path.read_text())
         remedy = f"make it again with `dvc repro -f calibrate@{path.parent.name}`"
         missing = [name for name in ("recipe", "scheme", "groups") if name not in content]
@@ -112,7 +112,7 @@ class CalibrationReport:
 
 
 def _layers(groups: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> list[LayerReport]:
-    """Layers with their groups; old files have groups only."""
+    """Layers with their groups; files of older versions have only groups."""
     by_layer: dict[int, list[Mapping[str, Any]]] = {}
     for group in groups:
         by_layer.setdefault(group["layer"], []).append(group)

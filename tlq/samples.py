@@ -21,7 +21,7 @@ from tlq.runtime.digest import update_with_tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation: encoded image files, chat turns (the last one the answer), and where it came from."""
+    """One conversation: encoded image files, chat turns (the last one is the answer), and its source."""
 
     id: str
     images: list[bytes]
@@ -33,8 +33,8 @@ class Sample:
 class Batch:
     """A micro-batch of samples, padded on the right.
 
-    It does not keep its pixels, which take tens of GiB for 512 photographs and are used once or twice: ``encode()``
-    computes the model's inputs anew at every call.
+    Pixels are not kept, because they take tens of GiB for 512 photographs and are used once or twice: ``encode()``
+    computes the model's inputs at every call.
 
     Attributes:
         samples: index of each row in the list of samples.
@@ -59,7 +59,7 @@ class Batch:
 def encode_batches(
     samples: Sequence[Sample], processor: Any, image_token_id: int, batch_size: int, max_tokens: int
 ) -> list[Batch]:
-    """All samples as micro-batches, longest first so that the rows of a batch need little padding.
+    """Encode all samples as micro-batches, longest first, so that the rows of a batch need little padding.
 
     Raises:
         ValueError: a sample is longer than ``max_tokens`` (samples are never cut), has no answer, or has an unreadable
@@ -137,7 +137,7 @@ def _batch(
     """The samples at the indices ``chunk`` as a micro-batch.
 
     Args:
-        encode: encodes the sample at an index anew.
+        encode: encodes the sample at an index.
     """
     members = [rows[index] for index in chunk]
     lengths = torch.tensor([row.length for row in members])[:, None]
@@ -160,7 +160,7 @@ def image_token_id(config: Any) -> int:
     """The id of image tokens in ``input_ids``.
 
     Raises:
-        ValueError: the config names none.
+        ValueError: the config does not name one.
     """
     for name in ("image_token_id", "image_token_index"):
         if getattr(config, name, None) is not None:

@@ -1,4 +1,4 @@
-"""ChartQA: relaxed accuracy, within 5 % for numbers, equality without case for the rest."""
+"""ChartQA: relaxed accuracy. Numbers must be within 5 %, other text must be equal without case."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def target(doc: Mapping[str, Any]) -> str:
 
 
 def to_number(text: str) -> float | None:
-    """Number in a text, None if it is not one. Percent signs at the end divide by 100 and must touch the number."""
+    """The number that a text states, or None. Percent signs at the end divide by 100 and must touch the number."""
     is_percent = text.endswith("%")
     digits = text.rstrip("%")
     if is_percent and digits != digits.rstrip():
@@ -31,7 +31,7 @@ def to_number(text: str) -> float | None:
 def is_correct(reply: str, answer: str) -> bool:
     """Relaxed correctness (Masry et al. 2022, section 5.1).
 
-    A target of exactly 0 has no 5 % around it: like text, it is compared by lower-case equality.
+    A target of exactly 0 has no 5 % range, so it is compared by lower-case equality like text.
     """
     number, wanted = to_number(reply), to_number(answer)
     if number is not None and wanted:
@@ -40,7 +40,7 @@ def is_correct(reply: str, answer: str) -> bool:
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm-eval `process_results`: overall, and the half (human or augmented) that the question comes from."""
+    """lm-eval `process_results`: accuracy, overall and for the half (human or augmented) of the question."""
     correct = float(is_correct(results[0], doc["answer"]))
     half = "human" if doc["type"].startswith("human") else "augmented"
     return {"relaxed_accuracy": correct, half: correct}

@@ -1,9 +1,9 @@
 """MMMU: college-level questions with up to seven images, multiple choice or open.
 
-Follows the official evaluation. Two known faults of lmms-eval's copy are not followed, and what it would report is
-given beside the score (`accuracy_lmms_eval`): open questions keep a single parsed candidate and compare its
-characters, so that none is ever right; and among several bare letters ("A.", "A ") the last is looked for only
-with spaces on both sides, so that the first wins when there are none.
+The scorer follows the official evaluation. lmms-eval's copy has two known faults, and its score is an additional metric
+(`accuracy_lmms_eval`). It keeps a single parsed candidate of an open question and compares its characters, so that no
+open answer is ever right. Among several bare letters ("A.", "A ") it searches the last only with spaces on both sides,
+so that without such spaces the first letter wins.
 """
 
 import ast
@@ -37,8 +37,8 @@ STRIPPED_MARKS = ",.!?;:'"
 LONG_REPLY_WORDS = 5
 INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 TRIVIAL_REPLIES = frozenset(":,.!?;'")
-# The official patterns, sped up without changing what they find: a number starts where a run of digits starts, and
-# runs are never given back (official ones take time quadratic in a long reply's digits).
+# Faster forms of the official patterns with the same matches: a number starts where a run of digits starts, and
+# matching does not backtrack into a run. The official patterns take time quadratic in the number of digits.
 NUMBER_PATTERNS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
     re.compile(r"-?(?<!\d)\d++(?:\.\d++)?[eE][+-]?\d+"),
@@ -50,7 +50,7 @@ NUMBER_PATTERNS = (
 
 
 def options(doc: Mapping[str, Any]) -> list[str]:
-    """Options of a question; the hub data set keeps them as the text of a Python list."""
+    """Options of a question; the hub data set stores them as the text of a Python list."""
     value = doc["options"]
     try:
         parsed = ast.literal_eval(value) if isinstance(value, str) else value
@@ -64,7 +64,7 @@ def is_choice(doc: Mapping[str, Any]) -> bool:
 
 
 def _text(doc: Mapping[str, Any], suffix: str | None = None) -> str:
-    """Question with its options as lettered lines and the instruction, image mentions untouched."""
+    """Question, options as lettered lines, and instruction, with unchanged image mentions."""
     question = doc["question"].replace("<image>", "image")
     if not is_choice(doc):
         return question + (OPEN_SUFFIX if suffix is None else suffix)
@@ -73,9 +73,9 @@ def _text(doc: Mapping[str, Any], suffix: str | None = None) -> str:
 
 
 def _image_numbers(doc: Mapping[str, Any]) -> list[int]:
-    """Numbers of the images in the order in which the model gets them.
+    """Numbers of the images in the order of the model's inputs.
 
-    Images that the text never mentions come first, the others where they are first mentioned.
+    Images that the text never mentions come first, the others follow in the order of their first mention.
     """
     present = [n for n in range(1, MAX_IMAGES + 1) if doc.get(f"image_{n}") is not None]
     mentioned = [int(number) for number in IMAGE_MENTION.findall(_text(doc))]
@@ -84,15 +84,15 @@ def _image_numbers(doc: Mapping[str, Any]) -> list[int]:
 
 
 def images(doc: Mapping[str, Any]) -> list[Any]:
-    """Images of a question, as many as the prompt has placeholders and in the same order."""
+    """Images of a question, one per placeholder of the prompt and in the same order."""
     return [doc[f"image_{number}"] for number in _image_numbers(doc)]
 
 
 def prompt(doc: Mapping[str, Any], suffix: str | None = None) -> str:
     """Prompt with one `<image>` placeholder per image; `suffix` replaces the instruction of both kinds of question.
 
-    A single image goes before the text and its mentions are removed. Of several, each stands at its first mention;
-    later mentions, and mentions of images that do not exist, are written out ("image 2").
+    A single image goes before the text and its mentions are removed. Each of several images is placed at its first
+    mention. Later mentions, and mentions of images that do not exist, are written out ("image 2").
     """
     text, numbers = _text(doc, suffix), _image_numbers(doc)
     if len(numbers) == 1:
@@ -120,7 +120,7 @@ def _without(match: re.Match[str], single: int) -> str:
 
 
 def answers(doc: Mapping[str, Any]) -> list[str]:
-    """Accepted answers; an open question may keep several as the text of a Python list."""
+    """Accepted answers; an open question may store several as the text of a Python list."""
     value = doc["answer"]
     if isinstance(value, str) and not is_choice(doc) and value.startswith("[") and value.endswith("]"):
         try:
@@ -131,13 +131,13 @@ def answers(doc: Mapping[str, Any]) -> list[str]:
 
 
 def target(doc: Mapping[str, Any]) -> str:
-    """First accepted answer. Used for NLL and KL."""
+    """First accepted answer, which NLL and KL use."""
     accepted = answers(doc)
     return accepted[0] if accepted else ""
 
 
 def find_choices(reply: str, option_texts: Sequence[str]) -> tuple[list[str], str]:
-    """Letters that a reply names, with the form in which they were found.
+    """Letters that a reply names, and the form in which they appear.
 
     Forms are tried in the order "(A)", "A ", "A." and, in a reply of more than five words, the option's own text.
 
@@ -166,9 +166,9 @@ def _pad(reply: str) -> str:
 
 
 def parse_choice(reply: str, option_texts: Sequence[str], form_of_last: str | None = None) -> str | None:
-    """Letter that a reply chooses: of several the one that occurs last, None if it names none.
+    """Letter that a reply chooses: the last of several, or None if the reply names none.
 
-    `form_of_last`, if given, is looked for instead of the form found when the last bare letter is decided.
+    `form_of_last`, if given, replaces the form found in the search for the last bare letter.
     """
     letters, form = find_choices(reply, option_texts)
     if not letters:
@@ -184,14 +184,14 @@ def parse_choice(reply: str, option_texts: Sequence[str], form_of_last: str | No
 
 
 def random_choice(doc: Mapping[str, Any], n_options: int) -> str:
-    """Guess for a reply that names no option: random over items, always the same for one item."""
+    """Guess for a reply that names no option: random over items, fixed for each item."""
     if n_options == 0:
         return ""
     return random.Random(f"mmmu:{doc['id']}").choice(LETTERS[:n_options])
 
 
 def normalize(text: str) -> list[str | float]:
-    """Number to two decimals if it is one, else lower-case text; a single letter only at the edge of a word."""
+    """A number rounded to two decimals, or lower-case text; a single letter matches only at the edge of a word."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -201,15 +201,15 @@ def normalize(text: str) -> list[str | float]:
 
 
 def extract_numbers(text: str) -> list[str]:
-    """Numbers with thousands separators, in scientific notation, and plain ones."""
+    """Numbers in a text: with thousands separators, in scientific notation, or plain."""
     return [number for pattern in NUMBER_PATTERNS for number in pattern.findall(text)]
 
 
 def key_phrases(reply: str) -> list[str]:
-    """Of each sentence the shortest tail behind an indicator such as "is "; the whole reply if there is none.
+    """The shortest tail of each sentence after an indicator such as "is "; the whole reply without an indicator.
 
-    The official code splits at lines only (it lower-cases before it looks for a capital after the period); kept.
-    "=" counts in the last sentence alone.
+    As in the official code, only line ends split sentences (the code lower-cases the text before it searches a capital
+    after the period). "=" is an indicator in the last sentence only.
     """
     whole = reply.strip().strip(".").lower()
     sentences = whole.split("\n")
@@ -227,14 +227,14 @@ def key_phrases(reply: str) -> list[str]:
 
 
 def parse_open(reply: str) -> list[str | float]:
-    """Every candidate answer in a reply: key phrases and the numbers in them, normalised, in order."""
+    """All candidate answers in a reply: normalised key phrases and the numbers in them, in order."""
     phrases = key_phrases(reply)
     texts = phrases + [number for phrase in phrases for number in extract_numbers(phrase)]
     return list(dict.fromkeys(candidate for text in texts for candidate in normalize(text)))
 
 
 def is_open_correct(reply: str, accepted: Sequence[str]) -> bool:
-    """Whether any candidate holds an accepted text as a substring or equals an accepted number."""
+    """Whether a candidate contains an accepted text or equals an accepted number."""
     wanted = [form for answer in accepted if answer.strip() for form in normalize(answer)]
     texts = [form for form in wanted if isinstance(form, str)]
     numbers = [form for form in wanted if isinstance(form, float)]
@@ -253,7 +253,7 @@ def subject(doc: Mapping[str, Any]) -> str:
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm-eval `process_results`: overall, by discipline, subject and question type, and the share unparsed."""
+    """lm-eval `process_results`: accuracy, overall and by discipline, subject and question type; and `unparsed`."""
     reply = results[0]
     if not is_choice(doc):
         correct = float(is_open_correct(reply, answers(doc)))

@@ -1,4 +1,4 @@
-"""OCRBench: a ground truth that occurs in the reply scores one point; a thousand questions, ten types."""
+"""OCRBench: a reply that contains a ground truth scores one point. It has a thousand questions of ten types."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def prompt(doc: Mapping[str, Any], suffix: str = "") -> str:
 
 
 def target(doc: Mapping[str, Any]) -> str:
-    """First ground truth that is not blank; empty if there is none."""
+    """First ground truth that is not blank, else the empty text."""
     return next(iter(_ground_truths(doc)), "")
 
 
@@ -36,7 +36,7 @@ def _ground_truths(doc: Mapping[str, Any]) -> list[str]:
 
 
 def is_correct(reply: str, answer: str, dataset: str) -> bool:
-    """Whether the ground truth is a substring; for formulas without spaces and case-sensitive."""
+    """Whether the reply contains the ground truth; formulas are compared without spaces and case-sensitively."""
     reply, answer = (text.strip().replace("\n", " ") for text in (reply, answer))
     if dataset == FORMULA_DATASET:
         return answer.replace(" ", "") in reply.replace(" ", "")
@@ -44,10 +44,10 @@ def is_correct(reply: str, answer: str, dataset: str) -> bool:
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm-eval `process_results`: accuracy and points, also of the question's category.
+    """lm-eval `process_results`: accuracy and points, overall and for the question's category.
 
-    `accuracy_lmms_eval` lower-cases a formula reply before the case-sensitive comparison, as lmms-eval does,
-    by which a formula with a capital letter can never be right.
+    `accuracy_lmms_eval` lower-cases a formula reply before the case-sensitive comparison, as lmms-eval does, so that a
+    formula with a capital letter can never be right.
     """
     reply, dataset, answers = results[0], doc["dataset"], _ground_truths(doc)
     correct = float(any(is_correct(reply, answer, dataset) for answer in answers))
@@ -57,5 +57,5 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 
 def total(points: Sequence[float]) -> float:
-    """lm-eval aggregation: a sum of this run's points only (nothing is kept between runs)."""
+    """lm-eval aggregation: the sum of this run's points (no state is kept between runs)."""
     return float(sum(points))

@@ -1,4 +1,4 @@
-"""SEED-Bench-2-Plus: text-rich images (charts, maps, web pages), four options, scored by the reply's first letter."""
+"""SEED-Bench-2-Plus: text-rich images (charts, maps, web pages) with four options; the reply's first letter counts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def target(doc: Mapping[str, Any]) -> str:
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm-eval `process_results`: overall, by image type, and whether the reply began with no option's letter."""
+    """lm-eval `process_results`: accuracy, overall and by image type; and whether no option's letter came first."""
     letter = results[0].strip()[:1].upper()
     correct = float(letter != "" and letter == doc["answer"].strip().upper())
     image_type = doc["question_image_type"].strip().lower()

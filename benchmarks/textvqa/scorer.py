@@ -1,9 +1,9 @@
 """TextVQA: VQA accuracy over ten human answers, on text cleaned by the EvalAI processor.
 
-The processor is the official one with its oddities kept, since every published number went through it:
-the punctuation list lacks apostrophe, colon, $, % and &; periods are removed unless a digit follows, at most 32
-of them; capitalised contraction keys never match lower-cased text (so "im" stays "im").
-`repaired=True` cleans without those faults; its accuracy is reported beside the published one.
+The processor is the official one with its faults, because all published numbers use it: the punctuation list lacks
+apostrophe, colon, $, % and &; periods are removed unless a digit follows, but at most 32 of them; capitalised
+contraction keys never match lower-cased text (so "im" stays "im").
+`repaired=True` cleans without these faults; its accuracy is an additional metric.
 """
 
 import re
@@ -19,13 +19,13 @@ NUMBERS = {word: str(value) for value, word in enumerate(NUMBER_WORDS.split())} 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 UNLISTED_PUNCTUATION = ":$%&"  # and the apostrophe, which contractions need
 DIGIT_COMMA = re.compile(r"(?<=\d),+(?=\d)")
-# The official pattern means to spare a period between digits, but its look-behind is a misspelt look-ahead and
-# always holds; its flag (re.UNICODE, 32) lands in the place of the replacement count.
+# The official pattern should keep a period between digits, but its look-behind is a misspelt look-ahead and always
+# holds; its flag (re.UNICODE, 32) is passed as the replacement count.
 PERIOD = re.compile(r"\.(?!\d)")
 PERIOD_REPLACEMENTS = 32
 
-# Words that lost their apostrophe, as published with the VQA evaluation. Most are found by dropping the
-# apostrophes of the right form; the official table lists some partial forms too, and misses others.
+# Contractions without their apostrophe, as published with the VQA evaluation. Most follow from dropping the apostrophes
+# of the right form; the official table also lists some partial forms, and lacks others.
 _ONE_APOSTROPHE = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
 how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't
 should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd
@@ -56,20 +56,20 @@ def prompt(doc: Mapping[str, Any], suffix: str = PROMPT_SUFFIX) -> str:
 
 
 def target(doc: Mapping[str, Any]) -> str:
-    """Answer that most people gave, the earliest of equals; empty if there is none. Used for NLL and KL."""
+    """Most frequent answer, the earliest of equals, or the empty text; NLL and KL use it."""
     answers = [answer for answer in doc["answers"] or [] if answer.strip()]
     return max(answers, key=answers.count) if answers else ""
 
 
 def clean_answer(text: str, repaired: bool = False) -> str:
-    """Bring an answer into the form in which answers are compared."""
+    """Normalise an answer for comparison."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return _clean_words(_clean_punctuation(text, repaired), repaired)
 
 
 def _clean_punctuation(text: str, repaired: bool) -> str:
-    """Drop a mark that touches a space anywhere in the text, turn it into a space otherwise."""
+    """Drop a punctuation mark that touches a space anywhere in the text; otherwise replace it by a space."""
     cleaned = text
     drop_all = DIGIT_COMMA.search(text) is not None
     for mark in PUNCTUATION + (UNLISTED_PUNCTUATION if repaired else ""):
@@ -79,7 +79,7 @@ def _clean_punctuation(text: str, repaired: bool) -> str:
 
 
 def _clean_words(text: str, repaired: bool) -> str:
-    """Number words to digits, articles away, apostrophes back into contractions."""
+    """Convert number words to digits, remove articles, and restore the apostrophes of contractions."""
     contractions = REPAIRED_CONTRACTIONS if repaired else CONTRACTIONS
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
@@ -100,7 +100,7 @@ def _clean_repaired(text: str) -> str:
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm-eval `process_results`: the published accuracy, and the one with a repaired processor beside it."""
+    """lm-eval `process_results`: the published accuracy, and the accuracy with a repaired processor."""
     reply = results[0]
     return {
         "vqa_accuracy": vqa_accuracy(reply, doc["answers"]),

@@ -1,4 +1,4 @@
-"""VizWiz: photos by blind people, some of them unanswerable. Scored as TextVQA; the prompt says how to decline."""
+"""VizWiz: questions of blind people about their photos, some unanswerable. It is scored like TextVQA."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,10 +1,10 @@
-"""One elastic agent: a worker of the pool runs it for a stage, on the stage's machine or another.
+"""Run one elastic agent. A worker of the pool runs it for a stage, on the stage's machine or another.
 
     python -m tasks.cluster.agent --store 10.0.0.1:41234 --name <flow run id> --agents 2 \\
         tasks.stages.calibrate --recipe tlq ...
 
-The agent keeps one rank of the stage's module alive. It ends when the result is complete, when the stage stops it, and
-when the stage has ended.
+The agent keeps one rank of the stage's module alive. It ends when the result is complete, when the stage stops it, or
+when the stage ends.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="host and port of the stage's store")
     parser.add_argument("--name", required=True, help="name of this agent in the store")
-    parser.add_argument("--agents", type=int, required=True, help="most agents in the group")
-    parser.add_argument("module", help="what a rank runs")
+    parser.add_argument("--agents", type=int, required=True, help="maximum number of agents in the group")
+    parser.add_argument("module", help="module that each rank runs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _serve(store: JobStore, arguments: argparse.Namespace) -> None:
-    """Join the group and keep the rank alive until there is nothing left to do.
+    """Join the group and keep the rank alive until the result is complete.
 
     Raises:
         StageGoneError: the store is gone before the group has formed.
@@ -64,7 +64,7 @@ def _serve(store: JobStore, arguments: argparse.Namespace) -> None:
     except (SignalException, StageGoneError):
         raise
     except Exception as error:
-        # When one agent gives up the group is closed to all: the stage cannot continue with another agent.
+        # When one agent gives up, the group is closed for all, so the stage cannot continue with another agent.
         if not store.finished():
             store.fail(" ".join(str(error).split()))
         raise
@@ -80,7 +80,7 @@ def _send_heartbeats(store: JobStore, name: str, leaving: threading.Event) -> No
             store.heartbeat(name)
             if leaving.wait(_HEARTBEAT_SECONDS):
                 return
-        logger.info("the stage needs this agent no longer")
+        logger.info("the stage no longer needs this agent")
     except StageGoneError as error:
         logger.info("%s", error)
     if not leaving.is_set():

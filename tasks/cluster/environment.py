@@ -1,4 +1,4 @@
-"""What ranks and workers read from the environment."""
+"""Environment variables that ranks and workers read."""
 
 from __future__ import annotations
 

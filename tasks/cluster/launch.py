@@ -1,8 +1,8 @@
-"""Run a stage on several ranks: one process per GPU here, ``TLQ_RANKS`` of them, or workers of a Prefect pool.
+"""Run a stage on several ranks: processes on this machine, or workers of a Prefect pool.
 
-Here, the stage's own process starts the ranks through torch elastic and waits. A rank that dies takes the group down,
-the group forms again and goes on from what is on disk. An error that trying again cannot cure ends the stage at once.
-With ``TLQ_POOL`` set it is the workers of that pool that start the ranks, see ``tasks.cluster.pool``.
+On this machine, the stage's own process starts ``TLQ_RANKS`` ranks (default: one per GPU) through torch elastic and
+waits. If a rank dies, the group forms again and continues from the state on disk. An error that a retry cannot cure
+ends the stage at once. With ``TLQ_POOL`` set, the workers of that pool start the ranks, see ``tasks.cluster.pool``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tlq.parallel import REDUCTION_CHUNKS
 
 logger = logging.getLogger("tlq.ranks")
 
-#: Tells a rank where the store is.
+#: Environment variable that holds the address of the store, for ranks.
 STORE = "TLQ_STORE"
 
 _POLL_SECONDS = 0.5
@@ -37,7 +37,7 @@ def ranks_wanted() -> int:
     """``TLQ_RANKS``, else one per GPU, else one.
 
     Raises:
-        ValueError: ``TLQ_RANKS`` is no positive number.
+        ValueError: ``TLQ_RANKS`` is not a positive number.
     """
     if "TLQ_RANKS" in os.environ:
         return positive("TLQ_RANKS", 1)
@@ -45,26 +45,26 @@ def ranks_wanted() -> int:
 
 
 def is_rank() -> bool:
-    """Whether this process is a rank: one of those that an elastic agent keeps alive."""
+    """Whether this process is a rank, which an elastic agent keeps alive."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], most: int = REDUCTION_CHUNKS) -> None:
-    """Do ``work`` here, or on the ranks that the environment asks for by running ``module`` in each.
+    """Do ``work`` in this process, or start the ranks that the environment sets, each of which runs ``module``.
 
     Args:
-        most: ranks that can share this work.
+        most: maximum number of ranks that can share this work.
 
     Raises:
-        ValueError: what a rank reported, or the environment asks for something that cannot be.
+        ValueError: a rank reported an error, or an environment variable has an impossible value.
         RuntimeError: the ranks failed for good.
-        TimeoutError: no worker of the pool came.
+        TimeoutError: no worker of the pool took up the work.
     """
     if is_rank():
         die_with_parent()
         _as_rank(work)
     elif value("TLQ_POOL"):
-        from tasks.cluster.pool import run_on_pool  # slow to import: only stages on a pool should wait for it
+        from tasks.cluster.pool import run_on_pool  # slow to import, and only needed on a pool
 
         run_on_pool(module, arguments, most)
     elif min(ranks_wanted(), most) == 1:
@@ -82,15 +82,15 @@ def _launch_local(module: str, arguments: Sequence[str], ranks: int) -> None:
 def run_agent(
     endpoint: str, module: str, arguments: Sequence[str], ranks: int, nodes: tuple[int, int] = (1, 1), run: str = "tlq"
 ) -> None:
-    """One elastic agent: joins the group that meets at ``endpoint`` and keeps ``ranks`` processes of it alive.
+    """Run one elastic agent: join the group that meets at ``endpoint``, and keep ``ranks`` processes of it alive.
 
     Args:
-        endpoint: host and port of the store, which another process holds.
-        nodes: least and largest number of agents in the group.
-        run: name of the job at the store.
+        endpoint: host and port of the store, which another process hosts.
+        nodes: minimum and maximum number of agents in the group.
+        run: name of the job in the store.
 
     Raises:
-        RuntimeError: its ranks failed more often than ``TLQ_RESTARTS`` (default 20).
+        RuntimeError: the agent's ranks failed more often than ``TLQ_RESTARTS`` (default 20).
     """
     config = LaunchConfig(
         min_nodes=nodes[0],
@@ -99,7 +99,7 @@ def run_agent(
         run_id=run,
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
-        # An agent that is silent for 8 seconds is dead; the others wait so long before they go on without it.
+        # An agent without a heartbeat for 8 seconds counts as dead; the others then continue without it.
         rdzv_configs={
             "is_host": False,
             "last_call_timeout": 1,
@@ -120,13 +120,13 @@ def run_agent(
     except ChildFailedError as error:
         first = error.get_first_failure()[1]
         raise RuntimeError(
-            f"the ranks failed {config.max_restarts + 1} times, the last with exit status {first.exitcode}; what is "
-            "finished is kept, see the log above and run the same command again"
+            f"the ranks failed {config.max_restarts + 1} times, the last with exit status {first.exitcode}; finished "
+            "work is kept, see the log above and run the same command again"
         ) from error
 
 
 def die_with_parent() -> None:
-    """End this process when the one that started it is gone: nobody else would stop it."""
+    """End this process when its parent process has ended, because no other process would stop it."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -138,10 +138,10 @@ def die_with_parent() -> None:
 
 
 def _as_rank(work: Callable[[], None]) -> None:
-    """Do ``work``, and stay until the leading rank has done its own, which may take longer.
+    """Do ``work``, then wait until rank 0 has finished its own.
 
-    A rank that left earlier could not be called back if the leading one died before the end. Started once more after
-    the end, for instance because a rank was killed on its way out, there is nothing left to do.
+    While the other ranks wait, the group can form again if rank 0 dies. A rank that is restarted after the job has
+    finished returns at once.
     """
     store = JobStore.join(os.environ[STORE])
     if store.finished():
@@ -154,10 +154,10 @@ def _as_rank(work: Callable[[], None]) -> None:
 
 
 def report_failure(message: str) -> bool:
-    """Tell the stage that trying again is of no use; False if this process is no rank, or another one was first."""
+    """Report a failure that a retry cannot cure; False if this process is no rank or another rank reported first."""
     return is_rank() and JobStore.join(os.environ[STORE]).fail(message)
 
 
 def failed_already() -> bool:
-    """Whether another rank has reported such a failure."""
+    """Whether a rank has reported a failure that a retry cannot cure."""
     return is_rank() and JobStore.join(os.environ[STORE]).failure() is not None

@@ -1,8 +1,8 @@
-"""A stage on the workers of a Prefect pool: one worker flow run per GPU, each with one elastic agent and one rank.
+"""Run a stage on the workers of a Prefect pool: one worker flow run per GPU, each with one elastic agent and one rank.
 
 The stage's own process hosts the store where the agents meet, submits the flow runs and watches them. A lost run (its
-worker, process or machine died) is replaced by another; the group continues without it meanwhile. When the stage ends,
-for whatever reason, its runs end too: they read it from the store, or find that the store does not answer.
+worker, process or machine died) is replaced by another; in the meantime the group continues without it. When the stage
+ends, for whatever reason, its runs end too: the store reports the end, or no longer answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tasks.config.environment import positive, value
 logger = logging.getLogger("tlq.pool")
 
 _POLL_SECONDS = 1.0
-#: Longer than an agent that has lost its stage can live.
+#: Longer than an agent can outlive its stage.
 _LEFTOVER_SECONDS = 45.0
 
 
@@ -32,12 +32,12 @@ def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
     """Run ``module`` as ranks on the workers of the pool ``TLQ_POOL`` until its result is complete.
 
     Args:
-        most: ranks that can share this work.
+        most: maximum number of ranks that can share this work.
 
     Raises:
         ValueError: the pool or server does not exist, or a rank reported an error that a retry cannot cure.
         BlockingIOError: another process does the same work.
-        NoWorkerError: no worker came within ``TLQ_POOL_WAIT`` seconds.
+        NoWorkerError: no worker took up a run within ``TLQ_POOL_WAIT`` seconds.
         RuntimeError: more runs were lost than ``TLQ_RESTARTS``.
     """
     with Pool.connect(value("TLQ_POOL")) as pool:
@@ -55,7 +55,7 @@ def workers_wanted(pool: Pool, most: int) -> int:
     """The number of flow runs to submit: ``TLQ_POOL_WORKERS``, else one per online worker; at most ``most``.
 
     Raises:
-        NoWorkerError: none is online within ``TLQ_POOL_WAIT`` seconds.
+        NoWorkerError: no worker is online within ``TLQ_POOL_WAIT`` seconds.
     """
     online, busy = pool.online(), pool.busy()
     stated = positive("TLQ_POOL_WORKERS", 1) if "TLQ_POOL_WORKERS" in os.environ else None
@@ -77,10 +77,10 @@ def workers_wanted(pool: Pool, most: int) -> int:
 
 
 def settle_leftovers(pool: Pool, job: Job) -> None:
-    """End the flow runs that a killed stage with the same work left over, so that they hold no slot and no lock.
+    """End the flow runs of a killed stage with the same work, so that they hold no slot and no lock.
 
-    Their agents end by themselves when their stage has ended. A run whose worker and process died as well would stay
-    Running for ever.
+    Their agents end by themselves after their stage. A run whose worker and process died as well would stay Running
+    forever.
 
     Raises:
         BlockingIOError: the other stage still runs.

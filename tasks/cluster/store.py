@@ -1,6 +1,6 @@
 """The messages between a stage, its agents and their ranks, on the store where the agents meet.
 
-The stage's own process hosts the store. When the process ends the store ends too, which tells the agents and ranks.
+The stage's own process hosts the store. When the process ends the store ends too, and agents and ranks notice it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 
 T = TypeVar("T")
 
-#: Seconds in which a living store answers.
+#: Seconds within which a running store answers.
 ANSWER_SECONDS = 20
 
 _FAILURE, _FINISHED, _BEGUN, _STOPPED, _JOB, _LINES = (
@@ -25,7 +25,7 @@ _FAILURE, _FINISHED, _BEGUN, _STOPPED, _JOB, _LINES = (
 
 
 class StageGoneError(ConnectionError):
-    """The store does not answer: the process that holds it has ended, or its machine cannot be reached."""
+    """The store does not answer: the process that hosts it has ended, or its machine cannot be reached."""
 
 
 class JobStore:
@@ -45,7 +45,7 @@ class JobStore:
         """Host a store in this process that listens on ``address`` only.
 
         Raises:
-            OSError: ``address`` is no address of this machine.
+            OSError: ``address`` is not an address of this machine.
         """
         try:
             family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
@@ -55,7 +55,7 @@ class JobStore:
                 f"TLQ_HOST is {address!r}, no address of this machine ({error}); set it to one that the workers reach"
             ) from error
         port = listener.getsockname()[1]
-        # The store closes the descriptor that it is given. Left to itself it would listen on every interface.
+        # Without a socket of ours the store would listen on every interface. The store closes the socket.
         store = TCPStore(
             address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
         )
@@ -72,7 +72,7 @@ class JobStore:
         """
         host, port = endpoint.rsplit(":", 1)
         try:
-            socket.create_connection((host, int(port)), seconds).close()  # refused at once, where the store would retry
+            socket.create_connection((host, int(port)), seconds).close()  # fails at once; the store would retry
             limit = timedelta(seconds=seconds)
             store = _in_time(lambda: TCPStore(host, int(port), wait_for_workers=False, timeout=limit), seconds)
         except (OSError, RuntimeError) as error:
@@ -156,10 +156,10 @@ class JobStore:
 
 
 def _in_time(request: Callable[[], T], seconds: float) -> T:
-    """The result of a request that may block for ever, for instance if the store's machine has lost power.
+    """The result of a request that may block forever, for instance if the store's machine has lost power.
 
     Raises:
-        TimeoutError: there is no result after ``seconds``; the thread that waits for it stays.
+        TimeoutError: there is no result after ``seconds``; the waiting thread stays.
     """
     answer: Future[T] = Future()
 

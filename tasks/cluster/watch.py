@@ -1,4 +1,4 @@
-"""The watch of a stage over its worker flow runs: submit, replace lost ones, end all of them with the stage."""
+"""Watch over the worker flow runs of a stage: submit them, replace lost ones, and end all of them with the stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POLL_SECONDS = 1.0
 #: How long the first agents wait for the others before they begin.
 _GATHER_SECONDS = 15.0
 _END_SECONDS = 15.0
-#: The stage fails after so many runs in a row that ended without a heartbeat: more would fail as well.
+#: The stage fails after this many runs in a row ended without a heartbeat, because further runs would fail too.
 _FAILED_STARTS = 5
 
 
@@ -116,8 +116,8 @@ class Watch:
     def _crash_timed_out(self) -> None:
         """Set runs without a recent heartbeat to Crashed.
 
-        Their worker may have died with them, so that nothing reports their end. The automation of flows/pool.py, which
-        is slower, covers the runs whose stage has died as well.
+        Their worker may have died too, so that no process reports their end. The automation of flows/pool.py is slower
+        and also covers the runs whose stage has died.
         """
         for run in self._unended:
             if run.timed_out(self._silence):
@@ -143,7 +143,7 @@ class Watch:
         if self._lost > restarts_allowed():
             raise RuntimeError(
                 f"{self._job.name}: {self._lost} worker runs were lost, more than TLQ_RESTARTS = {restarts_allowed()}; "
-                f"the last, {run.name}, ended {run.state.value}: {run.message}. What is finished is kept, run the same "
+                f"the last, {run.name}, ended {run.state.value}: {run.message}. Finished work is kept, run the same "
                 "command again"
             )
         logger.warning(
@@ -157,7 +157,7 @@ class Watch:
             return
         self._gathering = self._gathering or time.monotonic()
         if joined == self._wanted or time.monotonic() - self._gathering > _GATHER_SECONDS:
-            logger.info("%s: %d of %d workers at work", self._job.name, joined, self._wanted)
+            logger.info("%s: %d of %d workers joined", self._job.name, joined, self._wanted)
             self._store.begin()
 
     def _check_deadline(self) -> None:
@@ -168,9 +168,9 @@ class Watch:
             raise no_worker(self._pool, self._wanted)
 
     def _try(self, request: Callable[[], T], default: T) -> T:
-        """The result of a request to the server; ``default`` while it does not answer, which the ranks do not need.
+        """The result of a request to the server, or ``default`` if it does not answer; the ranks do not need it.
 
-        At the end, no request follows one that failed: the runs also read from the store that the stage has ended.
+        Once the stage is ending, a failed request is the last one, because the store also reports the end to the runs.
         """
         if self._ending and not self._answers:
             return default
@@ -185,7 +185,7 @@ class Watch:
         return answer
 
     def end(self) -> None:
-        """End all runs. Those of a finished job end by themselves; the store tells the others to stop.
+        """End all runs. The runs of a finished job end by themselves; otherwise the store asks them to stop.
 
         A run that does not stop is cancelled through the server, and finally its state is set to Cancelled by force.
         """

@@ -1,4 +1,4 @@
-"""The client of a Prefect work pool: the job that its flow runs share, the pool, and one flow run."""
+"""Client of a Prefect work pool: the job that its flow runs share, the pool, and one flow run."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class NoWorkerError(OSError):
 
 @dataclass(frozen=True)
 class Job:
-    """The work of the ranks.
+    """The work that the ranks share.
 
     Attributes:
-        folder: their working directory, on a file system that all workers share.
+        folder: working directory of the ranks, on a file system that all workers share.
     """
 
     module: str
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The tag of the job's flow runs: a digest of the work, equal for every process that does the same."""
+        """Tag of the job's flow runs: a digest of the work, the same in every process with the same work."""
         text = "\n".join([str(self.folder), self.module, *self.arguments])
         return f"job-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -90,7 +90,7 @@ class Pool:
         """
         if not os.environ.get("PREFECT_API_URL"):
             raise ValueError(f"TLQ_POOL is {name!r}, but PREFECT_API_URL names no server; set it, or unset TLQ_POOL")
-        # By default a client retries for a minute, in which the watch would stand still.
+        # By default a client retries for a minute, which would block the watch.
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
             try:
                 yield cls(name, client, cls._deployment_of(name, client))
@@ -140,7 +140,7 @@ class Pool:
         return self._client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(ids))))
 
     def unfinished(self, job: Job) -> list[FlowRun]:
-        """The flow runs of the job, or of an equal one, that have not ended."""
+        """The flow runs of this or an equal job that have not ended."""
         state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(_ALIVE)))
         tags = FlowRunFilterTags(all_=[job.key])
         return self._client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state, tags=tags))

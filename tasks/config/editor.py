@@ -9,19 +9,19 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-#: No line is broken: a row of params.yaml stays a row.
+#: Line width at which YAML would break a line; large, so that a row of params.yaml stays on one line.
 _LINE_WIDTH = 1000
 
 
 class EditError(ValueError):
-    """The file has no place for a value; the message names it."""
+    """The file has no place for a value; the message names the key."""
 
 
 class ParamsEditor:
-    """The text of a params file, open for changes.
+    """Edit the text of a params file.
 
     Attributes:
-        sections: the content; mappings remember their comments.
+        sections: the content, with its comments.
     """
 
     def __init__(self, text: str) -> None:
@@ -34,10 +34,10 @@ class ParamsEditor:
         return stream.getvalue()
 
     def set(self, name: str, value: Any) -> None:
-        """Set the value of a dotted name; keys below its section are made where they are missing.
+        """Set the value of a dotted name, and create missing keys below its section.
 
         Raises:
-            EditError: a section that the file does not have, or a name that goes on below a plain value.
+            EditError: the file has no such section, or the name continues below a plain value.
         """
         *path, key = name.split(".")
         if not path or path[0] not in self.sections:
@@ -50,7 +50,7 @@ class ParamsEditor:
         mapping[key] = value
 
     def update(self, section: str, values: Mapping[str, Any]) -> None:
-        """Set ``values`` in a section, nested mappings inside theirs; other keys stay."""
+        """Set ``values`` in a section and merge nested mappings; other keys stay."""
         _update(self._section(section), values)
 
     def replace(self, section: str, values: Mapping[str, Any]) -> None:

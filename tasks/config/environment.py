@@ -1,7 +1,7 @@
 """Every environment variable of this project: name, meaning, default, and the functions that read them.
 
-Variables decide where and how a stage runs, never its result. The library reads two of them itself (``tlq.runtime``,
-``tlq.plan``); they are listed here all the same.
+Variables decide where and how a stage runs, never its result. The list includes two that the library itself reads
+(``tlq.runtime``, ``tlq.plan``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class Variable:
     """An environment variable.
 
     Attributes:
-        readers: programs that read it, for the documentation.
-        default: value or rule where the variable is not set, for the documentation.
+        readers: programs that read the variable, for the documentation.
+        default: value or rule if the variable is not set, for the documentation.
     """
 
     name: str
@@ -33,16 +33,16 @@ VARIABLES: dict[str, Variable] = {
         ),
         Variable("TLQ_RANKS", "stage", "processes that share a stage on this machine", "one per GPU, else 1"),
         Variable(
-            "TLQ_HOST_MEMORY", "stage", "GiB of hidden states that a process keeps in memory", "half of what is free"
+            "TLQ_HOST_MEMORY", "stage", "GiB of hidden states that a process keeps in memory", "half of the free memory"
         ),
-        Variable("TLQ_DEVICE_MEMORY", "stage", "GiB of a device to plan for, if less than it has", "what is free"),
+        Variable("TLQ_DEVICE_MEMORY", "stage", "GiB of device memory to plan for, if less than all", "the free memory"),
         Variable("TLQ_LOG", "stage", "level of the log; `debug` adds tracebacks of expected errors", "info"),
         Variable(
             "TLQ_RESTARTS", "stage, worker", "lost worker runs, or failures of a rank, before a stage gives up", "20"
         ),
         Variable("TLQ_HOST", "all", "address under which other machines reach this one", "127.0.0.1"),
-        Variable("TLQ_POOL", "stage, worker", "Prefect work pool whose workers do the work", "none: work here"),
-        Variable("TLQ_POOL_WORKERS", "stage", "worker runs per stage, at most 16", "as many as are online"),
+        Variable("TLQ_POOL", "stage, worker", "Prefect work pool whose workers compute", "none: this machine computes"),
+        Variable("TLQ_POOL_WORKERS", "stage", "worker runs per stage, at most 16", "one per online worker"),
         Variable("TLQ_POOL_WAIT", "stage", "seconds without any worker before a stage gives up", "600"),
         Variable("TLQ_POOL_SILENCE", "stage", "seconds without a heartbeat before a worker run counts as lost", "30"),
         Variable("TLQ_PARALLEL", "flow", "variants processed at the same time", "2, with a GPU 1, with a pool 16"),
@@ -52,12 +52,12 @@ VARIABLES: dict[str, Variable] = {
     )
 }
 
-#: Variables that programs set for processes that they start; nobody sets them by hand.
+#: Variables that programs set for the processes that they start; users do not set them.
 INTERNAL = ("TLQ_STORE", "TLQ_FLOW_OWNER")
 
 
 def value(name: str, default: str = "") -> str:
-    """The text of a variable, ``default`` where it is not set or empty.
+    """The text of a variable, or ``default`` if the variable is unset or empty.
 
     Raises:
         KeyError: the variable is not in ``VARIABLES``.
@@ -66,11 +66,11 @@ def value(name: str, default: str = "") -> str:
 
 
 def positive(name: str, default: int) -> int:
-    """The number that a variable holds.
+    """The value of a variable as a positive integer.
 
     Raises:
         KeyError: the variable is not in ``VARIABLES``.
-        ValueError: its text is no positive number.
+        ValueError: the text is not a positive number.
     """
     stated = os.environ.get(VARIABLES[name].name, str(default))
     if not stated.isdigit() or int(stated) < 1:

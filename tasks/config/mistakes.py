@@ -1,4 +1,4 @@
-"""One line for what pydantic refuses: `section.key: what is wrong (found ...)`."""
+"""Turn each error of pydantic into one line: `section.key: what is wrong (found ...)`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, RootModel, ValidationError
 from pydantic_core import ErrorDetails
 
-#: What the value must be, by pydantic's type of error, with the bound that was broken.
+#: Requirement on the value, with its bound, by pydantic's type of error.
 _BOUNDS = {
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be above {gt}",
@@ -23,10 +23,10 @@ _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def explain(name: str, error: ValidationError, cls: Any) -> str:
-    """Every mistake in the values of ``cls``, which are at ``name`` in the file.
+    """Describe every mistake in the values of ``cls``, which the file has under ``name``.
 
     Args:
-        error: of a model whose only field is an instance of ``cls``.
+        error: validation error of a model whose only field is an instance of ``cls``.
     """
     return "; ".join(_line(name, item, cls, item["loc"][1:]) for item in error.errors())
 
@@ -47,7 +47,7 @@ def _line(name: str, item: ErrorDetails, cls: Any, location: Sequence[int | str]
 
 
 def _of_check(place: str, message: str, keys: Sequence[str]) -> str:
-    """The message of a class's own check; the place joins the key where it begins so: `points is 1, must be ...`."""
+    """The message of a class's own check; if it begins with a key (`points is 1, must be ...`), the place joins it."""
     found = re.fullmatch(r"(?:\w+\.)*(\w+) (is .*)", message, re.DOTALL)
     if found is None or found[1] not in keys:
         return f"{place}: {message}"
@@ -63,7 +63,7 @@ _PLAIN = frozenset({"int", "constrained-int", "str", "float", "bool"})
 
 
 def _keys(cls: Any, location: Sequence[int | str]) -> list[str]:
-    """Keys of the mapping at ``location`` inside ``cls``; empty where there is none."""
+    """Keys of the mapping at ``location`` inside ``cls``; empty without a mapping."""
     for part in location:
         cls = _inside(_mapping(cls), part)
     return list(types_of(_mapping(cls)))

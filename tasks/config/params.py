@@ -43,7 +43,7 @@ class ModelParams(Section):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it."""
+        """The dtype as a ``torch.dtype``."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
@@ -67,7 +67,7 @@ class Columns(Section):
 
 
 class PrepareParams(Section):
-    """The origin of the calibration samples."""
+    """The source of the calibration samples."""
 
     kind: Literal["parquet", "hub", "llava_json"] = Field(
         description="`parquet` and `hub` read a table of questions, `llava_json` conversations with an image folder"
@@ -98,7 +98,7 @@ class PrepareParams(Section):
 
 
 class ImportanceParams(Section):
-    """Scores of how much each token matters."""
+    """The importance score of each token."""
 
     samples: int = Field(ge=1, description="prepared samples that are scored: the pool that token sets are drawn from")
     batch_size: int = Field(default=8, ge=1, description="samples per batch")
@@ -116,7 +116,7 @@ class CalibsetParams(Section):
 
     budget: TokenBudget = Field(description="size of the set and how its tokens are selected")
     source: Source = Field(default="token", description="importance that tokens are selected by")
-    weighting: Weighting = Field(default_factory=Weighting, description="the map from raw importance to token weights")
+    weighting: Weighting = Field(default_factory=Weighting, description="map from raw importance to token weights")
     seed: int = Field(default=0, ge=0, description="seed of the draw")
 
 
@@ -125,7 +125,7 @@ class CalibrateParams(Section):
 
     batch_size: int = Field(default=16, ge=1, description="samples per batch")
     group_size: int | None = Field(
-        default=None, ge=1, description="replaces the group size of schemes that have one; null keeps the scheme's"
+        default=None, ge=1, description="replaces the group size of schemes with groups; null keeps the scheme's"
     )
     overrides: dict[str, str] = Field(
         default_factory=dict,
@@ -141,7 +141,7 @@ class VariantParams(Section):
 
     @property
     def names(self) -> list[str]:
-        """`<recipe>-<scheme>`, schemes of a recipe next to each other."""
+        """Names of the variants, `<recipe>-<scheme>`, in the order of recipes, then schemes."""
         return [f"{recipe}-{scheme}" for recipe in self.recipes for scheme in self.schemes]
 
     @model_validator(mode="after")
@@ -203,20 +203,20 @@ class EvaluateParams(Section):
 
 
 class Bounds(Section):
-    """The gate: what a registered version must keep to become champion; a bound of null is not applied."""
+    """The gate: bounds that a registered version must keep to become champion; null sets no bound."""
 
     min_retention: float | None = Field(
-        default=None, ge=0, description="least mean retention, in percent of full precision's mean score"
+        default=None, ge=0, description="minimum mean retention, in percent of full precision's mean score"
     )
     max_flips: float | None = Field(
         default=None,
         ge=0,
         le=100,
-        description="most items, in percent of those shared with full precision, that changed between right and wrong",
+        description="maximum share of items, in percent, that changed between right and wrong against full precision",
     )
     floors: dict[str, float] = Field(
         default_factory=dict,
-        description="least score in percent by benchmark as metrics.json names it; `mean` is the mean over benchmarks",
+        description="minimum scores in percent by benchmark, as in metrics.json; `mean` is the mean over benchmarks",
     )
     bound: Literal["point", "low"] = Field(
         default="point",
@@ -244,7 +244,7 @@ class RegisterParams(Bounds):
 class ReportParams(Section):
     """The report and the model cards."""
 
-    token_samples: int = Field(default=4, ge=1, description="samples that the pictures of token importance show")
+    token_samples: int = Field(default=4, ge=1, description="number of samples in the pictures of token importance")
     base_model: str | None = Field(
         default=None,
         description="hub id of the full-precision model for the cards; null leaves it out for a local folder",
@@ -279,7 +279,7 @@ class Download(Section):
 
 
 def repo_type(kind: str) -> str:
-    """The hub's name for the type of repository that a kind of download comes from."""
+    """The hub's repository type (`model` or `dataset`) of a kind of download."""
     return "model" if kind == "model" else "dataset"
 
 
@@ -290,7 +290,7 @@ class FetchParams(RootModel[dict[str, Download]]):
 
 
 class RecipesParams(RootModel[dict[str, dict[str, Any]]]):
-    """Choices that replace those of a recipe's row in tlq/recipes.py, by recipe."""
+    """Values that replace values of a recipe's row in tlq/recipes.py, by recipe."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -316,7 +316,7 @@ def section(name: str, cls: type[T], path: str | Path = PARAMS) -> T:
     """Section ``name`` of a params file as an instance of ``cls``.
 
     Raises:
-        ParamsError: no such section, an unknown or missing key, a value of the wrong type or out of range.
+        ParamsError: the section is missing, a key is unknown or missing, or a value has a wrong type or range.
     """
     return parse(name, read(path).get(name), cls, path)
 
@@ -339,10 +339,10 @@ def _wrapper(cls: Any) -> Any:
 
 
 def recipe(name: str, path: str | Path = PARAMS) -> Recipe:
-    """Recipe ``name``, with the choices that params.yaml overrides under ``recipes.<name>``.
+    """Recipe ``name`` with the values under ``recipes.<name>`` in params.yaml.
 
     Raises:
-        ParamsError: an unknown recipe, or a choice that recipes do not have.
+        ParamsError: the recipe or one of the keys is unknown.
     """
     overrides = parse("recipes", read(path).get("recipes") or {}, RecipesParams, path).root
     try:
@@ -351,12 +351,12 @@ def recipe(name: str, path: str | Path = PARAMS) -> Recipe:
         raise ParamsError(f"{path}: {error}") from error
     choices = overrides.get(name, {})
     if "name" in choices:
-        raise ParamsError(f"{path}: recipes.{name}.name: a recipe keeps its name, its checkpoints carry it; remove it")
+        raise ParamsError(f"{path}: recipes.{name}.name: a recipe cannot be renamed; remove the key")
     return parse(f"recipes.{name}", _merge(asdict(row), choices), Recipe, path)
 
 
 def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``overrides`` in it, nested mappings merged."""
+    """``base`` updated with ``overrides``; nested mappings are merged."""
     merged = dict(base)
     for key, value in overrides.items():
         nested = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -368,7 +368,7 @@ def read(path: str | Path = PARAMS) -> dict[str, Any]:
     """Every section of a params file as plain values.
 
     Raises:
-        ParamsError: the file is missing, or is no YAML mapping.
+        ParamsError: the file is missing or not a YAML mapping.
     """
     try:
         content = yaml.safe_load(Path(path).read_text())

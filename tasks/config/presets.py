@@ -2,12 +2,12 @@
 
     python -m tasks.preset                               lists them
     python -m tasks.preset qwen2-vl-7b sharegpt4v        writes them into params.yaml
-    python -m tasks.preset demo                          goes back to the demo; with others: where they say nothing
+    python -m tasks.preset demo                          restores the demo, except what other named presets set
     python -m tasks.preset --model OWNER/NAME            any model of the hub
     python -m tasks.preset --dataset OWNER/NAME --columns answer=answers
 
-A preset is a file in presets/: the parameters that it sets, and what is to be fetched from the hub. params.yaml keeps
-its comments and layout. What comes from the hub is pinned to a commit, the preset's or the newest when it is applied.
+A preset is a file in presets/ with parameters to set and files to fetch from the hub. params.yaml keeps its comments
+and layout. Each download is pinned to a commit: the preset's, or the newest one when the preset is applied.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ PRESETS = Path("presets")
 KINDS = ("model", "calibration", "benchmarks")
 DEMO = "demo"
 
-#: A section that describes one source: nothing of another source may stay.
+#: A section that describes one source. A preset replaces all its keys, so that no key of another source stays.
 _REPLACED = "prepare"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Parameters to set, by section, and entries of section `fetch`, whose revision may still be open."""
+    """Parameters to set, by section, and entries of section `fetch`, whose revisions may be missing."""
 
     kind: str
     name: str
@@ -63,16 +63,16 @@ def _read(kind: str, path: Path) -> Preset:
 
 
 def named(names: Sequence[str], presets: Sequence[Preset]) -> list[Preset]:
-    """The presets of these names; `demo` is one of each kind that no other name is of.
+    """The presets of these names; `demo` adds the demo preset of each kind that no other name covers.
 
     Raises:
-        ParamsError: there is no preset of a name.
+        ParamsError: a name is unknown.
     """
     known = dict.fromkeys(preset.name for preset in presets)
     for name in names:
         if name not in known:
             raise ParamsError(
-                f"unknown preset {name!r}; choose of {', '.join(known)}, or give a hub id with --model or --dataset"
+                f"unknown preset {name!r}; choose one of {', '.join(known)}, or give a hub id with --model or --dataset"
             )
     chosen = [preset for preset in presets if preset.name in names and preset.name != DEMO]
     if DEMO in names:
@@ -82,7 +82,7 @@ def named(names: Sequence[str], presets: Sequence[Preset]) -> list[Preset]:
 
 
 def one_of_each_kind(presets: Sequence[Preset]) -> None:
-    """Raises ParamsError if two presets would write over each other."""
+    """Raise ParamsError if two presets of one kind are named, because one would overwrite the other."""
     for kind in KINDS:
         names = [preset.name for preset in presets if preset.kind == kind]
         if len(names) > 1:
@@ -90,7 +90,7 @@ def one_of_each_kind(presets: Sequence[Preset]) -> None:
 
 
 def model_of_hub(repo: str) -> Preset:
-    """A preset for any model of the hub; batch sizes and token budget stay as they are."""
+    """A preset for any model of the hub; it does not change batch sizes and token budget."""
     name = repo.split("/")[-1].lower()
     out = f"data/models/{name}"
     params = {
@@ -123,11 +123,11 @@ def dataset_of_hub(arguments: argparse.Namespace) -> Preset:
 
 
 def pin(preset: Preset, chosen: Mapping[str, str], newest: Callable[[str, str], str]) -> dict[str, CommentedMap]:
-    """Entries of section `fetch` with every revision a commit.
+    """Entries of section `fetch` in which every revision is a commit.
 
     Args:
-        chosen: commits that the user names, by repository.
-        newest: gives the newest commit of a repository, from its hub id and type.
+        chosen: commits from the command line, by repository.
+        newest: function from a repository's hub id and type to its newest commit.
     """
     entries = {}
     for key, values in preset.fetch.items():
@@ -140,27 +140,27 @@ def pin(preset: Preset, chosen: Mapping[str, str], newest: Callable[[str, str], 
 
 
 def newest_commit(repo: str, kind: str) -> str:
-    """The commit that branch `main` of a repository is at now.
+    """The newest commit on branch `main` of a repository.
 
     Raises:
-        ConnectionError: the hub cannot be asked, or it has no such repository.
+        ConnectionError: the hub does not answer, or it has no such repository.
     """
     api = HfApi()
     try:
         info = api.model_info(repo) if kind == "model" else api.dataset_info(repo)
     except (OSError, HTTPError) as error:
         raise ConnectionError(
-            f"{repo}: the hub cannot be asked for its newest commit ({reason_of(error)}); go "
-            f"online or correct the hub id, or name the commit yourself: --revision {repo}=COMMIT"
+            f"{repo}: the hub does not give its newest commit ({reason_of(error)}); go "
+            f"online, correct the hub id, or give the commit: --revision {repo}=COMMIT"
         ) from error
     return str(info.sha)
 
 
 def applied(text: str, presets: Sequence[Preset], fetched: Mapping[str, Mapping[str, CommentedMap]]) -> str:
-    """``text`` of a params file with presets written into it, in the same layout.
+    """Apply presets to the ``text`` of a params file, and keep its layout.
 
     Args:
-        fetched: entries of section `fetch`, by kind; those of the same kinds go.
+        fetched: entries of section `fetch`, by kind; they replace all entries of these kinds.
     """
     editor = ParamsEditor(text)
     for preset in presets:
@@ -178,14 +178,14 @@ def applied(text: str, presets: Sequence[Preset], fetched: Mapping[str, Mapping[
 
 
 def check(text: str) -> None:
-    """Raises ParamsError for what a stage would refuse."""
+    """Raise ParamsError for parameters that a stage would refuse."""
     for name, values in yaml.safe_load(text).items():
         if name in SECTIONS:
             parse(name, values, SECTIONS[name])
 
 
 def changes(before: str, after: str) -> list[str]:
-    """Every parameter that differs, and every download, one line each."""
+    """One line for every parameter and download that differs."""
     old, new = (dict(_flat(yaml.safe_load(text))) for text in (before, after))
     lines = []
     for key in dict.fromkeys([*old, *new]):
@@ -224,21 +224,21 @@ def _pairs(words: Sequence[str], what: str) -> dict[str, str]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="presets to apply; none: list them")
+    parser.add_argument("names", nargs="*", help="presets to apply; without names, all presets are listed")
     parser.add_argument("--model", metavar="OWNER/NAME", help="any model of the hub")
     parser.add_argument("--dataset", metavar="OWNER/NAME", help="any data set of the hub with images and texts")
-    parser.add_argument("--split", default="train", help="of the data set")
-    parser.add_argument("--subset", help="of the data set, where it has several")
+    parser.add_argument("--split", default="train", help="split of the data set")
+    parser.add_argument("--subset", help="subset of a data set that has several")
     parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="of image, question, answer, id"
+        "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of image, question, answer, id"
     )
-    parser.add_argument("--prompt", help="question asked of every image, where the data set has captions only")
-    parser.add_argument("--files", nargs="+", default=[], help="patterns: fetch these files of the data set only")
-    parser.add_argument("--samples", type=int, default=256, help="of the data set")
+    parser.add_argument("--prompt", help="question for every image, if the data set has only captions")
+    parser.add_argument("--files", nargs="+", default=[], help="patterns of files to fetch; default: all")
+    parser.add_argument("--samples", type=int, default=256, help="number of calibration samples")
     parser.add_argument(
-        "--revision", nargs="+", default=[], metavar="OWNER/NAME=COMMIT", help="instead of the preset's"
+        "--revision", nargs="+", default=[], metavar="OWNER/NAME=COMMIT", help="commits that replace the presets'"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only show what would change")
+    parser.add_argument("--dry-run", action="store_true", help="only print the changes")
     return parser.parse_args()
 
 

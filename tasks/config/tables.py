@@ -1,4 +1,4 @@
-"""The reference of parameters and environment variables, for documents.
+"""Generate the reference of parameters and environment variables.
 
 python -m tasks.config.tables > docs/parameters.md
 """
@@ -39,7 +39,7 @@ They decide where and how a stage runs, never its result.
 
 
 def page() -> str:
-    """The whole page."""
+    """The page docs/parameters.md."""
     parts = [_TOP, *(_section(name, cls) for name, cls in SECTIONS.items())]
     rows = [f"| `{v.name}` | {v.readers} | {v.meaning} | {v.default} |\n" for v in VARIABLES.values()]
     return "\n".join([*parts, _VARIABLES + "".join(rows)])
@@ -55,7 +55,7 @@ def _section(name: str, cls: type[BaseModel]) -> str:
 
 
 def _rows(prefix: str, cls: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Dotted name, values, default and meaning of every key, nested sections in place."""
+    """Dotted name, values, default and meaning of every key, including the keys of nested sections."""
     for name, annotation in types_of(cls).items():
         if types_of(annotation):
             yield from _rows(f"{prefix}{name}.", annotation)

@@ -1,4 +1,4 @@
-"""The connection to MLflow, and its retries and pages."""
+"""Connect to MLflow, retry calls on a conflict, and page through searches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
 
 def connect() -> MlflowClient:
-    """A client of ``MLFLOW_TRACKING_URI``, or of mlflow.db in this folder.
+    """Client of ``MLFLOW_TRACKING_URI``, or of mlflow.db in this folder.
 
     Raises:
         ConnectionError: MLflow does not answer.
@@ -30,7 +30,7 @@ def connect() -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # a new database is made in seventy logged steps
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs seventy steps when it creates a database
     mlflow.set_tracking_uri(uri)
     try:
         with _alone_in_database(uri):
@@ -45,7 +45,7 @@ def connect() -> MlflowClient:
 
 @contextmanager
 def _alone_in_database(uri: str) -> Iterator[None]:
-    """Hold a lock next to an SQLite database: MLflow 3.17 makes the tables of a new one without a lock."""
+    """Hold a lock file next to an SQLite database, because MLflow 3.17 creates the tables without a lock."""
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -73,7 +73,7 @@ def retry_on_conflict(action: Callable[[], None], attempts: int = 5) -> None:
 
 
 def pages(search: Callable[[str | None], Any]) -> Iterable[Any]:
-    """Everything that a search of MLflow finds, page by page."""
+    """Yield all results of an MLflow search, page by page."""
     token = None
     while True:
         found = search(token)
@@ -84,5 +84,5 @@ def pages(search: Callable[[str | None], Any]) -> Iterable[Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a log or a tag."""
+    """First line of an error's message, short enough for a log or a tag."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

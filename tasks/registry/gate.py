@@ -1,8 +1,8 @@
-"""The gate: which registered versions may be used, and which one is the champion of its scheme. Pure functions.
+"""The gate: decide which registered versions pass, and which one is the champion of its scheme. Pure functions.
 
-A version passes if what quantization cost stays within the bounds of section `register` of params.yaml. A version that
-passes becomes champion in place of a worse one: better by mean score on the same items, and where the paired interval
-of the difference does not tell the two apart, better by KL divergence.
+A version passes if the loss from quantization stays within the bounds of section `register` of params.yaml. A version
+that passes replaces the champion if its mean score on the same items is higher. If the paired interval of the
+difference contains 0, the lower KL divergence decides.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a version does not pass; it passes if there is no reason against it."""
+    """The reasons why a version fails the gate; a version without reasons passes."""
 
     reasons: tuple[str, ...] = ()
 
@@ -34,7 +34,7 @@ class Verdict:
 
 
 def judge(metrics: Metrics, bounds: Bounds) -> Verdict:
-    """Check metrics against the bounds. A number that a bound needs and that is missing is a reason."""
+    """Check metrics against the bounds. A missing number that a bound needs is a reason to fail."""
     return Verdict(tuple(_reasons(metrics, bounds)))
 
 
@@ -79,14 +79,14 @@ def _too_many_flips(mean: Comparison, most: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Contender:
-    """A registered version as the choice of a champion sees it.
+    """The properties of a registered version that the choice of a champion uses.
 
     Attributes:
-        version: its number.
-        variant: what it was made as; the checkpoint is in models/<variant>, and the next one of that name in its place.
-        checkpoint: digest of its checkpoint.
-        evaluation: digest of what it was asked: items, data, and parameters that scores depend on.
-        passed: whether it passed the gate.
+        version: version number.
+        variant: name of the variant; a later checkpoint of that name replaces this one in models/<variant>.
+        checkpoint: digest of the checkpoint.
+        evaluation: digest of the evaluation: items, data, and parameters that scores depend on.
+        passed: whether the version passed the gate.
         kl: mean KL divergence from full precision, nats per answer token.
     """
 
@@ -111,17 +111,17 @@ class Difference:
 
 
 class CannotCompare(ValueError):
-    """Two versions have no common measure; the message says why."""
+    """Two versions cannot be compared; the message says why."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a challenger.
+    """The result of a challenge.
 
     Attributes:
-        state: `champion`, `replaced` as champion by a later one, `not_better`, `failed` the gate, or `not_compared` and
-            so still to be decided.
-        reason: why, in words.
+        state: `champion`; `replaced` as champion by a later version; `not_better`; `failed` the gate; `not_compared`,
+            which leaves the version undecided.
+        reason: the reason in words.
     """
 
     state: Literal["champion", "replaced", "not_better", "failed", "not_compared"]
@@ -139,12 +139,12 @@ def paired_difference(challenger: pd.DataFrame, champion: pd.DataFrame, seed: in
         challenger, champion: records with columns task, doc and score in [0, 1].
 
     Raises:
-        CannotCompare: they are not scored on the same items.
+        CannotCompare: the two are not scored on the same items.
     """
     both = challenger.merge(champion, on=["task", "doc"], suffixes=("", "_champion"))
     if both.empty or not len(both) == len(challenger) == len(champion):
         raise CannotCompare(
-            f"{len(challenger)} and {len(champion)} items were scored, {len(both)} of them the same; all must be"
+            f"{len(challenger)} and {len(champion)} items were scored, {len(both)} of them in both; all must be"
         )
     rng = np.random.default_rng(seed)
     values, means = [], []
@@ -157,7 +157,7 @@ def paired_difference(challenger: pd.DataFrame, champion: pd.DataFrame, seed: in
 
 
 def challenge(challenger: Contender, champion: Contender, measure: Measure) -> Outcome:
-    """Whether ``challenger``, which passed the gate, takes the place of ``champion``, which was asked the same."""
+    """Whether ``challenger``, which passed the gate, replaces ``champion``, which was scored in the same evaluation."""
     if not champion.passed:
         return Outcome("champion", f"version {champion.version}, the champion before it, does not pass the gate")
     try:
@@ -172,22 +172,25 @@ def challenge(challenger: Contender, champion: Contender, measure: Measure) -> O
     known = challenger.kl is not None and champion.kl is not None
     kl = f"KL {_nats(challenger.kl)} against {_nats(champion.kl)}"
     if known and challenger.kl < champion.kl:  # type: ignore[operator]
-        return Outcome("champion", f"{against} does not tell them apart; {kl}")
+        return Outcome("champion", f"{against}: the interval contains 0; {kl}")
     if challenger.variant == champion.variant and challenger.version > champion.version:
         return Outcome(
-            "champion", f"{against} does not tell them apart; it is the same variant, made again in its place"
+            "champion", f"{against}: the interval contains 0; this is a later checkpoint of the same variant"
         )
-    return Outcome("not_better", f"{against} does not tell them apart; {kl}")
+    return Outcome("not_better", f"{against}: the interval contains 0; {kl}")
 
 
 def succession(
     champion: Contender | None, challengers: Sequence[Contender], measure: Measure
 ) -> tuple[Contender | None, dict[int, Outcome]]:
-    """The champion after every challenger had its turn, in order of version, and what became of each, and of it.
+    """Compare the challengers with the champion one after another, in order of version.
 
-    Scores on other items are never compared. If the evaluation changed, the champion is first replaced by
-    its own checkpoint scored in the new evaluation, if that is among the challengers; without it the challenger stays
-    undecided.
+    Scores from different evaluations are never compared. If the evaluation changed and the champion's checkpoint,
+    scored in the new evaluation, is among the challengers, that version becomes champion first. Without such a version
+    the other challengers stay undecided.
+
+    Returns:
+        The final champion, and the outcome of every challenger and of a replaced champion by version.
     """
     outcomes: dict[int, Outcome] = {}
     again = [each for each in challengers if champion is not None and each.checkpoint == champion.checkpoint]
@@ -200,17 +203,17 @@ def succession(
                 outcomes[champion.version] = Outcome("replaced", f"by version {each.version}: {outcome.reason}")
             champion = each
         elif outcome.state == "failed" and champion is not None and each.checkpoint == champion.checkpoint:
-            champion = replace(champion, passed=False)  # what it is asked now, it does not pass
+            champion = replace(champion, passed=False)  # its checkpoint fails the gate in the new evaluation
     return champion, outcomes
 
 
 def _turn(challenger: Contender, champion: Contender | None, measure: Measure) -> Outcome:
     if not challenger.passed:
-        return Outcome("failed", "it does not pass the gate")
+        return Outcome("failed", "does not pass the gate")
     if champion is None:
         return Outcome("champion", "the first version that passes the gate")
     if challenger.version == champion.version:
-        return Outcome("champion", "it is the champion already")
+        return Outcome("champion", "already the champion")
     if challenger.evaluation == champion.evaluation or not champion.passed:
         return challenge(challenger, champion, measure)
     if challenger.checkpoint == champion.checkpoint:

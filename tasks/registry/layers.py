@@ -1,4 +1,4 @@
-"""Reports of calibrated layers as MLflow metrics, a step per layer."""
+"""Log the reports of calibrated layers as MLflow metrics, one step per layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def layer_metrics(report: LayerReport) -> list[Metric]:
-    """The report of a layer as metrics whose step is the layer.
+    """Metrics of a layer's report; their step is the layer index.
 
-    Errors of the layer are sums over its groups; what was not measured is left out.
+    The error of a layer is the sum over its groups. Values that were not measured are left out.
     """
     from mlflow.entities import Metric
 
@@ -35,14 +35,14 @@ def layer_metrics(report: LayerReport) -> list[Metric]:
 
 
 def fill_in_layers(client: MlflowClient, run_id: str, calibration: CalibrationReport) -> int:
-    """Log the layers of calibration.json that the run does not have yet; returns how many."""
+    """Log the layers of calibration.json that the run does not have yet; returns their number."""
     logged: dict[str, set[int]] = {}
     missing: list[Metric] = []
     layers = 0
     for metrics in map(layer_metrics, calibration.layers):
         if not metrics:
             continue
-        name, step = metrics[0].key, metrics[0].step  # a layer's metrics are logged together: one stands for all
+        name, step = metrics[0].key, metrics[0].step  # a layer's metrics are logged together, so checking one is enough
         if name not in logged:
             logged[name] = {metric.step for metric in client.get_metric_history(run_id, name)}
         if step not in logged[name]:

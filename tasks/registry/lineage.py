@@ -1,4 +1,4 @@
-"""Where results come from: git commit, package versions, DVC hashes, params."""
+"""Record where results come from: git commit, package versions, DVC hashes, params."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECTIONS = ("model", "prepare", "importance", "calibset", "calibrate", "variants
 
 @dataclass(frozen=True)
 class Output:
-    """An output of a stage as dvc.lock has it."""
+    """An output of a stage, read from dvc.lock."""
 
     stage: str
     path: str
@@ -32,12 +32,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Attributes:
-    commit: of git, None outside a repository.
-    changed: tracked files that differ from the commit; dvc.lock and metrics do while a pipeline runs.
-    versions: of Python and the packages that matter, where the report was made.
-    outputs: from dvc.lock; empty if there is none.
-    params: the sections of params.yaml that the report depends on, as YAML.
+    """Where the results of a report come from.
+
+    Attributes:
+        commit: git commit; None outside a repository.
+        changed: tracked files that differ from the commit; dvc.lock and metrics files differ while a pipeline runs.
+        versions: versions of Python and of ``PACKAGES`` in the process that made the report.
+        outputs: outputs of stages, from dvc.lock; empty without that file.
+        params: the sections of params.yaml that the report depends on, as YAML.
     """
 
     commit: str | None
@@ -64,7 +66,7 @@ def changed_files() -> list[str]:
 
 
 def locked_outputs(variants: Sequence[str], lock: Path = LOCK) -> list[Output]:
-    """What dvc.lock says of the stages that a report on ``variants`` is made from."""
+    """Outputs in dvc.lock of the stages that a report on ``variants`` is made from."""
     stages: dict[str, Any] = yaml.safe_load(lock.read_text())["stages"] if lock.exists() else {}
     return [
         Output(stage, out["path"], out["md5"], out.get("size"))
@@ -80,7 +82,7 @@ def _params() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command; None where it fails: outside a repository, or before the first commit."""
+    """Output of a git command; None if the command fails, as outside a repository or before the first commit."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:

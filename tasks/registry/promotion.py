@@ -1,8 +1,8 @@
-"""Aliases in the MLflow registry: `candidate` is the newest version that passed the gate, `champion` the best one.
+"""Move the aliases in the MLflow registry: `candidate` is the newest version that passed the gate, `champion` the best.
 
-MLflow has no compare-and-set, so aliases are moved and then checked: versions that were registered in the meantime
-start another round. Whoever writes last has seen every version that was there before, so two processes that register
-at the same time, on this machine or on two, end with the better version as champion and lose none.
+MLflow has no compare-and-set. After moving the aliases, ``promote`` lists the versions again, and repeats if one was
+registered in the meantime. The last writer has therefore compared all versions registered before, so two processes
+that register at the same time, even on two machines, end with the better version as champion.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tlq.register")
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-#: Artifact of a run that holds the score of every item: what versions are compared by.
+#: Artifact of a run that holds the score of every item; versions are compared by these scores.
 ITEM_SCORES = "item_scores.parquet"
 
 _GATE, _REASON = "gate", "gate.reason."
@@ -43,9 +43,9 @@ def verdict_tags(verdict: Verdict) -> dict[str, str]:
 
 
 def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -> bool:
-    """Put a verdict on a registered version in place of another; tells whether there was another.
+    """Replace the verdict of a registered version; returns whether the verdict differs from the old one.
 
-    A verdict turned round makes the version a challenger again.
+    If the verdict changes between passed and failed, the version becomes a challenger again.
     """
     tags = verdict_tags(verdict)
     had = {key: value for key, value in version.tags.items() if key == _GATE or key.startswith(_REASON)}
@@ -60,7 +60,7 @@ def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -
 
 
 def promote(client: MlflowClient, name: str) -> None:
-    """Decide who is champion and candidate among the versions of model ``name``, and move the aliases."""
+    """Choose champion and candidate among the versions of model ``name``, and move the aliases."""
     retry_on_conflict(partial(_promote, client, name))
 
 
@@ -69,7 +69,7 @@ def _promote(client: MlflowClient, name: str) -> None:
     while True:
         found = {int(each.version): each for each in model_versions(client, name)}
         appeared = found.keys() - seen if seen else set()
-        # After the list: a champion that was chosen from a version in it is not missed.
+        # The alias is read after the list, so the champion is at least as new as any chosen from that list.
         _choose_champion(client, name, found, appeared)
         _choose_candidate(client, name, found)
         seen = set(found)
@@ -78,13 +78,13 @@ def _promote(client: MlflowClient, name: str) -> None:
 
 
 def model_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """All versions of a model, the first one first."""
+    """All versions of a model in order of their numbers."""
     found = pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
     return sorted(found, key=lambda version: int(version.version))
 
 
 def aliases(client: MlflowClient, name: str) -> dict[str, int]:
-    """Which version every alias of a model stands for."""
+    """Version number of every alias of a model."""
     return {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
 
 
@@ -105,7 +105,7 @@ def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelV
         client.set_registered_model_alias(name, CHAMPION, str(winner.version))
         logger.info("%s: version %d is champion: %s", name, winner.version, outcomes[winner.version].reason)
     if holder in undecided and not contenders[holder].passed:
-        outcomes.setdefault(holder, Outcome("failed", "it does not pass the gate; champion until another one does"))
+        outcomes.setdefault(holder, Outcome("failed", "does not pass the gate; champion until another version does"))
     for number, outcome in outcomes.items():
         _tag(client, found[number], {_OUTCOME: outcome.state, _WHY: outcome.reason})
         if outcome.state == "not_compared":
@@ -117,7 +117,7 @@ def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelV
 def _lapsed(champion: Contender | None, undecided: Iterable[Contender]) -> set[str]:
     """Evaluations in which the champion, or its checkpoint scored again, is newly found to fail.
 
-    All challengers of such an evaluation are judged again: they lost to a champion that now fails the gate.
+    All challengers of these evaluations are compared again, because they lost to a champion that now fails the gate.
     """
     return {
         each.evaluation
@@ -136,7 +136,7 @@ def _choose_candidate(client: MlflowClient, name: str, found: Mapping[int, Model
 
 
 def _contender(version: ModelVersion) -> Contender:
-    """A version by its tags; one that something else registered has none, and counts as not passed."""
+    """A contender from a version's tags; a version that other software registered has none and counts as failed."""
     scores: dict[str, Any] = json.loads(version.tags.get("scores", "{}"))
     return Contender(
         int(version.version),

@@ -1,4 +1,4 @@
-"""Where a result comes from, in MLflow's terms: tags of a run, and the data sets that went into it."""
+"""Record in MLflow where a result comes from: tags of a run, and its data sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CONTEXT = "mlflow.data.context"
 
 
 def machine() -> dict[str, str]:
-    """Tags that say what this process runs on."""
+    """Tags that describe this machine."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "hardware.cpu": _cpu_model(),
@@ -38,7 +38,7 @@ def machine() -> dict[str, str]:
 
 
 def _cpu_model() -> str:
-    """The processor's name; its architecture where the system does not tell more."""
+    """Name of the processor, or its architecture if the system gives no name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -46,8 +46,7 @@ def _cpu_model() -> str:
 
 
 def lineage(variant: str) -> dict[str, str]:
-    """Tags that say what ``variant`` was made with: git commit, files that differ from it, package versions, and DVC's
-    hashes of everything on the way, as dvc.lock has them."""
+    """Tags that say what ``variant`` was made with: git commit, changed files, package versions, DVC hashes."""
     found = read_lineage([variant])
     tags = {"git_commit": found.commit or "", "git_dirty": str(bool(found.changed))}
     if found.changed:
@@ -57,7 +56,7 @@ def lineage(variant: str) -> dict[str, str]:
 
 
 def calibration_inputs(recipe: Recipe) -> list[DatasetInput]:
-    """The data sets that a recipe calibrates on; those that are not here (after ``dvc pull models``) are left out."""
+    """The data sets that a recipe calibrates on; files that are missing (after ``dvc pull models``) are left out."""
     paths = {}
     if recipe.needs_data:
         paths["calibration"] = PREPARED / "calibration.parquet"
@@ -67,7 +66,7 @@ def calibration_inputs(recipe: Recipe) -> list[DatasetInput]:
 
 
 def benchmark_inputs(sources: Sequence[BenchmarkSource]) -> list[DatasetInput]:
-    """The data sets that a variant is scored on; a local one that is not here is left out."""
+    """The data sets that a variant is scored on; local files that are missing are left out."""
     return list(_benchmark_inputs(sources))
 
 
@@ -80,7 +79,7 @@ def _benchmark_inputs(sources: Sequence[BenchmarkSource]) -> Iterator[DatasetInp
 
 
 def benchmark_digest(source: BenchmarkSource) -> str:
-    """Changes with the rows of a local benchmark, or with which rows of the hub are asked for."""
+    """Digest of a benchmark's rows if the file is local, else of the choice of rows from the hub."""
     if source.data is not None and Path(source.data).exists():
         return file_digest(Path(source.data))
     place = [source.data, source.hub, source.subset, source.revision, source.split]
@@ -88,7 +87,7 @@ def benchmark_digest(source: BenchmarkSource) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """MD5 of a file, the hash that DVC keeps of it; read in pieces, once per content and process."""
+    """MD5 of a file, the hash that DVC uses; cached by path, size and modification time."""
     stat = path.stat()
     return _file_digest(path, stat.st_size, stat.st_mtime_ns)
 
@@ -100,7 +99,7 @@ def _file_digest(path: Path, _size: int, _mtime: int) -> str:
 
 
 def _local(name: str, path: Path, context: str) -> DatasetInput:
-    """A parquet file: its digest, and its number of rows from the footer."""
+    """Data set of a parquet file, with its digest and its number of rows."""
     rows = pq.read_metadata(path).num_rows
     source = {"uri": str(path.resolve())}
     profile = {"num_rows": rows, "size_bytes": path.stat().st_size}
@@ -108,7 +107,7 @@ def _local(name: str, path: Path, context: str) -> DatasetInput:
 
 
 def _hub(source: BenchmarkSource) -> DatasetInput:
-    """A data set of the Hugging Face hub."""
+    """Data set of the Hugging Face hub."""
     fields = {
         "path": source.hub or _hub_id(source.task),
         "config_name": source.subset,

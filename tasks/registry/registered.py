@@ -1,4 +1,4 @@
-"""Which variants of this workspace registered models are."""
+"""Find the variants of this workspace that registered models stand for."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tlq.runtime.digest import checkpoint_digest
 
 
 class RegisteredError(ValueError):
-    """A name stands for no model that this workspace can score."""
+    """A name does not refer to a model that this workspace can score."""
 
 
 def find_variants(names: Sequence[str], variants: Sequence[str], client: MlflowClient, folder: Path) -> list[str]:
-    """Variants that ``names`` stand for, in the order of ``variants`` and each once.
+    """Variants that ``names`` refer to, without duplicates and in the order of ``variants``.
 
     Args:
         names: variants (`tlq-w3a16`), registered models (`demo-w3a16`: all whose checkpoint is here), versions
             (`demo-w3a16/2`) or aliases (`demo-w3a16@champion`).
-        variants: those of params.yaml.
+        variants: variants of params.yaml.
         folder: the project's folder, which holds models/.
 
     Raises:
-        RegisteredError: no such model, version or alias; its recipe and scheme are not among ``variants``; or its
-            checkpoint is not the one in models/ any more.
+        RegisteredError: a model, version or alias does not exist; its recipe and scheme are not among ``variants``; or
+            its checkpoint is no longer in models/.
     """
     found: set[str] = set()
     for name in names:
@@ -44,13 +44,13 @@ def find_variants(names: Sequence[str], variants: Sequence[str], client: MlflowC
 
 
 def _registered(name: str, client: MlflowClient, folder: Path) -> set[str]:
-    """Variants of a registered model, version or alias whose checkpoint is in models/ as it was registered."""
+    """Variants of a registered model, version or alias whose registered checkpoint is in models/."""
     versions = _versions(name, client)
     here = {version.tags["variant"] for version in versions if _is_here(version, folder)}
     if not here:
         made = sorted({version.tags.get("variant", "?") for version in versions})
         raise RegisteredError(
-            f"{name}: its checkpoint ({', '.join(made)}) is not the one in {MODELS}/ any more; bring it back with "
+            f"{name}: its checkpoint ({', '.join(made)}) is no longer the one in {MODELS}/; bring it back with "
             "`git checkout` of the commit in the version's tag git_commit and `dvc checkout`, or with `dvc exp apply`"
         )
     return here

@@ -1,6 +1,6 @@
-"""MLflow runs: finding and making them, logging to them, and marking their ends.
+"""Find and create MLflow runs, log to them, and set their final status.
 
-MLflow is imported where it is first needed: it takes two seconds, which other ranks and failing commands need not wait.
+MLflow is imported inside functions, because its import takes two seconds and other ranks do not need it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tlq.tracking")
 
-#: Tag of a run that says which checkpoint came of it, and tag that says why it failed.
+#: Tags of a run: the digest of the checkpoint that it made, and the reason why it failed.
 CHECKPOINT, ERROR = "checkpoint", "error"
 
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100
@@ -27,7 +27,7 @@ _FORBIDDEN = re.compile(r"[^\w\-. /:]")
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """The experiment called ``name``, made if there is none; another process may make it at the same moment."""
+    """Id of the experiment ``name``, created if it does not exist; another process may create it at the same time."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -47,7 +47,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def new_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> str:
-    """Id of a new run with MLflow's own tags (user, source, commit) beside ``tags``."""
+    """Id of a new run with ``tags`` and MLflow's own tags (user, source, commit)."""
     from mlflow.tracking.context.registry import resolve_tags
 
     run = client.create_run(experiment_id(client, experiment), tags=resolve_tags(dict(tags)), run_name=name)
@@ -67,7 +67,7 @@ def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) ->
 
 
 def log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
-    """Parameters under dotted names; those that the run has already keep the value they had."""
+    """Log parameters under dotted names; parameters that the run already has keep their values."""
     from mlflow.entities import Param
 
     known = client.get_run(run_id).data.params
@@ -77,13 +77,13 @@ def log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> 
 
 
 def log_inputs(client: MlflowClient, run_id: str, inputs: Sequence[DatasetInput]) -> None:
-    """Data sets that the run has already are not logged twice."""
+    """Log the data sets that the run does not have yet."""
     if inputs:
         retry_on_conflict(lambda: client.log_inputs(run_id, datasets=list(inputs)))
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags that differ from what the run has."""
+    """Set the tags that the run does not have with these values."""
     from mlflow.entities import RunTag
 
     known = client.get_run(run_id).data.tags
@@ -91,7 +91,7 @@ def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as dotted names, with `_` for what MLflow does not allow in a name."""
+    """Flatten nested mappings to dotted names, with `_` for characters that MLflow does not allow in a name."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
@@ -101,14 +101,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers among nested mappings, as dotted names."""
+    """The numbers in nested mappings, by dotted name."""
     for name, value in flatten(values):
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield name, float(value)
 
 
 def resume(client: MlflowClient, run_id: str) -> None:
-    """Mark a run that ended, or that was cut off, as running again."""
+    """Set a run that has ended or was interrupted to RUNNING again."""
     client.update_run(run_id, status="RUNNING")
     if ERROR in client.get_run(run_id).data.tags:
         client.delete_tag(run_id, ERROR)
@@ -116,7 +116,7 @@ def resume(client: MlflowClient, run_id: str) -> None:
 
 @contextmanager
 def running(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """A run that is RUNNING inside the block, then FINISHED; FAILED with the reason as a tag, KILLED by Ctrl-C."""
+    """Keep a run RUNNING inside the block. It ends FINISHED, FAILED with the reason as a tag, or KILLED by Ctrl-C."""
     resume(client, run_id)
     try:
         yield
@@ -130,11 +130,11 @@ def running(client: MlflowClient, run_id: str) -> Iterator[None]:
 
 
 def _end_badly(client: MlflowClient, run_id: str, status: str, reason: str) -> None:
-    """MLflow may be what failed: then the log says it, and the error that brought us here is the one to see."""
+    """Set the final status, but only log a failure of MLflow itself, so that the first error is the one raised."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.set_tag(run_id, ERROR, reason)
         client.set_terminated(run_id, status)
     except (MlflowException, OSError) as unreachable:
-        logger.warning("run %s: that it is %s is not recorded in MLflow: %s", run_id, status, first_line(unreachable))
+        logger.warning("run %s: status %s is not recorded in MLflow: %s", run_id, status, first_line(unreachable))

@@ -1,7 +1,7 @@
-"""The registered model as MLflow loads it: a question about an image in, the model's answer out.
+"""The registered model: MLflow serves it to answer questions about images.
 
-MLflow runs this file to build the model (models from code). The checkpoint is not copied into the registry: the
-version holds its path and its digest, and refuses to load anything else from that path.
+MLflow runs this file to build the model (models from code). The checkpoint is not copied into the registry. The
+version stores the checkpoint's path and digest, and loading fails if the digest differs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tlq.runtime.digest import checkpoint_digest
 
 
 class VisionQuestionAnswering(PythonModel):
-    """Columns `image` (bytes of a PNG or JPEG file, or their base64) and `question`; answers as a list of strings."""
+    """Answer the rows of a table with columns `image` (a PNG or JPEG file's bytes, or their base64) and `question`."""
 
     def load_context(self, context: Any) -> None:
         config = context.model_config
@@ -76,7 +76,7 @@ class VisionQuestionAnswering(PythonModel):
 
 
 def _picture(row: int, image: Any) -> Image:
-    """The image from a file's bytes, or from their base64."""
+    """Decode an image from a file's bytes, or from their base64."""
     try:
         data = base64.b64decode(image, validate=True) if isinstance(image, str) else image
     except (ValueError, binascii.Error) as error:
@@ -94,12 +94,12 @@ def _picture(row: int, image: Any) -> Image:
 
 def _words(row: int, question: Any) -> str:
     if not isinstance(question, str) or not question.strip():
-        raise _refusal(row, "column question: empty; ask something")
+        raise _refusal(row, "column question: empty; give a question")
     return question
 
 
 def _refusal(row: int, reason: str) -> MlflowException:
-    """What the scoring server answers with HTTP 400."""
+    """The exception that MLflow's scoring server returns as HTTP 400."""
     return MlflowException(f"row {row}: {reason}", error_code=INVALID_PARAMETER_VALUE)
 
 

@@ -1,7 +1,7 @@
-"""MLflow runs: one for each variant, from the first calibrated layer to the registered version.
+"""Track every variant in one MLflow run, from the first calibrated layer to the registered version.
 
-Stage `calibrate` opens the run of a variant and shows every layer there as it is finished; `register` continues it.
-MLflow is imported where it is first needed: it takes two seconds, which other ranks and failing commands need not wait.
+Stage `calibrate` opens the run of a variant and logs every finished layer; stage `register` continues the run.
+MLflow is imported inside functions, because its import takes two seconds and other ranks do not need it.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ OnLayer = Callable[[dict[str, Any]], None]
 
 
 def register_params() -> RegisterParams | None:
-    """The section, None if params.yaml has none: then nothing is recorded in MLflow."""
+    """Section `register` of params.yaml; None if it is missing, and then nothing is recorded in MLflow."""
     content = yaml.safe_load(PARAMS.read_text()) if PARAMS.exists() else {}
     return section("register", RegisterParams) if "register" in content else None
 
 
-# --- A calibration, live --------------------------------------------------------------------------
+# --- Live calibration -----------------------------------------------------------------------------
 
 
 class LiveRun:
     """The run of a variant while it is calibrated.
 
-    Metrics that cannot be sent are kept and sent with those of a later layer; calibration goes on meanwhile.
+    Metrics that cannot be sent are kept and sent with the metrics of a later layer; calibration does not wait.
     """
 
     def __init__(self, client: MlflowClient, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -114,14 +114,14 @@ class LiveRun:
 def tracked_calibration(
     out: Path, model: Path, recipe: Recipe, scheme: Scheme, leads: bool
 ) -> Iterator[OnLayer | None]:
-    """Show the making of checkpoint ``out`` in MLflow; yields what to call with the report of each finished layer.
+    """Record the calibration of checkpoint ``out`` in MLflow; yields a function to call with each layer's report.
 
-    A calibration that is continued continues its run. The run ends FINISHED with the checkpoint's digest as a tag,
-    FAILED with the reason, or KILLED when it was interrupted. Nothing is recorded by other ranks than the leading one,
-    and nothing if params.yaml has no section `register`.
+    A resumed calibration continues its run. The run ends FINISHED with the checkpoint's digest as a tag, FAILED with
+    the reason, or KILLED if it was interrupted. Only the leading rank records, and only if params.yaml has a section
+    `register`; otherwise this yields None.
 
     Raises:
-        ConnectionError: MLflow does not answer when the work is to begin.
+        ConnectionError: MLflow does not answer at the start.
     """
     params = register_params() if leads else None
     if params is None:
@@ -131,7 +131,7 @@ def tracked_calibration(
     try:
         yield live.log_layer
     except BlockingIOError as error:
-        if not continued:  # else the run belongs to the process that does this work
+        if not continued:  # else another process owns the run
             live.end("FAILED", {ERROR: first_line(error)})
         raise
     except KeyboardInterrupt:
@@ -146,7 +146,7 @@ def tracked_calibration(
 def _open(
     client: MlflowClient, params: RegisterParams, variant: str, model: Path, recipe: Recipe, scheme: Scheme
 ) -> tuple[LiveRun, bool]:
-    """The run of this work and whether it was begun before."""
+    """The run of this calibration, and whether an earlier process began it."""
     content = yaml.safe_load(PARAMS.read_text())
     made_with = {name: content[name] for name in SECTIONS if name in content}
     made_with |= {"recipe": asdict(recipe), "scheme": asdict(scheme)}
@@ -164,19 +164,19 @@ def _open(
 
 
 def _fingerprint(made_with: Mapping[str, Any], variant: str, model: Path) -> str:
-    """Changes with whatever makes it other work: parameters, model, or DVC's hashes of the data."""
+    """Digest of everything that the calibration depends on: parameters, model, and DVC's hashes of the data."""
     stages = ("prepare", "importance", "calibset")
     data = {output.path: output.md5 for output in locked_outputs([variant]) if output.stage in stages}
     parts = {"params": made_with, "data": data, "model": sampled_checkpoint_digest(model)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# --- Ends -----------------------------------------------------------------------------------------
+# --- Failures -------------------------------------------------------------------------------------
 
 
 @contextmanager
 def recorded_failure(stage: str, variant: str) -> Iterator[None]:
-    """Leave a FAILED run with the reason in MLflow if the block fails; the error goes on its way in any case."""
+    """Record a FAILED run with the reason in MLflow if the block fails, and raise the error again."""
     try:
         yield
     except Exception as error:

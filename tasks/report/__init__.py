@@ -1,11 +1,11 @@
-"""Stage `report`: what quantization cost, as a page, as pictures, and as a card in every checkpoint.
+"""Stage `report`: show the loss from quantization on a page, in pictures, and on a model card in every checkpoint.
 
 | module     | what it does                                                              |
 |------------|---------------------------------------------------------------------------|
-| `results`  | reads what the other stages left, once                                    |
-| `tokens`   | importance and the token-level set, over samples and by layer             |
+| `results`  | reads the results of the other stages once                                |
+| `tokens`   | prepares importance and the token-level set, over samples and by layer    |
 | `charts`   | draws results on matplotlib axes                                          |
-| `inline`   | makes a figure a part of the page that follows its light and dark colours |
-| `page`     | report/index.html                                                         |
-| `cards`    | model cards, and how they come into the checkpoints                       |
+| `inline`   | embeds a figure into the page, with the page's light and dark colours     |
+| `page`     | writes report/index.html                                                  |
+| `cards`    | writes model cards and copies them into the checkpoints                   |
 """

@@ -1,9 +1,9 @@
-"""Model cards: report/cards/<variant>.md, copied into the checkpoint as its README.md.
+"""Write model cards as report/cards/<variant>.md, and copy each into its checkpoint as README.md.
 
     python -m tasks.report.cards
 
-copies them again, where a checkpoint was made anew or pulled. DVC does not look at a checkpoint's README.md
-(.dvcignore), and the checkpoint's digest leaves it out: a card changes neither.
+copies the cards again, after a checkpoint was made again or pulled. DVC ignores a checkpoint's README.md (.dvcignore)
+and the checkpoint's digest leaves it out, so a card changes neither.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _NEEDS_LOAD_MODEL = ("llava_next", "llava_onevision")
 
 @dataclass(frozen=True)
 class Base:
-    """The full-precision model. None: its card does not say, or nobody named its hub id.
+    """The full-precision model. A field is None if its card does not state the value or no hub id is given.
 
     Attributes:
-        path: where params.yaml has it.
-        hub_id: on the Hugging Face hub.
+        path: path in params.yaml.
+        hub_id: id on the Hugging Face hub.
     """
 
     path: str
@@ -59,11 +59,13 @@ class Base:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Attributes:
-    origin: file or hub id, with revision and split where there are any.
-    samples: how many importance was scored on.
-    sources: samples by source, the most frequent first.
-    tokens, image_tokens: of these samples.
+    """The calibration data, for the card.
+
+    Attributes:
+        origin: file or hub id, with its revision and split if it has them.
+        samples: number of samples that importance was scored on.
+        sources: numbers of samples by source, the most frequent first.
+        tokens, image_tokens: numbers of tokens in these samples.
     """
 
     origin: str
@@ -87,7 +89,7 @@ class CalibrationData:
 
 
 def read_base(path: str, hub_id: str | None) -> Base:
-    """The base model, with what its own card states about license and language."""
+    """The base model, with license and language from its own card."""
     folder = Path(path)
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     stated = _stated(folder / "README.md")
@@ -96,7 +98,7 @@ def read_base(path: str, hub_id: str | None) -> Base:
 
 
 def _stated(card: Path) -> dict[str, Any]:
-    """Metadata of a model card; nothing where there is no card or no metadata."""
+    """Metadata of a model card; empty without a card or metadata."""
     if not card.exists():
         return {}
     try:
@@ -161,11 +163,11 @@ def render_card(variant: Variant, results: Results, base: Base, data: Calibratio
 
 
 def place_cards(cards: Path = REPORT / "cards", models: Path = MODELS) -> list[Path]:
-    """Copy every card into its checkpoint; returns where they are.
+    """Copy every card into its checkpoint; returns the paths of the copies.
 
     Raises:
-        FileNotFoundError: there are no cards, or a checkpoint is not here.
-        ValueError: a card was made for another checkpoint than the one that is here.
+        FileNotFoundError: there are no cards, or a checkpoint is missing.
+        ValueError: a card was made for another checkpoint than the present one.
     """
     files = sorted(cards.glob("*.md"))
     if not files:
@@ -174,7 +176,7 @@ def place_cards(cards: Path = REPORT / "cards", models: Path = MODELS) -> list[P
 
 
 def place_card(card: Path, checkpoint: Path) -> Path:
-    """Raises: as ``place_cards``."""
+    """Copy one card; returns the path of the copy. Raises: as ``place_cards``."""
     report = checkpoint / "calibration.json"
     if not report.exists():
         raise FileNotFoundError(f"{report}: not found; bring the checkpoint back with `dvc pull {checkpoint}`")

@@ -1,4 +1,4 @@
-"""Charts of the report, drawn on figures; recipes have a colour and a marker each, full precision is grey."""
+"""Draw the charts of the report. Each recipe has a colour and a marker; full precision is grey."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from tasks.report.results import Results, Variant, scheme_title, size_unit
 from tasks.report.tokens import HEAT, SET_COLORS, SampleTokens, heat_norm, heat_picture, plain_picture, set_picture
 
-#: Colours of a figure; `inline` turns each into one that follows the page's light or dark scheme.
+#: Colours of a figure; `inline` replaces each by a colour of the page's light or dark scheme.
 INK, MUTED, GRID, SURFACE = "#16181d", "#5b616e", "#dfe2e8", "#ffffff"
 SERIES = ("#2a78d6", "#e0592a", "#128a62", "#b07a00", "#c7437f", "#6a4fd0", "#3f7d20")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-#: Letters on coloured cells keep their colour; neither is one of those above.
+#: Colours of letters on coloured cells; they differ from the colours above, so that `inline` keeps them.
 ON_DARK, ON_LIGHT = "#fefefe", "#0b1b33"
 #: Exponents from 0 to 1.
 RAMP = mpl.colors.LinearSegmentedColormap.from_list("exponent", ["#eef4fc", "#86b6ef", "#2a78d6", "#0d366b"])
-#: Linear groups, which are no recipes.
+#: Colours of linear groups.
 GROUPS = ("#1f5fae", "#5a9be4", "#94c0f1", "#c9def8")
-#: Width of a panel in inches: it fits a phone without its letters shrinking.
+#: Width of a panel in inches; it fits a phone with readable letters.
 PANEL = 4.1
 _NUMBERED_LAYERS = 12
 
@@ -107,7 +107,7 @@ def draw_benchmark(axes: Axes, results: Results, benchmark: str, low: float) -> 
 
 
 def lowest_score(results: Results) -> float:
-    """Where the axis of scores begins: the ten below every interval."""
+    """Start of the axis of scores: the multiple of ten below every interval."""
     lows = [entry.low for metrics in results.metrics for _, entry in metrics.entries]
     return max(0.0, 10 * np.floor(min(lows) / 10 - 0.01))
 
@@ -136,7 +136,7 @@ def draw_all_scores(results: Results) -> Figure:
 
 
 def draw_sizes(results: Results) -> Figure:
-    """Retention against the size of the weights; variants of one size stand side by side, centred on it."""
+    """Retention against the size of the weights; variants of equal size are drawn side by side."""
     figure = new_figure(PANEL, 3.4)
     axes = figure.subplots()
     unit, name = size_unit(results.full_bytes)
@@ -171,7 +171,7 @@ def draw_sizes(results: Results) -> Figure:
 
 
 def _side_by_side(variants: Sequence[Variant], step: float = 11.0) -> list[float]:
-    """Points to the right by which each variant is moved, those of one size evenly about it."""
+    """Horizontal offset of each variant in points; variants of equal size are spread evenly about it."""
     sizes = [scheme_title(variant.scheme) for variant in variants]
     offsets = []
     for index, size in enumerate(sizes):
@@ -184,7 +184,7 @@ def _first_scheme(variants: Sequence[Variant], recipe: str) -> str:
 
 
 def _name_sizes(axes: Axes, variants: Sequence[Variant], unit: float) -> None:
-    """The scheme under its points."""
+    """Write each scheme's name under its points."""
     for scheme in dict.fromkeys(scheme_title(variant.scheme) for variant in variants):
         size = next(variant.weight_bytes for variant in variants if scheme_title(variant.scheme) == scheme)
         at = mpl.transforms.blended_transform_factory(axes.transData, axes.transAxes)
@@ -215,7 +215,7 @@ def draw_layer_errors(variant: Variant, color: str) -> Figure:
 
 
 def _log_axis(axes: Axes, values: pd.DataFrame) -> None:
-    """Logarithmic if every value can be shown so; few, plain labels."""
+    """Make the axis logarithmic if all values are positive, with few, plain labels."""
     if not (values.to_numpy() > 0).all():
         return
     axes.set_yscale("log")
@@ -229,7 +229,7 @@ def _log_axis(axes: Axes, values: pd.DataFrame) -> None:
 
 
 def _finish_panels(panels: NDArray[Any], used: int) -> None:
-    """Name the axis under the last row of two; take away a panel that is left over."""
+    """Label the axis below the last row of panels, and remove an unused panel."""
     for axes in panels[max(used - 2, 0) : used]:
         axes.set_xlabel("layer")
         axes.tick_params(labelbottom=True)
@@ -243,7 +243,7 @@ def _layer_axis(axes: Axes, layers: pd.Series) -> None:
 
 
 def draw_exponents(variant: Variant) -> Figure:
-    """The chosen exponent of every layer and group; a dot marks those that use the weights' magnitude too."""
+    """The chosen exponent of every layer and group; a dot marks exponents that also use the weights' magnitude."""
     groups = list(dict.fromkeys(variant.groups["group"]))
     layers = sorted(variant.groups["layer"].unique())
     table = variant.groups.pivot(index="group", columns="layer", values="alpha").loc[groups].to_numpy(float)
@@ -278,7 +278,7 @@ def _layer_name(layers: Sequence[int], position: float) -> str:
 
 
 def draw_shares(shares: pd.DataFrame) -> Figure:
-    """Percent that image tokens hold of importance and of the token-level set, by layer, a panel per group."""
+    """Share of image tokens in importance and in the token-level set, in percent, by layer, one panel per group."""
     groups = list(dict.fromkeys(shares["group"]))
     rows = -(-len(groups) // 2)
     figure = new_figure(PANEL, 1.6 * rows + 0.85)
@@ -302,7 +302,7 @@ def draw_shares(shares: pd.DataFrame) -> Figure:
 
 
 def draw_times(results: Results) -> Figure | None:
-    """Seconds of calibration by variant, split into linear groups; None where no file recorded any."""
+    """Seconds of calibration by variant, split into linear groups; None if no file recorded them."""
     timed = [variant for variant in results.variants if variant.groups["seconds"].notna().any()]
     if not timed:
         return None

@@ -1,4 +1,4 @@
-"""Figures and pictures as parts of an HTML page: no file beside it, colours that follow its light or dark scheme."""
+"""Embed figures and pictures in an HTML page, without extra files and with the page's light or dark colours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from tasks.report.charts import GRID, INK, MUTED, SERIES, SURFACE
 
-#: Colours of the charts, and the CSS variables that stand for them on the page.
+#: Colours of the charts, and the CSS variables that replace them on the page.
 VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -29,7 +29,7 @@ def svg(figure: Figure, name: str, title: str) -> Markup:
 
     Args:
         name: unique on the page; ids inside begin with it.
-        title: what the chart shows, for those who cannot see it.
+        title: description of the chart for screen readers.
     """
     buffer = io.StringIO()
     salt = hashlib.sha256(name.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""report/index.html: everything on one page that needs nothing beside it."""
+"""Render report/index.html: all results on one self-contained page."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NOT_RECORDED = "not recorded"
 
 
 def environment(escape: bool) -> Environment:
-    """Templates of this package; a name that a template misspells is an error."""
+    """Templates of this package; an undefined name in a template is an error."""
     made = Environment(
         loader=PackageLoader("tasks.report"),
         autoescape=escape,
@@ -68,7 +68,7 @@ def number_text(value: float | None, digits: int = 4) -> str:
 
 
 def short(value: float | None) -> str:
-    """Two digits, never an exponent: 0.0021, 4.1, 160."""
+    """Format with two significant digits and without an exponent: 0.0021, 4.1, 160."""
     if value is None or pd.isna(value):
         return "–"
     digits = 1 - math.floor(math.log10(abs(value))) if value else 0
@@ -89,7 +89,7 @@ def bytes_text(size: float | None) -> str:
 class Best:
     """The variant with the highest mean score at one scheme.
 
-    ``rivals`` are the variants whose intervals of the mean score overlap with its own: it is not shown to be better.
+    ``rivals`` are the variants whose intervals of the mean score overlap with the best one's.
     """
 
     scheme: Scheme
@@ -111,7 +111,7 @@ def best_by_scheme(results: Results) -> list[Best]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds by linear group, their sum, and the highest peak of memory of a variant; None where not recorded."""
+    """Seconds by linear group, their sum, and the highest memory peak of a variant; None if not recorded."""
 
     variant: str
     groups: dict[str, float | None]
@@ -137,7 +137,7 @@ def _known(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class LayerChart:
-    """A chart of one variant with what is to be said about it."""
+    """A chart of one variant and its caption."""
 
     variant: Variant
     chart: Markup
@@ -195,7 +195,7 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample on the page; ``pictures`` is empty where its image tokens do not form one grid over one picture."""
+    """A sample on the page; ``pictures`` is empty if its image tokens do not form one grid over one picture."""
 
     id: str
     source: str
@@ -246,12 +246,12 @@ def _shown_sample(sample: SampleTokens, norm: mpl.colors.LogNorm) -> ShownSample
 
 
 def visible(text: str) -> str:
-    """A token as it can be seen: white space by its signs, a space before a word left out."""
+    """Visible form of a token: white space as symbols, without the space before a word."""
     return text.replace("\n", "⏎").replace(" ", "␣") if not text.strip() else text.strip()
 
 
 def color_scales(samples: Sequence[SampleTokens]) -> dict[str, str]:
-    """The scales of colours as CSS gradients, with the importance at the ends of its own."""
+    """The colour scales as CSS gradients, and the importance at both ends of its scale."""
     norm = heat_norm(list(samples))
     return {
         "heat": _stops(mpl.colormaps[HEAT]),
@@ -275,11 +275,11 @@ def render_page(
     lineage: Lineage,
     model: str,
 ) -> str:
-    """The page as text.
+    """The page as HTML.
 
     Args:
-        samples, shares: what ``tokens.show_samples`` and ``tokens.modality_shares`` made.
-        model: the full-precision model as params.yaml names it.
+        samples, shares: results of ``tokens.show_samples`` and ``tokens.modality_shares``.
+        model: path of the full-precision model in params.yaml.
     """
     with mpl.rc_context(STYLE):
         times = draw_times(results)

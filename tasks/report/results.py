@@ -1,4 +1,4 @@
-"""What the other stages left, read once: scores, calibration reports and sizes of every variant."""
+"""Read the results of the other stages once: scores, calibration reports and sizes of every variant."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Variant:
 
     Attributes:
         name: <recipe>-<scheme>, the folder of its checkpoint.
-        recipe, scheme: the rows it was made with.
+        recipe, scheme: recipe and scheme that the variant was made with.
         metrics: evaluation/<name>/metrics.json.
-        groups: a row per layer and linear group, columns GROUP_COLUMNS; what was not measured is missing.
+        groups: a row per layer and linear group, columns GROUP_COLUMNS; unmeasured values are missing.
         weight_bytes: size of the weight files.
     """
 
@@ -48,7 +48,7 @@ class Variant:
 
     @property
     def has_errors(self) -> bool:
-        """Whether calibration measured errors: recipes that need no data do not."""
+        """Whether calibration measured errors; recipes that need no data measure none."""
         return bool(self.groups["error_after"].notna().any())
 
     @property
@@ -57,7 +57,7 @@ class Variant:
 
     @property
     def error_unit(self) -> str:
-        """What the errors of this variant measure; errors of two units cannot be compared."""
+        """Unit of the errors of this variant; errors in different units cannot be compared."""
         equalization = self.recipe.equalization
         place = {"linears": "the group's linears", "parent": "the parent module"}[equalization.error]
         return f"{ {'l2': 'squared', 'l1': 'absolute'}[equalization.norm] } error at the output of {place}"
@@ -65,7 +65,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Results:
-    """Full precision and every variant; the variants of one scheme follow each other: they are compared."""
+    """Results of full precision and of every variant, with the variants of one scheme next to each other."""
 
     full: Metrics
     full_bytes: int
@@ -104,7 +104,7 @@ def read_results(variants: VariantParams, model: Path) -> Results:
 
 
 def read_variant(name: str) -> Variant:
-    """Raises: as ``read_results``."""
+    """Results of one variant. Raises: as ``read_results``."""
     report = read_calibration(name)
     groups = pd.DataFrame([asdict(group) for group in report.groups], columns=list(GROUP_COLUMNS))
     return Variant(
@@ -132,7 +132,7 @@ def weight_bytes(folder: Path) -> int:
     """Bytes of the weight files of a checkpoint.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: the folder has no weight files.
     """
     for pattern in _WEIGHTS:
         sizes = [path.stat().st_size for path in folder.glob(pattern)]
@@ -142,7 +142,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def is_demo(benchmark: str) -> bool:
-    """Whether it is one of the demo world's: these are never reported under a real benchmark's name."""
+    """Whether a benchmark belongs to the demo world; its scores are never reported under a real benchmark's name."""
     return benchmark.startswith(_DEMO)
 
 
@@ -152,7 +152,7 @@ def scheme_title(scheme: Scheme) -> str:
 
 
 def scheme_words(scheme: Scheme) -> str:
-    """`3-bit asymmetric weights in groups of 128, activations in full precision`."""
+    """A scheme in words: `3-bit asymmetric weights, groups of 128 input channels; full-precision activations`."""
     symmetry = "symmetric" if scheme.symmetric else "asymmetric"
     size, bits = scheme.group_size, scheme.activation_bits
     scales = "one scale per output channel" if size is None else f"groups of {size} input channels"
@@ -161,7 +161,7 @@ def scheme_words(scheme: Scheme) -> str:
 
 
 def size_unit(size: int) -> tuple[float, str]:
-    """Divisor and name of the unit in which a size is best read."""
+    """Divisor and name of the unit that suits a size."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if size >= unit:
             return unit, name

@@ -1,4 +1,4 @@
-"""Importance and the token-level set, over sample images and by layer."""
+"""Show importance and the token-level set over sample images and by layer."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tlq.inputs.images import decode_image
 from tlq.samples import Sample
 
 HEAT = "inferno"
-#: Share of the sets that a token is in; the square root lets small shares be seen.
+#: Colour scale for the share of the sets that a token is in; the square root makes small shares visible.
 SET_COLORS = mpl.colors.LinearSegmentedColormap.from_list("set", ["#f7f9fc", "#9cc3f2", "#2a78d6", "#0d366b"])
 SET_NORM = mpl.colors.PowerNorm(0.5, 0, 1)
 _WIDEST = 480  # pixels of a picture in the report
-_SAME_SHAPE = 1.5  # a grid of tokens this much wider or higher than its picture is not the picture's
+_SAME_SHAPE = 1.5  # a grid whose aspect ratio differs more from the picture's does not belong to it
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """What the stages `prepare`, `importance` and `calibset` left.
+    """Results of the stages `prepare`, `importance` and `calibset`.
 
     Attributes:
         samples: the pool, in the order of importance.
-        relative: importance of every token of every sample, 1 being the mean of its layer and group, averaged over
+        relative: importance of every token of every sample relative to the mean of its layer and group, averaged over
             layers and groups.
         share: for every token of every sample, the share of layers and groups whose set it is in.
         shares: by layer and group, see ``modality_shares``.
@@ -46,7 +46,7 @@ class TokenData:
 
 @dataclass(frozen=True)
 class SampleTokens:
-    """One sample as the report shows it: a value and a share per token, image tokens apart from text tokens."""
+    """One sample for the report, with importance and set share per token, separately for image and text tokens."""
 
     id: str
     source: str
@@ -59,7 +59,7 @@ class SampleTokens:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of the image tokens; None if they are no single grid over one picture (tiles)."""
+        """Rows and columns of the image tokens; None if they do not form one grid over one picture (tiles)."""
         if self.image is None or not len(self.image_values):
             return None
         width, height = self.image.size
@@ -75,7 +75,7 @@ def grid_shape(tokens: int, width: int, height: int) -> tuple[int, int]:
 
 
 def read_token_data() -> TokenData:
-    """Raises: as the readers of tasks/files.py."""
+    """Read the results of the three stages. Raises: as the readers of tasks/files.py."""
     pool = read_pool(IMPORTANCE)
     scores = read_importance(IMPORTANCE)
     chosen = read_token_set(CALIBSET / "tokens.parquet")
@@ -101,7 +101,7 @@ def set_share(chosen: pd.DataFrame, pool: TokenPool, sets: int) -> list[NDArray[
 
 
 def modality_shares(scores: Importance, chosen: pd.DataFrame, pool: TokenPool) -> pd.DataFrame:
-    """Percent that image tokens hold, by layer and group.
+    """Share of image tokens in percent, by layer and group.
 
     Returns:
         columns layer, group, tokens (of all tokens), importance (of raw importance), chosen (of the set's weight).
@@ -157,7 +157,7 @@ def spread(samples: list[Sample], count: int) -> list[int]:
 
 
 def heat_norm(samples: list[SampleTokens]) -> mpl.colors.LogNorm:
-    """One scale of colours for all samples, so that they can be compared."""
+    """One colour scale for all samples, so that they are comparable."""
     values = np.concatenate([np.concatenate([each.image_values, each.text_values]) for each in samples])
     positive = values[values > 0]
     low = max(float(np.quantile(positive, 0.02)), 1e-3) if len(positive) else 1e-3
@@ -174,12 +174,12 @@ def plain_picture(sample: SampleTokens) -> Image.Image:
 
 
 def heat_picture(sample: SampleTokens, norm: mpl.colors.Normalize) -> Image.Image:
-    """The image in grey under the colour of each token's importance."""
+    """The grey image with each token's importance as a colour on top."""
     return _under(sample, mpl.colormaps[HEAT](norm(np.maximum(sample.image_values, norm.vmin or 0.0))))
 
 
 def set_picture(sample: SampleTokens) -> Image.Image:
-    """The image in grey under the colour of each token's share of the sets."""
+    """The grey image with each token's share of the sets as a colour on top."""
     return _under(sample, SET_COLORS(SET_NORM(sample.image_share)))
 
 
@@ -196,7 +196,7 @@ def _on_grid(sample: SampleTokens, colors: NDArray[np.float64], size: tuple[int,
 
 
 def text_colors(values: NDArray[np.float64], norm: mpl.colors.Normalize) -> list[tuple[str, str]]:
-    """(background, ink) of each text token as hex colours, ink black or white by what can be read."""
+    """(background, ink) of each text token as hex colours; ink is black or white, whichever is readable."""
     colors = mpl.colormaps[HEAT](norm(np.maximum(values, norm.vmin or 0.0)))
     luminance = colors[:, :3] @ np.array([0.2126, 0.7152, 0.0722])
     inks = np.where(luminance < 0.42, "#ffffff", "#000000")

@@ -1,8 +1,8 @@
-"""Stage `calibrate`: quantize the decoder with one recipe and scheme, export the checkpoint.
+"""Stage `calibrate`: quantize the decoder with one recipe and scheme, and export the checkpoint.
 
-Reads data/prepared, data/importance and data/calibset; writes models/<recipe>-<scheme>/, a Hugging Face checkpoint in
-compressed-tensors form with its processor, and calibration.json in it: per layer and group the chosen exponent, errors
-before and after, tokens and seconds.
+Reads data/prepared, data/importance and data/calibset. Writes models/<recipe>-<scheme>/, a Hugging Face checkpoint in
+compressed-tensors format with its processor. Its file calibration.json holds per layer and group the chosen exponent,
+errors before and after, tokens and seconds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def weights_of(
     """The token weights that a recipe calibrates with: of all tokens, or of the token-level calibration set.
 
     Raises:
-        ParamsError: the set was chosen by another importance than the recipe's.
+        ParamsError: the set was chosen by another importance than the recipe uses.
     """
     if recipe.tokens == "all":
         scores = read_importance(importance, loss_of(recipe.importance))
@@ -84,7 +84,7 @@ def scheme_of(name: str, params: CalibrateParams) -> Scheme:
 
 
 def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
-    """Make one variant on this process's share of the work, or only print what it will need."""
+    """Compute this process's share of one variant, or only print the plan."""
     model_params = section("model", ModelParams)
     params = section("calibrate", CalibrateParams)
     row = recipe(recipe_name)

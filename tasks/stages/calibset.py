@@ -1,6 +1,6 @@
-"""Stage `calibset`: choose the tokens whose error calibration will count.
+"""Stage `calibset`: choose the tokens whose error counts in calibration.
 
-Reads data/importance, writes data/calibset/tokens.parquet (layer, group, sample, position, token_id, is_image, weight)
+Reads data/importance. Writes data/calibset/tokens.parquet (layer, group, sample, position, token_id, is_image, weight)
 and summary.csv (per layer and group: tokens, effective tokens, image share). A warning names every set
 with fewer effective tokens than calibset.weighting.least_effective.
 """
@@ -62,7 +62,7 @@ def summarise(tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
-    """Log every set with fewer effective tokens than required, because of floors, caps or a source never evened out."""
+    """Log every set with fewer effective tokens than required; floors, caps and the source can cause this."""
     for row in summary[summary["effective_tokens"] < least_effective].to_dict("records"):
         logger.warning(
             "layer %d, group %s: %.1f effective tokens, fewer than calibset.weighting.least_effective %d; raise "

@@ -3,12 +3,12 @@
     python -m tasks.stages.evaluate --variant full
     python -m tasks.stages.evaluate --variant tlq-w3a16
 
-Reads models/<variant>, or `model.path` for `full`, and for a variant also evaluation/full. Writes evaluation/<variant>:
+Reads models/<variant>, or `model.path` for `full`; a variant also needs evaluation/full. Writes evaluation/<variant>:
 
-- metrics.json: per benchmark and their mean: score, interval, retention, flips, KL, NLL, items asked and scored, parts;
-- summary.json: the few numbers that `dvc metrics show` puts in one row;
+- metrics.json: per benchmark and their mean: score, interval, retention, flips, KL, NLL, numbers of items, parts;
+- summary.json: the main numbers, one row of `dvc metrics show`;
 - items.parquet: every item with prompt, target, reply, score, answer tokens, NLL and KL;
-- scores.csv: for `dvc plots`; skipped.csv: items that were asked for and not scored, with reasons;
+- scores.csv: for `dvc plots`; skipped.csv: chosen items that were not scored, with reasons;
 - reference/ (of `full`): log-probabilities of the reference answers.
 """
 
@@ -121,7 +121,7 @@ def _pixel_bounds(params: EvaluateParams) -> dict[str, int]:
 
 
 def _fingerprint(model_path: str, params: EvaluateParams, benchmarks: Mapping[str, Benchmark]) -> str:
-    """Changes with params, rows asked, or the model's files (by size and time: hashing 70B weights takes minutes)."""
+    """Digest of params, chosen rows and the model's files (by size and time: hashing 70B weights takes minutes)."""
     folder = Path(model_path)
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     parts = [model_path, repr(params)]
@@ -160,7 +160,7 @@ def _metrics(variant: str, outcome: Sequence[BenchmarkResult], compared: Mapping
 
 
 def _write(working: Path, out: Path, metrics: Metrics, items: pd.DataFrame, outcome: Sequence[BenchmarkResult]) -> None:
-    """Put a complete folder of results in the place of ``out``, then remove the answers in progress."""
+    """Replace ``out`` by a complete folder of results, then remove the answers in progress."""
     with new_directory(out) as folder:
         metrics.save(folder / "metrics.json")
         metrics.summary().save(folder / "summary.json")
@@ -171,7 +171,7 @@ def _write(working: Path, out: Path, metrics: Metrics, items: pd.DataFrame, outc
         skipped = [(result.task, skip.doc, skip.reason) for result in outcome for skip in result.skipped]
         pd.DataFrame(skipped, columns=["task", "doc", "reason"]).to_csv(folder / "skipped.csv", index=False)
         if (working / "reference").is_dir():
-            # Without its fingerprint the journal starts over: it must not go on without its reference.
+            # The reference moves away, so the fingerprint is removed: a journal without it starts over.
             (working / "fingerprint").unlink()
             (working / "reference").rename(folder / "reference")
     shutil.rmtree(working)

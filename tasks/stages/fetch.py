@@ -1,9 +1,9 @@
-"""Stage `fetch`: one model or data set of the Hugging Face hub, at one commit, into a folder.
+"""Stage `fetch`: download a model or data set of the Hugging Face hub, at one commit, into a folder.
 
     python -m tasks.stages.fetch --kind model --repo OWNER/NAME --revision COMMIT --out data/models/NAME
 
 Every entry of section `fetch` of params.yaml is a stage of its own; `python -m tasks.preset` writes the entries. An
-interrupted download goes on where it was. A model of an unsupported family is refused before its weights are loaded.
+interrupted download continues. A model of an unsupported family is refused before its weights are downloaded.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from tlq.runtime.files import new_directory
 
 logger = logging.getLogger("tlq.fetch")
 
-#: What calibration and evaluation read of a model's repository, its card included.
+#: Files of a model's repository that calibration, evaluation and the model cards read.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md")
 
 
 def fetch(download: Download) -> None:
-    """Load the files into a folder beside ``out``, which then takes its place.
+    """Download the files into a folder next to ``out``, then rename that folder to ``out``.
 
     Raises:
-        ValueError: a model of a family that is not supported.
-        OSError: the hub cannot be reached, it has no such repository, commit or file, or the disk is too small.
+        ValueError: the model's family is not supported.
+        OSError: the hub does not answer, it has no such repository, commit or file, or the disk is too small.
     """
     out = Path(download.out)
     partial = out.with_name(f".{out.name}-{download.revision[:12]}.partial")
@@ -45,13 +45,13 @@ def fetch(download: Download) -> None:
     wanted = list(download.files or (MODEL_FILES if download.kind == "model" else ("*",)))
     _refuse_small_disk(_load(download, partial, wanted, dry_run=True), download, partial)
     _load(download, partial, wanted)
-    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's notes hold times: DVC would see changes
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # it holds times, which would change DVC's hash
     with new_directory(out) as folder:
         partial.replace(folder)
 
 
 def _load(download: Download, folder: Path, files: Sequence[str], dry_run: bool = False) -> Any:
-    """Files of the repository into ``folder``; with ``dry_run`` the list of them, with their sizes."""
+    """Download files of the repository into ``folder``; with ``dry_run``, return their list with sizes."""
     try:
         return snapshot_download(
             download.repo,
@@ -86,8 +86,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--kind", required=True, choices=("model", "calibration", "benchmarks"))
     parser.add_argument("--repo", required=True, help="hub id, OWNER/NAME")
     parser.add_argument("--revision", required=True, help="commit, 40 hexadecimal digits")
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--files", nargs="+", help="patterns of the files wanted")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--files", nargs="+", help="patterns of the files to download")
 
 
 def main(**entry: Any) -> None:

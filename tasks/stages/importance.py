@@ -1,6 +1,6 @@
-"""Stage `importance`: how much every token of the calibration samples matters, by layer and linear group.
+"""Stage `importance`: score the importance of every token of the calibration samples, by layer and linear group.
 
-Reads data/prepared, writes data/importance (scores.parquet, sequences.parquet).
+Reads data/prepared; writes data/importance (scores.parquet, sequences.parquet).
 """
 
 from __future__ import annotations

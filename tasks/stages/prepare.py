@@ -1,4 +1,4 @@
-"""Stage `prepare`: calibration samples from a hub data set, a parquet file, or LLaVA-style JSON with an image folder.
+"""Stage `prepare`: draw calibration samples from a hub data set, a parquet file, or LLaVA-style JSON with images.
 
 Writes data/prepared/calibration.parquet (id, images, messages, source) and data/prepared/rejected.csv (row, reason).
 """
@@ -27,10 +27,10 @@ logger = logging.getLogger("tlq.prepare")
 
 
 def prepare(params: PrepareParams, out: Path) -> tuple[int, list[Rejected]]:
-    """Draw, check and write the samples; returns how many were kept, and the rows that were not.
+    """Draw, check and write the samples; returns the number of samples, and the rejected rows.
 
     Raises:
-        ValueError: too many unusable rows, too few rows, or a column is missing.
+        ValueError: too many rows are unusable, there are too few rows, or a column is missing.
     """
     count, read = READERS[params.kind](params)
     kept, rejected = draw(count, read, params)
@@ -42,7 +42,7 @@ def prepare(params: PrepareParams, out: Path) -> tuple[int, list[Rejected]]:
 
 
 def draw(count: int, read: Callable[[int], Sample], params: PrepareParams) -> tuple[list[Sample], list[Rejected]]:
-    """The first ``params.samples`` usable rows of a seeded shuffle of ``count`` rows, and the unusable ones met."""
+    """The first ``params.samples`` usable rows of a seeded shuffle of ``count`` rows, and the unusable rows read."""
     kept, rejected = draw_usable(count, read, params.samples, params.seed)
     looked_at = len(kept) + len(rejected)
     if looked_at and len(rejected) / looked_at > params.max_rejected:
@@ -52,7 +52,7 @@ def draw(count: int, read: Callable[[int], Sample], params: PrepareParams) -> tu
             f"{rejected[0].reason}"
         )
     if len(kept) < params.samples:
-        raise ValueError(f"{params.path}: {len(kept)} usable rows, prepare.samples asks for {params.samples}")
+        raise ValueError(f"{params.path}: {len(kept)} usable rows, prepare.samples needs {params.samples}")
     return kept, rejected
 
 
@@ -60,7 +60,7 @@ Reader = tuple[int, Callable[[int], Sample]]
 
 
 def read_table(params: PrepareParams) -> Reader:
-    """Rows with an image (or a list of them), a question and an answer (or a list of accepted ones)."""
+    """Read rows with an image (or a list of images), a question and an answer (or a list of accepted answers)."""
     if params.kind == "parquet":
         if not Path(params.path).exists():
             raise FileNotFoundError(f"{params.path}: not found; set prepare.path to a parquet file")
@@ -98,7 +98,7 @@ def read_table(params: PrepareParams) -> Reader:
 
 
 def _keep_encoded(dataset: Any, column: str) -> Any:
-    """Do not let ``datasets`` decode images: their files are what is stored."""
+    """Prevent ``datasets`` from decoding images, because the encoded files are stored."""
     feature = dataset.features[column]
     if isinstance(feature, ImageFeature):
         return dataset.cast_column(column, ImageFeature(decode=False))
@@ -108,7 +108,7 @@ def _keep_encoded(dataset: Any, column: str) -> Any:
 
 
 def read_llava_json(params: PrepareParams) -> Reader:
-    """LLaVA / ShareGPT4V: a list of {"id", "image", "conversations": [{"from", "value"}, ...]}."""
+    """Read LLaVA / ShareGPT4V: a list of {"id", "image", "conversations": [{"from", "value"}, ...]}."""
     path, root = Path(params.path), Path(params.image_root or "")
     if not path.exists() or not root.is_dir():
         raise FileNotFoundError(f"{path} or image_root {root}: not found; correct them in prepare")
@@ -123,7 +123,7 @@ def read_llava_json(params: PrepareParams) -> Reader:
 
 
 def _has_prefix(row: Any, prefix: str) -> bool:
-    """Whether a row's images, of which a prefix asks for one at least, are of the source that ``prefix`` names."""
+    """Whether the names of a row's images begin with ``prefix``; with a prefix, the row needs at least one image."""
     if not prefix:
         return True
     names = image_entries(row) if isinstance(row, dict) else []

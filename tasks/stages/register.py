@@ -1,9 +1,8 @@
-"""Stage `register`: one MLflow run and one registered model version per quantized variant, with its scores.
+"""Stage `register`: record each quantized variant and its scores as one MLflow run and one registered model version.
 
 Reads models/<variant>, evaluation/<variant> and report/; writes registry.json: variant, model, version, run, verdict
-of the gate, aliases. The run is the one that stage `calibrate` showed the layers in, if it can be found, else a new
-one. A variant whose checkpoint and scores are registered already is left as it is. `--check` only tells whether MLflow
-can be reached.
+of the gate, aliases. The stage continues the run that stage `calibrate` logged the layers to, or else creates a run. A
+variant whose checkpoint and scores are already registered is skipped. `--check` only checks that MLflow answers.
 """
 
 from __future__ import annotations
@@ -67,15 +66,15 @@ SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("binary", "image"), ColSpec("string", "question")]),
     outputs=Schema([ColSpec("string")]),
 )
-#: What the registered model imports.
+#: Packages that the registered model imports.
 _PACKAGES = ("mlflow", "torch", "transformers", "compressed-tensors", "accelerate", "safetensors", "pandas", "pillow")
-#: Parameters of the evaluation that no score of an item depends on.
+#: Parameters of the evaluation that do not change the score of an item.
 _NOT_SCORES = ("batch_size", "resamples", "max_skipped", "benchmarks")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What evaluation, and calibration where there was one, left of a variant.
+    """Results of a variant's evaluation and, except for full precision, its calibration.
 
     Attributes:
         metrics: evaluation/<variant>/metrics.json.
@@ -92,25 +91,25 @@ class Result:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Every number, as <benchmark>.<name> and mean.<name>."""
+        """All numbers, by <benchmark>.<name> and mean.<name>."""
         content = self.metrics.to_dict()
         return dict(numbers({**content["benchmarks"], "mean": content["mean"]}))
 
     @property
     def headline(self) -> dict[str, str]:
-        """The few numbers that a list of versions has room for, as tags."""
+        """The main numbers as tags, for the list of versions."""
         mean = self.metrics.mean
         values = {"score": mean.score, "retention": mean.retention, "kl": mean.kl}
         return {name: f"{value:.4g}" for name, value in values.items() if value is not None}
 
     @property
     def summary(self) -> str:
-        """One line for where a list of versions shows no more."""
+        """The main numbers in one line, for the list of versions."""
         return f"{self.variant}: " + ", ".join(f"{name} {text}" for name, text in self.headline.items())
 
 
 def read_result(variant: str, evaluation: EvaluateParams) -> Result:
-    """Raises: FileNotFoundError, with what to run, if the variant is not here or has not been scored."""
+    """Read a variant's results. Raises FileNotFoundError, with the stage to run, if a file is missing."""
     stage = "baseline" if variant == FULL else f"evaluate@{variant}"
     metrics = Metrics.load(existing(EVALUATION / variant / "metrics.json", stage))
     items = pd.read_parquet(existing(EVALUATION / variant / "items.parquet", stage), columns=["task", "doc", "score"])
@@ -127,7 +126,7 @@ def read_result(variant: str, evaluation: EvaluateParams) -> Result:
 
 
 def evaluation_digest(params: EvaluateParams) -> str:
-    """Two scores may be compared if this is equal: the items, full precision's answers to them, data and parameters."""
+    """Digest of an evaluation: items, full precision's answers, data, parameters. Equal digests: comparable scores."""
     path = existing(EVALUATION / FULL / "items.parquet", "baseline")
     full = pd.read_parquet(path, columns=["task", "doc", "target", "reply"])
     total = hashlib.sha256(full.sort_values(["task", "doc"]).to_csv(index=False).encode())
@@ -139,7 +138,7 @@ def evaluation_digest(params: EvaluateParams) -> str:
 
 @dataclass(frozen=True)
 class Registrar:
-    """Puts results into MLflow, each one once."""
+    """Record results in MLflow, each result once."""
 
     client: MlflowClient
     params: RegisterParams
@@ -147,9 +146,9 @@ class Registrar:
     model: ModelParams
 
     def register(self, variant: str) -> ModelVersion:
-        """The registered version of a variant, made if there is none with this checkpoint and these scores.
+        """The registered version of a variant; created if no version has this checkpoint and these scores.
 
-        Aliases are left as they are.
+        Aliases do not change.
         """
         with recorded_failure("register", variant):
             result = read_result(variant, self.evaluation)
@@ -170,7 +169,7 @@ class Registrar:
         return found
 
     def record_baseline(self) -> str:
-        """Id of a run with full precision's scores, so that variants can be compared with it in the MLflow UI."""
+        """Id of a run with full precision's scores, for comparison with variants in the MLflow UI."""
         with recorded_failure("register", FULL):
             result = read_result(FULL, self.evaluation)
         for found in find_runs(self.client, self.params.experiment, {"variant": FULL, "registered": "baseline"}):
@@ -184,7 +183,7 @@ class Registrar:
         return run_id
 
     def _new_version(self, name: str, scheme: str, result: Result, verdict: Verdict) -> ModelVersion:
-        """Continue the run of the calibration with scores and artifacts, and make a version of its checkpoint."""
+        """Add scores and artifacts to the calibration's run, and create a version of its checkpoint."""
         run_id = self._calibration_run(result.variant, result.identity[CHECKPOINT])
         tags = {**result.identity, **verdict_tags(verdict)}
         with running(self.client, run_id):
@@ -204,7 +203,7 @@ class Registrar:
         return created
 
     def _calibration_run(self, variant: str, checkpoint: str) -> str:
-        """The run that the checkpoint was made in, if it has no version yet; else a new one."""
+        """The run of the checkpoint's calibration if no version belongs to it yet; else a new run."""
         for made in find_runs(self.client, self.params.experiment, {"variant": variant, CHECKPOINT: checkpoint}):
             if "registered" not in made.data.tags:
                 return str(made.info.run_id)
@@ -212,7 +211,7 @@ class Registrar:
         return new_run(self.client, self.params.experiment, variant, tags)
 
     def _log_calibration(self, run_id: str, result: Result) -> None:
-        """Log every layer that the run does not show yet, and the data that the recipe calibrated on."""
+        """Log the layers that the run does not have yet, and the data that the recipe calibrated on."""
         assert result.calibration is not None, f"{result.variant}: full precision has no calibration"
         filled = fill_in_layers(self.client, run_id, result.calibration)
         if filled:
@@ -221,7 +220,7 @@ class Registrar:
         self.client.log_artifact(run_id, str(MODELS / result.variant / "calibration.json"))
 
     def _log_scores(self, run_id: str, result: Result, model_id: str | None = None) -> None:
-        """Parameters, data, scores of benchmarks and items, and what DVC knows by now, for a run and a logged model."""
+        """Log parameters, data, DVC's hashes, and scores of benchmarks and items for a run and its logged model."""
         log_params(self.client, run_id, yaml.safe_load(PARAMS.read_text()))
         log_inputs(self.client, run_id, benchmark_inputs(self.evaluation.benchmarks))
         now = int(1000 * time.time())
@@ -236,10 +235,10 @@ class Registrar:
             self.client.log_artifact(run_id, str(path))
 
     def _log_model(self, run_id: str, result: Result) -> ModelInfo:
-        """The model that MLflow loads: code, and where the checkpoint is; the checkpoint itself is not copied."""
+        """Log the model for MLflow: its code and the checkpoint's path; the checkpoint itself is not copied."""
         experiment = self.client.get_run(run_id).info.experiment_id
         with mlflow.start_run(run_id=run_id, experiment_id=experiment), warnings.catch_warnings():
-            # An example would cost a run of the model.
+            # An input example would require a run of the model.
             warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
             return mlflow.pyfunc.log_model(
                 name=result.variant,
@@ -257,7 +256,7 @@ class Registrar:
             )
 
     def _attach_report(self, run_id: str, variant: str) -> None:
-        """The report page and the variant's card as the run's artifacts; replaced when stage `report` made others."""
+        """Store the report page and the variant's card as artifacts of the run; newer ones replace them."""
         files = [path for path in (REPORT / "index.html", REPORT / "cards" / f"{variant}.md") if path.exists()]
         state = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
         if files and self.client.get_run(run_id).data.tags.get("report") != state:
@@ -267,7 +266,7 @@ class Registrar:
 
 
 def _ensure_model(client: MlflowClient, name: str, scheme: str) -> None:
-    """Create registered model ``name`` if there is none; another process may make it at the same moment."""
+    """Create registered model ``name`` if it does not exist; another process may create it at the same time."""
     try:
         client.create_registered_model(name, description=f"Versions are variants of scheme {scheme}.")
     except MlflowException as error:
@@ -276,7 +275,7 @@ def _ensure_model(client: MlflowClient, name: str, scheme: str) -> None:
 
 
 def _registered(client: MlflowClient, name: str, identity: Mapping[str, str]) -> ModelVersion | None:
-    """The version of ``name`` that has exactly this checkpoint and these scores, if there is one."""
+    """The version of ``name`` with exactly this checkpoint and these scores, if it exists."""
     for candidate in model_versions(client, name):
         if all(candidate.tags.get(key) == value for key, value in identity.items()):
             return candidate
@@ -297,7 +296,7 @@ def registry_row(variant: str, version: ModelVersion, names: Mapping[str, int]) 
 
 
 def register_all(registrar: Registrar, variants: Sequence[str]) -> list[dict[str, Any]]:
-    """Register full precision and every variant, then move the aliases; returns the rows of registry.json."""
+    """Record full precision, register every variant, then move the aliases; returns the rows of registry.json."""
     client = registrar.client
     full = {"variant": FULL, "model": None, "version": None, "run_id": registrar.record_baseline()}
     made = {variant: registrar.register(variant) for variant in variants}
@@ -313,7 +312,7 @@ def register_all(registrar: Registrar, variants: Sequence[str]) -> list[dict[str
 
 
 def _check_floors(params: RegisterParams, evaluation: EvaluateParams) -> None:
-    """Say before the long work that a floor holds something that is not measured."""
+    """Warn before the long work if a floor names a benchmark that is not measured."""
     scored = ["mean", *(source.task for source in evaluation.benchmarks)]
     for name in params.floors.keys() - set(scored):
         logger.warning(

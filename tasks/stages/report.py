@@ -1,8 +1,8 @@
-"""Stage `report`: what quantization cost, on a page, in pictures, and on a card in every checkpoint.
+"""Stage `report`: show the loss from quantization on a page, in pictures, and on a model card in every checkpoint.
 
 Reads models/, evaluation/, data/prepared, data/importance, data/calibset and the full-precision model. Writes report/:
 
-- index.html: everything on one page, without other files;
+- index.html: all results on one self-contained page;
 - scores.txt, scores.csv and means.csv (for `dvc plots`): the scores;
 - scores.png, sizes.png, errors-<variant>.png, exponents-<variant>.png, importance.png, shares.png, times.png: the
   pictures of the page;
@@ -48,7 +48,7 @@ def gather_scores(variants: list[str]) -> pd.DataFrame:
 
 
 def figures(results: Results, samples: list[SampleTokens], shares: pd.DataFrame) -> Iterator[tuple[str, Figure | None]]:
-    """The page's charts by file name; None where there is nothing to draw."""
+    """The page's charts by file name; None for a chart without data."""
     look = Look(results.recipes)
     yield "scores", draw_all_scores(results)
     yield "sizes", draw_sizes(results)
@@ -63,7 +63,7 @@ def figures(results: Results, samples: list[SampleTokens], shares: pd.DataFrame)
 
 
 def write_scores(results: Results, variants: list[str], folder: Path) -> None:
-    """The tables, in the order of params.yaml."""
+    """Write the tables of scores, in the order of params.yaml."""
     scores = gather_scores(["full", *variants])
     metrics = sorted(results.metrics[1:], key=lambda each: variants.index(each.variant))
     write_text(scores.to_csv(index=False), folder / "scores.csv")

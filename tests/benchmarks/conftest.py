@@ -1,4 +1,4 @@
-"""Tiny benchmark files, and lm-eval kept quiet."""
+"""Tiny benchmark files, and lm-eval without its log."""
 
 import logging
 from collections.abc import Callable
@@ -15,7 +15,7 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 @pytest.fixture
 def textvqa(tmp_path: Path) -> Callable[..., BenchmarkSource]:
-    """A demo_textvqa of some rows, after `change` has been at them."""
+    """A demo_textvqa of ``count`` rows, which ``change`` may modify."""
 
     def make(count: int = 6, change: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> BenchmarkSource:
         rows = textvqa_rows(count)

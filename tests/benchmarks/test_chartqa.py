@@ -64,7 +64,7 @@ def test_is_correct(reply: str, answer: str, correct: bool) -> None:
 @pytest.mark.parametrize(
     ("kind", "half"), [("human_test", "human"), ("human", "human"), ("augmented_test", "augmented")]
 )
-def test_halves(kind: str, half: str) -> None:
+def test_score_names_the_half_of_the_question(kind: str, half: str) -> None:
     assert scorer.score({"answer": "3", "type": kind}, ["3"]) == {"relaxed_accuracy": 1.0, half: 1.0}
 
 
@@ -88,17 +88,17 @@ def test_beyond_five_percent(value: float, change: float, side: int) -> None:
 
 
 @given(st.integers(1, 1000))
-def test_percent_is_a_hundredth(value: int) -> None:
+def test_percent_sign_divides_by_a_hundred(value: int) -> None:
     assert scorer.is_correct(f"{value}%", str(value / 100))
     assert scorer.is_correct(str(value / 100), f"{value}%")
 
 
 @given(st.text(alphabet=st.characters(codec="ascii", categories=["L"]), min_size=1, max_size=10))
-def test_text_without_case(text: str) -> None:
+def test_text_is_compared_without_case(text: str) -> None:
     if scorer.to_number(text) is None:
         assert scorer.is_correct(text.upper(), text.lower())
 
 
 @given(st.text(max_size=100), st.text(max_size=100))
-def test_any_text_has_a_verdict(reply: str, answer: str) -> None:
+def test_is_correct_accepts_any_text(reply: str, answer: str) -> None:
     assert scorer.is_correct(reply, answer) in (True, False)

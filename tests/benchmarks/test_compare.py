@@ -28,7 +28,7 @@ def tail_of_fair_coins(lost: int, gained: int) -> float:
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
-def test_mcnemar_is_twice_the_tail_of_fair_coins(lost: int, gained: int) -> None:
+def test_mcnemar_p_equals_the_exact_binomial_tail(lost: int, gained: int) -> None:
     assert mcnemar_p(lost, gained) == pytest.approx(tail_of_fair_coins(lost, gained), rel=1e-9)
 
 
@@ -50,7 +50,7 @@ def test_one_benchmark_by_hand() -> None:
     assert result.retention_low < 75 < result.retention_high
 
 
-def test_equal_items_retain_everything_exactly() -> None:
+def test_equal_items_have_full_retention() -> None:
     full = items("a", [1, 0, 0.3, 1, 0.6] * 20)
     result = compare(full, {"a": 100}, full, resamples=200, seed=0)
     for entry in result.values():
@@ -58,7 +58,7 @@ def test_equal_items_retain_everything_exactly() -> None:
         assert entry.retention_low == entry.retention_high == pytest.approx(100)
 
 
-def test_only_shared_items_are_compared_and_the_shortfall_shows() -> None:
+def test_only_shared_items_are_compared_and_missing_items_are_counted() -> None:
     full = items("a", [1, 1, 1, 1])
     variant = items("a", [0, 1, 1, 1]).iloc[1:]
     result = compare(variant, {"a": 4}, full, resamples=50, seed=0)["a"]
@@ -71,7 +71,7 @@ def test_no_shared_item_is_an_error() -> None:
         compare(items("a", [1.0]), {"a": 1}, full, resamples=10, seed=0)
 
 
-def test_full_precision_itself_and_a_score_of_zero() -> None:
+def test_full_precision_and_a_baseline_score_of_zero_have_no_retention() -> None:
     alone = compare(items("a", [0, 0]), {"a": 2}, None, resamples=50, seed=0)["a"]
     assert (alone.score, alone.retention, alone.lost) == (0, None, None)
     zero = compare(items("a", [0, 1]), {"a": 2}, items("a", [0, 0]), resamples=50, seed=0)

@@ -1,4 +1,4 @@
-"""Reading benchmark rows: what is refused, what is skipped and listed, which rows a limit picks."""
+"""Reading benchmark rows: refused sources, skipped rows, and the rows that a limit chooses."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,7 +44,7 @@ def test_parquet_written_by_pandas(textvqa: Make, tmp_path: Path) -> None:
     assert rows[1]["image"].decode().size == (48, 32)
 
 
-def test_a_folder_is_all_its_parquet_files(textvqa: Make, tmp_path: Path) -> None:
+def test_a_folder_is_read_as_all_its_parquet_files(textvqa: Make, tmp_path: Path) -> None:
     """As a data set of the hub is downloaded: shards in a folder."""
     whole = pd.read_parquet(str(textvqa(5).data))
     (tmp_path / "set/data").mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_a_limit_picks_the_same_rows_every_time(count: int, limit: int, seed: in
     assert set(chosen) <= set(more)
 
 
-def test_limits_differ_by_seed_and_task_and_the_source_wins(textvqa: Make) -> None:
+def test_chosen_rows_depend_on_seed_task_and_the_limit_of_the_source(textvqa: Make) -> None:
     names = [str(index) for index in range(200)]
     assert choose_rows(names, "a", 20, 0) != choose_rows(names, "a", 20, 1)
     assert choose_rows(names, "a", 20, 0) != choose_rows(names, "b", 20, 0)
@@ -101,14 +101,14 @@ def test_vizwiz_scores_rows_without_answers(textvqa: Make) -> None:
     assert (len(rows), rows.skipped) == (3, [])
 
 
-def test_ids_that_repeat_get_their_position(textvqa: Make) -> None:
+def test_duplicate_ids_get_their_position(textvqa: Make) -> None:
     def repeat(rows: list[dict[str, Any]]) -> None:
         rows[1]["question_id"] = 0
 
     assert load(textvqa(3, repeat)).ids == ["0#0", "0#1", "2#2"]
 
 
-def test_nothing_usable_is_an_error(textvqa: Make) -> None:
+def test_data_without_a_usable_row_is_refused(textvqa: Make) -> None:
     def spoil(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             row["answers"] = []
@@ -117,7 +117,7 @@ def test_nothing_usable_is_an_error(textvqa: Make) -> None:
         load(textvqa(3, spoil))
 
 
-def test_missing_column(textvqa: Make) -> None:
+def test_a_missing_column_is_refused(textvqa: Make) -> None:
     source = textvqa(3)
     with pytest.raises(BenchmarkError, match=r"chartqa_vlm: .* lacks column answer, type \(it has image, question"):
         load(BenchmarkSource("chartqa_vlm", data=source.data))
@@ -132,18 +132,18 @@ def test_missing_column(textvqa: Make) -> None:
         (BenchmarkSource("demo_textvqa", data="a.parquet", split="test"), "either `data` or hub"),
     ],
 )
-def test_sources_that_cannot_be(source: BenchmarkSource, message: str) -> None:
+def test_invalid_sources_are_refused(source: BenchmarkSource, message: str) -> None:
     with pytest.raises(BenchmarkError, match=message):
         load(source)
 
 
-def test_a_task_named_twice() -> None:
+def test_a_duplicate_task_is_refused() -> None:
     source = BenchmarkSource("demo_textvqa", data="x.parquet")
     with pytest.raises(BenchmarkError, match="names a task twice"):
         load_benchmarks([source, source], None, 0)
 
 
-def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"bad")
     with pytest.raises(BenchmarkError, match="no readable parquet"):
         load(BenchmarkSource("demo_textvqa", data=str(tmp_path / "bad.parquet")))
@@ -163,7 +163,7 @@ def test_hub_source_and_wrong_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == {"path": "other/textvqa", "name": "small", "revision": "abc"}
 
 
-def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no network")
 

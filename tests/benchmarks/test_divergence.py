@@ -1,4 +1,4 @@
-"""NLL and KL against their definitions, and what is stored of full precision."""
+"""NLL and KL against their definitions, and the stored log-probabilities of full precision."""
 
 import math
 from pathlib import Path
@@ -34,12 +34,12 @@ def test_nll_and_kl_by_hand() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000))
-def test_kl_is_zero_for_equals_and_never_negative(a: int, b: int) -> None:
+def test_kl_is_zero_for_equal_distributions_and_never_negative(a: int, b: int) -> None:
     assert kl_per_token(log_probs(a), log_probs(a)) == 0
     assert kl_per_token(log_probs(a), log_probs(b)) >= -1e-7
 
 
-def test_what_is_recorded_is_compared_with(tmp_path: Path) -> None:
+def test_reader_compares_with_the_recorded_log_probabilities(tmp_path: Path) -> None:
     full, variant = log_probs(0), log_probs(1)
     recorded = ReferenceRecorder(tmp_path).measure({KEY: ([1, 2, 3], full)})
     assert recorded[KEY].kl == 0
@@ -63,7 +63,7 @@ def test_large_vocabularies_are_stored_in_half_precision(tmp_path: Path) -> None
     assert reader.measure({KEY: ([1, 2, 3], full)})[KEY].kl == pytest.approx(0, abs=1e-5)
 
 
-def test_a_recorder_goes_on_behind_the_files_of_an_interrupted_run(tmp_path: Path) -> None:
+def test_recorder_continues_after_the_files_of_an_interrupted_run(tmp_path: Path) -> None:
     other = ItemKey("demo_textvqa", "9")
     ReferenceRecorder(tmp_path).measure({KEY: ([1], log_probs(0, 1))})
     ReferenceRecorder(tmp_path).measure({other: ([2], log_probs(1, 1))})
@@ -80,7 +80,7 @@ def test_other_tokens_or_vocabulary_are_refused(tmp_path: Path, tokens: list[int
         ReferenceReader(tmp_path).measure({KEY: (tokens, log_probs(0, vocabulary=vocabulary))})
 
 
-def test_missing_and_damaged_references(tmp_path: Path) -> None:
+def test_missing_and_damaged_references_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="evaluate the `full` variant first"):
         ReferenceReader(tmp_path)
     (tmp_path / "part-00000.safetensors").write_bytes(b"damaged")

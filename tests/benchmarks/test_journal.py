@@ -15,7 +15,7 @@ ITEMS = [
 ]
 
 
-def test_items_come_back(tmp_path: Path) -> None:
+def test_added_items_are_read_back(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "full", "same")
     assert journal.read() == {}
     journal.add(ITEMS[:1])

@@ -187,12 +187,12 @@ def test_score_of_a_choice() -> None:
     assert scorer.score(doc(id="validation_Alchemy_3"), ["B"])["other"] == 1.0
 
 
-def test_last_bare_letter_where_the_reference_takes_the_first() -> None:
+def test_last_bare_letter_wins_unlike_in_lmms_eval() -> None:
     scores = scorer.score(doc(), ["A. no, B. yes"])
     assert (scores["accuracy"], scores["accuracy_lmms_eval"]) == (1.0, 0.0)
 
 
-def test_open_score_where_the_reference_gives_none() -> None:
+def test_open_answers_score_unlike_in_lmms_eval() -> None:
     row = doc(question_type="open", options="[]", answer="['24/7', '3.429']", id="validation_Math_3")
     assert scorer.score(row, ["3.43"]) == {
         "accuracy": 1.0,
@@ -205,7 +205,7 @@ def test_open_score_where_the_reference_gives_none() -> None:
     assert scorer.answers(doc(question_type="open", answer="[unquoted]")) == ["[unquoted]"]
 
 
-def test_a_reply_without_an_option_is_a_guess_that_repeats() -> None:
+def test_a_reply_without_an_option_gets_the_same_guess_every_time() -> None:
     scores = [scorer.score(doc(id=f"validation_Art_{n}"), ["no idea"]) for n in range(400)]
     assert all(entry["unparsed"] == 1.0 for entry in scores)
     assert scores == [scorer.score(doc(id=f"validation_Art_{n}"), ["other words"]) for n in range(400)]
@@ -223,7 +223,7 @@ def test_broken_options_name_the_item() -> None:
 
 
 @given(st.sampled_from("ABCD"), st.sampled_from(["{}", "({})", "{}.", "{} it is", "The answer is ({})", " {} "]))
-def test_every_form_of_every_letter(letter: str, form: str) -> None:
+def test_parse_choice_reads_every_form_of_every_letter(letter: str, form: str) -> None:
     assert scorer.parse_choice(form.format(letter), OPTIONS) == letter
 
 
@@ -234,7 +234,7 @@ def test_the_last_of_several_letters_wins(letters: list[str]) -> None:
 
 
 @given(st.integers(-(10**6), 10**6), st.sampled_from(["{}", "It is {}", "x = {}", "the answer is {}."]))
-def test_every_integer_in_every_phrase(value: int, form: str) -> None:
+def test_integers_are_found_in_every_phrase(value: int, form: str) -> None:
     assert scorer.is_open_correct(form.format(value), [str(value)])
     assert scorer.is_open_correct(form.format(f"{value:,}"), [str(value)])
 

@@ -1,4 +1,4 @@
-"""The model behind lm-eval: batched, cached and shared answers equal plain ones, one item at a time."""
+"""The model for lm-eval: batched and cached answers equal plain answers to single items."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ NEW_TOKENS = 6
 
 
 class Keep:
-    """Meter that keeps what it is given."""
+    """Meter that keeps its arguments."""
 
     def __init__(self) -> None:
         self.answers: dict[ItemKey, tuple[Sequence[int], torch.Tensor]] = {}
@@ -41,7 +41,7 @@ class Keep:
 
 
 def tiny_llava(tokenizer: Any) -> tuple[Any, Any]:
-    """A random LLaVA: unlike Qwen2-VL its family counts positions in the forward pass by itself."""
+    """A random LLaVA, which unlike Qwen2-VL computes positions in the forward pass."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|picture|>"]})
     image = tokenizer.convert_tokens_to_ids("<|picture|>")
@@ -110,7 +110,7 @@ def plain_reply(model: Any, processor: Any, prompt: str, images: list[Any]) -> s
 
 
 def plain_log_probs(model: Any, processor: Any, prompt: str, images: list[Any], answer: str) -> torch.Tensor:
-    """Answer written behind the prompt as text, a forward pass without padding or cache."""
+    """Log-probabilities of an answer appended to the prompt as text, from a forward pass without padding or cache."""
     inputs = processor(text=[f"{prompt}{answer}<|im_end|>"], images=images, return_tensors="pt")
     n_answer = len(processor.tokenizer(f"{answer}<|im_end|>").input_ids)
     with torch.inference_mode():
@@ -180,7 +180,7 @@ def test_too_long_a_prompt_is_refused_not_cut(textvqa: Make, model: Any, process
         run(benchmarks, model, processor)
 
 
-def test_damaged_image_is_a_listed_skip(textvqa: Make, model: Any, processor: Any) -> None:
+def test_item_with_a_damaged_image_is_skipped_and_listed(textvqa: Make, model: Any, processor: Any) -> None:
     def truncate(rows: list[dict[str, Any]]) -> None:
         rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:200]
 

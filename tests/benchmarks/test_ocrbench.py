@@ -79,7 +79,7 @@ def test_categories(question_type: str, category: str) -> None:
     assert scorer.score(doc(["exit"], question_type=question_type), ["exit"])[category] == 1.0
 
 
-def test_the_reference_cannot_score_formulas_with_capitals() -> None:
+def test_lmms_eval_metric_never_scores_formulas_with_capitals() -> None:
     scores = scorer.score(doc(["X^2"], dataset="HME100k"), ["X^2"])
     assert (scores["accuracy"], scores["accuracy_lmms_eval"]) == (1.0, 0.0)
 
@@ -104,6 +104,6 @@ def test_a_quoted_answer_is_found(before: str, answer: str, after: str) -> None:
 
 
 @given(st.text(alphabet="abcXYZ 12", max_size=20), st.text(alphabet="abcXYZ 12", max_size=5))
-def test_formulas_do_not_care_about_spaces(reply: str, answer: str) -> None:
+def test_formulas_are_compared_without_spaces(reply: str, answer: str) -> None:
     spaced = " ".join(reply)
     assert scorer.is_correct(spaced, answer, "HME100k") == scorer.is_correct(reply, answer, "HME100k")

@@ -44,7 +44,7 @@ def test_metrics_without_empty_replies_and_parts_load(tmp_path: Path) -> None:
         ({"benchmarks": None}, "; evaluate the variant again"),
     ],
 )
-def test_metrics_that_cannot_be_used_name_file_and_entry(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_invalid_metrics_are_refused_with_file_and_entry(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS.to_dict() | change))
     with pytest.raises(ValueError, match=message):
         Metrics.load(tmp_path / "metrics.json")

@@ -82,7 +82,7 @@ EXPECTED = {
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Path:
-    """The benchmarks folder without anything but YAMLs and scorers."""
+    """A copy of the benchmarks folder with only YAMLs and scorers."""
     folder = tmp_path / "alone"
     for path in [*FOLDER.glob("*/*.yaml"), *SCORERS]:
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)

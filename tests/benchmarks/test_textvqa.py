@@ -135,5 +135,5 @@ def test_accuracy_by_number_of_matches(matches: int) -> None:
 
 
 @given(st.text(max_size=200), st.lists(st.text(max_size=20), max_size=10))
-def test_any_text_has_an_accuracy(reply: str, answers: list[str]) -> None:
+def test_vqa_accuracy_accepts_any_text(reply: str, answers: list[str]) -> None:
     assert 0 <= scorer.vqa_accuracy(reply, answers) <= 1

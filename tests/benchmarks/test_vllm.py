@@ -22,7 +22,7 @@ Make = Callable[..., BenchmarkSource]
 
 
 class Stub:
-    """What this project uses of lm-eval's vLLM model."""
+    """The part of lm-eval's vLLM model that this project uses."""
 
     tokenizer_name = "stub"
 
@@ -63,7 +63,7 @@ def test_chunks_failures_and_finished_items(textvqa: Make) -> None:
     assert len(seen) == 5
 
 
-def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_vllm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_vlms", None)
     with pytest.raises(BenchmarkError, match=r"vLLM cannot be imported .*use backend hf"):
         load_vllm("model", "auto", {})

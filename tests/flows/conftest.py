@@ -1,4 +1,4 @@
-"""A Prefect server of the tests' own, and flows whose stages are recorded in place of being run."""
+"""A Prefect server for the tests, and flows whose stages are recorded and not run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a failed run tells, and which failures are tried again."""
+"""Advice on failed runs, and the choice of failures to retry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flows.stages import StageFailed, StageUnavailable, is_retryable
 from tasks.command import TRY_AGAIN, is_transient
 
 
-def test_a_failed_stage_is_named_with_the_command_that_shows_it() -> None:
+def test_advice_names_the_failed_stage_and_its_command() -> None:
     text = advice(
         "Flow run encountered an exception: StageFailed: calibrate@tlq-w3a16 failed: ERROR tlq: no space left"
     )
@@ -24,7 +24,7 @@ def test_a_failed_stage_is_named_with_the_command_that_shows_it() -> None:
     assert "Start the flow again" in text
 
 
-def test_a_lock_held_by_another_command_has_another_cure() -> None:
+def test_advice_on_a_lock_held_by_another_command_is_to_wait() -> None:
     assert "Another `dvc` command is at work" in advice("StageFailed: demo failed: ERROR: '/p/dvc.yaml' is busy")
 
 
@@ -56,7 +56,7 @@ def _plain_logger(monkeypatch: pytest.MonkeyPatch) -> None:
         ("print('failed to run: python -m tasks.stages.prepare, exited with 1'); raise SystemExit(255)", StageFailed),
     ],
 )
-def test_only_what_did_not_answer_is_tried_again(code: str, kind: type[StageFailed]) -> None:
+def test_only_an_unavailable_service_is_retried(code: str, kind: type[StageFailed]) -> None:
     with pytest.raises(StageFailed) as caught:
         stages.run_command([sys.executable, "-c", code], "prepare")
     assert type(caught.value) is kind
@@ -74,7 +74,7 @@ def raised_from(cause: Exception) -> Exception:
         return error
 
 
-def test_what_is_transient_may_hide_in_the_cause() -> None:
+def test_is_transient_follows_the_causes_of_an_error() -> None:
     import httpx
     import requests
 

@@ -1,4 +1,4 @@
-"""What is filled in for a run reaches params.yaml, is kept as an experiment, and does not stay."""
+"""Parameters of a run reach params.yaml, are saved as an experiment, and are removed afterwards."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_a_model_names_its_registered_models(tmp_path: Path, monkeypatch: pytest
     assert overrides(model="data/models/qwen2-vl-2b", name="mine")["register.model_name"] == "mine"
 
 
-def test_a_model_that_is_not_there_is_refused() -> None:
+def test_a_missing_model_is_refused() -> None:
     with pytest.raises(ParametersError, match="model qwen9: neither a preset nor a folder"):
         overrides(model="qwen9")
 
 
 @pytest.mark.skipif(not parameters.PRESETS.is_dir(), reason="no presets in this checkout")
-def test_a_preset_of_a_model_is_named_by_its_name() -> None:
+def test_a_model_preset_is_chosen_by_its_name() -> None:
     values = overrides(model="qwen2-vl-2b", limit=8)
     assert values == {"preset": "qwen2-vl-2b", "evaluate.limit": 8}
     params = yaml.safe_load(with_overrides(parameters.PARAMS.read_text(), values))
@@ -145,7 +145,7 @@ def test_a_failed_run_leaves_params_yaml_as_before_and_no_experiment(workspace: 
     assert "brave-newt" not in dvc(workspace, "exp", "list")
 
 
-def test_without_a_name_for_commits_nothing_is_started(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_git_identity_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     subprocess.run(["git", "config", "--unset", "user.email"], cwd=workspace, check=True)
@@ -154,7 +154,7 @@ def test_without_a_name_for_commits_nothing_is_started(workspace: Path, monkeypa
     assert (workspace / "params.yaml").read_text() == TEXT
 
 
-def test_what_somebody_changes_meanwhile_stays(
+def test_changes_of_params_yaml_during_a_run_are_kept(
     workspace: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = TEXT.replace("250", "100")

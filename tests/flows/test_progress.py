@@ -19,7 +19,7 @@ Calls = list[tuple[float, str]]
 
 
 def bars(total: int, name: str, postfix: dict[str, str] | None = None) -> list[str]:
-    """Lines as a stage writes them when its output is no terminal."""
+    """Lines of a progress bar on an output that is not a terminal."""
     stream = io.StringIO()
     with tqdm(total=total, desc=name, unit="layer", file=stream, mininterval=0) as bar:
         for _ in range(total):
@@ -31,7 +31,7 @@ def bars(total: int, name: str, postfix: dict[str, str] | None = None) -> list[s
 
 @pytest.fixture
 def artifacts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Calls]:
-    """Stands in for the server: percent and description by key."""
+    """Artifacts of a stand-in for the server: percent and description by key."""
     keys: dict[UUID, str] = {}
     shown: dict[str, Calls] = {}
 
@@ -55,7 +55,7 @@ def ticking(step: float) -> Callable[[], float]:
     return lambda: next(time)
 
 
-def test_what_tqdm_writes_is_read() -> None:
+def test_bars_of_tqdm_are_parsed() -> None:
     line = "tlq w3a16:  50%|█████     | 14/28 [01:10<01:12, 5.05s/layer, error=0.0191]"
     assert Bar.read(line) == Bar("tlq w3a16", 14, 28, "01:10", "01:12", "5.05s/layer, error=0.0191")
     last = Bar.read(bars(3, "importance")[-1])
@@ -78,7 +78,7 @@ def test_every_layer_is_shown_with_error_and_time_left(artifacts: dict[str, Call
     assert "error=0.02" in text
 
 
-def test_quick_steps_are_shown_now_and_then_and_the_last_always(artifacts: dict[str, Calls]) -> None:
+def test_quick_steps_are_shown_at_intervals_and_the_last_always(artifacts: dict[str, Calls]) -> None:
     list(with_progress(bars(100, "answers"), "evaluate", ticking(0.1)))
     shown = artifacts["progress-evaluate"]
     assert 3 < len(shown) < 30
@@ -90,7 +90,7 @@ def test_a_stage_without_a_bar_has_no_artifact(artifacts: dict[str, Calls]) -> N
     assert artifacts == {}
 
 
-def test_a_server_that_is_away_ends_no_stage(
+def test_an_unreachable_server_does_not_end_the_stage(
     artifacts: dict[str, Calls], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers: Iterator[bool] = iter([False, True, True])

@@ -43,7 +43,7 @@ def test_progress_bars_are_thinned_and_advice_is_dropped() -> None:
 
 
 def logged(caplog: pytest.LogCaptureFixture, code: str) -> list[str]:
-    """What a stage's command that runs ``code`` puts into the log."""
+    """Lines that a stage's command logs when it runs ``code``."""
     caplog.clear()
     caplog.set_level(logging.INFO)
     stages.run_command([sys.executable, "-c", code], "stage")
@@ -64,7 +64,7 @@ def test_concurrent_stages_share_the_cores(caplog: pytest.LogCaptureFixture, mon
 def test_a_stage_finds_the_python_of_its_flow(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """dvc.yaml calls `python`, which may be another one, or none, on the path of whoever starts the flow."""
+    """dvc.yaml calls `python`, which may be another one or missing on the path of the flow's process."""
     monkeypatch.setenv("PATH", str(tmp_path))
     found = logged(caplog, "import shutil; print(shutil.which('python'))")
     assert [Path(path).parent for path in found] == [Path(sys.executable).parent]

@@ -1,4 +1,4 @@
-"""Flow `sweep` runs flow `quantize` once per model, collects the scores, and goes on after a model that fails."""
+"""Flow `sweep` runs flow `quantize` once per model, collects the scores, and continues after a failed model."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from services.supervisor import ServiceError
 URL = "postgresql://tlq:se%2Fcret@db.local:5433/models?sslmode=require"
 
 
-def test_both_servers_get_the_address_in_their_driver_s_words() -> None:
+def test_each_server_gets_the_address_for_its_driver() -> None:
     url = postgres(URL)
     prefect = prefect_environment(url)["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
     mlflow = mlflow_environment(url, Path("/project"))["MLFLOW_BACKEND_STORE_URI"]
@@ -30,7 +30,7 @@ def test_both_servers_get_the_address_in_their_driver_s_words() -> None:
     assert sqlalchemy.make_url(mlflow).query == {"sslmode": "require", "options": "-csearch_path=mlflow"}
 
 
-def test_without_an_address_both_use_files() -> None:
+def test_both_servers_use_files_without_an_address() -> None:
     assert prefect_environment(None) == {}
     assert mlflow_environment(None, Path("/project")) == {"MLFLOW_BACKEND_STORE_URI": "sqlite:////project/mlflow.db"}
 
@@ -49,14 +49,14 @@ def test_a_database_that_does_not_answer_is_named() -> None:
 
 
 def binaries() -> Path | None:
-    """Where `initdb` and `pg_ctl` are."""
+    """Folder of `initdb` and `pg_ctl`."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     on_path = shutil.which("initdb")
     return found[-1].parent if found else Path(on_path).parent if on_path else None
 
 
 def as_server_user(*command: str) -> None:
-    """PostgreSQL refuses to run as root: then its own user runs it."""
+    """Run a command as user `postgres` if this process is root, because PostgreSQL refuses to run as root."""
     prefix = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     done = subprocess.run([*prefix, *command], cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,7 +64,7 @@ def as_server_user(*command: str) -> None:
 
 @pytest.fixture(scope="module")
 def postgres_url() -> Iterator[str]:
-    """An empty database on a PostgreSQL server of our own."""
+    """Address of an empty database on a PostgreSQL server that this test starts."""
     pytest.importorskip("psycopg2", reason="psycopg2 is not installed: pip install '.[postgres]'")
     programs = binaries()
     if programs is None:

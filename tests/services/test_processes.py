@@ -1,4 +1,4 @@
-"""The stages of a flow run are stopped with their child processes, and those of other runs go on."""
+"""The stages of a flow run are stopped with their child processes, and stages of other runs continue."""
 
 from __future__ import annotations
 

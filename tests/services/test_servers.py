@@ -1,4 +1,4 @@
-"""Which services a machine starts, and what each gets from the environment."""
+"""The services that a machine starts, and their environments."""
 
 from __future__ import annotations
 

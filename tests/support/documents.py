@@ -30,8 +30,8 @@ class Block:
 
     Attributes:
         document: path from the project's top folder.
-        line: of its first line of code, from 1.
-        needs: what it needs and a test has not: it is checked, not run. None: it is run.
+        line: number of its first line of code, from 1.
+        needs: a need that a test cannot meet, so that the block is only checked; None if the block is run.
     """
 
     document: str
@@ -72,9 +72,9 @@ def words_of(command: str) -> tuple[dict[str, str], list[str]]:
 
 
 def run_shell(block: Block, project: QuickProject) -> dict[str, str]:
-    """Run the commands of a block in a project; returns what each printed.
+    """Run the commands of a block in a project; returns the output of each.
 
-    Modules of this project run in this process: their imports, which take seconds, are done once.
+    Modules of this project run in this process, because their imports take seconds.
     """
     outputs = {}
     for command in block.commands:
@@ -94,7 +94,7 @@ def run_shell(block: Block, project: QuickProject) -> dict[str, str]:
 
 
 def _run_module(module: str, arguments: list[str], folder: Path) -> str:
-    """What ``python -m module`` prints in ``folder``."""
+    """Output of ``python -m module`` in ``folder``."""
     printed = io.StringIO()
     status: object = None
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):

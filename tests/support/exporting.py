@@ -19,7 +19,7 @@ from tlq.quantization.formats import QuantizedWeight, Scheme
 
 
 def write_export(source: Path, calibrated: Calibrated, scheme: Scheme, out: Path) -> Path:
-    """A checkpoint of what ``calibrate`` returned, layer by layer."""
+    """Write the result of ``calibrate`` as a checkpoint, layer by layer."""
     model = StreamedModel(source)
     out.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -54,7 +54,7 @@ def whole_model_tensors(
 
 @torch.no_grad()
 def _copy_unquantized(calibrated: nn.Module, model: nn.Module, quantized: set[str]) -> None:
-    """Norms, biases and everything else that calibration may have changed."""
+    """Norms, biases and all other tensors that calibration may have changed."""
     changed = dict(calibrated.named_parameters())
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in quantized:

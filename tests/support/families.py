@@ -1,7 +1,7 @@
-"""Tiny random models of every supported family, inputs made without their processors, and processors.
+"""Tiny random models of every supported family, their processors, and inputs made without processors.
 
 Every model has two decoder layers of width 128 with grouped-query attention, and a vision tower of one layer on
-images of 16 x 16. Norm gains are spread and all weights random, so that nothing that reaches a decoder layer is small.
+images of 16 x 16. Norm gains are spread and all weights random, so that no input of a decoder layer is negligible.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class TinyFamily:
     """How to build one family.
 
     Attributes:
-        config: everything that its config needs beyond the family's defaults.
+        config: fields of its config that differ from the family's defaults.
         image: (number of tiles, generator) -> number of image tokens, and the model's inputs for one sample's image.
-        token_types: name of the input that marks image tokens with 1, where the model wants one.
+        token_types: name of the input that marks image tokens with 1, if the model needs one.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""A copy of the project whose stages take no time: for what DVC makes of the graph and the parameters."""
+"""A copy of the project whose stages take no time, to test the graph and the parameters with DVC."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ COPIED = ("benchmarks", "demo", "presets", "tasks", "tlq", ".dvc/config", ".dvci
 
 
 class QuickProject:
-    """A folder with the project's code and graph, a git repository of its own, and a quick `python` (stand_in_stages).
+    """A separate git repository with the project's code and graph, and a quick `python` (stand_in_stages).
 
     Attributes:
-        folder: where it is.
+        folder: folder of the repository.
         tools: folder with the quick `python`, outside the project.
     """
 
@@ -29,7 +29,7 @@ class QuickProject:
 
     @classmethod
     def made(cls, place: Path) -> QuickProject:
-        """With the recipes rtn and tlq at one scheme, committed, nothing run."""
+        """Create a committed project with the recipes rtn and tlq at one scheme; no stage has run."""
         project = cls(place / "project", place / "tools")
         for name in COPIED:
             target = project.folder / name
@@ -64,7 +64,7 @@ class QuickProject:
         return self.run(sys.executable, "-m", "dvc", *arguments, **variables)
 
     def wait_for_queue(self, seconds: float = 600) -> None:
-        """Until no queued experiment is left, which work in the background."""
+        """Wait until no queued experiment is left; experiments run in the background."""
         until = time.monotonic() + seconds
         while re.search(r"\b(Queued|Running)\b", status := self.dvc("queue", "status")):
             assert time.monotonic() < until, f"not done after {seconds} s:\n{status}"

@@ -1,4 +1,4 @@
-"""A small calibration as a process of its own, for tests that run it on ranks, kill it and look at what is left."""
+"""A small calibration in a separate process, for tests that run it on ranks, kill it and check the rest."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_job(folder: Path) -> Path:
 
 
 def start(job: Path, name: str, recipe: str, scheme: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """The job in a folder of its own, as a process with more ``environment``."""
+    """Start the job in a separate folder, as a process with additional ``environment``."""
     folder = job / name
     folder.mkdir(exist_ok=True)
     for part in ("model", "samples.parquet"):
@@ -84,7 +84,7 @@ def start(job: Path, name: str, recipe: str, scheme: str, environment: Mapping[s
 
 
 def job_environment(job: Path) -> dict[str, str]:
-    """One thread per rank, on the CPU; nothing of this process that would change where the job runs."""
+    """Environment for one thread per rank on the CPU, without the variables that change where the job runs."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TLQ_", "PREFECT_"))}
     return {
         **kept,
@@ -118,7 +118,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def wait_until_gone(folder: Path) -> None:
-    """No process of the job may outlive the one that started it."""
+    """Assert that no process of the job outlives the process that started it."""
     for _ in range(400):
         if not processes_of(folder):
             return

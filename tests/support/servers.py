@@ -1,4 +1,4 @@
-"""Servers that tests start as processes of their own."""
+"""Servers that tests start as separate processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
-    """Until ``url`` answers; fails the test with the end of the server's log if it ends or takes too long."""
+    """Wait until ``url`` answers; fails the test with the end of the log if the server ends or takes too long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         try:

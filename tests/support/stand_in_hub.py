@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: a server on this machine that speaks as much of its protocol as is needed."""
+"""A stand-in for the Hugging Face hub: a local server with the parts of its protocol that the tests need."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ Repositories = dict[str, dict[str, bytes]]
 
 
 class Hub(ThreadingHTTPServer):
-    """Attributes:
-    repositories: what it has.
-    loaded: files that were asked for with their content.
+    """A server with a hub's repositories.
+
+    Attributes:
+        repositories: files by repository.
+        loaded: files whose content was requested.
     """
 
     def __init__(self, repositories: Repositories) -> None:
@@ -42,7 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _answer(self, body: bool) -> None:
         path = urlparse(self.path).path.strip("/")

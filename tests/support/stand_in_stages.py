@@ -1,8 +1,8 @@
-"""What `python` is in a quick project: every stage's module writes what the real one writes, in no time.
+"""The `python` of a quick project: every stage writes the same files as the real one, but in no time.
 
     python -m tasks.stages.calibrate --recipe tlq --scheme w3a16
 
-The graph, the parameters and the code that stages depend on are the project's own; only the work is left out.
+The graph, the parameters and the code that stages depend on are the project's; only the computation is left out.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ CODE = (
 )
 VARIANTS = ("rtn-w3a16", "tlq-w3a16")
 
-#: Ports and servers of whoever runs the tests are none of theirs.
+#: Variables that name ports and servers; the tests do not use those of the user's environment.
 _FOREIGN = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "TLQ_DATABASE_URL", "TLQ_PARALLEL")
 
 
 def make_project(folder: Path) -> Path:
-    """Code, demo model and small parameters in ``folder``, committed to a git repository of its own."""
+    """Copy code, demo model and small parameters to ``folder``, and commit them to a new git repository."""
     ignore = shutil.ignore_patterns("__pycache__")
     for name in CODE:
         source, target = ROOT / name, folder / name
@@ -96,7 +96,7 @@ def free_port() -> int:
 
 
 class Services:
-    """`python -m services` of a project, and where it listens."""
+    """`python -m services` of a project, and its addresses."""
 
     def __init__(self, folder: Path, process: subprocess.Popen[str], ports: tuple[int, int]) -> None:
         self.folder = folder
@@ -108,7 +108,7 @@ class Services:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def stop(self) -> int:
-        """SIGTERM, and the exit status."""
+        """Send SIGTERM; returns the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=120)

@@ -1,4 +1,4 @@
-"""What a user sees when a stage goes wrong: one line on stderr and an exit status."""
+"""The errors of a stage: one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_an_interruption_has_its_own_status(caplog: pytest.LogCaptureFixture) ->
     assert "interrupted; run the same command again" in caplog.text
 
 
-def test_an_interruption_that_a_library_renames_is_still_one(caplog: pytest.LogCaptureFixture) -> None:
-    """Extension code may raise an error of its own where it finds KeyboardInterrupt set."""
+def test_any_error_after_a_signal_counts_as_an_interruption(caplog: pytest.LogCaptureFixture) -> None:
+    """Extension code may raise another error in place of KeyboardInterrupt."""
 
     def stage() -> None:
         try:
@@ -67,8 +67,8 @@ def test_an_interruption_that_a_library_renames_is_still_one(caplog: pytest.LogC
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_termination_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """SIGTERM, as a scheduler sends it, in the middle of writing a directory."""
+def test_sigterm_leaves_no_partial_directory(tmp_path: Path) -> None:
+    """A scheduler's SIGTERM arrives while a directory is written."""
 
     def stage() -> None:
         with new_directory(tmp_path / "out") as folder:
@@ -82,8 +82,8 @@ def test_a_termination_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stage_started_in_the_wrong_folder_says_so(tmp_path: Path) -> None:
-    """The whole way, as a user types it: nothing but one line on stderr."""
+def test_a_stage_started_in_the_wrong_folder_ends_with_one_line(tmp_path: Path) -> None:
+    """The full command line prints only one line on stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "tasks.stages.calibset"],
         cwd=tmp_path,
@@ -104,7 +104,7 @@ STAGES = ("fetch", "prepare", "importance", "calibset", "calibrate", "evaluate",
 def test_help_prints_the_docstring_and_runs_nothing(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder without params.yaml: whatever ran would fail, or leave a file."""
+    """The folder has no params.yaml, so a stage that ran would fail or leave a file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     monkeypatch.delitem(sys.modules, module, raising=False)

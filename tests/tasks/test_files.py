@@ -1,4 +1,4 @@
-"""Files between stages: round trips, and nothing half-written."""
+"""Files between stages: round trips, and atomic writes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_new_directory_replaces_all_of_the_old_one(tmp_path: Path) -> None:
 
 
 def test_the_old_directory_is_whole_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interruption while the old one is being deleted must not leave a part of it in its place."""
+    """An interruption while the old directory is deleted must not leave a part of it in place."""
     path = tmp_path / "result"
     with new_directory(path) as folder:
         (folder / "a.txt").write_text("old")
@@ -119,10 +119,10 @@ def test_samples_survive_the_round_trip(tmp_path: Path, samples: list[Sample]) -
     assert read_samples(path, 2) == samples[:2]
 
 
-def test_more_samples_than_there_are(tmp_path: Path, samples: list[Sample]) -> None:
+def test_a_limit_above_the_number_of_samples_is_refused(tmp_path: Path, samples: list[Sample]) -> None:
     path = tmp_path / "calibration.parquet"
     write_samples(samples, path)
-    with pytest.raises(ValueError, match="7 samples asked for, 6 there; raise prepare.samples"):
+    with pytest.raises(ValueError, match="7 samples needed, 6 found; raise prepare.samples"):
         read_samples(path, 7)
 
 

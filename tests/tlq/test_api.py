@@ -52,7 +52,7 @@ def test_a_checkpoint_is_quantized_in_one_call(
 def test_a_checkpoint_is_quantized_in_bfloat16(
     tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path, recipe: str
 ) -> None:
-    """As on a GPU: errors are added up in float32, layers compute in bfloat16. mbq looks at the parent's error only."""
+    """As on a GPU, errors are added up in float32 and layers compute in bfloat16. mbq uses only the parent's error."""
     budget = TokenBudget(300)
     result = quantize(tiny_checkpoint, tmp_path / "out", samples, recipe, "w3a16", budget=budget, dtype="bfloat16")
     assert all(group["error_after"] < 1.5 * group["error_before"] for group in result.groups)

@@ -37,7 +37,7 @@ def test_a_report_of_groups_only_loads(tmp_path: Path) -> None:
     assert loaded.groups == [GROUP, replace(GROUP, layer=1, seconds=None, peak_memory_bytes=None)]
 
 
-def test_a_report_that_cannot_be_used_names_file_and_key(tmp_path: Path) -> None:
+def test_an_invalid_report_is_refused_with_file_and_key(tmp_path: Path) -> None:
     path = tmp_path / "tlq-c-w4a8" / "calibration.json"
     REPORT.save(path)
     content = json.loads(path.read_text())

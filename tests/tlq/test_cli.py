@@ -1,4 +1,4 @@
-"""The command ``tlq``: what it writes, prints and refuses."""
+"""The command ``tlq``: its files, output and errors."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_compensated_rounding_gives_the_codes_of_the_host(scheme: str) -> None:
     assert float((codes[0] != codes[1]).float().mean()) < 0.01
 
 
-def test_codes_do_not_depend_on_what_is_rounded_beside_them() -> None:
+def test_codes_do_not_depend_on_other_targets() -> None:
     weight, _, u, w = problem("cuda")
     factor = Factor.of((u * w[:, None]).T @ u)
     assert factor is not None
@@ -98,10 +98,10 @@ def errors(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "rtn"])
-def test_every_recipe_does_on_a_gpu_what_it_does_on_the_host(
+def test_every_recipe_has_the_same_errors_on_gpu_and_host(
     quantized: Callable[..., Path], recipe: str, scheme: str
 ) -> None:
-    """Last bits differ, and error feedback makes other codes of them: single groups gain or lose, on average none."""
+    """Last bits differ and change some codes through error feedback: single errors differ, their mean does not."""
     host, gpu = (quantized(device, recipe, scheme, device) for device in ("cpu", "cuda"))
     ratios = (errors(gpu) / errors(host)).log()
     assert float(ratios.abs().max()) < math.log(1.5)
@@ -110,7 +110,7 @@ def test_every_recipe_does_on_a_gpu_what_it_does_on_the_host(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recipe", ["mbq", "tlq-c"])
-def test_two_runs_end_in_the_same_bits(quantized: Callable[..., Path], recipe: str, dtype: str) -> None:
+def test_two_gpu_runs_are_bit_identical(quantized: Callable[..., Path], recipe: str, dtype: str) -> None:
     folders = [quantized(f"run-{number}", recipe, "w3a16", "cuda", dtype) for number in range(2)]
     for folder in folders:
         (folder / "calibration.json").unlink()  # it tells times
@@ -119,7 +119,7 @@ def test_two_runs_end_in_the_same_bits(quantized: Callable[..., Path], recipe: s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", [AnswerLoss(), BlockLoss(get_scheme("w3a16"), torch.bfloat16)])
-def test_importance_is_the_same_bits_in_every_run(
+def test_importance_is_bit_identical_in_every_run(
     tiny_checkpoint: Path, samples: list[Sample], dtype: torch.dtype, loss: Loss
 ) -> None:
     model = StreamedModel(tiny_checkpoint, dtype, "cuda")

@@ -1,4 +1,4 @@
-"""The same bits for any number of ranks and after any history of crashes; state on disk that says no to a mismatch."""
+"""Results are bit-identical for any number of ranks and after crashes; mismatched state on disk is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(job: Path) -> Callable[[str, str], dict[str, torch.Tensor]]:
-    """What one rank makes of a recipe and a scheme, computed once."""
+    """Result of one rank for a recipe and a scheme, computed once."""
 
     @cache
     def made(recipe: str, scheme: str) -> dict[str, torch.Tensor]:
@@ -105,7 +105,7 @@ def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str],
     assert not [entry for entry in folder.iterdir() if entry.name.endswith(".work") and "out" in entry.name]
 
 
-def test_an_error_that_trying_again_cannot_cure_is_told_once(job: Path) -> None:
+def test_an_error_that_a_retry_cannot_cure_is_reported_once(job: Path) -> None:
     process = start(job, "refused", 2, "tlq", "w9")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -113,7 +113,7 @@ def test_an_error_that_trying_again_cannot_cure_is_told_once(job: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_state_of_other_choices_is_refused_by_name(
+def test_state_of_other_parameters_is_refused_by_name(
     job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]
 ) -> None:
     folder = job / "changed"

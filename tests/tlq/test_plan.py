@@ -1,4 +1,4 @@
-"""The plan of a job: what it counts, and that an impossible job is refused with the numbers before any work."""
+"""The plan of a job: its numbers, and the refusal of an impossible job before any work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def streamed(tiny_checkpoint: Path) -> StreamedModel:
     return StreamedModel(tiny_checkpoint)
 
 
-def test_it_counts_weights_and_tokens(streamed: StreamedModel, batches: list[Batch]) -> None:
+def test_the_plan_counts_weights_and_tokens(streamed: StreamedModel, batches: list[Batch]) -> None:
     found = plan_calibration(streamed, job_of("tlq", batches), counted=40)
     layer = streamed.architecture.decoder_layers(streamed.skeleton)[0]
     assert found.layer == 4 * sum(parameter.numel() for parameter in layer.parameters())
@@ -48,7 +48,7 @@ def test_it_counts_weights_and_tokens(streamed: StreamedModel, batches: list[Bat
     assert any("2 decoder layers" in line for line in found.lines())
 
 
-def test_more_of_anything_needs_more(streamed: StreamedModel, batches: list[Batch]) -> None:
+def test_larger_jobs_need_more_memory(streamed: StreamedModel, batches: list[Batch]) -> None:
     def device(recipe: str, ranks: Ranks | None = None, own: list[Batch] = batches) -> int:
         return plan_calibration(streamed, job_of(recipe, own, ranks or Ranks())).device
 
@@ -112,7 +112,7 @@ def test_the_lower_bound_is_below_the_estimate(streamed: StreamedModel, batches:
     assert plan.outside <= plan.least < plan.device
 
 
-def test_what_is_there_already_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_existing_results_need_no_disk_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(4 * GIB))
     needed = replace(SMALL, device=1, least=1, hidden_states=0)

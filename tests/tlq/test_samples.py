@@ -40,7 +40,7 @@ def test_image_tokens_are_marked_and_match_the_pixels(
         assert not bool((batch.is_image & ~batch.valid).any())
 
 
-def test_pixels_are_made_when_asked_for_and_known_by_their_digest(
+def test_pixels_are_encoded_on_demand_and_match_their_digest(
     tiny_processor: Any, samples: list[Sample], image_id: int
 ) -> None:
     first, *others = encode_batches(samples, tiny_processor, image_id, 4, 512)
@@ -58,7 +58,7 @@ def test_pixels_are_made_when_asked_for_and_known_by_their_digest(
     assert again != [first.digest, *(batch.digest for batch in others)]
 
 
-def test_every_sample_once_longest_first(tiny_processor: Any, samples: list[Sample], image_id: int) -> None:
+def test_every_sample_is_batched_once_longest_first(tiny_processor: Any, samples: list[Sample], image_id: int) -> None:
     batches = encode_batches(samples, tiny_processor, image_id, 4, 512)
     assert sorted(sample for batch in batches for sample in batch.samples) == list(range(len(samples)))
     lengths = [int(length) for batch in batches for length in batch.valid.sum(1)]

@@ -1,1 +1,1 @@
-"""Layer-wise calibration: the loop over decoder layers, and the two activation streams through each."""
+"""Layer-wise calibration: the loop over decoder layers, and the two activation streams through them."""

@@ -31,10 +31,10 @@ class GroupProblem:
     """One linear group to quantize.
 
     Attributes:
-        quantizer: of this group, overrides applied.
+        quantizer: quantizer of this group, with overrides applied.
         error: the group's weights stacked [out, in], its inputs, and E(V).
         fold: the module that takes 1/s.
-        parent: calls of the module around the group, where the recipe's error measure needs them.
+        parent: calls of the module around the group; None unless the recipe's error measure needs them.
     """
 
     quantizer: WeightQuantizer
@@ -53,10 +53,10 @@ class GroupProblem:
 
 @dataclass(frozen=True)
 class GroupSolution:
-    """Scales and codes of one group; errors are E(V) / sum_t w_t, None where no data was used.
+    """Scales and codes of one group; errors are E(V) / sum_t w_t, or None if the recipe uses no data.
 
     Attributes:
-        error_before: with s = 1 and nearest rounding.
+        error_before: error with s = 1 and nearest rounding.
         damping: fraction of the Hessian's mean diagonal that compensated rounding added.
     """
 
@@ -68,7 +68,7 @@ class GroupSolution:
 
 
 class GroupSolver:
-    """Solves linear groups with one recipe, on the inputs that the activation streams give."""
+    """Solve linear groups with one recipe, on the inputs from the activation streams."""
 
     def __init__(self, model: LayeredModel, job: CalibrationJob, streams: Streams) -> None:
         self.architecture, self.job, self.streams = model.architecture, job, streams
@@ -81,7 +81,7 @@ class GroupSolver:
         """The problem of ``group`` of decoder layer ``index``; None if the group stays in full precision.
 
         Args:
-            reference: the layer on the full-precision stream; its inputs of this group are taken out.
+            reference: the layer on the full-precision stream; this removes its inputs of the group.
         """
         quantizer = group_quantizer(self.architecture, index, group, self.job.quantizer)
         if quantizer is None:
@@ -152,7 +152,7 @@ class GroupSolver:
         return list(candidates(method, magnitude, problem.weight, problem.quantizer.scheme.group_size, problem.fold))
 
     def solve(self, problem: GroupProblem) -> GroupSolution:
-        """Choose scales by the error under nearest rounding, then round with them as the recipe does."""
+        """Choose scales by the error under nearest rounding, then round with the recipe's rounding."""
         recipe, error = self.job.recipe, problem.error
         with self.clock.phase("search"):
             candidate = self._search(problem)

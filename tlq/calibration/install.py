@@ -1,4 +1,4 @@
-"""Install solved groups: rounded weights and folded scales in the modules of a layer, and the codes beside them."""
+"""Install solved groups: write rounded weights and folded scales into the modules of a layer, and keep the codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, fake_quan
 
 @dataclass
 class QuantizedLayer:
-    """A decoder layer of which some groups are quantized already.
+    """A decoder layer, some of whose groups are already quantized.
 
     Attributes:
         weights: quantized weights by full module path.
@@ -32,7 +32,7 @@ class QuantizedLayer:
         return f"{self.architecture.layers}.{self.index}."
 
     def install(self, group: LinearGroup, rounded: QuantizedWeight, fold: Fold, s: Tensor) -> None:
-        """Put the codes of V diag(s), stacked over the linears of ``group``, and 1/s into the layer."""
+        """Install 1/s and the codes of V diag(s), stacked over the linears of ``group``, in the layer."""
         rows = [get_linear(self.layer, path).out_features for path in group.linears]
         for path, part in zip(group.linears, rounded.split(rows), strict=True):
             self.weights[f"{self.prefix}{path}"] = part
@@ -54,7 +54,7 @@ class QuantizedLayer:
             before.bias.copy_((before.bias / per_row).to(self.quantizer.scale_dtype))
 
     def restore(self, weights: dict[str, QuantizedWeight], others: dict[str, Tensor]) -> None:
-        """Install what an earlier run made of this layer, as ``LayerResult`` holds it."""
+        """Install the fields ``weights`` and ``others`` of the ``LayerResult`` of an earlier run."""
         parameters = dict(self.layer.named_parameters())
         for name, value in others.items():
             parameters[name.removeprefix(self.prefix)].copy_(value)

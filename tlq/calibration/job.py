@@ -1,4 +1,4 @@
-"""The job of a calibration: the choices and the data that travel together through all its parts."""
+"""The job of a calibration: the parameters and data that all parts of the calibration share."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class CalibrationJob:
-    """What to do with a model.
+    """Parameters and data of one calibration.
 
     Attributes:
         recipe: the method.
         quantizer: the scheme, and the dtype in which the checkpoint stores scales and norms.
         batches: all micro-batches, the same on every rank; none for a recipe that needs no data.
         weights: token weights of every layer and group; none for a recipe that needs no data.
-        ranks: this process's place in a group of ranks; its device is that of the model.
-        memory: where hidden states are kept.
+        ranks: this process's place in a group of ranks, on the model's device.
+        memory: limit on hidden states in host memory, and the folder for the rest.
     """
 
     recipe: Recipe
@@ -63,5 +63,5 @@ class CalibrationJob:
         return [part[part > 0] for part in self.weights[layer, group]]
 
     def counted_tokens(self) -> int:
-        """Most tokens with a weight in one linear group."""
+        """Maximum number of tokens with a weight in one linear group."""
         return max((sum(int((part > 0).sum()) for part in parts) for parts in self.weights.values()), default=0)

@@ -1,11 +1,11 @@
 """Quantization-exposed layer-wise calibration: the loop over decoder layers.
 
-Inside a layer the linear groups are solved in order. Each is solved on the inputs that the layers and groups quantized
-before it really produce (``u``); the inputs of the full-precision model (``x``) give its target. A solved group is
-installed in the layer at once, so that everything after it is exposed to its quantization.
+Inside a layer the linear groups are solved in order. Each group is solved on the inputs ``u`` that the layers and
+groups quantized before it produce; the inputs ``x`` of the full-precision model give its target. A solved group is
+installed in the layer at once, so that all later groups are exposed to its quantization.
 
 Ranks share the work: each runs its own micro-batches through the layer, candidates and output rows are divided among
-them, and every rank installs the same result (see ``tlq.parallel``).
+the ranks, and every rank installs the same result (see ``tlq.parallel``).
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ def calibrate_layers(
 
 
 class LayerLoop:
-    """Takes one decoder layer after the other through calibration.
+    """Calibrate one decoder layer after the other.
 
     Attributes:
         streams: hidden states before the current layer.
-        solver: poses and solves the problem of every linear group.
+        solver: sets up and solves the problem of every linear group.
     """
 
     def __init__(self, model: LayeredModel, job: CalibrationJob) -> None:

@@ -1,4 +1,4 @@
-"""Checks before and during a calibration: what cannot succeed is refused before any work, by name."""
+"""Checks before and during a calibration. A job that cannot succeed is refused before any work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_job(model: LayeredModel, job: CalibrationJob) -> None:
     """Refuse a job that cannot succeed.
 
     Raises:
-        ValueError: see ``check_shapes`` and ``check_data``; or the ranks compute on another device than the model.
+        ValueError: see ``check_shapes`` and ``check_data``; or the ranks' device is not the model's.
     """
     if job.ranks.device.type != model.device.type:
         raise ValueError(
@@ -37,8 +37,8 @@ def check_shapes(model: nn.Module, architecture: Architecture, scheme: Scheme) -
     """Check that the scheme fits the model.
 
     Raises:
-        ValueError: a linear is missing or is no Linear, a group size does not divide its width, an override matches
-            no linear or only some of a group.
+        ValueError: a linear is missing or is not a Linear, a group size does not divide its width, or an override
+            matches no linear or only some linears of a group.
     """
     check_linears(model, architecture)
     layers = architecture.decoder_layers(model)
@@ -52,7 +52,7 @@ def check_shapes(model: nn.Module, architecture: Architecture, scheme: Scheme) -
 
 
 def check_weights(layer: nn.Module, architecture: Architecture, index: int) -> None:
-    """Raises FloatingPointError if a weight of the layer is not finite."""
+    """Raise FloatingPointError if a weight of the layer is not finite."""
     for path in architecture.linears:
         if not torch.isfinite(get_linear(layer, path).weight).all():
             raise FloatingPointError(
@@ -64,7 +64,7 @@ def group_scheme(architecture: Architecture, index: int, group: LinearGroup, sch
     """The scheme of a group of layer ``index`` with overrides applied; None if it stays in full precision.
 
     Raises:
-        ValueError: an override matches some linears of the group only; they share scales and the norm before them.
+        ValueError: an override matches only some linears of the group, which share scales and the preceding norm.
     """
     schemes = {scheme.of(f"{architecture.layers}.{index}.{path}") for path in group.linears}
     if len(schemes) > 1:
@@ -78,13 +78,13 @@ def group_scheme(architecture: Architecture, index: int, group: LinearGroup, sch
 def group_quantizer(
     architecture: Architecture, index: int, group: LinearGroup, quantizer: WeightQuantizer
 ) -> WeightQuantizer | None:
-    """As ``group_scheme``, with the dtype of the scales."""
+    """The quantizer of a group: its scheme as in ``group_scheme``, and the dtype of the scales."""
     scheme = group_scheme(architecture, index, group, quantizer.scheme)
     return None if scheme is None else WeightQuantizer(scheme, quantizer.scale_dtype)
 
 
 def check_overrides(architecture: Architecture, layers: int, scheme: Scheme) -> None:
-    """Raises ValueError if a pattern matches no linear: a typing error would quantize what should be kept."""
+    """Raise ValueError if a pattern matches no linear, because a typing error would quantize a layer to keep."""
     paths = [path for index in range(layers) for path in linear_paths(architecture, index)]
     for pattern, _ in scheme.overrides:
         if not any(fnmatchcase(path, pattern) for path in paths):
@@ -92,7 +92,7 @@ def check_overrides(architecture: Architecture, layers: int, scheme: Scheme) -> 
 
 
 def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch], weights: TokenWeights) -> None:
-    """Raises ValueError if calibration data is missing: without data every method would round to nearest."""
+    """Raise ValueError if calibration data is missing, because without data every method would round to nearest."""
     if not batches:
         raise ValueError("no calibration samples; give some, or use the recipe rtn, which needs none")
     for layer in range(layers):

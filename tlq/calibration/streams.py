@@ -1,7 +1,7 @@
 """The two activation streams through the decoder, one layer at a time, and the inputs of linear groups on them.
 
 The full-precision stream passes through the original layers; its inputs give the target. The exposed stream passes
-through the layers and groups that are quantized already, as it will in the finished model.
+through the layers and groups that are already quantized, as in the finished model.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class FullPrecision:
 class Streams:
     """Hidden states of this rank's micro-batches on both streams.
 
-    Computation is lazy: on the exposed stream the output of a module is kept after its last group is solved, a module
-    that computes token by token runs on the tokens with a weight only, and nothing runs past the last group.
+    Computation is lazy. On the exposed stream the output of a module is cached after its last group is solved. A module
+    that computes token by token runs only on the tokens with a weight. Nothing runs after the last group.
 
     Attributes:
         numbers: indices of this rank's micro-batches among all.
@@ -91,7 +91,7 @@ class Streams:
         return reference
 
     def advance_full_precision(self, index: int, layer: nn.Module) -> None:
-        """Advance past ``layer``, which was solved by an earlier run and still has its original weights."""
+        """Advance past ``layer``, which an earlier run solved and which still has its original weights."""
         for number in range(len(self.full)):
             self._advance(
                 self.full, index, number, run_layer(layer, self.full[number], self.calls[number].kwargs[index])
@@ -100,9 +100,9 @@ class Streams:
     # -- exposed -------------------------------------------------------------------------------------------------
 
     def exposed_inputs(self, index: int, layer: nn.Module, group: LinearGroup) -> tuple[list[Tensor], list[Arguments]]:
-        """Inputs of ``group`` [tokens, in] after everything quantized so far, and its parent module's arguments.
+        """Inputs of ``group`` [tokens, in] after all groups quantized so far, and its parent module's arguments.
 
-        Both are given by micro-batch. From this call on, the modules before the group's own are final.
+        Both are lists with one entry per micro-batch. From this call on, the modules before the group's own are final.
         """
         order = [each.block for each in self.architecture.groups]
         for path in order[: order.index(group.block)]:
@@ -163,10 +163,10 @@ class Streams:
 
 @contextmanager
 def _shortcut(module: nn.Module, outputs: Activations, number: int) -> Iterator[None]:
-    """Inside this context ``module``, whose output is final, returns its kept output for micro-batch ``number``.
+    """Inside this context ``module``, whose output is final, returns its cached output for micro-batch ``number``.
 
     Args:
-        outputs: outputs of the micro-batches so far; the output of the next one is computed and appended.
+        outputs: cached outputs of the micro-batches so far; the next output is computed and appended.
     """
     compute = module.forward
 

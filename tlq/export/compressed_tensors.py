@@ -1,8 +1,8 @@
-"""Write a quantized checkpoint shard by shard, in compressed-tensors form.
+"""Write a quantized checkpoint shard by shard in the compressed-tensors format.
 
-A decoder layer is a shard, written as soon as it is calibrated; what calibration leaves alone (embeddings, vision
-tower, connector, output embeddings) follows at the end. Tensors keep the names that the source checkpoint gives them,
-so whatever loads the source loads the result.
+Each decoder layer is one shard, written as soon as the layer is calibrated. The tensors outside the decoder layers
+(embeddings, vision tower, connector, output embeddings) are written last. Tensors keep the names of the source
+checkpoint, so a program that loads the source also loads the result.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ _SHARD_BYTES = 2 * 2**30
 def write_layer(
     path: Path, model: StreamedModel, weights: dict[str, QuantizedWeight], others: dict[str, Tensor], scheme: Scheme
 ) -> None:
-    """One decoder layer as a shard.
+    """Write one decoder layer as a shard.
 
     Args:
         weights: quantized weights by module path.
-        others: every other tensor of the layer, by the module tree's name.
+        others: every other tensor of the layer, by its name in the module tree.
 
     Raises:
-        ValueError: the weights were quantized with scales of another dtype than the checkpoint stores.
+        ValueError: the dtype of the scales is not the checkpoint's.
     """
     if any(weight.scale.dtype != model.checkpoint_dtype for weight in weights.values()):
         raise ValueError(
-            f"{model.folder!s} is stored in {model.checkpoint_dtype}, its weights were quantized for another dtype; "
-            "see checkpoint_dtype_of"
+            f"{model.folder!s} is stored in {model.checkpoint_dtype}, but the scales have another dtype; quantize with "
+            "the dtype from checkpoint_dtype_of"
         )
     tensors = {model.weight_map[name].key: tensor.cpu().contiguous() for name, tensor in others.items()}
     for name, weight in weights.items():
@@ -73,7 +73,7 @@ def write_layer(
 def read_layer(
     path: Path, model: StreamedModel, index: int, scheme: Scheme
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
-    """What ``write_layer`` wrote for decoder layer ``index``: weights and others, as given to it."""
+    """Read the shard of decoder layer ``index``; returns ``weights`` and ``others`` of ``write_layer``."""
     weights, others = {}, {}
     linears = {f"{name}.weight": name for name in linear_paths(model.architecture, index)}
     with safe_open(path, "pt") as file:
@@ -91,7 +91,7 @@ def _base(model: StreamedModel, linear: str) -> str:
 
 
 def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of a linear in compressed-tensors form, by local name."""
+    """Tensors of a linear in compressed-tensors format, by name within the linear."""
     group = _config_group(scheme, [_TARGETS])
     tensors = {"weight": weight.dequantize(), "weight_scale": weight.scale}
     if not scheme.symmetric:
@@ -101,7 +101,7 @@ def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
 
 
 def _unpacked(file: Any, base: str, scheme: Scheme) -> QuantizedWeight:
-    """The reverse of ``_packed``, from an open shard."""
+    """The inverse of ``_packed``, read from an open shard."""
     scale = file.get_tensor(f"{base}.weight_scale").clone()
     if f"{base}.weight" in file.keys():  # noqa: SIM118
         codes = file.get_tensor(f"{base}.weight").clone()
@@ -115,10 +115,10 @@ def _unpacked(file: Any, base: str, scheme: Scheme) -> QuantizedWeight:
 
 
 def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, scheme: Scheme) -> None:
-    """Make a complete checkpoint in the empty directory ``out`` from the shards of all decoder layers.
+    """Assemble a complete checkpoint in the empty directory ``out`` from the shards of all decoder layers.
 
     Args:
-        layers: shards from ``write_layer``; they stay where they are.
+        layers: shards from ``write_layer``; they are linked, not moved.
     """
     shards = []
     for number, path in enumerate(layers):
@@ -142,7 +142,7 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
 
 
 def _link(path: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no links."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(path, target)
     except OSError:
@@ -174,7 +174,7 @@ def _outside_parts(model: StreamedModel) -> Iterator[dict[str, Tensor]]:
 
 
 def _index(out: Path, shards: list[Path]) -> None:
-    """Give shards their final names, and write the index that says which tensor is where."""
+    """Give shards their final names, and write the index from tensor names to shards."""
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, 1):
@@ -188,10 +188,10 @@ def _index(out: Path, shards: list[Path]) -> None:
 
 
 def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None:
-    """Put the quantization into config.json, with two things that compressed-tensors 0.20 writes otherwise.
+    """Write the quantization into config.json, with two corrections of what compressed-tensors 0.20 writes.
 
-    Its ignore list must hold module names; and asymmetric weights load only with ``dequantize`` (which would drop
-    activation quantization, so nothing else gets it).
+    The ignore list must hold module names. Asymmetric weights load only with ``dequantize``; symmetric schemes do not
+    set it, because it drops the quantization of activations.
     """
     layers = len(model.architecture.decoder_layers(model.skeleton))
     quantization = quantization_config(scheme, model.architecture, layers)
@@ -220,10 +220,10 @@ def unnamed_modules(model: StreamedModel) -> list[str]:
 
 
 def quantization_config(scheme: Scheme, architecture: Architecture, layers: int) -> QuantizationConfig:
-    """The scheme in compressed-tensors' terms, for a decoder of ``layers`` layers.
+    """Translate the scheme into a compressed-tensors config, for a decoder of ``layers`` layers.
 
-    Linears that an override gives another scheme are a config group each scheme, named one by one by the end of their
-    path: engines put other prefixes before ``layers``.
+    Each scheme of an override becomes one config group. It lists its linears one by one, by the end of their paths,
+    because inference engines put other prefixes before ``layers``.
     """
     kept: list[str] = []
     others: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""A model card for a checkpoint that ``tlq.quantize`` has made: README.md in its folder."""
+"""Write the model card (README.md) of a checkpoint that ``tlq.quantize`` has made."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def write_card(
     groups: Sequence[Mapping[str, Any]],
     samples: int,
 ) -> None:
-    """Write ``README.md``: how to load the checkpoint, how it was made, the errors of its linear groups.
+    """Write ``README.md``: how to load the checkpoint, how it was made, and the errors of its linear groups.
 
     Args:
         base: the full-precision checkpoint, a directory or a hub id.
         groups: reports of linear groups, as in ``calibration.json``.
-        samples: how many the checkpoint was calibrated on.
+        samples: number of calibration samples.
     """
     hub_id = None if Path(base).exists() else str(base)
     tags = ["compressed-tensors", "quantized", f"{scheme.weight_bits}-bit", scheme.name, recipe.name, "tlq"]
@@ -55,7 +55,7 @@ def write_card(
 
 
 def _mean_errors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
-    """(group name, error before, error after), means over the layers, of the groups whose errors are measured."""
+    """(group name, mean error before, mean error after) over the layers, for groups whose errors are measured."""
     errors: dict[str, list[tuple[float, float]]] = {}
     for group in groups:
         if group["error_before"] is not None and group["error_after"] is not None:

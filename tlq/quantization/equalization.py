@@ -2,7 +2,7 @@
 
 A candidate is s = |x|^a, or with `duo` also s = |x|^a / |w|^(1 - a), normalised by sqrt(max s * min s)
 (AWQ, arXiv 2306.00978, section 3.2). Scales that fold into a norm are adjusted so that the folded gain is exact in the
-dtype the checkpoint stores: the search then measures what will be saved.
+dtype that the checkpoint stores, so that the search measures the saved weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tlq.quantization.objective import Norm
 
 @dataclass(frozen=True)
 class Equalization:
-    """How the per-channel scales of V = Q(W diag(s)) diag(1/s) are chosen.
+    """The choice of the per-channel scales s of V = Q(W diag(s)) diag(1/s).
 
     Attributes:
         method: `none` (s = 1), `fixed` (one exponent) or `grid` (the exponent with the smallest error).
@@ -28,13 +28,13 @@ class Equalization:
         search: `exhaustive` finds the exponent with the smallest error; `halving` (successive halving) drops the worse
             half of the candidates each time the number of measured output channels has doubled.
         duo: also try exponents on the weight magnitude, s = |x|^a / |w|^(1 - a).
-        error: key of ``tlq.quantization.errors.ERROR_MEASURES``: measured on the output of the group's `linears`, or
-            of the `parent` module.
+        error: key of ``tlq.quantization.errors.ERROR_MEASURES``: error of the output of the group's `linears`, or of
+            the `parent` module.
         norm: `l2` (squared) or `l1` error.
         magnitude: activation magnitude as `mean` of |x| over the tokens, `weighted` by their importance, or `max`.
-        folds: groups that may be scaled: those after `norms` only, also those after a linear of `matching` width
-            (AWQ's code), or `all`: under grouped-query attention, all input channels of the output projection that
-            read the same value channel then share one scale.
+        folds: groups that may be scaled: only groups after `norms`, also groups after a linear of `matching` width
+            (AWQ's code), or `all`. With `all`, under grouped-query attention, the input channels of the output
+            projection that read the same value channel share one scale.
     """
 
     method: Literal["none", "fixed", "grid"] = "none"
@@ -56,7 +56,7 @@ class Equalization:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Scales s [in] and their exponent; ``duo``: whether they also depend on the weight magnitude."""
+    """Scales s [in] and their exponent; ``duo`` is true if they also depend on the weight magnitude."""
 
     s: Tensor
     alpha: float
@@ -65,15 +65,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fold:
-    """Where 1/s goes: the gain of a norm, or the output rows of a linear.
+    """The place that 1/s is folded into: the gain of a norm, or the output rows of a linear.
 
     Attributes:
         module: the norm or linear.
         repeats: input channels of the group per row of ``module`` (query heads per key/value head for the output
-            projection under grouped-query attention, 1 elsewhere).
+            projection under grouped-query attention, else 1).
         head_dim: channels of a head, which repeat together.
         checkpoint_dtype: dtype of the checkpoint.
-        offset: the gain of a norm is ``offset + weight`` (1 for Gemma's, 0 elsewhere).
+        offset: the gain of a norm is ``offset + weight`` (1 for Gemma's norms, else 0).
     """
 
     module: nn.Module
@@ -86,7 +86,7 @@ class Fold:
     def into(
         cls, module: nn.Module, in_features: int, head_dim: int, checkpoint_dtype: torch.dtype, offset: float = 0.0
     ) -> Fold:
-        """Raises ValueError if the module's output cannot be the input of ``in_features`` channels."""
+        """The fold into ``module``. Raises ValueError if its output cannot be the input of ``in_features`` channels."""
         rows = cast(Tensor, module.weight).shape[0]
         if in_features % rows:
             raise ValueError(f"cannot fold the scales of {in_features} channels into a module of {rows} outputs")
@@ -101,14 +101,14 @@ class Fold:
         return self.weight.dim() == 1
 
     def reduce(self, per_channel: Tensor, how: str = "mean") -> Tensor:
-        """[in] -> [rows of the module]: channels that share a row are averaged (or their maximum taken)."""
+        """[in] -> [rows of the module]: mean (or maximum) over the channels that share a row."""
         if self.repeats == 1:
             return per_channel
         heads = per_channel.view(-1, self.repeats, self.head_dim)
         return (heads.amax(1) if how == "max" else heads.mean(1)).flatten()
 
     def expand(self, per_row: Tensor) -> Tensor:
-        """[rows of the module] -> [in], the inverse of the sharing."""
+        """[rows of the module] -> [in]: repeat each row's value for the channels that share the row."""
         if self.repeats == 1:
             return per_row
         return per_row.view(-1, 1, self.head_dim).expand(-1, self.repeats, -1).flatten()
@@ -139,7 +139,7 @@ class Fold:
 def candidates(
     method: Equalization, magnitude: Tensor, weight: Tensor, group_size: int | None, fold: Fold
 ) -> Iterator[Candidate]:
-    """Scales to try, the neutral one (s = 1) first.
+    """Yield the candidate scales, the neutral ones (s = 1) first.
 
     Args:
         magnitude: activation magnitude per input channel [in].

@@ -1,4 +1,4 @@
-"""Errors of a linear group: the inputs they are measured on, and the measures that a recipe can name.
+"""Errors of a linear group: their inputs, and the measures that a recipe can name.
 
 ``LinearsError`` measures E(V) on the group's own output, from second moments (``StatisticsError``) or token by token
 (``TokensError``). ``ParentError`` measures the output of the module around the group, as AWQ and MBQ do. A new measure
@@ -33,12 +33,12 @@ _FEW_PARTS = 4
 
 @dataclass
 class GroupInputs:
-    """Inputs of one linear group: those of this rank's chunks, and the weights of all ranks' tokens.
+    """Inputs of one linear group for this rank's chunks, and the weights of all ranks' tokens.
 
     Attributes:
         own: inputs of this rank's chunks, in order.
         chunks: number of chunks of all ranks.
-        w: [tokens], weights of all chunks.
+        w: [tokens], token weights of all chunks.
         in_features: width of the inputs.
         same: whether x and u are the same.
     """
@@ -68,7 +68,7 @@ class GroupInputs:
         """Second moments over all chunks, for W = ``weight`` [out, in].
 
         Args:
-            transform: applied to the inputs of every chunk first.
+            transform: function applied to the inputs of every chunk first.
         """
         own = self.own if transform is None else [transform(part) for part in self.own]
         return Statistics.added(weight, own, self.same, self.ranks)
@@ -84,9 +84,9 @@ class CandidateErrors(Protocol):
     parts: int
 
     def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
-        """The part of the error of every pair (candidate, index of the part), under nearest rounding.
+        """Partial error of every pair (candidate, index of the part), under nearest rounding.
 
-        All ranks call this with the same pairs and get the same values.
+        All ranks call this with the same pairs and receive the same values.
         """
         ...
 
@@ -125,7 +125,7 @@ class StatisticsError:
 
 
 def _computed_together(count: int, rows: int) -> list[slice]:
-    """Which of ``count`` parts of ``rows`` output channels are computed together: the same for any number of ranks."""
+    """Batches of ``count`` parts of ``rows`` output channels each; they do not depend on the number of ranks."""
     together = max(1, _ROWS_TOGETHER // rows)
     return [slice(start, min(start + together, count)) for start in range(0, count, together)]
 
@@ -140,7 +140,7 @@ class TokensError:
 
     def __init__(self, weight: Tensor, inputs: GroupInputs, quantizer: WeightQuantizer, norm: Norm = "l2") -> None:
         self.weight, self.inputs, self.quantizer, self.norm = weight, inputs, quantizer, norm
-        # Where activations are quantized, every part quantizes all tokens once more.
+        # With quantized activations, every part quantizes all tokens again.
         most = _ROW_PARTS if quantizer.scheme.activation_bits is None else _FEW_PARTS
         self.parts = min(most, _row_parts(len(weight)))
         self.tokens = [Tokens(part.x.float() @ weight.T, part.u, part.w) for part in inputs.own]
@@ -173,7 +173,7 @@ def _transposed(by_chunk: Sequence[Sequence[float]], parts: int) -> list[list[fl
 
 
 class LinearsError:
-    """E(V) on the group's own output, in the cheaper of its two forms; each is computed when it is first needed."""
+    """E(V) on the group's own output, in the cheaper of its two forms; each form is computed on first use."""
 
     def __init__(
         self, weight: Tensor, inputs: GroupInputs, quantizer: WeightQuantizer, needs_statistics: bool = False
@@ -211,23 +211,23 @@ class LinearsError:
 
         def quantized(part: ChunkInputs) -> ChunkInputs:
             u = fake_quantize_activations(part.u / s, bits)
-            # With one stream for both, this is GPTQ's plain problem: the weight itself is the target.
+            # With one stream for both, this is GPTQ's original problem, whose target is the weight itself.
             return ChunkInputs(u if self.inputs.same else part.x / s, u, part.w)
 
         return self.inputs.statistics(self.weight * s, quantized), None
 
 
 def from_statistics(tokens: int, in_features: int, scheme: Scheme, needs_statistics: bool) -> bool:
-    """Whether E(V) is measured from second moments: with more tokens than channels, and no quantized activations.
+    """Whether to measure E(V) from second moments: with more tokens than channels and full-precision activations.
 
-    Moments that rounding needs in any case pay off for half as many tokens.
+    If rounding needs the moments in any case, half as many tokens suffice.
     """
     return scheme.activation_bits is None and tokens * (2 if needs_statistics else 1) > in_features
 
 
 @dataclass
 class ParentChunk:
-    """Arguments of the module around a group in both streams, and token weights: per micro-batch of a chunk."""
+    """Arguments of the module around a group in both streams, and token weights, per micro-batch of a chunk."""
 
     x: list[Arguments]
     u: list[Arguments]
@@ -301,7 +301,7 @@ def _trial(linears: list[nn.Linear], quantized: Tensor, s: Tensor, bits: int | N
 
 
 class ErrorMeasure(Protocol):
-    """What the search for scales minimises."""
+    """An error that the search for scales can minimise."""
 
     def parent_of(self, group: LinearGroup) -> str | None:
         """Path of the module around ``group`` whose calls this measure needs; None if it needs none."""
@@ -312,7 +312,7 @@ class ErrorMeasure(Protocol):
         ...
 
     def errors(self, linears: LinearsError, parent: ParentCalls | None, norm: Norm) -> CandidateErrors:
-        """The errors of candidates for one group; ``parent`` is None where ``parent_of`` is."""
+        """The errors of candidates for one group; ``parent`` is None if ``parent_of`` returns None."""
         ...
 
 
@@ -330,7 +330,7 @@ class LinearsMeasure:
 
 
 class ParentMeasure(LinearsMeasure):
-    """Error of the output of the module around the group; of the linears for a group without one."""
+    """Error of the output of the module around the group, or of the linears for a group without such a module."""
 
     def parent_of(self, group: LinearGroup) -> str | None:
         return group.parent

@@ -1,8 +1,8 @@
 """Number formats: quantization parameters, quantize, dequantize.
 
 One pair, ``quantize`` and ``dequantize``, serves every recipe, the export and the tests. Integer codes are signed, in
-``[-2**(bits - 1), 2**(bits - 1) - 1]``, zero-points live on the same grid, and scales are rounded to the dtype that
-the checkpoint stores, so that what is searched over is what is saved.
+``[-2**(bits - 1), 2**(bits - 1) - 1]``, zero-points are on the same grid, and scales are rounded to the dtype that the
+checkpoint stores, so that the search uses the saved values.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Scheme:
     Attributes:
         weight_bits: bits of a weight code.
         group_size: input channels that share one scale; None gives one scale per output channel.
-        symmetric: zero-point fixed at 0.
+        symmetric: whether the zero-point is fixed at 0.
         activation_bits: bits of dynamic per-token symmetric activations; None keeps them in full precision.
-        overrides: (pattern, scheme name or `full_precision`); a linear whose module path matches a pattern (as
-            file names do, ``*.layers.0.*``) takes that scheme instead, the first match counts.
+        overrides: (pattern, scheme name or `full_precision`); a linear whose module path matches a pattern (in shell
+            style, ``*.layers.0.*``) takes that scheme instead. The first match counts.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Scheme:
     overrides: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an override that a loaded checkpoint would not compute with."""
+        """Raise ValueError for an override that a loaded checkpoint would not apply."""
         for pattern, name in self.overrides:
             if name == FULL_PRECISION:
                 continue
@@ -61,7 +61,7 @@ class Scheme:
         return code_range(self.weight_bits)
 
     def check_width(self, in_features: int, where: str) -> None:
-        """Raises ValueError if the groups do not tile a weight of ``in_features`` columns."""
+        """Raise ValueError if the group size does not divide ``in_features``."""
         if self.group_size is not None and in_features % self.group_size:
             divisors = [size for size in (32, 64, 128, 256) if in_features % size == 0]
             raise ValueError(
@@ -86,7 +86,7 @@ def get_scheme(name: str, group_size: int | None = None) -> Scheme:
     """The scheme called ``name``, with another ``group_size`` if one is given.
 
     Raises:
-        ValueError: no such scheme, or a group size for a scheme that scales whole output channels.
+        ValueError: the scheme is unknown, or scales whole output channels and takes no group size.
     """
     if name not in SCHEMES:
         raise ValueError(f"unknown scheme {name!r}; choose one of {', '.join(SCHEMES)}")
@@ -100,14 +100,14 @@ def get_scheme(name: str, group_size: int | None = None) -> Scheme:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes [out, in] int8 with scale and zero-point [out, groups]; ``dequantize`` gives the weight back."""
+    """Codes [out, in] int8 with scale and zero-point [out, groups]."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight these codes stand for, rounded to ``dtype``, as float32 [out, in].
+        """The weight that the codes represent, rounded to ``dtype``, as float32 [out, in].
 
         Engines that multiply in bfloat16 dequantize to bfloat16; integer kernels use the exact product.
         """
@@ -115,11 +115,11 @@ class QuantizedWeight:
 
     @classmethod
     def stacked(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-        """Weights over the same inputs, one below the other."""
+        """Stack weights with the same inputs along the output dimension."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:
-        """The reverse of ``stacked``."""
+        """The inverse of ``stacked``."""
         parts = zip(*(getattr(self, field.name).split(list(rows)) for field in fields(self)), strict=True)
         return [QuantizedWeight(*part) for part in parts]
 
@@ -134,7 +134,7 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 def weight_qparams(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round-to-nearest range of every group.
+    """Scale and zero-point of every group, from the range of its weights.
 
     Args:
         weight: [out, in].
@@ -154,13 +154,13 @@ def weight_qparams(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> 
 
 
 def nearest_codes(values: Tensor, step: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """Nearest codes as floats: of float32 values, with float32 scale ``step`` and zero-point ``offset``."""
+    """Nearest codes, as floats, of float32 values with float32 scale ``step`` and zero-point ``offset``."""
     low, high = code_range(bits)
     return values.div(step).round_().add_(offset).clamp_(low, high)
 
 
 def values_of(codes: Tensor, step: Tensor, offset: Tensor) -> Tensor:
-    """What codes given as floats stand for."""
+    """The values that codes, given as floats, represent."""
     return codes.sub(offset).mul_(step)
 
 
@@ -172,7 +172,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The float32 weight that the codes stand for: (code - zero_point) * scale."""
+    """The float32 weight that the codes represent: (code - zero_point) * scale."""
     groups = codes.float().unflatten(1, (scale.shape[1], -1))
     return values_of(groups, scale.float()[:, :, None], zero_point.float()[:, :, None]).flatten(1)
 
@@ -186,7 +186,7 @@ class WeightQuantizer:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype in which engines compute with the dequantized weight; exact where activations are quantized too."""
+        """Dtype of the dequantized weight in inference engines; float32 (exact) if activations are quantized too."""
         return self.scale_dtype if self.scheme.activation_bits is None else torch.float32
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,14 +198,14 @@ class WeightQuantizer:
         return quantize(weight, scale, zero_point, self.scheme.weight_bits)
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
-        """``round_nearest`` followed by ``dequantize``, without the detour through int8."""
+        """``round_nearest`` followed by ``dequantize``, without the conversion to int8."""
         scale, zero_point = self.qparams(weight)
         groups = weight.float().unflatten(1, (scale.shape[1], -1))
         step, offset = scale.float()[:, :, None], zero_point.float()[:, :, None]
         return values_of(nearest_codes(groups, step, offset, self.scheme.weight_bits), step, offset).flatten(1)
 
     def round_nearest(self, weight: Tensor) -> QuantizedWeight:
-        """Round-to-nearest: range of each group, then nearest codes."""
+        """Round to nearest: scale and zero-point of each group, then nearest codes."""
         scale, zero_point = self.qparams(weight)
         return QuantizedWeight(self.quantize(weight, scale, zero_point), scale, zero_point)
 
@@ -231,5 +231,5 @@ def fake_quantize_activations(hidden_states: Tensor, bits: int) -> Tensor:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """A group of zeros, or one too small for the dtype of its scale, gets scale 1 and so becomes exactly zero."""
+    """Replace a scale of 0 by 1, so that a group of zeros, or of values too small for the dtype, becomes exactly 0."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -4,11 +4,11 @@ W [out, in] is the full-precision weight, x_t the full-precision input, u_t the 
 token's importance. Two forms give the same number:
 
 * ``Statistics``: with D = V - W,  E = sum w ||W (x-u)||^2 - 2 tr(W G D') + tr(D C D'),
-  G = sum w (x-u) u', C = sum w u u'. What does not depend on V is additive over tokens, so no search step touches a
-  token again. E equals tr(W A W') - 2 tr(W B V') + tr(V C V') with A = sum w x x', B = sum w x u', without that form's
+  G = sum w (x-u) u', C = sum w u u'. The sums over tokens do not depend on V, so no search step reads a token again.
+  E equals tr(W A W') - 2 tr(W B V') + tr(V C V') with A = sum w x x', B = sum w x u', without that form's
   cancellation when V is close to W. W G [out, in] is stored in place of G [in, in]: the error and the target of
   compensated rounding need W G only. This is the asymmetric calibration of GPTAQ (arXiv 2504.02692) with token weights;
-  GPTAQ's closed form W* = W + W G C^-1 stands in ``Statistics.shifted_target``.
+  GPTAQ's closed form W* = W + W G C^-1 is in ``Statistics.shifted_target``.
 * ``Tokens``: the sum itself. It serves fewer tokens than channels, norms other than L2, and quantized activations,
   which depend on the equalization scales.
 """
@@ -37,7 +37,7 @@ class ChunkInputs:
 
     Attributes:
         x: [tokens, in], inputs that the target is computed from.
-        u: [tokens, in], inputs of the quantized linear; the same tensor as ``x`` where one stream serves both.
+        u: [tokens, in], inputs of the quantized linear; the same tensor as ``x`` if one stream serves both.
         w: [tokens] float32, weights.
     """
 
@@ -68,7 +68,7 @@ class Factor:
     def of_reversed(cls, lower: Tensor) -> Factor:
         """Factors of a matrix from the lower Cholesky factor of the same matrix with rows and columns reversed.
 
-        Read backwards, that is an upper one of the matrix itself.
+        With its own rows and columns reversed, that factor is an upper factor of the matrix itself.
         """
         upper = lower.flip(0, 1)
         diagonal = upper.diagonal().clone()
@@ -85,7 +85,7 @@ class Factor:
 class Statistics:
     """E(V) of one weight W by output rows.
 
-    ``exposure`` and ``cross`` are None where full-precision and exposed inputs are the same: they would be zero.
+    ``exposure`` and ``cross`` would be zero if full-precision and exposed inputs are the same; then they are None.
 
     Attributes:
         exposure: sum w (W (x-u))^2 [out] float32.
@@ -99,14 +99,14 @@ class Statistics:
 
     @classmethod
     def of(cls, weight: Tensor, x: Tensor, u: Tensor, w: Tensor) -> Statistics:
-        """From W [out, in], full-precision inputs x [tokens, in], exposed inputs u [tokens, in], weights w [tokens]."""
+        """Compute from W [out, in], full-precision inputs x, exposed inputs u [tokens, in], and weights w [tokens]."""
         return cls.added(weight, [ChunkInputs(x, u, w)], x is u, Ranks(device=weight.device))
 
     @classmethod
     def added(cls, weight: Tensor, own: Sequence[ChunkInputs], same: bool, ranks: Ranks) -> Statistics:
         """The sum over all chunks, on every rank.
 
-        Summed a few rows at a time, so that partial sums take little memory in addition to the result.
+        A few rows are summed at a time, so that partial sums take little memory in addition to the result.
 
         Args:
             own: inputs of this rank's chunks.
@@ -126,10 +126,10 @@ class Statistics:
         return cls(exposure, cross, hessian)
 
     def errors(self, changes: Sequence[tuple[slice, Tensor]]) -> list[float]:
-        """Errors of some output rows, of each pair (rows, their D = V - W [rows, in]).
+        """The error of the output rows of each pair (rows, their D = V - W [rows, in]).
 
-        All pairs are multiplied by C together: a product of a few rows alone would not use a processor's threads. C is
-        symmetric, so blocks above its diagonal count twice and those below are skipped.
+        All pairs are multiplied by C together, because a product of few rows does not use all threads. C is symmetric,
+        so blocks above its diagonal count twice and blocks below are skipped.
         """
         stacked = torch.cat([change for _, change in changes])
         products = torch.zeros(len(stacked), dtype=torch.float64, device=stacked.device)
@@ -184,15 +184,15 @@ class Statistics:
     def shifted_target(
         self, weight: Tensor, factor: Factor, rows: slice = slice(None), s: Tensor | None = None
     ) -> Tensor:
-        """W* = W B C^-1, the real-valued weight with the smallest error on exposed inputs; some rows of it.
+        """Some rows of W* = W B C^-1, the real-valued weight with the smallest error on exposed inputs.
 
         E(V) = const + tr((V - W*) C (V - W*)'), so error feedback with target W* and Hessian C solves the exposed
         problem. With B = C + G:  W* = W + W G C^-1, the closed form of GPTAQ (arXiv 2504.02692), here for weighted
         tokens.
 
         Args:
-            weight: W diag(s) [rows, in], its rows ``rows``.
-            factor: of the damped C of inputs divided by s.
+            weight: rows ``rows`` of W diag(s), [rows, in].
+            factor: factor of the damped C of inputs divided by s.
         """
         if self.cross is None:
             return weight
@@ -217,7 +217,7 @@ def _row_blocks(rows: int) -> Iterator[slice]:
 
 @dataclass
 class Tokens:
-    """The tokens themselves: reference output y [tokens, out], exposed inputs u [tokens, in], weights w [tokens]."""
+    """All tokens: reference output y [tokens, out], exposed inputs u [tokens, in], weights w [tokens]."""
 
     y: Tensor
     u: Tensor
@@ -237,18 +237,18 @@ class Tokens:
         """sum_t w_t |y_t - V u_t| in the given norm.
 
         Args:
-            quantized: V [out, in], or V diag(s) when ``s`` [in] is given, whose inputs are then u / s, quantized to
+            quantized: V [out, in], or V diag(s) if ``s`` [in] is given. Then the inputs are u / s, quantized to
                 ``activation_bits``.
         """
         inputs = self.u.float()
         if activation_bits is not None:
             inputs = fake_quantize_activations(inputs if s is None else inputs / s, activation_bits)
         elif s is not None:
-            quantized = quantized / s  # the same product, and the smaller of the two
+            quantized = quantized / s  # the same product; quantized is the smaller operand
         return self._weighted(self.y - inputs @ quantized.T, norm)
 
     def errors(self, parts: Sequence[tuple[slice, Tensor]], norm: Norm = "l2") -> list[float]:
-        """The error of some output rows alone, of each pair (rows, their V [rows, in]), all in one product."""
+        """The error of the output rows of each pair (rows, their V [rows, in]), computed in one product."""
         products = self.u.float() @ torch.cat([quantized for _, quantized in parts]).T
         by_part = products.split([len(quantized) for _, quantized in parts], 1)
         return [

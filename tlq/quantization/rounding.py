@@ -40,7 +40,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Rounded:
-    """Codes of V diag(s), and the damping that was needed (None where nothing is factorised)."""
+    """Codes of V diag(s), and the damping used (None without a factorisation)."""
 
     weight: QuantizedWeight
     damping: float | None = None
@@ -51,7 +51,7 @@ class Rounding(Protocol):
 
     Attributes:
         needs_data: whether the codes depend on calibration data.
-        needs_statistics: whether it needs the second moments of the group's inputs.
+        needs_statistics: whether the rounding needs the second moments of the group's inputs.
     """
 
     needs_data: bool
@@ -104,7 +104,7 @@ class Compensated:
 def round_on_ranks(
     target: Callable[[slice], Tensor], shape: torch.Size, factor: Factor, quantizer: WeightQuantizer, ranks: Ranks
 ) -> QuantizedWeight:
-    """Round all output rows of a target [out, in] with error feedback, each rank some of them.
+    """Round all output rows of a target [out, in] with error feedback; each rank rounds some of the rows.
 
     The rows are divided into equal parts whose number depends on ``shape`` alone. A rank rounds several of its parts
     together, up to as many rows as there are columns and at least one part; it holds two copies of them.
@@ -131,15 +131,15 @@ def round_on_ranks(
 
 
 def round_compensated(targets: Iterable[Tensor], factor: Factor, quantizer: WeightQuantizer) -> list[QuantizedWeight]:
-    """Codes V of every target that make tr((V - target) H (V - target)') small.
+    """Round every target to codes V that make tr((V - target) H (V - target)') small.
 
-    Rows do not depend on each other. A column of all targets is rounded at once, while matrix products are computed
-    for each target alone, on memory of its own: so a target's codes are the same bits whatever it is rounded with.
+    Rows do not depend on each other. A column of all targets is rounded at once, but matrix products are computed for
+    each target separately, on its own memory, so a target's codes do not depend on the other targets, bit for bit.
 
     Args:
         targets: [rows, in] each, all of one shape; they are transposed here, so that the values of an input channel
             are contiguous.
-        factor: of H [in, in] (see ``Statistics.factor``).
+        factor: factor of H [in, in] (see ``Statistics.factor``).
     """
     scheme = quantizer.scheme
     original = torch.stack([target.float().T for target in targets])
@@ -176,7 +176,7 @@ def _feed_back(later: Tensor, upper: Tensor, errors: Tensor) -> None:
 def _with_pending_feedback(block: Tensor, original: Tensor, upper: Tensor) -> Tensor:
     """The block after all pending error feedback, as if its own columns were not rounded.
 
-    The d of these columns for which their (d U)_k vanish solves a triangular system.
+    The d of these columns for which (d U)_k = 0 solves a triangular system.
     """
     gaps = block - original
     solved = [torch.linalg.solve_triangular(upper.T, gap, upper=False, unitriangular=True) for gap in gaps]
@@ -188,9 +188,9 @@ def _round_block(
 ) -> tuple[Tensor, Tensor]:
     """Round ``block`` [targets, columns, rows], which is ``original`` with the feedback of earlier blocks.
 
-    Computed in units of the scales and relative to the zero-points: there the nearest code is the rounded value (a tie
-    may round the other way than in ``nearest_codes``, with the same error). A column takes four operations on few
-    numbers, so that the time of a block is that of launching them.
+    The computation is in units of the scales and relative to the zero-points, where the nearest code is the rounded
+    value (a tie may round the other way than in ``nearest_codes``, with the same error). A column takes four small
+    operations, so the time of a block is mostly launch overhead.
 
     Returns:
         codes, and d = V - W, both of the shape of ``block``.

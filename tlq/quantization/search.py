@@ -1,10 +1,10 @@
-"""The search for equalization scales: the candidate with the smallest error.
+"""Search for equalization scales: find the candidate with the smallest error.
 
-Every error measure is a sum of parts that are not negative: over output channels, or over tokens. So the search need
-not know the error of every candidate in full. ``least_error`` drops a candidate as soon as its parts exceed the known
-error of another one: it finds the same winner as an exhaustive search. ``successive_halving`` drops the worse half of
-the candidates each time the number of measured parts has doubled: a fraction of the work, for a candidate whose error
-is close to the smallest.
+Every error measure is a sum of non-negative parts, over output channels or over tokens, so the search need not measure
+every candidate in full. ``least_error`` drops a candidate as soon as the sum of its parts exceeds the error of another
+candidate, and finds the same winner as an exhaustive search. ``successive_halving`` drops the worse half of the
+candidates each time the number of measured parts has doubled. It needs a fraction of the work and finds a candidate
+whose error is close to the smallest.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _FIRST_PARTS = 1
 
 
 def least_error(errors: CandidateErrors, tried: Sequence[Candidate]) -> Candidate:
-    """The candidate with the smallest error, the first of equals; the same for any number of ranks.
+    """The candidate with the smallest error, the first of equals; it does not depend on the number of ranks.
 
-    The candidate with the smallest first part is measured in full first. Every other one is measured part by part for
-    as long as its sum stays below that error.
+    The candidate with the smallest first part is measured in full first. Every other candidate is measured part by part
+    until its sum exceeds that error.
     """
     totals = errors.measure([(candidate, 0) for candidate in tried])
     rest = range(1, errors.parts)
@@ -39,8 +39,8 @@ def least_error(errors: CandidateErrors, tried: Sequence[Candidate]) -> Candidat
 def successive_halving(errors: CandidateErrors, tried: Sequence[Candidate]) -> Candidate:
     """The winner of successive halving (Jamieson and Talwalkar, arXiv 1502.07943), the first of equals.
 
-    All candidates are compared on the first parts, the better half of them on twice as many parts, and so on until one
-    is left or all parts are measured.
+    All candidates are compared on the first parts, the better half on twice as many parts, and so on until one
+    candidate is left or all parts are measured.
     """
     left, totals, measured = list(range(len(tried))), [0.0] * len(tried), 0
     while len(left) > 1 and measured < errors.parts:

@@ -1,4 +1,4 @@
-"""Writing without halves: to a temporary name beside the place, then a rename."""
+"""Atomic writes: temporary file, then rename."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages on the workers of a real work pool of a local Prefect server: same bits, whoever dies; nothing left behind."""
+"""Stages on a real work pool of a local Prefect server: kills change no bit, and no process or run remains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tasks.cluster.work_pool import Pool
 WORKERS = 2
 BUSY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
-#: A stage that one worker does, as `evaluate` is; says which process did it.
+#: A stage for one worker, like `evaluate`; it prints its process.
 SIDE = """
 import os, sys, time
 from pathlib import Path
@@ -78,7 +78,7 @@ class Site:
         return SyncPrefectClient(self.api)
 
     def start_workers(self) -> None:
-        """Start those that do not run: what systemd would do with one that was killed."""
+        """Start the workers that do not run, as systemd does after a kill."""
         running = [worker for worker in self.workers if worker.poll() is None]
         self.workers = running + [self._start_worker() for _ in range(WORKERS - len(running))]
 
@@ -115,7 +115,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Nothing of it is shared with another server or its settings."""
+    """Environment of the server, which shares nothing with another server or its settings."""
     folder = tmp_path_factory.mktemp("site")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -137,7 +137,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def expected(site: Site) -> dict[str, torch.Tensor]:
-    """What one process makes of the job."""
+    """Result of the job in one process."""
     return finish(site.start("alone", TLQ_POOL=""), site.job / "alone")
 
 
@@ -190,7 +190,7 @@ def test_a_pool_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
 
-def test_without_workers_a_stage_says_so(site: Site) -> None:
+def test_a_stage_without_workers_ends_with_an_error(site: Site) -> None:
     output, _ = (process := site.start("waiting", TLQ_POOL_WAIT="3")).communicate(timeout=120)
     assert process.returncode == 1
     assert "pool gpu: no worker took up a run within 3 s; found 0 online, needed at least 1 (2 wanted)" in output
@@ -209,9 +209,7 @@ def test_a_cancelled_stage_cancels_its_runs(workers: Site) -> None:
     workers.assert_nothing_left("cancelled")
 
 
-def test_stage_worker_and_run_are_killed_and_the_bits_are_the_same(
-    workers: Site, expected: dict[str, torch.Tensor]
-) -> None:
+def test_kills_of_stage_worker_and_run_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
     folder = workers.job / "killed"
     process = workers.start("killed")
     wait_until(lambda: len(processes_of(folder)) > WORKERS + 1)  # the first rank is there
@@ -235,7 +233,7 @@ def test_stage_worker_and_run_are_killed_and_the_bits_are_the_same(
     assert {StateType.CRASHED, StateType.COMPLETED} <= set(states)
 
 
-def test_a_mistake_is_told_once(workers: Site) -> None:
+def test_an_input_error_is_reported_once(workers: Site) -> None:
     output, _ = (process := workers.start("refused", "w9")).communicate(timeout=400)
     assert process.returncode == 1
     errors = [line for line in output.splitlines() if line.startswith("ERROR")]
@@ -244,8 +242,8 @@ def test_a_mistake_is_told_once(workers: Site) -> None:
     workers.assert_nothing_left("refused")
 
 
-def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
-    """As the flow does with evaluations: each is a DVC stage here, and one flow run of the pool there."""
+def test_concurrent_variants_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
+    """As in the flow's evaluations: each is a DVC stage here, and one flow run of the pool."""
     names = ["a", "b"]
     (tmp_path / "side.py").write_text(SIDE)
     stages = "\n".join(f"  evaluate-{name}:\n    cmd: python -m side {name}\n    outs: [{name}]" for name in names)
@@ -264,7 +262,7 @@ def test_variants_side_by_side_all_reach_dvc_lock(workers: Site, tmp_path: Path)
 
 
 @pytest.mark.skipif("TLQ_TEST_KILLS" not in os.environ, reason="minutes long; TLQ_TEST_KILLS=20 says how many kills")
-def test_random_kills_of_everything_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
+def test_random_kills_of_any_process_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
     """SIGKILL hits ranks, agents, flow runs, workers and the stage; workers and stage are started again."""
     chance = random.Random(11)
     folder = workers.job / "everything"
@@ -299,7 +297,7 @@ def test_random_kills_of_everything_change_no_bit(workers: Site, expected: dict[
 def victims_of(
     kind: str, site: Site, folder: Path, stage: subprocess.Popen[str], chance: random.Random
 ) -> list[psutil.Process]:
-    """Processes to kill together; none if there is no such process at this moment."""
+    """Processes to kill together; empty if none of them runs at this moment."""
     agents = agents_of(folder)
     others = [process for process in processes_of(folder) if process.pid != stage.pid]
     worker = psutil.Process(chance.choice(site.workers).pid)

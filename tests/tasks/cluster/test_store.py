@@ -22,7 +22,7 @@ def test_an_address_of_another_machine_is_refused_by_name() -> None:
         JobStore.host("192.0.2.1")
 
 
-def test_the_first_failure_counts() -> None:
+def test_the_first_reported_failure_is_kept() -> None:
     stage = JobStore.host("127.0.0.1", "job-1")
     rank, other = JobStore.join(stage.endpoint), JobStore.join(stage.endpoint)
     assert rank.job() == "job-1"
@@ -54,7 +54,7 @@ def test_one_agent_or_all_are_stopped() -> None:
     assert agent.stopped("b")
 
 
-def test_a_stage_that_is_gone_is_told_from_one_that_is_silent() -> None:
+def test_an_ended_stage_is_distinguished_from_a_silent_one() -> None:
     stage = JobStore.host("127.0.0.1")
     agent = JobStore.join(stage.endpoint)
     endpoint = stage.endpoint

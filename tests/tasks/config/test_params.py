@@ -159,7 +159,7 @@ def test_an_override_changes_one_choice_and_keeps_the_rest(tmp_path: Path) -> No
             "tlq",
             "recipes.tlq.rounding is 'random'; choose one of nearest, compensated",
         ),
-        ({"tlq": {"name": "mine"}}, "tlq", "recipes.tlq.name: a recipe keeps its name"),
+        ({"tlq": {"name": "mine"}}, "tlq", "recipes.tlq.name: a recipe cannot be renamed"),
     ],
 )
 def test_recipe_mistakes_name_the_recipe(tmp_path: Path, overrides: dict[str, Any], name: str, expected: str) -> None:

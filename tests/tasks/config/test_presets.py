@@ -1,4 +1,4 @@
-"""Presets: one word changes params.yaml, its layout stays, and what runs is pinned."""
+"""Presets change params.yaml, keep its layout, and pin every download."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL = available(ROOT / PRESETS)
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the shipped params.yaml and presets, and a hub that knows one commit."""
+    """A folder with the shipped params.yaml and presets, and a hub with one commit."""
     shutil.copytree(ROOT / PRESETS, tmp_path / PRESETS)
     (tmp_path / "params.yaml").write_text(SHIPPED)
     monkeypatch.chdir(tmp_path)
@@ -34,7 +34,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def apply(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
-    """What params.yaml holds after the command."""
+    """Content of params.yaml after the command."""
     monkeypatch.setattr(sys, "argv", ["preset", *words])
     main()
     content: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
@@ -42,11 +42,11 @@ def apply(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
 
 
 def squeezed(text: str) -> str:
-    """Without the blanks before comments: a longer value pushes its comment to the right."""
+    """The text without blanks before comments, because a longer value moves its comment to the right."""
     return re.sub(r" +#", " #", text)
 
 
-def test_one_word_chooses_a_model(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_preset_sets_the_model(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = apply(monkeypatch, "qwen2-vl-7b")
     assert params["model"] == {"path": "data/models/qwen2-vl-7b", "dtype": "bfloat16"}
     entry = params["fetch"]["qwen2-vl-7b"]
@@ -54,7 +54,7 @@ def test_one_word_chooses_a_model(project: Path, monkeypatch: pytest.MonkeyPatch
     assert params["prepare"]["path"].startswith("data/demo")
 
 
-def test_several_words_choose_everything(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_presets_set_model_data_and_benchmarks(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = apply(monkeypatch, "llava-onevision-0.5b", "sharegpt4v", "benchmarks")
     assert {entry["kind"] for entry in params["fetch"].values()} == set(KINDS)
     assert params["prepare"]["kind"] == "llava_json"
@@ -63,14 +63,14 @@ def test_several_words_choose_everything(project: Path, monkeypatch: pytest.Monk
     assert "columns" not in params["prepare"]
 
 
-def test_the_next_preset_leaves_nothing_of_the_one_before(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_replaces_the_earlier_one_completely(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apply(monkeypatch, "qwen2-vl-7b", "textvqa-train")
     params = apply(monkeypatch, "qwen2-vl-2b", "sharegpt4v")
     assert list(params["fetch"]) == ["qwen2-vl-2b", "sharegpt4v"]
     assert "split" not in params["prepare"]
 
 
-def test_comments_and_layout_stay_and_demo_is_the_way_back(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_restores_params_yaml_with_comments_and_layout(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apply(monkeypatch, "qwen2-vl-7b", "sharegpt4v", "benchmarks")
     there = Path("params.yaml").read_text()
     comments = [line.split("#", 1)[1] for line in SHIPPED.splitlines() if "#" in line]
@@ -79,14 +79,14 @@ def test_comments_and_layout_stay_and_demo_is_the_way_back(project: Path, monkey
     assert squeezed(Path("params.yaml").read_text()) == squeezed(SHIPPED)
 
 
-def test_demo_beside_another_name_is_the_rest(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_covers_the_kinds_that_no_other_preset_covers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apply(monkeypatch, "qwen2-vl-7b", "benchmarks")
     params = apply(monkeypatch, "qwen2-vl-2b", "demo")
     assert list(params["fetch"]) == ["qwen2-vl-2b"]
     assert params["evaluate"]["data"] == "data/demo/world"
 
 
-def test_what_changes_is_printed(
+def test_changes_are_printed(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     apply(monkeypatch, "qwen2-vl-7b")
@@ -102,7 +102,7 @@ def test_a_dry_run_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch
     assert Path("params.yaml").read_text() == SHIPPED
 
 
-def test_without_a_word_they_are_listed(
+def test_presets_are_listed_without_a_name(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     apply(monkeypatch)
@@ -113,7 +113,7 @@ def test_without_a_word_they_are_listed(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["qwen9"], r"unknown preset 'qwen9'; choose of demo, .*qwen2-vl-7b.*--model or --dataset"),
+        (["qwen9"], r"unknown preset 'qwen9'; choose one of demo, .*qwen2-vl-7b.*--model or --dataset"),
         (["qwen2-vl-2b", "qwen2-vl-7b"], r"qwen2-vl-2b and qwen2-vl-7b are all model presets; choose one"),
         (["qwen2-vl-2b", "--revision", "Qwen/Qwen2-VL-2B-Instruct=main"], r"is 'main', must be a commit"),
         (["--dataset", "a/b", "--columns", "answer"], r"--columns 'answer': must be NAME=VALUE"),
@@ -137,13 +137,13 @@ def test_any_model_and_data_set_of_the_hub(project: Path, monkeypatch: pytest.Mo
     assert {entry["revision"] for entry in params["fetch"].values()} == {COMMIT}
 
 
-def test_a_revision_that_the_user_names_goes_before_the_presets(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_on_the_command_line_replaces_the_presets(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = "a" * 40
     params = apply(monkeypatch, "qwen2-vl-2b", "--revision", f"Qwen/Qwen2-VL-2B-Instruct={own}")
     assert params["fetch"]["qwen2-vl-2b"]["revision"] == own
 
 
-def test_an_open_revision_is_asked_of_the_hub_and_a_known_one_is_not() -> None:
+def test_only_a_missing_revision_is_looked_up_on_the_hub() -> None:
     asked: list[tuple[str, str]] = []
 
     def newest(repo: str, kind: str) -> str:
@@ -156,7 +156,7 @@ def test_an_open_revision_is_asked_of_the_hub_and_a_known_one_is_not() -> None:
     assert asked == [("Lin-Chen/ShareGPT4V", "dataset")]
 
 
-def test_a_comment_behind_a_removed_last_key_stays() -> None:
+def test_a_comment_after_a_removed_last_key_stays() -> None:
     text = (
         "prepare:\n  kind: parquet\n  path: a\n  samples: 1\n  odd: 1\n\n# What follows.\nimportance:\n  samples: 1\n"
     )
@@ -181,7 +181,7 @@ def test_every_preset_is_usable(preset: module.Preset, tmp_path: Path) -> None:
         assert {source["task"] for source in content["evaluate"]["benchmarks"]} <= tasks
 
 
-def test_every_family_that_a_preset_is_of_is_supported() -> None:
+def test_every_model_preset_has_a_supported_family() -> None:
     families = {"qwen2-vl": "qwen2_vl", "qwen2.5-vl": "qwen2_5_vl", "qwen3-vl": "qwen3_vl"}
     for preset in ALL:
         if preset.kind == "model" and preset.name != "demo":

@@ -27,7 +27,7 @@ def test_every_parameter_has_a_meaning() -> None:
 
 
 def test_parameters_that_messages_name_exist() -> None:
-    """A key in the text of a message, such as `calibset.budget.sample_cap`, is one that params.yaml may hold."""
+    """Keys in the text of messages, for instance `calibset.budget.sample_cap`, are keys of params.yaml."""
     names = set(re.findall(r"^\| `([a-z_.<>]+)` \|", page(), re.MULTILINE))
     known = names | {name.rsplit(".", depth)[0] for name in names for depth in (1, 2)}
     pattern = re.compile(rf"(?<![\w./<])(?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+\b(?!\()")

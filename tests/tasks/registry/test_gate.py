@@ -1,4 +1,4 @@
-"""The gate: what passes, and which of two versions that pass is champion."""
+"""The gate: the versions that pass, and the choice of the champion among them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_variant_within_all_bounds_passes() -> None:
         ({"pairs": 0}, "mean flips: not measured"),
     ],
 )
-def test_a_bound_that_is_not_kept_is_the_reason(mean: dict[str, Any], reason: str) -> None:
+def test_a_violated_bound_is_the_reason(mean: dict[str, Any], reason: str) -> None:
     verdict = judge(metrics(**mean), BOUNDS)
     assert not verdict.passed
     assert [found.startswith(reason) for found in verdict.reasons] == [True]
@@ -63,12 +63,12 @@ def test_a_variant_without_a_finite_score_fails_even_without_bounds() -> None:
     assert judge(metrics(score=math.nan), Bounds()).reasons == ("mean score: is nan; evaluate the variant again",)
 
 
-def test_a_floor_under_a_benchmark_that_was_not_scored_names_both_ways_out() -> None:
+def test_a_floor_for_an_unscored_benchmark_names_both_remedies() -> None:
     (reason,) = judge(metrics(), Bounds(floors={"demo_txtvqa": 90})).reasons
     assert reason == "demo_txtvqa: not scored; add it to evaluate.benchmarks, or remove register.floors.demo_txtvqa"
 
 
-def test_the_low_end_of_the_interval_is_held_instead_where_asked_for() -> None:
+def test_bound_low_checks_the_low_end_of_the_interval() -> None:
     bounds = Bounds(min_retention=95, floors={"demo_textvqa": 90}, bound="low")
     (reason,) = judge(metrics(), bounds).reasons
     assert reason == "demo_textvqa low: 86 %, register.floors.demo_textvqa needs at least 90 %"
@@ -102,7 +102,7 @@ def test_better_numbers_never_turn_a_pass_into_a_failure(retention: float, more:
 
 
 def items(*right: int, tasks: tuple[str, ...] = ("a", "b")) -> pd.DataFrame:
-    """Fifty items of every benchmark, the first of which, as many as given, are right."""
+    """Scores of fifty items of every benchmark, of which the first ``right`` are right."""
     rows = [
         {"task": task, "doc": str(doc), "score": float(doc < count)}
         for task, count in zip(tasks, right, strict=True)
@@ -136,7 +136,7 @@ def test_a_difference_is_the_mean_over_benchmarks_with_an_interval_around_it() -
 
 
 def test_a_difference_needs_the_same_items() -> None:
-    with pytest.raises(CannotCompare, match="100 and 99 items were scored, 99 of them the same"):
+    with pytest.raises(CannotCompare, match="100 and 99 items were scored, 99 of them in both"):
         paired_difference(items(50, 40), items(45, 40).iloc[1:])
     with pytest.raises(CannotCompare):
         paired_difference(items(50, 40), items(45, 40, tasks=("a", "c")))
@@ -144,7 +144,7 @@ def test_a_difference_needs_the_same_items() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=4, max_size=40), st.randoms(use_true_random=False))
-def test_a_difference_seen_from_the_other_side_has_the_other_sign(right: list[bool], random: Any) -> None:
+def test_swapping_the_versions_negates_the_difference(right: list[bool], random: Any) -> None:
     docs = [str(number) for number in range(len(right))]
     one = pd.DataFrame({"task": "a", "doc": docs, "score": np.array(right, float)})
     other = one.assign(score=[float(random.random() < 0.5) for _ in right])
@@ -168,8 +168,8 @@ def test_better_by_score_then_by_kl(measure: Any, kl: float | None, state: str) 
 
 
 @pytest.mark.parametrize(("measure", "state"), [(EVEN, "champion"), (WORSE, "not_better")])
-def test_a_variant_made_again_takes_its_own_place_unless_it_is_worse(measure: Any, state: str) -> None:
-    """The version before it refers to a checkpoint that is not there any more."""
+def test_a_later_checkpoint_of_a_variant_replaces_it_unless_it_is_worse(measure: Any, state: str) -> None:
+    """The earlier version refers to a checkpoint that no longer exists."""
     old, new = contender(1, 0.1, variant="tlq-w3a16"), contender(2, 0.1, variant="tlq-w3a16")
     assert challenge(new, old, measure).state == state
 
@@ -195,7 +195,7 @@ def test_a_version_that_fails_never_becomes_champion() -> None:
     assert outcomes[2].state == "failed"
 
 
-def test_the_best_of_several_becomes_champion_and_the_others_know_why_not() -> None:
+def test_the_best_of_several_becomes_champion_and_the_others_get_reasons() -> None:
     skill = {1: 1, 2: 3, 3: 2}
 
     def by_skill(challenger: Contender, champion: Contender) -> Difference:
@@ -227,7 +227,7 @@ def test_a_champion_scored_again_is_compared_on_the_new_items() -> None:
     assert outcomes[3].state == "replaced"
 
 
-def test_a_champion_that_fails_on_the_new_items_gives_way() -> None:
+def test_a_champion_that_fails_on_the_new_items_is_replaced() -> None:
     new = contender(2, evaluation="other")
     again = contender(3, checkpoint="c1", evaluation="other", passed=False)
     assert succession(contender(1), [new, again], unread)[0] == new
@@ -236,7 +236,7 @@ def test_a_champion_that_fails_on_the_new_items_gives_way() -> None:
     assert kept.version == 1
 
 
-def test_what_cannot_be_read_is_not_compared() -> None:
+def test_unreadable_scores_are_not_compared() -> None:
     def missing(challenger: Contender, champion: Contender) -> Difference:
         raise CannotCompare("the item scores of version 1 cannot be read")
 

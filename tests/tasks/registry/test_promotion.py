@@ -1,4 +1,4 @@
-"""Aliases when several processes register at once: nothing is lost, and the better version is champion."""
+"""Aliases when several processes register at once: no version is lost, and the best one is champion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.registry.runs import CHECKPOINT, new_run
 from tasks.stages.register import Registrar, register_all
 
 NAME = "tiny-w3a16"
-#: Processes that start with everything imported.
+#: Processes that are forked after all imports.
 PROCESSES = multiprocessing.get_context("fork")
 
 
@@ -37,7 +37,7 @@ def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPa
 
 
 def add_version(client: MlflowClient, right: int, kl: float = 0.1) -> int:
-    """A version that passed the gate, straight in the registry; aliases are left as they are."""
+    """Create a version that passed the gate directly in the registry, without moving aliases."""
     if not client.search_registered_models(f"name = '{NAME}'"):
         client.create_registered_model(NAME)
     run_id = new_run(client, "tlq", "made", {})
@@ -49,7 +49,7 @@ def add_version(client: MlflowClient, right: int, kl: float = 0.1) -> int:
 
 
 class Interrupted:
-    """A client in whose way something happens, once, just before its first call of ``method``."""
+    """A client that calls a function once, just before its first call of ``method``."""
 
     def __init__(self, client: MlflowClient, method: str, happens: Callable[[], None]) -> None:
         self._client = client
@@ -64,7 +64,7 @@ class Interrupted:
 
 @pytest.mark.parametrize("moment", ["get_registered_model", "set_registered_model_alias", "set_model_version_tag"])
 @pytest.mark.parametrize(("first", "second"), [(40, 49), (49, 40)])
-def test_whoever_writes_last_has_seen_both(workspace: Path, moment: str, first: int, second: int) -> None:
+def test_the_last_writer_has_compared_both_versions(workspace: Path, moment: str, first: int, second: int) -> None:
     """Another process registers a version and moves the aliases in the middle of ours."""
     client = connect()
     add_version(client, first)
@@ -77,7 +77,7 @@ def test_whoever_writes_last_has_seen_both(workspace: Path, moment: str, first: 
     assert aliases(client, NAME) == {"champion": 1 if first > second else 2, "candidate": 2}
 
 
-def test_item_scores_that_are_gone_leave_the_champion_and_say_so(workspace: Path) -> None:
+def test_missing_item_scores_keep_the_champion_and_are_logged(workspace: Path) -> None:
     client = connect()
     add_version(client, 40)
     promote(client, NAME)
@@ -89,7 +89,7 @@ def test_item_scores_that_are_gone_leave_the_champion_and_say_so(workspace: Path
     assert "item scores of version 1" in client.get_model_version(NAME, "2").tags["champion.reason"]
 
 
-def test_a_version_that_something_else_registered_is_no_contender(workspace: Path) -> None:
+def test_a_version_registered_by_other_software_is_ignored(workspace: Path) -> None:
     client = connect()
     add_version(client, 40)
     client.create_model_version(NAME, "file:///nowhere")
@@ -109,7 +109,7 @@ def _register(folder: Path, variant: str, barrier: multiprocessing.synchronize.B
     register_all(registrar, [variant])
 
 
-def test_two_variants_registered_at_once_lose_nothing(workspace: Path) -> None:
+def test_concurrent_registrations_keep_every_version(workspace: Path) -> None:
     (workspace / "mlflow.db").unlink()  # they also race for making the database
     skill = {"rtn-w3a16": 42, "mbq-w3a16": 45, "tlq-w3a16": 50}
     for variant, right in skill.items():

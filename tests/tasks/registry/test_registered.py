@@ -1,4 +1,4 @@
-"""Registered models, versions and aliases are found in the workspace, or refused with the way out."""
+"""Registered models, versions and aliases are found in the workspace, or refused with the next step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def client(folder: Path) -> MlflowClient:
         (["demo-w3a16@champion", "rtn-w3a16", "demo-w3a16/3"], ["rtn-w3a16", "tlq-w3a16"]),
     ],
 )
-def test_names_stand_for_variants(names: list[str], found: list[str], client: MlflowClient, folder: Path) -> None:
+def test_names_are_resolved_to_variants(names: list[str], found: list[str], client: MlflowClient, folder: Path) -> None:
     assert find_variants(names, VARIANTS, client, folder) == found
 
 
@@ -54,14 +54,14 @@ def test_names_stand_for_variants(names: list[str], found: list[str], client: Ml
     [
         (
             "demo-w3a16/1",
-            r"demo-w3a16/1: its checkpoint \(rtn-w3a16\) is not the one in models/ any more; bring it back",
+            r"demo-w3a16/1: its checkpoint \(rtn-w3a16\) is no longer the one in models/; bring it back",
         ),
         ("demo-w3a16/7", "demo-w3a16/7: .*not found"),
         ("demo-w3a16@best", "demo-w3a16@best: .*not found"),
         ("demo-w4a8", "demo-w4a8: neither a variant of params.yaml nor a registered model"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(name: str, message: str, client: MlflowClient, folder: Path) -> None:
+def test_names_that_cannot_be_scored_are_refused(name: str, message: str, client: MlflowClient, folder: Path) -> None:
     with pytest.raises(RegisteredError, match=message):
         find_variants([name], VARIANTS, client, folder)
 

@@ -50,7 +50,7 @@ def registered(tiny_checkpoint: Path, empty_tracking: Path, tmp_path_factory: py
 
 @pytest.fixture(scope="module")
 def server(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`mlflow models serve` of the champion, in a folder of its own; yields its address."""
+    """Run `mlflow models serve` for the champion in a separate folder; yields its address."""
     port = free_port()
     mlflow_command = str(Path(sys.executable).with_name("mlflow"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -132,21 +132,21 @@ JUNK = {
 
 
 @pytest.mark.parametrize("case", JUNK)
-def test_junk_is_refused_with_400_and_the_reason(server: str, case: str) -> None:
+def test_invalid_requests_get_status_400_and_the_reason(server: str, case: str) -> None:
     body, reason = JUNK[case]
     status, answer = post(server, body)
     assert status == 400, answer
     assert reason in answer["message"]
 
 
-def test_bad_rows_name_themselves(registered: Path) -> None:
+def test_errors_name_the_bad_row(registered: Path) -> None:
     frame = pd.DataFrame({"image": [png(0), b"junk"], "question": [QUESTION, QUESTION]})
     with pytest.raises(MlflowException, match="row 1: column image: unreadable image"):
         mlflow.pyfunc.load_model(URI).predict(frame)
 
 
 def test_the_version_brings_its_own_code(registered: Path, tmp_path: Path) -> None:
-    """What it imports comes from the version, whatever project stands around it."""
+    """The model's imports come from the version, not from a project around it."""
     script = f"import mlflow\nmlflow.pyfunc.load_model({URI!r})\nimport tlq\nprint(tlq.__path__)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "/artifacts/code/tlq'" in done.stdout
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_changed_is_refused(registered: Path) -> None:
         report.write_text(before)
 
 
-def test_a_checkpoint_that_moved_can_be_named(registered: Path, tmp_path: Path) -> None:
+def test_the_path_of_a_moved_checkpoint_can_be_configured(registered: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(registered / "models/rtn-w3a16", moved)
     with pytest.raises(FileNotFoundError, match="nowhere is gone"):

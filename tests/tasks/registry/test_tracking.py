@@ -1,4 +1,4 @@
-"""A calibration in MLflow while it runs: layers, ends, continuation, an MLflow that goes away, two at once."""
+"""Tracking of a running calibration: layers, final status, continuation, an unreachable MLflow, concurrency."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OUT = Path("models/rtn-w3a16")
 
 @pytest.fixture
 def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project folder in which `calibrate` could begin."""
+    """A project folder that is ready for `calibrate`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     shutil.copyfile(empty_tracking, tmp_path / "mlflow.db")
@@ -62,7 +62,7 @@ def steps(run: Run, name: str = "layer/error_after") -> list[int]:
     return [metric.step for metric in connect().get_metric_history(run.info.run_id, name)]
 
 
-def test_layers_show_while_the_calibration_runs(workspace: Path) -> None:
+def test_layers_are_logged_while_the_calibration_runs(workspace: Path) -> None:
     with tracked() as on_layer:
         on_layer(layer_report(0))
         (run,) = runs()
@@ -96,7 +96,7 @@ def test_another_rank_and_a_project_without_register_record_nothing(workspace: P
         (KeyboardInterrupt(), "KILLED", "interrupted; the same command continues"),
     ],
 )
-def test_a_calibration_that_breaks_off_says_why_and_is_continued(
+def test_an_interrupted_calibration_records_the_reason_and_is_continued(
     workspace: Path, error: BaseException, status: str, reason: str
 ) -> None:
     def break_off() -> None:
@@ -117,7 +117,7 @@ def test_a_calibration_that_breaks_off_says_why_and_is_continued(
     assert steps(run) == [0, 1]
 
 
-def test_other_work_has_a_run_of_its_own(workspace: Path) -> None:
+def test_different_work_gets_its_own_run(workspace: Path) -> None:
     for _ in range(2):  # the second time the first has ended: it is done again, not continued
         with tracked():
             finish()
@@ -169,7 +169,7 @@ class Flaky:
 
 @pytest.fixture
 def live(workspace: Path) -> tuple[LiveRun, Flaky, list[float]]:
-    """A run, its client, and what its clock shows."""
+    """A run, its client, and the time of its clock."""
     client, now = connect(), [0.0]
     flaky = Flaky(client)
     run_id = new_run(client, "tlq", "rtn-w3a16", {})
@@ -197,7 +197,7 @@ def test_layers_that_could_not_be_sent_follow_when_mlflow_is_back(
     assert "from calibration.json" in warnings[0].message
 
 
-def test_an_mlflow_that_stays_away_does_not_fail_the_calibration(live: tuple[LiveRun, Flaky, list[float]]) -> None:
+def test_an_unreachable_mlflow_does_not_fail_the_calibration(live: tuple[LiveRun, Flaky, list[float]]) -> None:
     run, client, _ = live
     client.down = True
     run.log_layer(layer_report(0))
@@ -205,7 +205,7 @@ def test_an_mlflow_that_stays_away_does_not_fail_the_calibration(live: tuple[Liv
     assert runs()[0].info.status == "RUNNING"
 
 
-def test_a_failing_stage_is_recorded_and_its_error_goes_on(workspace: Path) -> None:
+def test_a_failing_stage_is_recorded_and_its_error_is_raised(workspace: Path) -> None:
     with pytest.raises(ValueError, match="unusable"), recorded_failure("evaluate", "tlq-w3a16"):
         raise ValueError("demo_mmmu: 40 items are unusable")
     (run,) = runs()
@@ -213,7 +213,7 @@ def test_a_failing_stage_is_recorded_and_its_error_goes_on(workspace: Path) -> N
     assert run.data.tags["error"] == "demo_mmmu: 40 items are unusable"
 
 
-def test_a_failure_that_cannot_be_recorded_is_still_the_failure(
+def test_a_failure_that_cannot_be_recorded_is_still_raised(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -223,7 +223,7 @@ def test_a_failure_that_cannot_be_recorded_is_still_the_failure(
     assert "the failure of evaluate tlq-w3a16 is not recorded" in caplog.text
 
 
-def test_the_stage_shows_its_layers_and_the_checkpoint_knows_its_run(
+def test_the_stage_logs_its_layers_and_links_run_and_checkpoint(
     project: Path, tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "project"
@@ -242,7 +242,7 @@ def test_the_stage_shows_its_layers_and_the_checkpoint_knows_its_run(
     assert fill_in_layers(connect(), run.info.run_id, report) == 0
 
 
-#: Processes that start with everything imported.
+#: Processes that are forked after all imports.
 PROCESSES = multiprocessing.get_context("fork")
 
 
@@ -284,7 +284,7 @@ def _log_many(variant: str, layers: int) -> None:
         (out / "calibration.json").write_text("{}")
 
 
-def test_variants_calibrated_side_by_side_lose_nothing_in_sqlite(workspace: Path) -> None:
+def test_concurrent_calibrations_keep_all_metrics_in_sqlite(workspace: Path) -> None:
     (workspace / "mlflow.db").unlink()  # they also race for making the database
     variants, layers = [f"rtn-{number}" for number in range(3)], 30
     workers = [PROCESSES.Process(target=_log_many, args=(variant, layers)) for variant in variants]

@@ -1,4 +1,4 @@
-"""Model cards: what they say, that their code runs, and that neither DVC nor the digest sees them in a checkpoint."""
+"""Model cards: their content and their code; DVC and the digest of a checkpoint ignore them."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def test_scores_recipe_and_data_are_on_the_card(reported: Path, monkeypatch: pyt
     assert "[org/base](https://huggingface.co/org/base)" in text
 
 
-def test_a_recipe_without_data_says_so(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_of_a_recipe_without_data_says_so(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = card(reported, monkeypatch, "rtn-w4a8")
     assert "| calibration data | none: the recipe looks at weights only |" in text
     assert "org/data" not in text
 
 
-def test_demo_benchmarks_are_called_so(reported: Path) -> None:
+def test_demo_benchmarks_are_called_demo(reported: Path) -> None:
     for name in VARIANTS:
         text = " ".join((reported / f"report/cards/{name}.md").read_text().split())
         assert "These are demo benchmarks:" in text
@@ -101,7 +101,7 @@ def test_demo_benchmarks_are_called_so(reported: Path) -> None:
         assert "| demo benchmark | full precision |" in text
 
 
-def test_real_benchmarks_are_not(reported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_benchmarks_are_not_called_demo(reported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = Path(shutil.copytree(reported, tmp_path / "copy"))
     write_metrics(copy, ("textvqa_vlm",))
     text = card(copy, monkeypatch, "tlq-w4a8")
@@ -141,7 +141,7 @@ def test_the_code_for_vllm_is_python(reported: Path) -> None:
     assert "from vllm import LLM" in vllm_code
 
 
-def test_llava_at_w4a8_is_loaded_by_the_function_that_can(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_of_llava_at_w4a8_names_a_loader_that_works(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Base("models/base", None, "llava_next")
     assert "model = load_model(path" in blocks(card(reported, monkeypatch, "tlq-w4a8", base))[0]
 
@@ -149,7 +149,7 @@ def test_llava_at_w4a8_is_loaded_by_the_function_that_can(reported: Path, monkey
 # --- In the checkpoint --------------------------------------------------------------------------------------------
 
 
-def test_cards_are_placed_and_leave_the_digest(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placed_cards_do_not_change_the_digest(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reported)
     for name in VARIANTS:
         written = (reported / "models" / name / "README.md").read_text()
@@ -175,7 +175,7 @@ def test_a_card_is_not_put_into_another_checkpoint(
     assert not (copy / "models/tlq-w4a8/README.md").exists()
 
 
-def test_a_checkpoint_that_is_not_here_is_named(reported: Path, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named(reported: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"bring the checkpoint back with `dvc pull .*rtn-w4a8`"):
         place_cards(reported / "report/cards", tmp_path)
 
@@ -189,8 +189,8 @@ def dvc(folder: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_dvc_does_not_see_cards(tmp_path: Path) -> None:
-    """A stage that makes a checkpoint, one that writes a card into it; status, push, checkout and pull go on."""
+def test_dvc_ignores_cards(tmp_path: Path) -> None:
+    """One stage makes a checkpoint, another writes a card into it; status, push, checkout and pull still work."""
     repo = tmp_path / "repo"
     repo.mkdir()
     for name in (".dvcignore", ".dvc/config"):

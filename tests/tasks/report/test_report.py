@@ -1,4 +1,4 @@
-"""The report: its tables and pictures, what it reads, and what it says where something was not recorded."""
+"""The report: its tables and pictures, its inputs, and its text for values that were not recorded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tlq.samples import Sample
 
 
 class Resources(HTMLParser):
-    """What a page refers to, and the ids it has."""
+    """The references and ids of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def copy(reported: Path, tmp_path: Path) -> Path:
 # --- The stage ----------------------------------------------------------------------------------------------------
 
 
-def test_the_page_needs_nothing_beside_it(reported: Path) -> None:
+def test_the_page_is_self_contained(reported: Path) -> None:
     text = (reported / "report/index.html").read_text()
     found = Resources(text)
     assert not {"script", "iframe", "object"} & set(found.tags)
@@ -91,7 +91,7 @@ def test_the_page_has_the_scores_and_where_they_come_from(reported: Path) -> Non
     assert text.count('class="sample"') == 2
 
 
-def test_demo_scores_are_called_so(reported: Path) -> None:
+def test_demo_scores_are_called_demo(reported: Path) -> None:
     text = " ".join((reported / "report/index.html").read_text().split())
     assert "<strong>Demo benchmarks.</strong> demo_textvqa, demo_mmmu are" in text
 
@@ -149,7 +149,7 @@ def change_groups(folder: Path, change: Any) -> None:
         path.write_text(json.dumps(content))
 
 
-def test_times_that_were_not_recorded_are_said_to_be(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_times_are_shown_as_not_recorded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_groups(copy, lambda row: row.pop("seconds"))
     results = read(copy, monkeypatch)
     assert charts.draw_times(results) is None
@@ -203,13 +203,13 @@ def made(name: str, score: float) -> Variant:
     return Variant(name, get_recipe(recipe), get_scheme(scheme), metrics(name, score), pd.DataFrame(), 10)
 
 
-def test_the_best_variant_is_told_apart_only_where_intervals_do_not_overlap() -> None:
+def test_variants_with_overlapping_intervals_are_rivals_of_the_best() -> None:
     variants = [made("rtn-w3a16", 70), made("mbq-w3a16", 86), made("tlq-w3a16", 90), made("rtn-w4a8", 95)]
     best = page.best_by_scheme(Results(metrics("full", 98), 20, variants))
     assert [(entry.variant.name, entry.rivals) for entry in best] == [("tlq-w3a16", ["mbq"]), ("rtn-w4a8", [])]
 
 
-def test_variants_of_one_scheme_stand_together(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_of_one_scheme_are_next_to_each_other(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reported)
     monkeypatch.setattr("tasks.report.results.read_variant", lambda name: made(name, 90))
     found = read_results(VariantParams(recipes=("rtn", "tlq"), schemes=("w4a8", "w3a16")), Path("models/rtn-w4a8"))

@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 
 
 class Opened:
-    """The report in a fresh window, with everything that the browser complains about or asks for."""
+    """The report in a new window, with the browser's errors and requests."""
 
     def __init__(self, browser: Any, report: Path, width: int, colors: str) -> None:
         self.complaints: list[str] = []

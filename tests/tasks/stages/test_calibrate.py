@@ -1,4 +1,4 @@
-"""Stage `calibrate`, end to end on what the stages before it really wrote."""
+"""Stage `calibrate`, end to end on the real outputs of the earlier stages."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _source() -> str:
     return yaml.safe_load(Path("params.yaml").read_text())["model"]["path"]
 
 
-def test_the_same_twice_is_the_same_bytes(stage: Stage) -> None:
+def test_two_runs_write_the_same_bytes(stage: Stage) -> None:
     first = {file.name: file.read_bytes() for file in stage("tlq", "w3a16").iterdir()}
     second = {file.name: file.read_bytes() for file in stage("tlq", "w3a16").iterdir()}
     timed = "calibration.json"
@@ -188,7 +188,7 @@ def encoded(workplace: Path, tiny_processor: Any) -> list[Batch]:
 
 
 def unpadded(weights: list[torch.Tensor], batches: list[Batch]) -> dict[int, np.ndarray]:
-    """Weights per sample; padding must weigh nothing."""
+    """Weights per sample; asserts that padding has no weight."""
     found = {}
     for weight, batch in zip(weights, batches, strict=True):
         assert float(weight[~batch.valid].abs().sum()) == 0
@@ -197,7 +197,7 @@ def unpadded(weights: list[torch.Tensor], batches: list[Batch]) -> dict[int, np.
     return found
 
 
-def test_a_token_set_weighs_exactly_its_tokens(encoded: list[Batch]) -> None:
+def test_only_tokens_of_the_set_have_a_weight(encoded: list[Batch]) -> None:
     params, pool = section("calibset", CalibsetParams), read_pool(IMPORTANCE)
     of_pool = weights_of(RECIPES["tlq"], params, pool, IMPORTANCE, CALIBSET / "tokens.parquet")
     weights = to_batches(of_pool, encoded)
@@ -210,7 +210,7 @@ def test_a_token_set_weighs_exactly_its_tokens(encoded: list[Batch]) -> None:
             assert found[row["sample"]][row["position"]] == np.float32(row["weight"])
 
 
-def test_all_tokens_weigh_what_the_recipes_importance_says(encoded: list[Batch]) -> None:
+def test_token_weights_follow_the_importance_of_the_recipe(encoded: list[Batch]) -> None:
     params = section("calibset", CalibsetParams)
     scores, pool = read_importance(IMPORTANCE), read_pool(IMPORTANCE)
     for name in ("awq", "mbq"):

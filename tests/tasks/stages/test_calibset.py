@@ -63,7 +63,7 @@ def test_top_weights_are_the_importance(scored: tuple[Importance, TokenPool]) ->
     np.testing.assert_allclose(part["weight"], expected / expected.mean(), rtol=1e-5)
 
 
-def test_layers_and_seeds_draw_for_themselves(scored: tuple[Importance, TokenPool]) -> None:
+def test_draws_differ_between_layers_and_seeds(scored: tuple[Importance, TokenPool]) -> None:
     """Uniform importance everywhere: only the random numbers can differ between groups, and must."""
     scores, pool = scored
     draws = {

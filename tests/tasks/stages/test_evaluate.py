@@ -59,7 +59,7 @@ def metrics_of(results: Path, variant: str) -> dict[str, Any]:
     return json.loads((results / variant / "metrics.json").read_text())
 
 
-def test_files(results: Path) -> None:
+def test_every_file_of_a_variant_is_written(results: Path) -> None:
     files = {"metrics.json", "summary.json", "items.parquet", "scores.csv", "skipped.csv"}
     assert {path.name for path in (results / "full").iterdir()} == files | {"reference"}
     assert {path.name for path in (results / "rtn-w3a16").iterdir()} == files
@@ -235,7 +235,7 @@ def test_a_kill_while_results_are_replaced_loses_neither(
     assert {path.name for path in (tmp_path / "full").iterdir()} == files
 
 
-def test_benchmark_files_lie_where_dvc_watches() -> None:
+def test_local_benchmark_files_must_be_in_the_folder_that_dvc_tracks() -> None:
     inside = BenchmarkSource("demo_textvqa", data="data/demo/world/textvqa.parquet")
     outside = BenchmarkSource("demo_chartqa", data="elsewhere/chartqa.parquet")
     on_hub = BenchmarkSource("mmmu_vlm")

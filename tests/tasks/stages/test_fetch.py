@@ -1,4 +1,4 @@
-"""Stage `fetch`: what is downloaded is what was pinned, whole, and refused early where it cannot be of use."""
+"""Stage `fetch`: it downloads the pinned files completely, and refuses unusable downloads early."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def names(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_model_arrives_whole_and_nothing_beside_it(hub: Hub, tiny_checkpoint: Path) -> None:
+def test_a_model_is_downloaded_completely_and_without_other_files(hub: Hub, tiny_checkpoint: Path) -> None:
     fetch(model())
     expected = {file.name for file in tiny_checkpoint.iterdir()} | {"README.md"}
     assert names("data/models/tiny") == expected
@@ -68,7 +68,7 @@ def test_a_model_arrives_whole_and_nothing_beside_it(hub: Hub, tiny_checkpoint: 
     assert [path.name for path in Path("data/models").iterdir()] == ["tiny"]
 
 
-def test_an_unsupported_family_costs_its_config_only(hub: Hub) -> None:
+def test_only_the_config_of_an_unsupported_family_is_downloaded(hub: Hub) -> None:
     with pytest.raises(ValueError, match=r"model type 'bert' is not supported.*choose a model of one of: qwen2_vl"):
         fetch(model("maker/odd"))
     assert hub.loaded == ["config.json"]
@@ -93,7 +93,7 @@ def test_an_interrupted_download_keeps_what_it_has(hub: Hub, monkeypatch: pytest
     loaded = module.snapshot_download
 
     def cut_short(*args: object, **kwargs: object) -> object:
-        """The connection is gone after the first files."""
+        """Fail after the first files, like a lost connection."""
         if kwargs["allow_patterns"] == list(module.MODEL_FILES) and not kwargs["dry_run"]:
             loaded(*args, **{**kwargs, "allow_patterns": ["*.json"]})  # type: ignore[arg-type]
             raise ConnectionError("reset by peer")
@@ -118,7 +118,7 @@ def test_another_commit_replaces_the_folder(hub: Hub) -> None:
     assert not stale.exists()
 
 
-def test_a_branch_is_no_revision() -> None:
+def test_a_branch_is_refused_as_revision() -> None:
     with pytest.raises(ValueError, match="revision of maker/tiny-VL is 'main', must be a commit"):
         model(revision="main")
 
@@ -136,7 +136,7 @@ def test_a_small_disk_is_refused_before_the_download(hub: Hub, monkeypatch: pyte
     assert hub.loaded == ["config.json"]
 
 
-def test_the_newest_commit_is_asked_of_the_hub(hub: Hub) -> None:
+def test_the_newest_commit_comes_from_the_hub(hub: Hub) -> None:
     assert newest_commit("maker/tiny-VL", "model") == COMMIT
     assert newest_commit("maker/questions", "dataset") == COMMIT
     with pytest.raises(ConnectionError, match=r"maker/nothing: .*--revision maker/nothing=COMMIT"):

@@ -1,4 +1,4 @@
-"""Stage `importance`: what it writes belongs to the samples and the model."""
+"""Stage `importance`: its output matches the samples and the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
 
 
-def test_sequences_are_the_tokens_of_the_samples_asked_for(tiny_processor: Any) -> None:
+def test_sequences_are_the_tokens_of_the_chosen_samples(tiny_processor: Any) -> None:
     pool = read_pool(IMPORTANCE)
     samples = read_samples(PREPARED / "calibration.parquet", 5)
     assert pool.samples == 5
@@ -38,7 +38,7 @@ def test_sequences_are_the_tokens_of_the_samples_asked_for(tiny_processor: Any) 
 
 
 def test_scores_are_those_of_the_method(scores: Importance, batches: list[Batch], project: Path) -> None:
-    """The same samples scored in other batches; `prepare` has shuffled them, their ids tell which is which."""
+    """The same samples are scored in other batches; `prepare` shuffles samples, so they are matched by id."""
     assert project.exists()
     found = read_importance(IMPORTANCE)
     order = [int(sample.id[1:]) for sample in read_samples(PREPARED / "calibration.parquet", 5)]
@@ -52,7 +52,7 @@ def test_scores_are_those_of_the_method(scores: Importance, batches: list[Batch]
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"importance": {"samples": 99}}, ValueError, "99 samples asked for, 6 there; raise prepare.samples"),
+        ({"importance": {"samples": 99}}, ValueError, "99 samples needed, 6 found; raise prepare.samples"),
         (
             {"importance": {"samples": 5, "max_tokens": 10}},
             ValueError,

@@ -1,4 +1,4 @@
-"""The library names its own fields in messages, a stage says which key of params.yaml holds them."""
+"""Messages of the library name its own fields; messages of a stage name the key of params.yaml."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = (".py", ".json", ".csv", ".png", ".parquet", ".safetensors", ".html", ".
 
 
 def named_keys(file: Path) -> set[str]:
-    """Keys such as `calibset.budget.sample_cap` in the string literals of a module."""
+    """Keys of params.yaml, for instance `calibset.budget.sample_cap`, in the string literals of a module."""
     texts = [
         node.value
         for node in ast.walk(ast.parse(file.read_text()))
@@ -58,7 +58,7 @@ def test_fields_that_the_library_names_exist() -> None:
         ("weighting", {"power": 0}, r"calibset\.weighting\.power is 0.*, must be above 0"),
     ],
 )
-def test_the_stage_says_where_the_field_stands(section: str, values: dict[str, Any], message: str) -> None:
+def test_stage_errors_name_the_key_of_params_yaml(section: str, values: dict[str, Any], message: str) -> None:
     cls: Any = {"budget": TokenBudget, "weighting": Weighting}[section]
     with pytest.raises(ParamsError, match=message):
         parse(f"calibset.{section}", values, cls)

@@ -156,7 +156,7 @@ def test_too_many_unusable_rows_stop_the_stage(table: Table, tmp_path: Path) -> 
 
 
 def test_too_few_rows(table: Table, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 usable rows, prepare.samples asks for 5"):
+    with pytest.raises(ValueError, match="3 usable rows, prepare.samples needs 5"):
         prepare(table(rows(3), samples=5), tmp_path / "prepared")
 
 

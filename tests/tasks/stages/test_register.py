@@ -155,14 +155,14 @@ def test_a_better_version_becomes_champion_a_worse_one_does_not(workspace: Path)
     assert tags["champion.reason"].startswith("mean score -14.00 [")
 
 
-def test_equal_scores_are_told_apart_by_kl(workspace: Path) -> None:
+def test_equal_scores_are_decided_by_kl(workspace: Path) -> None:
     write_variant(workspace, "mbq-w3a16", kl=0.2)
     write_variant(workspace, "tlq-w3a16", kl=0.05)
     assert register("rtn-w3a16", "mbq-w3a16")["rtn-w3a16"]["aliases"] == ["champion"]
     assert register("tlq-w3a16")["tlq-w3a16"]["aliases"] == ["candidate", "champion"]
 
 
-def test_a_variant_made_again_stays_champion_as_its_new_version(workspace: Path) -> None:
+def test_the_new_version_of_a_champion_variant_becomes_champion(workspace: Path) -> None:
     assert register("rtn-w3a16")["rtn-w3a16"]["aliases"] == ["candidate", "champion"]
     write_variant(workspace, "rtn-w3a16", salt="made again")
     row = register("rtn-w3a16")["rtn-w3a16"]
@@ -193,7 +193,7 @@ def test_scores_on_other_items_do_not_move_the_alias_until_the_champion_is_score
     assert connect().get_model_version(NAME, "2").tags["champion.outcome"] == "not_better"
 
 
-def test_a_stricter_gate_is_held_against_versions_that_are_there(workspace: Path) -> None:
+def test_a_stricter_gate_applies_to_registered_versions(workspace: Path) -> None:
     write_variant(workspace, "tlq-w3a16", right=50)
     register("rtn-w3a16", "tlq-w3a16")
     write_params(workspace, "register", min_retention=99.0)
@@ -205,7 +205,7 @@ def test_a_stricter_gate_is_held_against_versions_that_are_there(workspace: Path
     assert champion() == 2
 
 
-def test_a_champion_that_fails_a_new_bound_gives_way_to_one_that_keeps_it(workspace: Path) -> None:
+def test_a_champion_that_fails_a_new_bound_is_replaced(workspace: Path) -> None:
     write_variant(workspace, "tlq-w3a16", right=50, kl=0.2)
     write_variant(workspace, "rtn-w3a16", right=49, kl=0.1)
     assert register("rtn-w3a16", "tlq-w3a16")["rtn-w3a16"]["aliases"] == ["champion"]  # by KL
@@ -218,7 +218,7 @@ def test_a_champion_that_fails_a_new_bound_gives_way_to_one_that_keeps_it(worksp
     assert rows["tlq-w3a16"]["aliases"] == ["champion"]
 
 
-def test_a_champion_that_fails_when_it_is_scored_again_gives_way(workspace: Path) -> None:
+def test_a_champion_that_fails_when_scored_again_is_replaced(workspace: Path) -> None:
     write_variant(workspace, "tlq-w3a16", right=47, kl=0.3)
     assert register("rtn-w3a16", "tlq-w3a16")["rtn-w3a16"]["aliases"] == ["champion"]
     write_scores(workspace, "rtn-w3a16", right=30)
@@ -247,7 +247,7 @@ def test_missing_scores_say_what_to_run_and_the_failure_is_recorded(workspace: P
     assert "metrics.json: not found" in failed.data.tags["error"]
 
 
-def test_a_registration_that_breaks_off_is_failed_and_continued(
+def test_an_interrupted_registration_is_marked_failed_and_continued(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full_disk(*arguments: Any, **options: Any) -> None:
@@ -294,7 +294,7 @@ def test_an_unreachable_server_is_one_line_within_seconds(workspace: Path, monke
     assert time.monotonic() - started < 60
 
 
-def test_a_floor_that_nothing_can_keep_is_told_before_the_long_work(workspace: Path) -> None:
+def test_a_floor_for_an_unmeasured_benchmark_is_warned_about_first(workspace: Path) -> None:
     write_params(workspace, "register", floors={"demo_txtvqa": 90})
     done = check()
     assert done.returncode == 0

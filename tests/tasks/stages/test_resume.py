@@ -1,4 +1,4 @@
-"""Whatever stops `importance` or `calibrate`, the same command continues to the same bits."""
+"""After any interruption of `importance` or `calibrate`, the same command continues to the same bits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ each_stage = pytest.mark.parametrize("stage", STAGES)
 
 @pytest.fixture
 def workplace(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project that a test may change; importance comes in several waves."""
+    """A copy of the project that a test may change; importance is computed in several passes."""
     shutil.copytree(project / "data", tmp_path / "data")
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["importance"]["batch_size"] = 1
@@ -45,19 +45,19 @@ def workplace(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage in this process."""
+    """Run the stage in this process."""
     {"importance": importance.score, "calibrate": lambda: calibrate.quantize("tlq-c", "w3a16")}[stage]()
 
 
 def result(stage: str) -> dict[str, bytes]:
-    """Files of a stage's result but what tells times, and nothing may lie beside it."""
+    """Files of a stage's result, except files with times; asserts that no other file is next to it."""
     assert not WORK[stage].exists()
     return {file.name: file.read_bytes() for file in RESULTS[stage].iterdir() if file.name != "calibration.json"}
 
 
 @pytest.fixture
 def expected(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, bytes]]:
-    """What a stage makes when nothing stops it; its result is then taken away."""
+    """The result of an uninterrupted stage; the result is removed afterwards."""
 
     def undisturbed(stage: str) -> dict[str, bytes]:
         run(stage, monkeypatch)
@@ -73,7 +73,7 @@ def parts(stage: str) -> list[Path]:
 
 
 def failing_save(stage: str, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The second part of the stage cannot be written."""
+    """Make writing the second part of the stage fail."""
     module: Any = {"importance": scoring, "calibrate": export}[stage]
     save, calls = module.save_file, iter(range(10**6))
 
@@ -95,7 +95,7 @@ def failing_save(stage: str, monkeypatch: pytest.MonkeyPatch, error: BaseExcepti
     ],
     ids=["interrupt", "full disk", "full disk, told by safetensors"],
 )
-def test_a_part_that_cannot_be_written_loses_nothing_before_it(
+def test_a_failed_write_keeps_the_finished_parts(
     expected: Callable[[str], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
 ) -> None:
     made = expected(stage)
@@ -125,7 +125,7 @@ def test_a_part_that_cannot_be_written_loses_nothing_before_it(
 
 @pytest.fixture
 def small_disk(workplace: Path) -> Iterator[Callable[[Path], Path]]:
-    """Puts a file system of 64 MiB at a folder."""
+    """Mount a file system of 64 MiB at a folder."""
     mounted = []
 
     def mount(folder: Path) -> Path:
@@ -146,19 +146,19 @@ def small_disk(workplace: Path) -> Iterator[Callable[[Path], Path]]:
 
 
 def fill(folder: Path) -> Path:
-    """A file that takes all space that is left."""
+    """Write a file that takes all remaining space."""
     ballast = folder / "ballast"
     size = shutil.disk_usage(folder).free
     ballast.write_bytes(bytes(size))
     return ballast
 
 
-def test_a_disk_that_fills_up_while_layers_are_written(
+def test_a_disk_that_fills_up_keeps_the_finished_layers(
     expected: Callable[[str], dict[str, bytes]],
     small_disk: Callable[[Path], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A real one. What the plan saw free is taken by somebody else after the first layer."""
+    """A real disk: another file takes the space that the plan counted as free, after the first layer."""
     made = expected("calibrate")
     disk = small_disk(Path("models"))
     finish = ResumeState.finish_layer
@@ -183,7 +183,7 @@ def test_a_disk_that_fills_up_while_layers_are_written(
 
 @each_stage
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_stops_the_command_and_the_same_command_goes_on(
+def test_a_signal_stops_the_command_and_the_same_command_continues(
     expected: Callable[[str], dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
@@ -226,7 +226,7 @@ def test_a_second_process_is_refused(workplace: Path, monkeypatch: pytest.Monkey
         ("importance", {"batch_size": 2}, "data '[0-9a-f]{64}', now '[0-9a-f]{64}'"),
     ],
 )
-def test_scores_begun_otherwise_are_refused_by_what_differs(
+def test_resuming_scores_with_other_parameters_names_the_difference(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, section: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:

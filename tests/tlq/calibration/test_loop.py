@@ -1,4 +1,4 @@
-"""The layer loop: what groups are solved on, what is installed, what is refused."""
+"""The layer loop: the inputs of groups, the installed weights, and refused jobs."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Key = tuple[int, str]
 
 
 def quick(name: str) -> Recipe:
-    """A recipe with a coarse grid, all of it looked at: the loop is tested here, not the search."""
+    """A recipe with a coarse grid and exhaustive search, because these tests are about the loop."""
     recipe = RECIPES[name]
     return replace(recipe, equalization=replace(recipe.equalization, points=4, search="exhaustive"))
 
 
 @pytest.fixture(scope="module")
 def weights(scores: Importance, batches: list[Batch]) -> TokenWeights:
-    """Uneven weights, a third of the tokens left out, padding always."""
+    """Uneven weights, without a third of the tokens and without padding."""
     generator = torch.Generator().manual_seed(0)
     return {
         key: [
@@ -52,7 +52,7 @@ def weights(scores: Importance, batches: list[Batch]) -> TokenWeights:
 
 @dataclass
 class Run:
-    """A calibrated model, and what each group was solved with."""
+    """A calibrated model, and the problem of each group."""
 
     model: nn.Module
     calibrated: Calibrated
@@ -138,7 +138,7 @@ def assert_close(found: Tensor, expected: Tensor, relative: float) -> None:
 def test_groups_are_solved_on_the_inputs_that_they_get_in_the_finished_model(
     run: Runner, tiny_model: PreTrainedModel, batches: list[Batch], weights: TokenWeights, name: str, scheme: str
 ) -> None:
-    """Exposure: u / s is what the finished quantized model feeds the group; x is what the original model does."""
+    """u / s is the input of the group in the finished quantized model; x is its input in the original model."""
     done = run(name, scheme)
     quantized = inputs_by_hand(done.model, batches, weights)
     original = inputs_by_hand(tiny_model, batches, weights)
@@ -222,7 +222,7 @@ def test_codes_cover_every_decoder_linear_and_match_the_model(run: Runner) -> No
 
 
 @pytest.mark.parametrize("name", ["tlq", "tlq-c"])
-def test_the_same_twice_is_the_same_bit_for_bit(run: Runner, name: str) -> None:
+def test_two_runs_are_bit_identical(run: Runner, name: str) -> None:
     first, second = run(name, "w3a16").calibrated.weights, run(name, "w3a16", 2).calibrated.weights
     for path, weight in first.items():
         assert torch.equal(weight.codes, second[path].codes)

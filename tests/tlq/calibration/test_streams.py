@@ -1,4 +1,4 @@
-"""What is computed on the two activation streams, and how often."""
+"""The computations on the two activation streams, and their number."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUANTIZER = WeightQuantizer(get_scheme("w3a16", group_size=64), torch.float32)
 
 
 class Rows:
-    """How many tokens each call of a module has computed."""
+    """Number of tokens in each call of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.calls: list[int] = []

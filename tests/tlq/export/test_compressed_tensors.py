@@ -1,4 +1,4 @@
-"""What is exported is what was calibrated: plain loading, equal logits, generation, untouched neighbours."""
+"""An export equals the calibrated model: loading, logits, generation, unchanged other tensors."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def exported(
 
 @torch.no_grad()
 @pytest.mark.parametrize(("recipe", "scheme"), PAIRS)
-def test_loads_plainly_with_the_logits_of_the_calibrated_model_and_generates(
+def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
     exported: Callable[[str, str], Exported],
     tiny_model: PreTrainedModel,
     batches: list[Batch],
     recipe: str,
     scheme: str,
 ) -> None:
-    """The one promise that everything else rests on, activation quantization included."""
+    """The export computes the same as the calibrated model, including quantized activations."""
     model, path = exported(recipe, scheme)
     loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     batch = batches[0]
@@ -224,12 +224,12 @@ def test_config_says_what_is_in_the_checkpoint(exported: Callable[[str, str], Ex
 def test_scales_of_another_dtype_than_the_checkpoints_are_refused(
     tiny_checkpoint: Path, tiny_model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """A model loaded in float32 says float32 of itself; taken at its word, the export would round once more."""
+    """A model loaded in float32 reports float32; scales of that dtype would be rounded again by the export."""
     model = copy.deepcopy(tiny_model)
     scheme = get_scheme("w3a16")
     checkpoint_dtype = model.config.dtype
     calibrated = calibrate(model, CalibrationJob(RECIPES["rtn"], WeightQuantizer(scheme, checkpoint_dtype)))
-    with pytest.raises(ValueError, match=r"is stored in torch\.bfloat16, its weights were quantized for another dtype"):
+    with pytest.raises(ValueError, match=r"is stored in torch\.bfloat16, but the scales have another dtype"):
         write_export(tiny_checkpoint, calibrated, scheme, tmp_path)
 
 

@@ -210,7 +210,7 @@ def test_token_weights_are_clipped_raised_and_mixed() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 24))
-def test_as_many_tokens_are_effective_as_asked_for(seed: int, least: int) -> None:
+def test_weights_reach_the_required_effective_sample_size(seed: int, least: int) -> None:
     """Exactly as many where the weights had fewer, by drawing all of them towards 1; weights that suffice stay."""
     plain, evened = (
         token_weights(*arrays(seed), "token", Weighting(least_effective=effective)) for effective in (0, least)
@@ -223,7 +223,7 @@ def test_as_many_tokens_are_effective_as_asked_for(seed: int, least: int) -> Non
     np.testing.assert_allclose(own_share, own_share[0], rtol=1e-2, atol=1e-5)
 
 
-def test_silent_tokens_count_once_evened_out() -> None:
+def test_tokens_without_gradient_count_after_shrinking() -> None:
     """The gradient of the last layer's output is 0 except where it predicts an answer token."""
     raw = np.zeros(60, np.float32)
     raw[-1] = 1

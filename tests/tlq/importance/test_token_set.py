@@ -87,7 +87,7 @@ def test_each_modality_keeps_its_floor(selection: str, starved: str) -> None:
 
 
 @pytest.mark.parametrize("selection", ["top", "sample"])
-def test_a_pool_without_images_is_no_obstacle(selection: str) -> None:
+def test_a_set_is_chosen_from_a_pool_without_images(selection: str) -> None:
     weights, _ = pool(2)
     chosen, _ = select(weights, np.zeros(200, bool), TokenBudget(40, selection, 0.3))  # type: ignore[arg-type]
     assert 0 < len(chosen) <= 40
@@ -108,7 +108,7 @@ def test_every_token_is_drawn_within_one_of_its_expectation(seed: int, draws: in
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.floats(0, 0.5), st.floats(1, 3), st.floats(-12, 12))
 def test_draws_hold_floors_and_caps(seed: int, samples: int, floor: float, slack: float, tilt: float) -> None:
-    """Or the pool is refused, and then no shares could have held them."""
+    """If the pool is refused, no shares can keep the floors and caps."""
     weights, is_image = pool(seed, 80)
     weights[is_image] *= math.exp(tilt)
     sample_of, cap = samples_of(seed, 80, samples), min(1.0, slack / samples)
@@ -125,10 +125,10 @@ def test_draws_hold_floors_and_caps(seed: int, samples: int, floor: float, slack
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(3, 10), st.floats(-6, 6))
-def test_draws_differ_from_the_weights_only_as_floors_and_caps_ask(seed: int, samples: int, tilt: float) -> None:
+def test_draws_are_the_nearest_to_the_weights_within_floors_and_caps(seed: int, samples: int, tilt: float) -> None:
     """One factor for each modality and one for each sample, equal for all samples below the cap and less at it.
 
-    Those are the conditions under which no other shares within the bounds are nearer to the weights.
+    Under these conditions no other shares within the bounds are nearer to the weights.
     """
     weights, is_image = pool(seed, 60)
     weights[is_image] *= math.exp(tilt)
@@ -187,7 +187,7 @@ def test_top_holds_floors_and_caps(
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.34, 1))
-def test_top_under_a_cap_is_the_heaviest_of_all_sets_that_keep_to_it(seed: int, cap: float) -> None:
+def test_top_is_the_heaviest_set_within_the_cap(seed: int, cap: float) -> None:
     weights, is_image = pool(seed, 10)
     sample_of = samples_of(seed, 10, 3)
     chosen, _ = select(weights, is_image, TokenBudget(5, "top", 0.0, cap), 0, sample_of)

@@ -72,7 +72,7 @@ def test_modality_weights_are_those_of_mbq(seed: int, layers: int, marked: bool)
 
 
 def test_a_layer_whose_images_matter_little_is_raised_to_the_median() -> None:
-    """At a last layer image gradients vanish; without MBQ's bound their error there would count for nothing."""
+    """In the last layer image gradients vanish; without MBQ's bound the error of image tokens would not count."""
     scores, pool = scored(3)
     scores[4, "down"][pool.is_image] = 0
     weights = all_tokens(scores, pool, "modality", Weighting())
@@ -108,7 +108,7 @@ def test_no_sample_supplies_more_of_a_set_than_its_cap(selection: str) -> None:
     free, capped = (token_set(scores, pool, "token", Weighting(1, 1), budget, 0) for budget in budgets)
 
     def share(weights: PoolWeights, key: tuple[int, str]) -> float:
-        """Of sample 2: of the draws, or of the chosen tokens."""
+        """Share of sample 2 in the draws or in the chosen tokens."""
         tokens = weights.groups[key]
         supplied = tokens.weights if selection == "sample" else np.ones(len(tokens.indices))
         return float(supplied[pool.sample_of[tokens.indices] == 2].sum() / supplied.sum())
@@ -120,8 +120,8 @@ def test_no_sample_supplies_more_of_a_set_than_its_cap(selection: str) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.integers(60, 120), st.integers(5, 29), st.sampled_from(["top", "sample"]))
-def test_a_set_has_the_effective_tokens_asked_for(seed: int, size: int, least: int, selection: str) -> None:
-    """Always in a set of the heaviest; on average in draws, here over groups."""
+def test_a_set_reaches_the_required_effective_sample_size(seed: int, size: int, least: int, selection: str) -> None:
+    """Every set of the heaviest tokens reaches the size; draws reach it on average over groups."""
     generator = np.random.default_rng(seed)
     pool = pool_of([np.arange(40) < 25] * 10)
     scores = {
@@ -139,7 +139,7 @@ def test_a_set_has_the_effective_tokens_asked_for(seed: int, size: int, least: i
         assert np.mean(sizes) < 2 * least + 10  # evened out no more than that takes, or not much
 
 
-def test_asking_for_no_effective_tokens_changes_no_set() -> None:
+def test_least_effective_of_zero_changes_no_set() -> None:
     scores, pool = scored(10)
     budget = TokenBudget(30, "sample", 0.0)
     without, with_two = (token_set(scores, pool, "token", Weighting(1, 1, 0, least), budget, 0) for least in (0, 2))
@@ -158,7 +158,7 @@ def test_more_effective_tokens_than_the_budget_are_refused(selection: str, least
 
 
 def test_a_seed_draws_by_sorted_key() -> None:
-    """The bits of a set depend on the seed and on the rank of its key, whatever the order of the scores."""
+    """The bits of a set depend on the seed and on the rank of its key, not on the order of the scores."""
     scores, pool = scored(12)
     budget, weighting = TokenBudget(20, "sample", 0.0), Weighting(1, 1)
     forward = token_set(scores, pool, "token", weighting, budget, 4)

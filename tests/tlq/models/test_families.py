@@ -81,7 +81,7 @@ def job_of(
 
 
 def last_layer_inputs(built: Built, batch: Batch) -> Tensor:
-    """What the last decoder layer is called with, [batch, time, hidden]."""
+    """Input of the last decoder layer, [batch, time, hidden]."""
     seen: list[Tensor] = []
     handle = built.layers[-1].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     with torch.no_grad():
@@ -95,8 +95,8 @@ def test_every_family_is_tested() -> None:
 
 
 @every_family
-def test_layer_by_layer_the_decoder_computes_what_the_model_does(build: Builder, name: str) -> None:
-    """Both streams of the loop, with every group in full precision: masks, rotary embeddings, what is added between."""
+def test_layer_by_layer_execution_equals_the_model(build: Builder, name: str) -> None:
+    """Both streams of the loop in full precision: masks, rotary embeddings, features added between layers."""
     built = build(name)
     weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
     keep_all = replace(get_scheme("w3a16"), overrides=(("*", "full_precision"),))
@@ -113,7 +113,7 @@ def test_layer_by_layer_the_decoder_computes_what_the_model_does(build: Builder,
 
 
 def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(build: Builder) -> None:
-    """Qwen3-VL's DeepStack: large enough here that leaving it out would be seen."""
+    """Qwen3-VL's DeepStack; it is large enough here that leaving it out changes the result."""
     built = build("qwen3_vl")
     for call, batch in zip(enter_decoder(built.model, built.architecture, built.batches), built.batches, strict=True):
         first, added = call.injected
@@ -131,13 +131,13 @@ def test_only_qwen3_vl_adds_anything_between_layers(build: Builder, name: str) -
 
 
 def unquantized(weight: Tensor) -> QuantizedWeight:
-    """A weight in QuantizedWeight's clothes whose dequantize gives it back exactly: isolates folding from rounding."""
+    """A QuantizedWeight whose dequantize returns the exact weight, to test folding without rounding."""
     return QuantizedWeight(weight, torch.ones(len(weight), 1), torch.zeros(len(weight), 1))
 
 
 @every_family
 def test_folded_scales_leave_every_layer_as_it_was(build: Builder, name: str) -> None:
-    """W diag(s) behind a norm or linear that took 1/s: norm gains of 1 + weight, norms on q and k, biases, heads."""
+    """W diag(s) after a norm or linear that took 1/s: norm gains of 1 + weight, norms on q and k, biases, heads."""
     built = build(name)
     model = copy.deepcopy(built.model)
     (call, *_) = enter_decoder(model, built.architecture, built.batches)
@@ -250,10 +250,10 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
 @torch.no_grad()
 @every_family
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_an_export_loads_plainly_too(
+def test_an_export_loads_with_plain_transformers(
     build: Builder, export: Callable[[str, str, str], Exported], name: str, scheme: str
 ) -> None:
-    """By transformers alone: what it makes of the files depends on the scheme and the family, not on the recipe."""
+    """With transformers alone; loading depends on the scheme and the family, not on the recipe."""
     model, path = export(name, "tlq-c", scheme)
     loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     for batch in build(name).batches:
@@ -272,7 +272,7 @@ def prompt_of(name: str) -> dict[str, Tensor]:
 
 
 def assert_generates(reader: Any, model: nn.Module, name: str, scheme: str) -> None:
-    """Three tokens, the first of which is the one that the calibrated model would give."""
+    """Generate three tokens; the first must be that of the calibrated model."""
     prompt = prompt_of(name)
     answer = reader.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert answer.shape == (1, prompt["input_ids"].shape[1] + 3)
@@ -372,9 +372,7 @@ def test_named_layers_keep_a_higher_precision_through_export_and_loading(
         ("w4a8", ("*.q_proj", "w8a8"), "layer 0, group qkv: its linears .* share an input and need one scheme"),
     ],
 )
-def test_overrides_that_cannot_be_are_refused(
-    build: Builder, scheme: str, override: tuple[str, str], message: str
-) -> None:
+def test_invalid_overrides_are_refused(build: Builder, scheme: str, override: tuple[str, str], message: str) -> None:
     built = build("llava")
 
     def attempt() -> None:
@@ -422,7 +420,7 @@ def small_text(model_type: str, **more: Any) -> dict[str, Any]:
 def test_fused_linears_and_experts_are_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, text_type: str, message: str
 ) -> None:
-    """Even if somebody adds the row, before any work: importance and calibration alike."""
+    """Importance and calibration refuse before any work, even if the architecture has a row."""
     monkeypatch.setitem(architectures.DECODERS, text_type, Decoder())
     config = tiny_config("llava", text_config=small_text(text_type, num_local_experts=2))
     model = AutoModelForImageTextToText.from_config(config)
@@ -433,14 +431,14 @@ def test_fused_linears_and_experts_are_refused_by_name(
 
 
 def test_a_linear_that_no_group_covers_is_refused(build: Builder) -> None:
-    """It would stay as it is in memory, and be expected quantized by whoever loads the checkpoint."""
+    """The linear would stay in full precision, but a program that loads the checkpoint would expect codes."""
     model = copy.deepcopy(build("llava").model)
     architecture_of(model.config).decoder_layers(model)[1].mlp.shared = nn.Linear(128, 128)
     with pytest.raises(ValueError, match=r"language_model\.layers\.1\.mlp\.shared: this Linear is in no linear group"):
         calibrate(model, job_of(RECIPES["rtn"], get_scheme("w4a8")))
 
 
-def test_a_family_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_adds_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """VipLLaVA, which is not among the families: its vision tower and connector are named as LLaVA's."""
     monkeypatch.setitem(architectures.FAMILIES, "vipllava", Family(FAMILIES["llava"].ignore))
     config = AutoConfig.for_model(

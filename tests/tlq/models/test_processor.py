@@ -38,8 +38,8 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def test_gives_ids_and_pixels_for_an_image_and_a_text(tiny_processor: Any) -> None:
-    """One image token per 2 x 2 patches, and pixels normalised as the checkpoint says: a red image is one value."""
+def test_the_processor_gives_ids_and_pixels_for_an_image_and_a_text(tiny_processor: Any) -> None:
+    """There is one image token per 2 x 2 patches, and a red image has one normalised pixel value per channel."""
     red = Image.new("RGB", (48, 32), (255, 0, 0))
     encoded = tiny_processor(text=[TEXT], images=[red], return_tensors="pt")
     assert encoded["image_grid_thw"].tolist() == [[1, 4, 6]]
@@ -55,7 +55,7 @@ def test_gives_ids_and_pixels_for_an_image_and_a_text(tiny_processor: Any) -> No
         torch.testing.assert_close(pixels[:, channel], torch.full_like(pixels[:, channel], expected))
 
 
-def test_chat_template_comes_with_it(tiny_processor: Any) -> None:
+def test_the_processor_has_the_chat_template(tiny_processor: Any) -> None:
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]}]
     assert tiny_processor.apply_chat_template(turns, tokenize=False) == TEXT
 
@@ -96,14 +96,14 @@ def test_every_family_reads_images_of_any_shape(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="needs torchvision to be absent")
-def test_a_processor_that_needs_torchvision_for_images_too_says_so(tmp_path: Path) -> None:
+def test_a_processor_that_needs_torchvision_is_refused_with_the_reason(tmp_path: Path) -> None:
     tiny_config("smolvlm").save_pretrained(tmp_path)
     with pytest.raises(ImportError, match="processor of smolvlm needs torchvision and num2words even for images"):
         load_processor(tmp_path)
 
 
 @pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
-def test_both_ways_give_the_same(tiny_checkpoint: Path) -> None:
+def test_processors_with_and_without_torchvision_agree(tiny_checkpoint: Path) -> None:
     image = Image.effect_noise((70, 50), 90).convert("RGB")
     ways = [
         AutoProcessor.from_pretrained(tiny_checkpoint),

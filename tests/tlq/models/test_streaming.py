@@ -1,4 +1,4 @@
-"""A model read from disk layer by layer is the model in memory, in every family; activations may lie on disk."""
+"""In every family, a model read from disk layer by layer equals the model in memory, even with activations on disk."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ every_family = pytest.mark.parametrize("name", list(TINY))
 
 
 @every_family
-def test_weights_are_those_that_transformers_loads(name: str, tmp_path: Path) -> None:
-    """Names on disk, tied embeddings, buffers: what enters the decoder, and every layer's weights."""
+def test_streamed_weights_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Names on disk, tied embeddings and buffers: the decoder's input and every layer's weights."""
     path = write_tiny(name, tmp_path)
     resident, streamed = ResidentModel(load_model(path)), StreamedModel(path)
     batches = batches_of(name)
@@ -71,7 +71,7 @@ def test_scores_and_codes_are_those_of_the_model_in_memory(name: str, tmp_path: 
 
 @pytest.mark.parametrize("loss", [AnswerLoss(), BlockLoss(get_scheme("w3a16"), torch.bfloat16)])
 def test_scores_do_not_depend_on_memory(tiny_checkpoint: Path, batches: list[Batch], loss: AnswerLoss) -> None:
-    """With no memory at all micro-batches are scored one by one, and hidden states lie on disk."""
+    """Without any memory budget micro-batches are scored one by one, and hidden states are on disk."""
     model = StreamedModel(tiny_checkpoint)
     plenty, none = HostMemory(2**40), HostMemory(0)
     together, alone = (list(score_batches(model, batches, range(len(batches)), loss, each)) for each in (plenty, none))
@@ -158,7 +158,7 @@ def test_an_incomplete_checkpoint_is_refused(
         StreamedModel(folder)
 
 
-def test_activations_beyond_the_budget_lie_on_disk_and_come_back(tmp_path: Path) -> None:
+def test_activations_beyond_the_budget_are_written_to_disk_and_read_back(tmp_path: Path) -> None:
     memory = HostMemory(100, tmp_path)
     values = [torch.arange(10.0) + number for number in range(4)]
     kept = Activations(memory, torch.device("cpu"), values)

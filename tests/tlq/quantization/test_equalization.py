@@ -59,7 +59,7 @@ def test_candidates_follow_the_published_formulas() -> None:
         torch.testing.assert_close(candidate.s, s / (s.max() * s.min()).sqrt(), rtol=1e-4, atol=0)
 
 
-def test_smoothquant_is_its_equation_four() -> None:
+def test_smoothquant_scales_follow_equation_four() -> None:
     """max|x|^a / max|w|^(1 - a) up to a common factor."""
     method = get_recipe("smoothquant").equalization
     found, magnitude, weight = tried(method, norm_fold(16, torch.float32))
@@ -79,7 +79,7 @@ def test_scales_are_centred_and_positive_even_for_silent_channels() -> None:
 
 
 @pytest.mark.parametrize("folds", ["norms", "matching", "all"])
-def test_which_groups_are_scaled(folds: str) -> None:
+def test_folds_decide_which_groups_are_scaled(folds: str) -> None:
     method = Equalization("grid", folds=folds)  # type: ignore[arg-type]
     matching = Fold.into(nn.Linear(3, 16), 16, HEAD, torch.float32)
     grouped = Fold.into(nn.Linear(3, 8), 16, HEAD, torch.float32)
@@ -103,7 +103,7 @@ def test_grouped_query_attention_ties_the_scales_of_a_value_channel() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_norm_scales_are_exact_in_storage(dtype: torch.dtype) -> None:
-    """What the fold stores is on the grid of its dtype, so the saved norm is the one that was searched with."""
+    """The folded gain is exact in its dtype, so the search uses the saved norm."""
     fold = norm_fold(64, dtype)
     fold.weight.data = fold.weight.to(dtype).float()
     fold.weight.data[3] = 0
@@ -115,13 +115,13 @@ def test_norm_scales_are_exact_in_storage(dtype: torch.dtype) -> None:
     assert s[3].item() == 1  # a dead gain takes no scale
 
 
-def test_a_fold_that_cannot_be_is_refused() -> None:
+def test_an_impossible_fold_is_refused() -> None:
     with pytest.raises(ValueError, match="scales of 16 channels into a module of 6 outputs"):
         Fold.into(nn.Linear(3, 6), 16, HEAD, torch.float32)
 
 
 def unquantized(weight: Tensor) -> QuantizedWeight:
-    """A weight in QuantizedWeight's clothes whose dequantize gives it back exactly: isolates folding from rounding."""
+    """A QuantizedWeight whose dequantize returns the exact weight, to test folding without rounding."""
     return QuantizedWeight(weight, torch.ones(len(weight), 1), torch.zeros(len(weight), 1))
 
 
@@ -129,7 +129,7 @@ def unquantized(weight: Tensor) -> QuantizedWeight:
 def test_folding_leaves_the_layer_function_unchanged(
     tiny_model: PreTrainedModel, batches: list[Batch], group: LinearGroup
 ) -> None:
-    """W diag(s) behind a norm or linear divided by s computes what W did: norms, linears with bias, shared heads."""
+    """W diag(s) after a norm or linear divided by s computes the same as W: norms, linears with bias, shared heads."""
     model = copy.deepcopy(tiny_model)
     architecture = architecture_of(model.config)
     layer = architecture.decoder_layers(model)[0]

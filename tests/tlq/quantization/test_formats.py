@@ -66,7 +66,7 @@ def test_codes_stay_in_range_and_scales_in_storage(weight: Tensor, scheme: Schem
 
 @settings(max_examples=60, deadline=None)
 @given(weights(), schemes, storages)
-def test_fake_quantize_is_rounding_and_back(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
+def test_fake_quantize_equals_round_nearest_and_dequantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
     assert torch.equal(
         WeightQuantizer(scheme, dtype).fake_quantize(weight),
         WeightQuantizer(scheme, dtype).round_nearest(weight).dequantize(),
@@ -76,7 +76,7 @@ def test_fake_quantize_is_rounding_and_back(weight: Tensor, scheme: Scheme, dtyp
 @settings(max_examples=60, deadline=None)
 @given(weights(), schemes, storages)
 def test_quantize_inverts_dequantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Every code of every group survives dequantize and quantize: what the export relies on."""
+    """Every code of every group survives dequantize and quantize; the export relies on this."""
     scale, zero_point = weight_qparams(weight, scheme, dtype)
     low, high = code_range(scheme.weight_bits)
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def test_quantize_inverts_dequantize(weight: Tensor, scheme: Scheme, dtype: torc
 @settings(max_examples=60, deadline=None)
 @given(weights(), schemes)
 def test_error_is_at_most_half_a_step(weight: Tensor, scheme: Scheme) -> None:
-    """With exact scales nothing is off by more than half a step, except where a symmetric range is clipped."""
+    """With exact scales no error exceeds half a step, except where a symmetric range is clipped."""
     result = WeightQuantizer(scheme, torch.float32).round_nearest(weight)
     step = result.scale.repeat_interleave(weight.shape[1] // result.scale.shape[1], 1)
     # The zero-point's own rounding may clip a group's edge by half a step more.

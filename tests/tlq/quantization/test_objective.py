@@ -28,7 +28,7 @@ def problem(seed: int, tokens: int = 40, width: int = 12, out: int = 7) -> tuple
 
 
 def plain_error(weight: Tensor, quantized: Tensor, x: Tensor, u: Tensor, w: Tensor) -> float:
-    """E(V) read off its definition, one token at a time, in float64."""
+    """E(V) from its definition, one token at a time, in float64."""
     total = 0.0
     for token in range(len(w)):
         difference = weight.double() @ x[token].double() - quantized.double() @ u[token].double()
@@ -87,7 +87,7 @@ def test_statistics_wider_than_a_block_are_the_moments_themselves(monkeypatch: p
     assert error_of(found, weight, quantized) == pytest.approx(plain_error(weight, quantized, x, u, w), rel=1e-4)
 
 
-def test_weight_of_two_is_the_token_twice() -> None:
+def test_a_weight_of_two_equals_the_token_twice() -> None:
     weight, quantized, x, u, _ = problem(2)
     once = torch.ones(len(x))
     doubled = once.clone()
@@ -98,7 +98,7 @@ def test_weight_of_two_is_the_token_twice() -> None:
     )
 
 
-def test_scaling_the_inputs_is_scaling_the_statistics() -> None:
+def test_scaling_the_inputs_equals_scaling_the_statistics() -> None:
     weight, _, x, u, w = problem(3)
     s = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0)) + 0.5
     statistics, direct = Statistics.of(weight, x, u, w), Statistics.of(weight * s, x / s, u / s, w)
@@ -132,7 +132,7 @@ def solved(statistics: Statistics, weight: Tensor, damping: float) -> tuple[Tens
 
 
 def test_shifted_target_minimises_the_error() -> None:
-    """It is the weighted least-squares answer to exposed inputs, and the error's gradient vanishes there."""
+    """The target is the weighted least-squares solution on exposed inputs, where the error's gradient is zero."""
     weight, _, x, u, w = problem(5)
     statistics = Statistics.of(weight, x, u, w)
     target, _, damping = solved(statistics, weight, 1e-9)
@@ -151,7 +151,7 @@ def test_shifted_target_minimises_the_error() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_error_is_a_constant_plus_the_distance_to_the_target(seed: int) -> None:
-    """E(V) - E(V') = tr((V - W*) C (V - W*)') - tr((V' - W*) C (V' - W*)'): what compensated rounding relies on."""
+    """E(V) - E(V') = tr((V - W*) C (V - W*)') - tr((V' - W*) C (V' - W*)'), as compensated rounding assumes."""
     weight, quantized, x, u, w = problem(seed)
     statistics = Statistics.of(weight, x, u, w)
     target, hessian, _ = solved(statistics, weight, 1e-7)
@@ -169,8 +169,8 @@ def test_target_is_the_weight_itself_without_exposure() -> None:
     assert torch.equal(target, weight)
 
 
-def test_damping_raises_itself_until_the_factorisation_succeeds() -> None:
-    """Three tokens span three of twelve channels: no inverse without damping, from whatever share it starts."""
+def test_damping_grows_until_the_factorisation_succeeds() -> None:
+    """Three tokens span three of twelve channels, so the Hessian has no inverse without damping."""
     weight, _, x, u, w = problem(7, tokens=3)
     statistics = Statistics.of(weight, x, u, w)
     for start in (0.0, 1e-12):

@@ -51,7 +51,7 @@ def quantize_token(hidden: Tensor) -> Tensor:
 
 
 def calls_of(model: Any, path: str, batches: list[Batch]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the module at ``path`` of the first decoder layer is called with."""
+    """Arguments of all calls of the module at ``path`` of the first decoder layer."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     module = model.model.language_model.layers[0].get_submodule(path)
     handle = module.register_forward_pre_hook(lambda _, args, named: calls.append((args, named)), with_kwargs=True)
@@ -132,7 +132,7 @@ class Recorder(GroupSolver):
     ],
 )
 @torch.no_grad()
-def test_chooses_the_exponent_of_a_plain_implementation(
+def test_the_search_chooses_the_exponent_of_a_plain_implementation(
     tiny_model: PreTrainedModel,
     batches: list[Batch],
     scores: Importance,

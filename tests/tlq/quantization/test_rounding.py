@@ -65,7 +65,7 @@ def factor(hessian: Tensor) -> Factor:
 
 
 def rounded(target: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """One target alone."""
+    """Codes of a single target."""
     (found,) = round_compensated([target], factor, WeightQuantizer(scheme, scale_dtype))
     return found
 
@@ -86,8 +86,8 @@ def test_equals_the_column_by_column_algorithm(scheme: Scheme, seed: int) -> Non
     assert quadratic(fast - weight, hessian) == pytest.approx(quadratic(slow - weight, hessian), rel=0.02)
 
 
-def test_equals_it_over_several_blocks() -> None:
-    """One scale per row and more columns than a block: the lazy update of the columns behind it must arrive."""
+def test_equals_the_column_by_column_algorithm_over_several_blocks() -> None:
+    """With one scale per row and more columns than a block, the lazy update must reach the columns after the block."""
     weight, hessian = problem(0, width=300, out=3, tokens=1500)
     fast = rounded(weight, factor(hessian), ROWS, torch.bfloat16).dequantize()
     slow = slow_gptq(weight, hessian, ROWS).float()
@@ -97,8 +97,8 @@ def test_equals_it_over_several_blocks() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([GROUPED, ROWS]))
-def test_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
-    """On correlated inputs and enough rows to average over; being greedy it may lose single rows."""
+def test_compensated_rounding_is_never_worse_than_nearest(seed: int, scheme: Scheme) -> None:
+    """This holds on correlated inputs over many rows; the greedy algorithm may lose single rows."""
     weight, hessian = problem(seed, out=64)
     compensated = rounded(weight, factor(hessian), scheme, torch.bfloat16).dequantize()
     nearest = WeightQuantizer(scheme, torch.bfloat16).round_nearest(weight).dequantize()
@@ -117,7 +117,7 @@ def test_uncorrelated_inputs_leave_nearest_rounding(scheme: Scheme) -> None:
 
 
 def test_shifted_target_beats_plain_gptq_on_exposed_inputs() -> None:
-    """Rounding towards W* lowers the real error E(V); rounding towards W answers a question nobody asked."""
+    """Rounding towards W* lowers the real error E(V) more than rounding towards W."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(600, 48, generator=generator)
     u = x + 0.3 * torch.randn(600, 48, generator=generator)
@@ -132,8 +132,8 @@ def test_shifted_target_beats_plain_gptq_on_exposed_inputs() -> None:
 
 
 @both_schemes
-def test_codes_do_not_depend_on_what_is_rounded_beside_them(scheme: Scheme) -> None:
-    """Ranks of one group or of eight round other parts together: it must not show, in the last bit."""
+def test_codes_do_not_depend_on_other_targets(scheme: Scheme) -> None:
+    """One rank and eight ranks round different parts together; the codes must have the same bits."""
     weight, hessian = problem(6, out=111, width=192)
     found = factor(hessian)
     parts = weight.split(37)
@@ -159,7 +159,7 @@ def test_shapes_and_ranges(scheme: Scheme) -> None:
     assert low <= int(result.codes.min()) <= int(result.codes.max()) <= high
 
 
-def test_inputs_are_left_alone() -> None:
+def test_rounding_does_not_change_its_inputs() -> None:
     weight, hessian = problem(4)
     copies = weight.clone(), hessian.clone()
     rounded(weight, factor(hessian), GROUPED, torch.bfloat16)
@@ -167,7 +167,7 @@ def test_inputs_are_left_alone() -> None:
     assert torch.equal(hessian, copies[1])
 
 
-def test_factors() -> None:
+def test_factors_give_the_hessian_and_solve_with_it() -> None:
     _, hessian = problem(5)
     found = factor(hessian)
     assert torch.equal(found.upper, found.upper.triu())

@@ -19,7 +19,7 @@ from tlq.recipes import RECIPES
 
 
 class Table:
-    """Errors of candidates 0, 1, ... by part, and how many were asked for."""
+    """Errors of candidates 0, 1, ... by part, and the number of measured parts."""
 
     def __init__(self, values: Sequence[Sequence[float]]) -> None:
         self.values, self.asked = values, 0
@@ -35,7 +35,7 @@ class Table:
 
 
 def tables(candidates: int = 12, parts: int = 9) -> st.SearchStrategy[list[list[float]]]:
-    """Small whole numbers: many are equal, and sums are exact."""
+    """Small integers, so that many are equal and sums are exact."""
     return st.integers(1, parts).flatmap(
         lambda width: st.lists(
             st.lists(st.integers(0, 5).map(float), min_size=width, max_size=width), min_size=1, max_size=candidates
@@ -44,13 +44,13 @@ def tables(candidates: int = 12, parts: int = 9) -> st.SearchStrategy[list[list[
 
 
 @given(values=tables())
-def test_the_exhaustive_search_finds_the_first_of_the_least(values: list[list[float]]) -> None:
+def test_exhaustive_search_finds_the_first_minimum(values: list[list[float]]) -> None:
     table = Table(values)
     assert int(least_error(table, table.tried).alpha) == min(range(len(values)), key=lambda number: sum(values[number]))
 
 
 @given(values=tables(parts=1))
-def test_halving_of_one_part_finds_the_first_of_the_least(values: list[list[float]]) -> None:
+def test_halving_of_one_part_finds_the_first_minimum(values: list[list[float]]) -> None:
     table = Table(values)
     assert int(successive_halving(table, table.tried).alpha) == min(
         range(len(values)), key=lambda number: sum(values[number])
@@ -58,7 +58,7 @@ def test_halving_of_one_part_finds_the_first_of_the_least(values: list[list[floa
 
 
 @given(values=st.lists(st.integers(1, 1000), min_size=1, max_size=40, unique=True), parts=st.integers(1, 63))
-def test_halving_finds_the_least_where_every_part_ranks_alike(values: list[int], parts: int) -> None:
+def test_halving_finds_the_minimum_if_all_parts_rank_alike(values: list[int], parts: int) -> None:
     table = Table([[float(value)] * parts for value in values])
     assert values[int(successive_halving(table, table.tried).alpha)] == min(values)
 
@@ -72,8 +72,8 @@ def test_halving_measures_a_fraction() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["statistics", "tokens"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_error_of_what_halving_finds_is_close_to_the_least(form: str, seed: int) -> None:
-    """Heavy-tailed channels, as those for which scales are searched."""
+def test_halving_finds_an_error_close_to_the_minimum(form: str, seed: int) -> None:
+    """Errors of heavy-tailed channels, which occur in practice."""
     generator = torch.Generator().manual_seed(seed)
     channels = torch.randn(128, generator=generator).mul(1.5).exp()
     x = torch.randn(400, 128, generator=generator) * channels
