@@ -65,7 +65,7 @@ class VisionQuestionAnswering(PythonModel):
         try:
             inputs = BatchFeature(encode(self.processor, render_prompt(self.processor, [message]), [picture]))
         except ValueError as error:
-            raise _refusal(row, f"the model cannot take this image and question: {error}") from error
+            raise _refusal(row, f"the model cannot process this image and question: {error}") from error
         length = inputs["input_ids"].shape[1]
         most = self.model.config.get_text_config().max_position_embeddings - self.max_new_tokens
         if length > most:
