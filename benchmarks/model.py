@@ -132,6 +132,7 @@ class VisionLM(LM):
         self._meter = options.meter
         self._on_batch = options.on_batch
         self._chats: dict[str, list[Message]] = {}
+        self._refused: dict[str, str] = {}
         self._end_of_turn = _end_of_turn(model, self.tokenizer)
 
     # --- lm-eval's interface --------------------------------------------------------------------------
@@ -149,7 +150,11 @@ class VisionLM(LM):
                     chat(messages, self.processor), tokenize=False, continue_final_message=True
                 )
             )
-        prompt = render_prompt(self.processor, messages)
+        try:
+            prompt = render_prompt(self.processor, messages)
+        except ValueError as error:
+            prompt = f"refused {len(self._refused)}"  # the item is skipped when it is to be answered
+            self._refused[prompt] = str(error)
         self._chats[prompt] = messages
         return prompt
 
@@ -192,7 +197,7 @@ class VisionLM(LM):
     def _reference(self, key: ItemKey, prompt: str) -> Reference:
         """The reference answer as the chat template writes it after the question; empty if it is not to be measured."""
         answer = self._answers.get(key, "")
-        if not answer or self._meter is None or not self._meter.wants(key):
+        if not answer or prompt in self._refused or self._meter is None or not self._meter.wants(key):
             return Reference()
         if prompt not in self._chats:
             raise BenchmarkError(f"{key}: its prompt is not from the chat template; remove gen_prefix from the task")
@@ -231,6 +236,9 @@ class VisionLM(LM):
         """Encode a batch, every item on its own: no item's tokens depend on what else is in its batch."""
         usable, failed, prompts, contexts = [], [], [], []
         for item in batch:
+            if item.prompt in self._refused:
+                failed.append(Finished(item.key, failure=self._refused[item.prompt][:200]))
+                continue
             try:
                 images = [pixels(image) for image in item.images]
                 prompts.append(encode(self.processor, item.prompt, images))

@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +108,11 @@ def load_samples(
 
 
 def draw_usable(
-    count: int, read: Callable[[int], Sample], limit: int | None, seed: int
+    count: int,
+    read: Callable[[int], Sample],
+    limit: int | None,
+    seed: int,
+    check: Callable[[Sample], object] = lambda sample: None,
 ) -> tuple[list[Sample], list[Rejected]]:
     """Read rows until ``limit`` of them are usable.
 
@@ -114,6 +120,7 @@ def draw_usable(
         count: number of rows.
         read: function from a row to its sample; raises ValueError with the reason if the row is unusable.
         limit: samples taken from a seeded shuffle of the rows; None takes every row in its order.
+        check: called with every usable sample; ValueError with the reason if it is not usable after all.
 
     Returns:
         The samples, and the unusable rows among those read.
@@ -125,7 +132,9 @@ def draw_usable(
         if len(kept) == limit:
             break
         try:
-            kept.append(checked(read(int(index))))
+            sample = checked(read(int(index)))
+            check(sample)
+            kept.append(sample)
         except ValueError as error:
             rejected.append(Rejected(str(index), str(error)))
     return kept, rejected
@@ -165,9 +174,9 @@ def read_json_list(path: Path) -> list[Any]:
         ValueError: the file is not JSON, or its content is not a list.
     """
     try:
-        rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        rows = json.loads(read_utf8(path))
+    except (ValueError, RecursionError) as error:
+        raise _no_json(str(path), error) from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: must be a list of conversations")
     return rows
@@ -175,13 +184,34 @@ def read_json_list(path: Path) -> list[Any]:
 
 def _read_json_lines(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise _no_json(f"{path}:{number}", error) from error
     return rows
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: the file is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 at byte {error.start}; convert it, for example with "
+            f"`iconv -f LATIN1 -t UTF-8 {path.name}`"
+        ) from error
+
+
+def _no_json(place: str, error: Exception) -> ValueError:
+    if isinstance(error, RecursionError):
+        return ValueError(f"{place}: JSON nested too deep; calibration data are a list of flat rows")
+    return ValueError(str(error) if "not UTF-8" in str(error) else f"{place}: not valid JSON: {error}")
 
 
 def _read_parquet(path: Path) -> Sequence[Any]:
@@ -219,7 +249,7 @@ def _read_folder(folder: Path) -> list[Any]:
             f"{folder}: neither metadata.jsonl nor captions ({len(captions)} images, no .txt of the same name); add one"
         )
     return [
-        {"id": image.stem, "image": image.name, "answer": caption.read_text().strip() if caption.exists() else ""}
+        {"id": image.stem, "image": image.name, "answer": read_utf8(caption).strip() if caption.exists() else ""}
         for image, caption in captions
     ]
 
@@ -237,6 +267,9 @@ def sample_of(row: Any, index: str, root: Path, source: str, prompt: str = CAPTI
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"it is a {type(row).__name__}, must be an object with names and values")
+    for medium in ("video", "audio"):
+        if any(_filled(row.get(key)) for key in (medium, f"{medium}s")):
+            raise ValueError(f"it has a {medium}; calibration takes texts and images")
     images = [image_bytes(image, root) for image in image_entries(row)]
     if isinstance(row.get("conversations"), list):
         messages = [_llava_message(turn) for turn in row["conversations"]]
@@ -244,13 +277,23 @@ def sample_of(row: Any, index: str, root: Path, source: str, prompt: str = CAPTI
         messages = [_chat_message(turn) for turn in row["messages"]]
     else:
         messages = _question_and_answer(row, len(images), prompt)
-    return Sample(str(row.get("id", index)), images, messages, str(row.get("source") or source))
+    marks = [mark for mark in ("<video>", "<audio>") if any(mark in message["content"] for message in messages)]
+    if marks:
+        raise ValueError(f"its text has a mark {marks[0]}; calibration takes texts and images")
+    if (system := as_text(row.get("system"), "its system prompt")) and messages and messages[0]["role"] != "system":
+        messages.insert(0, Message(role="system", content=system))
+    return Sample(text_or(row.get("id"), index), images, messages, text_or(row.get("source"), source))
+
+
+def _filled(value: Any) -> bool:
+    """Whether a cell holds anything; tables fill the cells of other rows with None or NaN."""
+    return value is not None and value != "" and value != [] and not (isinstance(value, float) and math.isnan(value))
 
 
 def image_entries(row: Mapping[str, Any]) -> list[Any]:
     """The images of a row, as names or as bytes."""
-    value: Any = next((row[key] for key in _IMAGE_KEYS if row.get(key) is not None), [])
-    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+    value: Any = next((row[key] for key in _IMAGE_KEYS if _filled(row.get(key))), [])
+    return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
 
 
 def image_bytes(image: Any, root: Path) -> bytes:
@@ -271,25 +314,53 @@ def read_image_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"unreadable image: {path.name}: {error.strerror}") from error
+        raise ValueError(f"unreadable image: {path}: {error.strerror}") from error
 
 
 def _question_and_answer(row: Mapping[str, Any], images: int, prompt: str) -> list[Message]:
     key = next((key for key in _ANSWER_KEYS if key in row), None)
     if key is None:
         raise ValueError("it has no list of `conversations` or `messages`, and no `answer`")
-    answer = row[key]
-    if isinstance(answer, list):
-        answer = answer[0] if answer else ""
-    question = as_text(row["question"]) if row.get("question") is not None else prompt
+    answer = as_text(row[key], f"its {key}")
+    question = as_text(row["question"], "its question") if row.get("question") is not None else prompt
     if IMAGE_MARK not in question:
         question = IMAGE_MARK * images + question
-    return [Message(role="user", content=_tidy(question)), Message(role="assistant", content=as_text(answer))]
+    return [Message(role="user", content=_tidy(question)), Message(role="assistant", content=answer)]
 
 
-def as_text(value: Any) -> str:
-    """Text of a cell; numbers, including 0, become text, and an empty cell becomes the empty text."""
-    return "" if value is None else str(value)
+def as_text(value: Any, what: str = "a cell") -> str:
+    """A cell as text: text, a number, or nothing; a list of accepted texts is its first.
+
+    A whole number in a column with gaps, which tables keep as floating point, is written without a fraction. NaN is
+    nothing.
+
+    Raises:
+        ValueError: the cell is anything else: its Python form would become a question or an answer.
+    """
+    if isinstance(value, list | tuple | np.ndarray):
+        value = value[0] if len(value) else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return encodable(value, what)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_) and math.isfinite(value):
+        return str(int(float(value))) if isinstance(value, float | np.floating) and value.is_integer() else str(value)
+    raise ValueError(f"{what} is a {type(value).__name__}, must be text, a number, or a list of those")
+
+
+def encodable(text: str, what: str) -> str:
+    """Return ``text``; ValueError if it has half of a surrogate pair (of an emoji that a cut went through)."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{what} has half of a surrogate pair, which no encoding of text can hold")
+    return text
+
+
+def text_or(value: Any, default: str) -> str:
+    """A cell as text, ``default`` where it is empty or no text."""
+    try:
+        return as_text(value) or default
+    except ValueError:
+        return default
 
 
 def _llava_message(turn: Any) -> Message:
@@ -298,7 +369,7 @@ def _llava_message(turn: Any) -> Message:
         raise ValueError("a turn has no text in `value`")
     if turn.get("from") not in ROLES:
         raise ValueError(f"a turn is from {turn.get('from')!r}, not one of {', '.join(ROLES)}")
-    return Message(role=ROLES[turn["from"]], content=_tidy(turn["value"]))
+    return Message(role=ROLES[turn["from"]], content=_tidy(encodable(turn["value"], "a turn")))
 
 
 def _chat_message(turn: Any) -> Message:
@@ -307,7 +378,7 @@ def _chat_message(turn: Any) -> Message:
         raise ValueError("a turn has no text in `content`")
     if turn.get("role") not in ROLES:
         raise ValueError(f"the role of a turn is {turn.get('role')!r}, must be one of {', '.join(ROLES)}")
-    return Message(role=ROLES[turn["role"]], content=turn["content"])
+    return Message(role=ROLES[turn["role"]], content=encodable(turn["content"], "a turn"))
 
 
 def _tidy(text: str) -> str:

@@ -16,24 +16,32 @@ from datasets import Sequence as SequenceFeature
 from datasets import load_dataset
 
 from tasks.command import command_line
-from tasks.config.params import PrepareParams, section
+from tasks.config.params import ImportanceParams, ModelParams, PrepareParams, section
 from tasks.files import PREPARED, write_samples
-from tlq.data import Rejected, as_text, draw_usable, image_bytes, image_entries, read_json_list, sample_of
-from tlq.inputs.chat import IMAGE_MARK, Message
+from tlq.data import Rejected, draw_usable, image_entries, read_json_list, sample_of
+from tlq.models.checkpoint import local_folder
+from tlq.models.processor import load_processor
 from tlq.runtime.files import new_directory, write_text
-from tlq.samples import Sample
+from tlq.samples import Sample, encode_sample
 
 logger = logging.getLogger("tlq.prepare")
 
 
-def prepare(params: PrepareParams, out: Path) -> tuple[int, list[Rejected]]:
+Check = Callable[[Sample], object]
+
+
+def accepts_all(sample: Sample) -> None:
+    """The check of a source on its own, without a model."""
+
+
+def prepare(params: PrepareParams, out: Path, check: Check = accepts_all) -> tuple[int, list[Rejected]]:
     """Draw, check and write the samples; returns the number of samples, and the rejected rows.
 
     Raises:
         ValueError: too many rows are unusable, there are too few rows, or a column is missing.
     """
     count, read = READERS[params.kind](params)
-    kept, rejected = draw(count, read, params)
+    kept, rejected = draw(count, read, params, check)
     with new_directory(out) as folder:
         write_samples(kept, folder / "calibration.parquet")
         frame = pd.DataFrame([vars(row) for row in rejected], columns=["row", "reason"])
@@ -41,9 +49,11 @@ def prepare(params: PrepareParams, out: Path) -> tuple[int, list[Rejected]]:
     return len(kept), rejected
 
 
-def draw(count: int, read: Callable[[int], Sample], params: PrepareParams) -> tuple[list[Sample], list[Rejected]]:
+def draw(
+    count: int, read: Callable[[int], Sample], params: PrepareParams, check: Check = accepts_all
+) -> tuple[list[Sample], list[Rejected]]:
     """The first ``params.samples`` usable rows of a seeded shuffle of ``count`` rows, and the unusable rows read."""
-    kept, rejected = draw_usable(count, read, params.samples, params.seed)
+    kept, rejected = draw_usable(count, read, params.samples, params.seed, check)
     looked_at = len(kept) + len(rejected)
     if looked_at and len(rejected) / looked_at > params.max_rejected:
         raise ValueError(
@@ -80,19 +90,14 @@ def read_table(params: PrepareParams) -> Reader:
 
     def read(index: int) -> Sample:
         row = dataset[index]
-        images = row[columns.image] if isinstance(row[columns.image], list) else [row[columns.image]]
-        encoded = [image_bytes(image, Path()) for image in images if image is not None]
-        answer = row[columns.answer]
-        if isinstance(answer, list):
-            answer = answer[0] if answer else ""
-        question = f"{IMAGE_MARK * len(encoded)}{as_text(row[asked] if asked else params.prompt)}"
-        messages = [
-            Message(role="user", content=question),
-            Message(role="assistant", content=as_text(answer)),
-        ]
-        identifier = str(row[columns.id]) if columns.id else str(index)
-        source = str(row[columns.source]) if columns.source else params.path
-        return Sample(identifier, encoded, messages, source)
+        cells = {
+            "image": row[columns.image],
+            "question": row[asked] if asked else params.prompt,
+            "answer": row[columns.answer],
+            "id": row[columns.id] if columns.id else None,
+            "source": row[columns.source] if columns.source else None,
+        }
+        return sample_of(cells, str(index), Path(params.image_root or ""), params.path, prompt="")
 
     return len(dataset), read
 
@@ -127,7 +132,7 @@ def _has_prefix(row: Any, prefix: str) -> bool:
     if not prefix:
         return True
     names = image_entries(row) if isinstance(row, dict) else []
-    return bool(names) and all(name.startswith(prefix) for name in names)
+    return bool(names) and all(isinstance(name, str) and name.startswith(prefix) for name in names)
 
 
 READERS: dict[str, Callable[[PrepareParams], Reader]] = {
@@ -137,9 +142,26 @@ READERS: dict[str, Callable[[PrepareParams], Reader]] = {
 }
 
 
+def usable_by(model: str, max_tokens: int) -> Check:
+    """Refuse samples that the model's chat template or processor cannot take, or that are longer than ``max_tokens``.
+
+    Without it the stages after this one would stop at the first such sample.
+    """
+    processor = load_processor(local_folder(model, weights=False))
+
+    def check(sample: Sample) -> None:
+        inputs, _ = encode_sample(sample, processor)
+        tokens = inputs["input_ids"].shape[1]
+        if tokens > max_tokens:
+            raise ValueError(f"{tokens} tokens, more than importance.max_tokens = {max_tokens} allows")
+
+    return check
+
+
 def main() -> None:
     params = section("prepare", PrepareParams)
-    kept, rejected = prepare(params, PREPARED)
+    model = section("model", ModelParams).path
+    kept, rejected = prepare(params, PREPARED, usable_by(model, section("importance", ImportanceParams).max_tokens))
     logger.info("%d samples kept, %d rows rejected", kept, len(rejected))
 
 

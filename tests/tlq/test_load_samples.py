@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_unusable_rows_are_skipped_and_logged(folder: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         assert len(load_samples(path, folder / "images", max_rejected=0.25)) == 3
     assert caplog.messages == [
-        f"{path}: row 3 is skipped: unreadable image: 3.png: No such file or directory",
+        f"{path}: row 3 is skipped: unreadable image: {folder}/images/3.png: No such file or directory",
     ]
     with pytest.raises(ValueError, match=r"1 of 4 rows are unusable, max_rejected = 0\.2 .* row 3: unreadable image"):
         load_samples(path, folder / "images", max_rejected=0.2)
@@ -164,3 +165,99 @@ def test_wrong_paths_and_formats_are_refused_with_the_next_step(folder: Path) ->
     (folder / "bad.jsonl").write_text('{"image": 1}\n{')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: not valid JSON"):
         load_samples(folder / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        ("net", "net"),
+        (3, "3"),
+        (3.0, "3"),
+        (2.5, "2.5"),
+        (0, "0"),
+        (2**62 + 1, "4611686018427387905"),
+        (["net", "nets"], "net"),
+        ([3.0], "3"),
+    ],
+)
+def test_texts_numbers_and_lists_of_them_are_answers(folder: Path, cell: Any, text: str) -> None:
+    path = folder / "table.parquet"
+    pq.write_table(pa.Table.from_pylist([{"image": png(0), "question": "q", "answer": cell}]), path)
+    (sample,) = load_samples(path)
+    assert sample.messages[-1]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ([{"answer": "net", "answer_id": 1}], "its answer is a dict, must be text, a number, or a list of those"),
+        ({"value": "net", "aliases": ["nets"]}, "its answer is a dict, must be"),
+        ([["net", "nets"]], "its answer is a list, must be"),
+        (b"net", "its answer is a bytes, must be"),
+        (True, "its answer is a bool, must be"),
+        (float("inf"), "its answer is a float, must be"),
+        (float("nan"), "its answer is empty"),
+        (None, "its answer is empty"),
+        ([], "its answer is empty"),
+    ],
+)
+def test_other_cells_are_never_turned_into_text(folder: Path, cell: Any, reason: str) -> None:
+    rows = [{"image": png(0), "question": "q", "answer": cell}, {"image": png(0), "question": "q", "answer": cell}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "table.parquet")
+    with pytest.raises(ValueError, match=f"the first is row 0: {re.escape(reason)}"):
+        load_samples(folder / "table.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"video": "x.mp4"}, "it has a video; calibration takes texts and images"),
+        ({"videos": ["x.mp4"]}, "it has a video"),
+        ({"audio": "x.wav"}, "it has a audio"),
+        ({"conversations": [{"from": "human", "value": "<video>\nWho?"}, LLAVA["conversations"][1]]}, "a mark <video>"),
+        (
+            {
+                "images": ["0.png"],
+                "image": None,
+                "conversations": [{"from": "human", "value": "Hi"}, LLAVA["conversations"][1]],
+            },
+            "0 image marks in its text, 1 images",
+        ),
+        ({"image": 5}, "unreadable image: neither a file's bytes nor its path (found int)"),
+        ({"image": [None]}, "unreadable image: neither a file's bytes nor its path (found NoneType)"),
+        ({"conversations": None}, "it has no list of `conversations` or `messages`, and no `answer`"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>\ud83d"}, LLAVA["conversations"][1]]},
+            "half of a surrogate pair",
+        ),
+    ],
+)
+def test_conversations_that_calibration_cannot_use_say_why(folder: Path, change: Any, reason: str) -> None:
+    path = write(folder / "rows.json", [{**LLAVA, **change}])
+    with pytest.raises(ValueError, match=f"the first is row 0: .*{re.escape(reason)}"):
+        load_samples(path, folder / "images")
+
+
+def test_the_system_prompt_of_a_row_is_kept_as_a_turn(folder: Path) -> None:
+    own = [{"from": "system", "value": "Be kind."}, *LLAVA["conversations"]]
+    rows = [{**LLAVA, "system": "Answer in one word."}, {**LLAVA, "system": "Not this.", "conversations": own}]
+    first, second = load_samples(write(folder / "rows.json", rows), folder / "images")
+    assert [message["role"] for message in first.messages] == ["system", "user", "assistant"]
+    assert (first.messages[0]["content"], second.messages[0]["content"]) == ("Answer in one word.", "Be kind.")
+
+
+def test_a_byte_order_mark_is_no_text_and_other_encodings_say_what_to_do(folder: Path) -> None:
+    path = folder / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([LLAVA]).encode())
+    assert len(load_samples(path, folder / "images")) == 1
+    path.write_bytes(json.dumps([{**LLAVA, "id": "caf\u00e9"}], ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(
+        ValueError, match="not UTF-8 at byte .*; convert it, for example with `iconv -f LATIN1 -t UTF-8"
+    ):
+        load_samples(path, folder / "images")
+
+
+def test_deep_json_says_so(folder: Path) -> None:
+    (folder / "rows.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="rows.json: JSON nested too deep; calibration data are a list of flat rows"):
+        load_samples(folder / "rows.json")

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Image, Value
 
 from tasks.config.params import Columns, PrepareParams
 from tasks.files import read_samples
-from tasks.stages.prepare import prepare
+from tasks.stages.prepare import prepare, usable_by
 from tlq.samples import Sample
 
 
@@ -248,7 +248,7 @@ def test_a_prefix_leaves_out_the_images_of_other_sources(llava: Callable[..., Pr
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (conversation(1, image="absent.png"), "unreadable image: absent.png: No such file"),
+        (conversation(1, image="absent.png"), "pictures/absent.png: No such file"),
         ({"id": "c1"}, "no list of `conversations`"),
         ("just text", "no list of `conversations`"),
         (conversation(1, conversations=[{"from": "human", "value": "Alone?"}]), "last turn is not an answer"),
@@ -281,3 +281,44 @@ def test_files_that_are_not_llava(
 def test_a_missing_image_folder_is_named(llava: Callable[..., PrepareParams], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="image_root .*nowhere: not found; correct them in prepare"):
         prepare(llava([conversation(0)], image_root=str(tmp_path / "nowhere")), tmp_path / "prepared")
+
+
+def sized(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_rows_that_the_model_cannot_take_are_listed(table: Table, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Images and texts that later stages would stop at: another row takes their place."""
+    bad = [
+        {**rows(1)[0], "image": sized(4, 1000)},
+        {**rows(1)[0], "question": "why " * 400},
+    ]
+    params = table([*bad, *rows(8)], samples=8, max_rejected=0.2, seed=1)  # the last row drawn is a usable one
+    _, rejected = prepare(params, tmp_path / "out", usable_by(str(tiny_checkpoint), 256))
+    reasons = {each.row: each.reason for each in rejected}
+    assert "the model's processor refuses it: absolute aspect ratio must be smaller than 200" in reasons["0"]
+    assert "tokens, more than importance.max_tokens = 256 allows" in reasons["1"]
+    assert len(read_samples(tmp_path / "out" / "calibration.parquet")) == 8
+
+
+@pytest.mark.parametrize("root", [None, "pictures"])
+def test_a_cell_may_be_the_path_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str | None) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / (root or "") / "a.png").write_bytes(png(1))
+    pd.DataFrame([{"image": "a.png", "question": "q", "answer": "x"}]).to_parquet("table.parquet")
+    params = PrepareParams(kind="parquet", path="table.parquet", samples=1, image_root=root)
+    assert run(params, tmp_path)[0][0].images == [png(1)]
+
+
+def test_gaps_in_columns_of_counts_and_ids_leave_no_nan(tmp_path: Path) -> None:
+    frame = pd.DataFrame([{"image": png(1), "question": "q", "answer": 3.0, "key": 7.0, "from": "here"}] * 2)
+    frame.loc[1, ["key", "from"]] = None
+    frame.to_parquet(tmp_path / "table.parquet")
+    columns = Columns(id="key", source="from")
+    params = PrepareParams(kind="parquet", path=str(tmp_path / "table.parquet"), samples=2, columns=columns)
+    kept = sorted(run(params, tmp_path)[0], key=lambda sample: sample.id)
+    assert [sample.messages[-1]["content"] for sample in kept] == ["3", "3"]
+    assert [(sample.id, sample.source) for sample in kept] == [("1", params.path), ("7", "here")]
