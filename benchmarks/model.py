@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from benchmarks.data import BenchmarkError
 from benchmarks.divergence import AnswerMeter, Divergence, ItemKey
+from benchmarks.replies import final_answer
 from tlq.inputs.chat import Inputs, Message, answer_ids, chat, collate, encode, ids_after, render_answer, render_prompt
 from tlq.inputs.images import IMAGE_ERRORS, as_rgb
 
@@ -89,7 +90,7 @@ class AnswerOptions:
 
     Attributes:
         batch_size: items per batch; halved when memory runs out.
-        max_new_tokens: upper bound on the reply lengths that the tasks set.
+        max_new_tokens: longest reply in tokens, in place of the tasks' own lengths.
         meter: measures reference answers; None measures none.
         finished: items answered by an earlier, interrupted run.
         on_batch: called with each batch of finished items.
@@ -171,7 +172,7 @@ class VisionLM(LM):
                 self.finished |= {item.key: item for item in done}
                 self._on_batch(done)
                 progress.update(len(done))
-        return [self.finished[item.key].reply for item in work]
+        return [final_answer(self.finished[item.key].reply) for item in work]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("these benchmarks generate; use output_type generate_until")
@@ -187,9 +188,7 @@ class VisionLM(LM):
         prompt, generation, extra = request.args
         key = ItemKey(str(request.task_name), self._name_of(str(request.task_name), int(request.doc_id or 0)))
         images = tuple(extra["visual"])
-        max_new_tokens = generation["max_gen_toks"]
-        if self._max_new_tokens is not None:
-            max_new_tokens = min(max_new_tokens, self._max_new_tokens)
+        max_new_tokens = self._max_new_tokens or generation["max_gen_toks"]
         n_text = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
         n_image = sum(image.width * image.height // PIXELS_PER_TOKEN for image in images)
         return Work(key, prompt, images, max_new_tokens, self._reference(key, prompt), n_text + n_image)

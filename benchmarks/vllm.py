@@ -11,6 +11,7 @@ from tqdm import tqdm
 from benchmarks.data import BenchmarkError
 from benchmarks.divergence import ItemKey
 from benchmarks.model import Finished, pixels
+from benchmarks.replies import final_answer
 from tlq.inputs.images import IMAGE_ERRORS
 
 MOST_IMAGES = 7  # maximum per item, in MMMU
@@ -66,7 +67,7 @@ class WrappedLM(LM):
             done = self._answer(waiting[start : start + self._chunk_size])
             self.finished |= {item.key: item for item in done}
             self._on_batch(done)
-        return [self.finished[key].reply for key, _ in keyed]
+        return [final_answer(self.finished[key].reply) for key, _ in keyed]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("these benchmarks generate; use output_type generate_until")
@@ -92,7 +93,7 @@ class WrappedLM(LM):
     def _decoded(self, request: Instance) -> Instance:
         prompt, generation, extra = request.args
         if self._max_new_tokens is not None:
-            generation = generation | {"max_gen_toks": min(generation["max_gen_toks"], self._max_new_tokens)}
+            generation = generation | {"max_gen_toks": self._max_new_tokens}
         images = [pixels(image) for image in extra["visual"]]
         arguments: tuple[Any, ...] = (prompt, generation, extra | {"visual": images})
         metadata = (request.task_name, request.doc_id, request.repeats)

@@ -17,13 +17,9 @@ def target(doc: Mapping[str, Any]) -> str:
 
 
 def to_number(text: str) -> float | None:
-    """The number that a text states, or None. Percent signs at the end divide by 100 and must touch the number."""
-    is_percent = text.endswith("%")
-    digits = text.rstrip("%")
-    if is_percent and digits != digits.rstrip():
-        return None
+    """The number that a text states, or None. Percent signs at the end divide by 100, after a blank too ("5 %")."""
     try:
-        return float(digits) / 100 if is_percent else float(digits)
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
 
@@ -33,6 +29,7 @@ def is_correct(reply: str, answer: str) -> bool:
 
     A target of exactly 0 has no 5 % range, so it is compared by lower-case equality like text.
     """
+    reply = reply.strip()
     number, wanted = to_number(reply), to_number(answer)
     if number is not None and wanted:
         return abs(number - wanted) / abs(wanted) <= TOLERANCE

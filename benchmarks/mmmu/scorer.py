@@ -1,9 +1,9 @@
 """MMMU: college-level questions with up to seven images, multiple choice or open.
 
-The scorer follows the official evaluation. lmms-eval's copy has two known faults, and its score is an additional metric
-(`accuracy_lmms_eval`). It keeps a single parsed candidate of an open question and compares its characters, so that no
-open answer is ever right. Among several bare letters ("A.", "A ") it searches the last only with spaces on both sides,
-so that without such spaces the first letter wins.
+Replies are parsed as lmms-eval parses them, which is the official parser with the form "A." in addition and with a
+tie-break in place of a guess. Open questions follow the official evaluation: lmms-eval keeps a single parsed candidate
+and compares its characters, so that no open answer is ever right there; its score is an additional metric
+(`accuracy_lmms_eval`).
 """
 
 import ast
@@ -91,12 +91,10 @@ def images(doc: Mapping[str, Any]) -> list[Any]:
 def prompt(doc: Mapping[str, Any], suffix: str | None = None) -> str:
     """Prompt with one `<image>` placeholder per image; `suffix` replaces the instruction of both kinds of question.
 
-    A single image goes before the text and its mentions are removed. Each of several images is placed at its first
-    mention. Later mentions, and mentions of images that do not exist, are written out ("image 2").
+    An image is placed at its first mention; images that the text never mentions go before it. Later mentions, and
+    mentions of images that do not exist, are written out ("image 2"). No blank follows a single image that comes first.
     """
     text, numbers = _text(doc, suffix), _image_numbers(doc)
-    if len(numbers) == 1:
-        return "<image>" + IMAGE_MENTION.sub(lambda match: _without(match, numbers[0]), text).lstrip()
     waiting = set(numbers)
     mentioned = {int(number) for number in IMAGE_MENTION.findall(text)}
     unmentioned = sum(number not in mentioned for number in numbers)
@@ -108,12 +106,8 @@ def prompt(doc: Mapping[str, Any], suffix: str | None = None) -> str:
             return "<image>"
         return f"image {number}"
 
-    return "<image>" * unmentioned + IMAGE_MENTION.sub(place, text)
-
-
-def _without(match: re.Match[str], single: int) -> str:
-    number = int(match[1])
-    return "" if number == single else f"image {number}"
+    placed = "<image>" * unmentioned + IMAGE_MENTION.sub(place, text)
+    return re.sub(r"^<image>\s+", "<image>", placed) if len(numbers) == 1 else placed
 
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -165,10 +159,12 @@ def _pad(reply: str) -> str:
     return f" {reply} "
 
 
-def parse_choice(reply: str, option_texts: Sequence[str], form_of_last: str | None = None) -> str | None:
-    """Letter that a reply chooses: the last of several, or None if the reply names none.
+def parse_choice(reply: str, option_texts: Sequence[str]) -> str | None:
+    """Letter that a reply chooses, or None if it names none.
 
-    `form_of_last`, if given, replaces the form found in the search for the last bare letter.
+    Of several letters in parentheses, and of several option texts, the last counts. Of several bare letters the one
+    that stands last between blanks counts, so that no word that ends in a letter ("DNA is") is an answer. If none
+    stands between blanks, the first in option order counts, as in lmms-eval; the official code guesses.
     """
     letters, form = find_choices(reply, option_texts)
     if not letters:
@@ -178,7 +174,7 @@ def parse_choice(reply: str, option_texts: Sequence[str], form_of_last: str | No
         lowered = padded.lower()
         places = [lowered.rfind(option_texts[LETTERS.index(letter)].lower()) for letter in letters]
     else:
-        looked_for = form_of_last if form_of_last and form != "({})" else form
+        looked_for = form if form == "({})" else " {} "
         places = [padded.rfind(looked_for.format(letter)) for letter in letters]
     return letters[places.index(max(places))]
 
@@ -261,11 +257,10 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     texts, accepted = options(doc), answers(doc)
     guess = random_choice(doc, len(texts))
     letter = parse_choice(reply, texts)
-    variant = parse_choice(reply, texts, form_of_last=" {} ")
     correct = float((letter or guess) in accepted)
     return {
         "accuracy": correct,
-        "accuracy_lmms_eval": float((variant or guess) in accepted),
+        "accuracy_lmms_eval": correct,
         "unparsed": float(letter is None),
         "multiple_choice": correct,
     } | _parts(doc, correct)

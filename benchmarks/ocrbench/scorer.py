@@ -12,6 +12,7 @@ RECOGNITION = (
     "Digit String Recognition",
     "Non-Semantic Text Recognition",
 )
+FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)} | {0x3000: 0x20}
 CATEGORIES = dict.fromkeys(RECOGNITION, "text_recognition") | {
     "Scene Text-centric VQA": "scene_text_vqa",
     "Doc-oriented VQA": "document_vqa",
@@ -43,15 +44,19 @@ def is_correct(reply: str, answer: str, dataset: str) -> bool:
     return answer.lower() in reply.lower()
 
 
+def folded(text: str) -> str:
+    """The text with full-width forms of ASCII characters (U+FF01 to U+FF5E, U+3000) as ASCII."""
+    return text.translate(FULL_WIDTH)
+
+
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """lm-eval `process_results`: accuracy and points, overall and for the question's category.
 
-    `accuracy_lmms_eval` lower-cases a formula reply before the case-sensitive comparison, as lmms-eval does, so that a
-    formula with a capital letter can never be right.
+    `accuracy_lmms_eval` turns full-width characters into ASCII first, as lmms-eval does since July 2026.
     """
     reply, dataset, answers = results[0], doc["dataset"], _ground_truths(doc)
     correct = float(any(is_correct(reply, answer, dataset) for answer in answers))
-    variant = float(any(is_correct(reply.lower(), answer, dataset) for answer in answers))
+    variant = float(any(is_correct(folded(reply), folded(answer), dataset) for answer in answers))
     category = CATEGORIES.get(doc["question_type"], "other")
     return {"accuracy": correct, "points": correct, "accuracy_lmms_eval": variant, category: correct}
 

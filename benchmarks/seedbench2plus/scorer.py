@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LETTERS = "ABCD"
-PROMPT_SUFFIX = "\n\nAnswer with the option's letter from the given choices directly."
+PROMPT_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 
 
 def prompt(doc: Mapping[str, Any], suffix: str = PROMPT_SUFFIX) -> str:

@@ -170,7 +170,9 @@ class EvaluateParams(Section):
         description="items per batch, halved when memory runs out; `auto` starts at 32 on a CPU, 256 on a GPU",
     )
     max_new_tokens: int | None = Field(
-        default=None, ge=1, description="upper bound on the tokens of a reply; null keeps each benchmark's own"
+        default=None,
+        ge=1,
+        description="longest reply in tokens (thousands for a model that thinks); null keeps each benchmark's own",
     )
     min_pixels: int | None = Field(
         default=None, ge=1, description="smallest image size; null keeps the processor's own"

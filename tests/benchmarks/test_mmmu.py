@@ -29,9 +29,12 @@ CHOICES = [
     ("B rather than A here", "A"),
     ("Answer: C", "C"),
     ("C. Rome", "C"),
-    ("A. no, B. yes", "B"),
+    ("A. no, B. yes", "A"),
     ("B. no, A. yes", "A"),
     ("see C.", "C"),
+    ("B because DNA is shown", "B"),
+    ("DNA. B. UNICEF.", "A"),
+    ("B, unlike DNA or A", "A"),
     ("a", None),
     ("b.", None),
     ("E", None),
@@ -145,7 +148,7 @@ SUFFIX = (
     ("row", "prompt", "images"),
     [
         (doc("<image 1> Which?"), f"<image>Which?{SUFFIX}", ["one"]),
-        (doc("See <image 1> and <image 1>."), f"<image>See  and .{SUFFIX}", ["one"]),
+        (doc("See <image 1> and <image 1>."), f"See <image> and image 1.{SUFFIX}", ["one"]),
         (doc("Which?"), f"<image>Which?{SUFFIX}", ["one"]),
         (doc("<image 2> Which?", image_2=None), f"<image>image 2 Which?{SUFFIX}", ["one"]),
         (doc("<image 1> or <image 2>?", image_2="two"), f"<image> or <image>?{SUFFIX}", ["one", "two"]),
@@ -153,7 +156,7 @@ SUFFIX = (
         (doc("<image 2>?", image_2="two"), f"<image><image>?{SUFFIX}", ["one", "two"]),
         (doc("<image 1>, <image 1>, <image 2>", image_2="two"), f"<image>, image 1, <image>{SUFFIX}", ["one", "two"]),
         (doc("Which?", image_1=None), f"Which?{SUFFIX}", []),
-        (doc("a <image> token <image 1>"), f"<image>a image token {SUFFIX}", ["one"]),
+        (doc("a <image> token <image 1>"), f"a image token <image>{SUFFIX}", ["one"]),
     ],
 )
 def test_prompt_and_images_agree(row: dict[str, Any], prompt: str, images: list[str]) -> None:
@@ -185,11 +188,6 @@ def test_score_of_a_choice() -> None:
     }
     assert scorer.score(doc(), ["(A)"])["accuracy"] == 0.0
     assert scorer.score(doc(id="validation_Alchemy_3"), ["B"])["other"] == 1.0
-
-
-def test_last_bare_letter_wins_unlike_in_lmms_eval() -> None:
-    scores = scorer.score(doc(), ["A. no, B. yes"])
-    assert (scores["accuracy"], scores["accuracy_lmms_eval"]) == (1.0, 0.0)
 
 
 def test_open_answers_score_unlike_in_lmms_eval() -> None:

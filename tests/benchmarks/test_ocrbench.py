@@ -79,9 +79,11 @@ def test_categories(question_type: str, category: str) -> None:
     assert scorer.score(doc(["exit"], question_type=question_type), ["exit"])[category] == 1.0
 
 
-def test_lmms_eval_metric_never_scores_formulas_with_capitals() -> None:
-    scores = scorer.score(doc(["X^2"], dataset="HME100k"), ["X^2"])
-    assert (scores["accuracy"], scores["accuracy_lmms_eval"]) == (1.0, 0.0)
+def test_the_metric_of_lmms_eval_reads_full_width_characters_as_ascii() -> None:
+    scores = scorer.score(doc(["ABC 12"]), ["\uff21\uff22\uff23\u3000\uff11\uff12"])
+    assert (scores["accuracy"], scores["accuracy_lmms_eval"]) == (0.0, 1.0)
+    formula = scorer.score(doc(["X^2"], dataset="HME100k"), ["X^2"])
+    assert (formula["accuracy"], formula["accuracy_lmms_eval"]) == (1.0, 1.0)
 
 
 def test_no_state_between_runs() -> None:

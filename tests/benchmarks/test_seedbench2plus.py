@@ -63,7 +63,7 @@ def test_image_types(image_type: str) -> None:
 
 def test_prompt_and_target() -> None:
     assert scorer.prompt(doc("A")) == (
-        "<image>Which image?\nA. option A\nB. option B\nC. option C\nD. option D\n\n"
+        "<image>Which image?\nA. option A\nB. option B\nC. option C\nD. option D\n"
         "Answer with the option's letter from the given choices directly."
     )
     assert scorer.target(doc(" B ")) == "B"

@@ -72,7 +72,7 @@ EXPECTED = {
     "ocrbench": {
         "accuracy": 1,
         "points": 2,
-        "accuracy_lmms_eval": 0.5,
+        "accuracy_lmms_eval": 1,
         "document_vqa": 1,
         "handwritten_mathematics": 1,
     },
