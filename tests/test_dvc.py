@@ -135,6 +135,17 @@ def test_only_what_decides_a_result_makes_a_stage_stale(project: QuickProject) -
     assert not stale & {"demo", "prepare", "baseline"}
 
 
+def test_another_token_set_makes_only_the_recipes_stale_that_use_it(project: QuickProject) -> None:
+    params = project.folder / "params.yaml"
+    values = yaml.safe_load(params.read_text())
+    values["calibset"]["seed"] = 9
+    params.write_text(yaml.safe_dump(values, sort_keys=False))
+    project.dvc("repro", "calibset")
+    stale = set(yaml.safe_load(project.dvc("status", "--json")))
+    assert "calibrate@tlq-w3a16" in stale
+    assert "calibrate@rtn-w3a16" not in stale
+
+
 def test_presets_put_downloads_before_the_stages_that_need_them(tmp_path: Path) -> None:
     project = QuickProject.made(tmp_path)
     chosen = named(["qwen2.5-vl-7b", "textvqa-train", "text-benchmarks"], available(ROOT / PRESETS))

@@ -1,25 +1,31 @@
 """Stage `calibset`: choose the tokens whose error counts in calibration.
 
-Reads data/importance. Writes data/calibset/tokens.parquet (layer, group, sample, position, token_id, is_image, weight)
-and summary.csv (per layer and group: tokens, effective tokens, image share). A warning names every set
-with fewer effective tokens than calibset.weighting.least_effective.
+Reads data/importance. Writes data/calibset/tokens.parquet (layer, group, sample, position, token_id, is_image, weight),
+summary.csv (per layer and group: tokens, effective tokens, image share), and recipes/<recipe>.json, which identifies
+what a recipe calibrates with: `calibrate` depends on it alone, so that another token set makes no variant stale that
+does not use it. A warning names every set with fewer effective tokens than calibset.weighting.least_effective.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tasks.command import command_line
-from tasks.config.params import CalibsetParams, section
-from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_pool, write_parquet
+from tasks.config.params import CalibsetParams, recipe, section
+from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, write_parquet
 from tlq.importance.pool import Importance, TokenPool, WeightedTokens
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.token_weights import token_set
 from tlq.importance.weighting import loss_of
+from tlq.recipes import RECIPES, Recipe
 from tlq.runtime.files import new_directory, write_text
 
 logger = logging.getLogger("tlq.calibset")
@@ -74,6 +80,29 @@ def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
         )
 
 
+def used_by(recipe: Recipe, params: CalibsetParams, tokens: Path) -> dict[str, Any]:
+    """Digests of the files, and the parameters of this stage, that the result of ``recipe`` depends on.
+
+    See ``tasks.stages.calibrate.weights_of``, which reads them.
+
+    Args:
+        tokens: the token-level calibration set.
+    """
+    if not recipe.needs_data:
+        return {}
+    used = {"samples": _digest(PREPARED / "calibration.parquet"), "pool": _digest(IMPORTANCE / "sequences.parquet")}
+    if recipe.tokens == "set":
+        return {**used, "source": params.source, "tokens": _digest(tokens)}
+    if recipe.importance == "uniform":
+        return used
+    return {**used, "scores": _digest(IMPORTANCE / "scores.parquet"), "weighting": asdict(params.weighting)}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def main() -> None:
     params = section("calibset", CalibsetParams)
     tokens = build(read_importance(IMPORTANCE, loss_of(params.source)), read_pool(IMPORTANCE), params)
@@ -82,6 +111,9 @@ def main() -> None:
     with new_directory(Path(CALIBSET)) as folder:
         write_parquet(tokens, folder / "tokens.parquet")
         write_text(summary.to_csv(index=False), folder / "summary.csv")
+        for name in RECIPES:
+            used = used_by(recipe(name), params, folder / "tokens.parquet")
+            write_text(json.dumps(used, indent=1) + "\n", folder / "recipes" / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ def importance() -> None:
 def calibset() -> None:
     scores = Path("data/importance/scores.parquet").read_text()
     write("data/calibset/tokens.parquet", [PARAMS["calibset"], scores])
+    for recipe in PARAMS["recipes"]:
+        used = [PARAMS["calibset"]] if recipe == "tlq" else []
+        write(f"data/calibset/recipes/{recipe}.json", [*used, scores] if recipe != "rtn" else [])
 
 
 def calibrate() -> None:

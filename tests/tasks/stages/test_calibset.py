@@ -13,12 +13,13 @@ import yaml
 from support.pools import pool_of
 
 from tasks.config.params import CalibsetParams
-from tasks.files import IMPORTANCE, write_importance
+from tasks.files import IMPORTANCE, PREPARED, write_importance
 from tasks.stages import calibset
 from tasks.stages.calibset import build, summarise
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_set import TokenBudget, effective_sample_size
 from tlq.importance.weighting import Weighting, token_weights
+from tlq.recipes import RECIPES
 
 LENGTHS = [30, 22, 41]
 
@@ -77,6 +78,55 @@ def test_draws_differ_between_layers_and_seeds(scored: tuple[Importance, TokenPo
     assert one != other
 
 
+def write_inputs(scores: Importance, pool: TokenPool) -> None:
+    """What the stage reads, in the current folder."""
+    write_importance({"answer": scores}, pool, IMPORTANCE)
+    PREPARED.mkdir(parents=True)
+    (PREPARED / "calibration.parquet").write_bytes(b"samples")
+
+
+WEIGHTED, SET = {"mbq"}, {"tlq", "tlq-c"}
+DATA = {"smoothquant", "awq", "gptq"} | WEIGHTED | SET
+
+
+@pytest.mark.parametrize(
+    ("change", "affected"),
+    [
+        ({"calibset": {"seed": 5}}, SET),
+        ({"calibset": {"budget": {"tokens_per_layer": 20}}}, SET),
+        ({"calibset": {"weighting": {"power": 0.5}}}, WEIGHTED | SET),
+        ({"recipes": {"rtn": {"importance": "token"}}}, set()),
+        ({}, set()),
+        ("scores", WEIGHTED | SET),
+        ("samples", DATA),
+    ],
+)
+def test_a_change_affects_the_recipes_that_use_it(
+    scored: tuple[Importance, TokenPool],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Any,
+    affected: set[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = {"calibset": {"budget": {"tokens_per_layer": 25}, "seed": 4}}
+    write_inputs(*scored)
+    found = []
+    for changed in (False, True):
+        if changed and isinstance(change, dict):
+            params |= {name: {**params.get(name, {}), **values} for name, values in change.items()}
+        elif changed and change == "scores":
+            scores = {key: values * values for key, values in scored[0].items()}
+            write_importance({"answer": scores}, scored[1], IMPORTANCE)
+        elif changed:
+            (PREPARED / "calibration.parquet").write_bytes(b"others")
+        Path("params.yaml").write_text(yaml.safe_dump(params))
+        calibset.main()
+        found.append({path.stem: path.read_text() for path in Path("data/calibset/recipes").iterdir()})
+    assert set(found[0]) == set(RECIPES)
+    assert {name for name in RECIPES if found[0][name] != found[1][name]} == affected
+
+
 def test_summary(scored: tuple[Importance, TokenPool]) -> None:
     tokens = build(*scored, CalibsetParams(budget=TokenBudget(20, "top")))
     summary = summarise(tokens).set_index(["layer", "group"])
@@ -93,12 +143,13 @@ def test_the_stage_twice_writes_the_same_bytes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump({"calibset": {"budget": {"tokens_per_layer": 25}, "seed": 4}}))
-    write_importance({"answer": scored[0]}, scored[1], IMPORTANCE)
+    write_inputs(scored[0], scored[1])
     written = []
     for _ in range(2):
         calibset.main()
-        written.append({path.name: path.read_bytes() for path in Path("data/calibset").iterdir()})
-    assert sorted(written[0]) == ["summary.csv", "tokens.parquet"]
+        written.append({str(path): path.read_bytes() for path in Path("data/calibset").rglob("*") if path.is_file()})
+    names = {Path(path).name for path in written[0]}
+    assert names == {"summary.csv", "tokens.parquet", *(f"{name}.json" for name in RECIPES)}
     assert written[0] == written[1]
     assert len(pd.read_csv("data/calibset/summary.csv")) == 4
 
@@ -115,7 +166,7 @@ def test_sets_with_too_few_effective_tokens_are_warned_of(
     scores = {(layer, "o_proj" if group == "qkv" else group): values for (layer, group), values in scored[0].items()}
     for values in scores.values():
         values[pool.is_image] *= 1000
-    write_importance({"answer": scores}, pool, IMPORTANCE)
+    write_inputs(scores, pool)
     for source, warned in (("token", 0), ("modality", 4)):
         params = {"source": source, "budget": {"tokens_per_layer": 400}, "weighting": {"least_effective": 60}}
         Path("params.yaml").write_text(yaml.safe_dump({"calibset": params}))
