@@ -27,6 +27,7 @@ from services import database
 from services.deployments import POOL, apply_deployments, cancel_runs, create_pool, release_lost_runs, server
 from services.processes import ROOT, tree
 from services.supervisor import HOST, Service, ServiceError, Supervisor, check_port
+from tasks.registry.location import follow_project
 
 logger = logging.getLogger("tlq.services")
 
@@ -48,6 +49,8 @@ def mlflow_server(port: int, url: URL | None) -> Service:
     Clients write artifacts as files to the folder that `make demo` uses, so that runs with and without this server find
     each other's artifacts.
     """
+    if url is None:
+        follow_project(ROOT / "mlflow.db")
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     return Service(
         "mlflow",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from tasks.registry.location import follow_project
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -36,6 +38,8 @@ def connect() -> MlflowClient:
         with _alone_in_database(uri):
             client = mlflow.MlflowClient()
             client.search_experiments(max_results=1)
+            if uri.startswith("sqlite:///"):
+                follow_project(Path(uri.removeprefix("sqlite:///")))
     except MlflowException as error:
         raise ConnectionError(
             f"MLflow at {uri} does not answer ({first_line(error)}); start it, or correct MLFLOW_TRACKING_URI"

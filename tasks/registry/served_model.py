@@ -32,7 +32,7 @@ class VisionQuestionAnswering(PythonModel):
 
     def load_context(self, context: Any) -> None:
         config = context.model_config
-        checkpoint = Path(config["checkpoint"])
+        checkpoint = _folder(Path(config["checkpoint"]), config.get("relative"))
         if not checkpoint.is_dir():
             raise FileNotFoundError(
                 f"{checkpoint} is gone; bring it back with `dvc checkout` or `dvc pull`, or say where it is with "
@@ -73,6 +73,22 @@ class VisionQuestionAnswering(PythonModel):
                 row, f"image and question are {length} tokens, more than the {most} that leave room to answer"
             )
         return inputs.to(self.model.device)
+
+
+def _folder(stated: Path, relative: str | None) -> Path:
+    """The checkpoint's folder, also after its project was moved.
+
+    Without an MLflow server this file lies in the project, below `mlruns`.
+
+    Args:
+        stated: where the checkpoint was when it was registered.
+        relative: the same, relative to its project.
+    """
+    if stated.is_dir() or relative is None or not stated.match(relative):  # no match: the user says where it is
+        return stated
+    projects = [parent.parent for parent in Path(__file__).resolve().parents if parent.name == "mlruns"]
+    places = [project / relative for project in (*projects, Path.cwd())]
+    return next((place for place in places if place.is_dir()), stated)
 
 
 def _picture(row: int, image: Any) -> Image:

@@ -248,6 +248,7 @@ class Registrar:
                 pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
                 model_config={
                     "checkpoint": str((MODELS / result.variant).resolve()),
+                    "relative": str(MODELS / result.variant),
                     "digest": result.identity[CHECKPOINT],
                     "commit": lineage(result.variant)["git_commit"],
                     "dtype": self.model.dtype,

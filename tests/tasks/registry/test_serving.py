@@ -25,6 +25,7 @@ from support.tiny_project import free_port
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
 from tasks.registry.connection import connect
+from tasks.registry.location import follow_project
 from tasks.stages.register import Registrar, register_all
 
 URI = "models:/tiny-w3a16@champion"
@@ -170,3 +171,26 @@ def test_the_path_of_a_moved_checkpoint_can_be_configured(registered: Path, tmp_
         mlflow.pyfunc.load_model(URI, model_config={"checkpoint": "nowhere"})
     model = mlflow.pyfunc.load_model(URI, model_config={"checkpoint": str(moved)})
     assert model.predict(pd.DataFrame({"image": [png(0)], "question": [QUESTION]}))
+
+
+def test_a_project_that_was_moved_loads_its_champion_from_the_new_place(
+    registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old folder is gone: MLflow's folders and the checkpoint are found next to the database."""
+    moved = tmp_path / "moved"
+    shutil.copytree(registered, moved)
+    monkeypatch.chdir(moved)
+    hidden = registered.rename(registered.with_name("hidden"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{moved}/mlflow.db")
+    try:
+        client = connect()
+        run = client.get_run(client.get_model_version_by_alias("tiny-w3a16", "champion").run_id)
+        assert Path(run.info.artifact_uri).is_relative_to(moved)
+        assert "metrics.json" in [entry.path for entry in client.list_artifacts(run.info.run_id)]
+        monkeypatch.chdir(tmp_path)
+        model = mlflow.pyfunc.load_model(URI)
+        (answer,) = model.predict(pd.DataFrame([{"image": png(0), "question": QUESTION}]))
+        assert isinstance(answer, str)
+    finally:
+        hidden.rename(registered)
+    assert follow_project(moved / "mlflow.db") == 0
