@@ -22,6 +22,7 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         _reach_disk(temporary)
         temporary.replace(path)
     except SafetensorError as error:

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from huggingface_hub import ModelCard
 from support.report_results import VARIANTS, write_metrics
-from transformers.utils import is_torchvision_available
 
 from tasks.config.params import VariantParams
 from tasks.report.cards import Base, CalibrationData, in_vllm, place_cards, read_base, render_card
 from tasks.report.results import read_results
-from tlq.models.processor import load_processor
 from tlq.quantization.formats import SCHEMES
 from tlq.runtime.digest import checkpoint_digest
 from tlq.samples import Sample
@@ -126,8 +123,6 @@ def test_the_code_for_transformers_runs_as_written(
 ) -> None:
     monkeypatch.chdir(reported)
     (reported / "picture.png").write_bytes(samples[0].images[0])
-    if not is_torchvision_available():
-        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load_processor)
     code = blocks(Path("models/tlq-w4a8/README.md").read_text())[0]
     assert 'path = "models/tlq-w4a8"' in code
     capsys.readouterr()

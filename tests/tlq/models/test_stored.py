@@ -228,3 +228,4 @@ def test_leftovers_of_training_are_not_copied(checkpoint: Path) -> None:
     names = {file.name for file in out.iterdir()}
     assert set(wanted) <= names
     assert not names & set(leftovers)
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
