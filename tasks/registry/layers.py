@@ -16,20 +16,16 @@ if TYPE_CHECKING:
 def layer_metrics(report: LayerReport) -> list[Metric]:
     """Metrics of a layer's report; their step is the layer index.
 
-    The error of a layer is the sum over its groups. Values that were not measured are left out.
+    The error of a layer is the sum over its groups, whose own errors are in calibration.json. Values that were not
+    measured are left out.
     """
     from mlflow.entities import Metric
 
     now = int(1000 * time.time())
-    values: dict[str, float | None] = {
-        "layer/seconds": report.seconds,
-        "layer/peak_host_bytes": report.peak_host_bytes,
-        "layer/peak_device_bytes": report.peak_device_bytes,
-    }
+    values: dict[str, float | None] = {"layer/seconds": report.seconds}
     for name in ("error_before", "error_after"):
-        errors: dict[str, float | None] = {group.group: getattr(group, name) for group in report.groups}
-        values |= {f"layer/{group}/{name}": error for group, error in errors.items()}
-        known = [error for error in errors.values() if error is not None]
+        errors: list[float | None] = [getattr(group, name) for group in report.groups]
+        known = [error for error in errors if error is not None]
         values[f"layer/{name}"] = sum(known) if known else None
     return [Metric(name, float(value), now, report.layer) for name, value in values.items() if value is not None]
 

@@ -22,6 +22,8 @@ logger = logging.getLogger("tlq.tracking")
 #: Tags of a run: the digest of the checkpoint that it made, and the reason why it failed.
 CHECKPOINT, ERROR = "checkpoint", "error"
 
+#: MLflow's name for experiments that train models; the UI would otherwise open as for applications of language models.
+_KIND = "custom_model_development"
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100
 _FORBIDDEN = re.compile(r"[^\w\-. /:]")
 
@@ -33,7 +35,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name))
+            return str(client.create_experiment(name, tags={"mlflow.experimentKind": _KIND}))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -97,14 +99,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{name}.")
         else:
-            yield _FORBIDDEN.sub("_", name), value
+            yield allowed_name(name), value
 
 
-def numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers in nested mappings, by dotted name."""
-    for name, value in flatten(values):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, float(value)
+def allowed_name(name: str) -> str:
+    """A name of a metric or parameter with `_` for characters that MLflow does not allow."""
+    return _FORBIDDEN.sub("_", name)
 
 
 def resume(client: MlflowClient, run_id: str) -> None:

@@ -28,7 +28,6 @@ from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, Schema
 
 import tlq
@@ -45,12 +44,12 @@ from tasks.registry.promotion import ITEM_SCORES, aliases, judge_again, model_ve
 from tasks.registry.provenance import benchmark_digest, benchmark_inputs, calibration_inputs, lineage, machine
 from tasks.registry.runs import (
     CHECKPOINT,
+    allowed_name,
     find_runs,
     log_inputs,
     log_metrics,
     log_params,
     new_run,
-    numbers,
     running,
     set_tags,
 )
@@ -90,10 +89,27 @@ class Result:
     identity: dict[str, str]
 
     @property
-    def scores(self) -> dict[str, float]:
-        """All numbers, by <benchmark>.<name> and mean.<name>."""
-        content = self.metrics.to_dict()
-        return dict(numbers({**content["benchmarks"], "mean": content["mean"]}))
+    def main_metrics(self) -> dict[str, float]:
+        """The numbers that variants are compared by; metrics.json and calibration.json hold all numbers.
+
+        Scores, retention and flips are in percent, KL in nats per answer token, sizes in bytes.
+        """
+        mean = self.metrics.mean
+        values: dict[str, float | None] = {
+            "mean/score": mean.score,
+            "mean/retention": mean.retention,
+            "mean/flips": mean.flips,
+            "mean/kl": mean.kl,
+        }
+        values |= {f"{name}/score": entry.score for name, entry in self.metrics.entries}
+        if self.calibration is not None:
+            layers = self.calibration.layers
+            values["size_bytes"] = sum(file.stat().st_size for file in (MODELS / self.variant).glob("*.safetensors"))
+            values["seconds"] = sum(layer.seconds or 0 for layer in layers)
+            for name in ("peak_host_bytes", "peak_device_bytes"):
+                peaks = [getattr(layer, name) for layer in layers]
+                values[name] = max((peak for peak in peaks if peak is not None), default=None)
+        return {allowed_name(name): float(value) for name, value in values.items() if value is not None}
 
     @property
     def headline(self) -> dict[str, str]:
@@ -188,16 +204,16 @@ class Registrar:
         tags = {**result.identity, **verdict_tags(verdict)}
         with running(self.client, run_id):
             self._log_calibration(run_id, result)
-            logged = self._log_model(run_id, result)
-            self._log_scores(run_id, result, logged.model_id)
+            model_id = self._log_model(run_id, result)
+            self._log_scores(run_id, result, model_id)
             _ensure_model(self.client, name, scheme)
             created = self.client.create_model_version(
                 name,
-                logged.model_uri,
+                f"models:/{model_id}",
                 run_id=run_id,
                 tags={**result.headline, **tags},
                 description=f"{result.summary}\n\n```\n{scores_table([result.metrics])}\n```",
-                model_id=logged.model_id,
+                model_id=model_id,
             )
             set_tags(self.client, run_id, {**tags, "registered": f"{name} version {created.version}"})
         return created
@@ -224,7 +240,7 @@ class Registrar:
         log_params(self.client, run_id, yaml.safe_load(PARAMS.read_text()))
         log_inputs(self.client, run_id, benchmark_inputs(self.evaluation.benchmarks))
         now = int(1000 * time.time())
-        metrics = [Metric(name, value, now, 0, model_id, run_id=run_id) for name, value in result.scores.items()]
+        metrics = [Metric(name, value, now, 0, model_id, run_id=run_id) for name, value in result.main_metrics.items()]
         log_metrics(self.client, run_id, metrics)
         hashes = {name: tag for name, tag in lineage(result.variant).items() if name.startswith("dvc.")}
         set_tags(self.client, run_id, hashes)
@@ -234,27 +250,34 @@ class Registrar:
             result.items.to_parquet(path, index=False)
             self.client.log_artifact(run_id, str(path))
 
-    def _log_model(self, run_id: str, result: Result) -> ModelInfo:
-        """Log the model for MLflow: its code and the checkpoint's path; the checkpoint itself is not copied."""
+    def _log_model(self, run_id: str, result: Result) -> str:
+        """Id of a model of the run: its code and the checkpoint's path; the checkpoint itself is not copied.
+
+        ``mlflow.pyfunc.log_model`` would add the path, the digest and the commit to the run's parameters, and every
+        comparison of runs would begin with them.
+        """
+        origin = {
+            "checkpoint": str((MODELS / result.variant).resolve()),
+            "relative": str(MODELS / result.variant),
+            "digest": result.identity[CHECKPOINT],
+            "commit": lineage(result.variant)["git_commit"],
+        }
         experiment = self.client.get_run(run_id).info.experiment_id
-        with mlflow.start_run(run_id=run_id, experiment_id=experiment), warnings.catch_warnings():
+        model = self.client.create_logged_model(experiment, result.variant, source_run_id=run_id, tags=origin)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             # An input example would require a run of the model.
             warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
-            return mlflow.pyfunc.log_model(
-                name=result.variant,
+            mlflow.pyfunc.save_model(
+                f"{folder}/model",
                 python_model=str(Path(registry.__file__).with_name("served_model.py")),
                 code_paths=[str(Path(tlq.__file__).parent)],
                 signature=SIGNATURE,
                 pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
-                model_config={
-                    "checkpoint": str((MODELS / result.variant).resolve()),
-                    "relative": str(MODELS / result.variant),
-                    "digest": result.identity[CHECKPOINT],
-                    "commit": lineage(result.variant)["git_commit"],
-                    "dtype": self.model.dtype,
-                    "max_new_tokens": self.params.max_new_tokens,
-                },
+                model_config={**origin, "dtype": self.model.dtype, "max_new_tokens": self.params.max_new_tokens},
             )
+            self.client.log_model_artifacts(model.model_id, f"{folder}/model")
+        self.client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
 
     def _attach_report(self, run_id: str, variant: str) -> None:
         """Store the report page and the variant's card as artifacts of the run; newer ones replace them."""

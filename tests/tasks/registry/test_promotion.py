@@ -129,7 +129,7 @@ def test_concurrent_registrations_keep_every_version(workspace: Path) -> None:
     for version in found.values():
         run = client.get_run(str(version.run_id))
         assert run.info.status == "FINISHED"
-        assert run.data.metrics["mean.score"] == pytest.approx(2 * skill[version.tags["variant"]])
+        assert run.data.metrics["mean/score"] == pytest.approx(2 * skill[version.tags["variant"]])
         assert len(client.get_metric_history(run.info.run_id, "layer/error_after")) == 2
         scores = Path(client.download_artifacts(run.info.run_id, ITEM_SCORES, str(workspace)))
         assert len(pd.read_parquet(scores)) == 100

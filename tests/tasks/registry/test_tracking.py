@@ -75,7 +75,7 @@ def test_layers_are_logged_while_the_calibration_runs(workspace: Path) -> None:
     assert run.data.tags[CHECKPOINT] == checkpoint_digest(OUT)
     assert run.data.params["recipe.name"] == "rtn"
     assert "hardware.cpu" in run.data.tags
-    assert run.data.metrics["layer/qkv/error_before"] == 3.0
+    assert run.data.metrics["layer/error_before"] == 3.0
 
 
 def test_another_rank_and_a_project_without_register_record_nothing(workspace: Path) -> None:
@@ -298,4 +298,4 @@ def test_concurrent_calibrations_keep_all_metrics_in_sqlite(workspace: Path) -> 
     for run in found.values():
         assert run.info.status == "FINISHED"
         assert steps(run) == list(range(layers))
-        assert steps(run, "layer/qkv/error_before") == list(range(layers))
+        assert steps(run, "layer/error_before") == list(range(layers))

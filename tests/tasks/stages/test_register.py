@@ -71,12 +71,21 @@ def test_a_run_holds_scores_layers_data_lineage_and_artifacts(workspace: Path) -
     client = connect()
     run = client.get_run(row["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["mean.retention"] == pytest.approx(96.0)
-    assert {f"demo_mmmu.{name}" for name in ("score", "low", "high", "kl")} <= run.data.metrics.keys()
-    assert run.data.metrics["demo_mmmu.parts.easy _50__.value"] == 1
+    assert run.data.metrics["mean/retention"] == pytest.approx(96.0)
+    of_layers = {"layer/seconds", "layer/error_before", "layer/error_after"}
+    assert run.data.metrics.keys() - of_layers == {
+        *("mean/score", "mean/retention", "mean/flips", "mean/kl", "size_bytes", "seconds", "peak_host_bytes"),
+        *(f"{name}/score" for name in BENCHMARKS),
+    }
+    assert not {"checkpoint", "digest", "commit"} & run.data.params.keys()
     steps = {metric.step: metric.value for metric in client.get_metric_history(row["run_id"], "layer/error_before")}
     assert steps == {0: 2.0, 1: 3.0}
-    assert {"layer/seconds", "layer/peak_host_bytes", "layer/qkv/error_after"} <= run.data.metrics.keys()
+    assert of_layers <= run.data.metrics.keys()
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert (model.source_run_id, str(model.status)) == (row["run_id"], "READY")
+    assert {"checkpoint", "digest", "commit"} <= model.tags.keys()
     assert run.data.params["model.path"] == "unused"
     assert run.data.params["calibrate.overrides._.layers.0._"] == "full_precision"
     tags = run.data.tags
