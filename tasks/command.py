@@ -15,6 +15,7 @@ import torch
 
 from tasks.cluster.launch import failed_already, is_rank, report_failure
 from tasks.config.environment import value
+from tlq.runtime.device import device_named
 
 logger = logging.getLogger("tlq")
 
@@ -131,7 +132,11 @@ def quiet_libraries() -> None:
 
 
 def device() -> torch.device:
-    """The compute device: ``TLQ_DEVICE``, else the first GPU, else the CPU. It does not change what is computed."""
+    """The compute device: ``TLQ_DEVICE``, else the first GPU, else the CPU. It does not change what is computed.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = value("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    return device_named(name, "TLQ_DEVICE")

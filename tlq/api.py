@@ -31,6 +31,7 @@ from tlq.parallel import Ranks
 from tlq.plan import Plan, plan_calibration, plan_importance, refuse_impossible
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
+from tlq.runtime.device import check_dtype, device_named
 from tlq.runtime.resume import ResumeState
 from tlq.samples import Sample
 
@@ -59,12 +60,18 @@ class CalibrationOptions:
     dtype: torch.dtype | str = "auto"
     device: torch.device | str | None = None
 
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        for name in ("batch_size", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+
     def place(self, model: str | Path) -> tuple[torch.device, torch.dtype | str]:
         """Device and dtype for a checkpoint directory or hub id.
 
         Raises: as ``read_config``.
         """
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device_named(self.device or ("cuda" if torch.cuda.is_available() else "cpu"), "device")
         if self.dtype != "auto":
             return device, self.dtype
         if device.type == "cpu":

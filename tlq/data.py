@@ -103,7 +103,8 @@ def load_samples(
             f"{max_rejected:g} of them are allowed; the first is row {rejected[0].row}: {rejected[0].reason}"
         )
     if not kept or (limit is not None and len(kept) < limit):
-        raise ValueError(f"{path}: {len(kept)} usable rows, {limit or 1} needed; lower the limit or add rows")
+        first = f"; the first unusable one is row {rejected[0].row}: {rejected[0].reason}" if rejected else ""
+        raise ValueError(f"{path}: {len(kept)} usable rows, {limit or 1} needed; lower the limit or add rows{first}")
     return kept
 
 

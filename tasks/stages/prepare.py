@@ -62,7 +62,10 @@ def draw(
             f"{rejected[0].reason}"
         )
     if len(kept) < params.samples:
-        raise ValueError(f"{params.path}: {len(kept)} usable rows, prepare.samples needs {params.samples}")
+        first = (
+            f"; {len(rejected)} are not, the first is row {rejected[0].row}: {rejected[0].reason}" if rejected else ""
+        )
+        raise ValueError(f"{params.path}: {len(kept)} usable rows, prepare.samples needs {params.samples}{first}")
     return kept, rejected
 
 

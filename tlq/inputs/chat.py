@@ -48,10 +48,17 @@ def chat(messages: Sequence[Message], processor: Any) -> list[dict[str, Any]]:
     """Messages in the form that chat templates take, ``<image>`` marks turned into image parts.
 
     Image tokens of the model that somebody typed become plain words: only a mark stands for an image.
+
+    Raises:
+        ValueError: the content of a message is no text.
     """
     typed = image_tokens(processor)
     turns = []
     for message in messages:
+        if not isinstance(message["content"], str):
+            raise ValueError(
+                f"a turn's content is a {type(message['content']).__name__}, must be text with <image> marks"
+            )
         parts: list[dict[str, str]] = []
         for index, text in enumerate(message["content"].split(IMAGE_MARK)):
             if index:
@@ -95,9 +102,9 @@ def render_answer(processor: Any, messages: Sequence[Message]) -> AnsweredText:
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("the last turn must be the assistant's answer")
+    turns = chat(messages, processor)
     if not messages[-1]["content"].strip():
         raise ValueError("its answer is empty")
-    turns = chat(messages, processor)
     prompt = _render(processor, turns[:-1], add_generation_prompt=True)
     text = _render(processor, turns)
     probes = [

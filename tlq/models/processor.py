@@ -30,9 +30,11 @@ def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
         ValueError: the checkpoint's model type has no processor class in transformers.
         ImportError: its processor cannot be built without torchvision.
     """
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(checkpoint, **image_kwargs)
-    return image_only_class(checkpoint).from_pretrained(checkpoint, **image_kwargs)
+    cls = AutoProcessor if is_torchvision_available() else image_only_class(checkpoint)
+    processor = cls.from_pretrained(checkpoint, **image_kwargs)
+    if getattr(processor, "chat_template", None) is None:  # older checkpoints keep it in tokenizer_config.json
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
 
 
 def image_only_class(checkpoint: str | Path) -> Any:

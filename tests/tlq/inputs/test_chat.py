@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,19 @@ def test_a_token_across_the_boundary_belongs_to_the_answer() -> None:
 
     assert answer_ids(tokenizer, AnsweredText("to: ", "cat")) == [3, 4]
     assert answer_ids(tokenizer, AnsweredText("to:", "cat")) == [4]
+
+
+def test_parts_in_place_of_text_are_refused(processor: Any) -> None:
+    parts: Any = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    with pytest.raises(ValueError, match="a turn's content is a list, must be text with <image> marks"):
+        chat([parts], processor)
+
+
+def test_a_chat_template_in_tokenizer_config_alone_is_used(tmp_path: Path) -> None:
+    folder = write_tiny_with_processor("qwen2_5_vl", tmp_path)
+    expected = render_prompt(load_processor(folder), [QUESTION])
+    template = folder / "chat_template.jinja"
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template.read_text()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    template.unlink()
+    assert render_prompt(load_processor(folder), [QUESTION]) == expected
