@@ -6,7 +6,6 @@ python -m flows.evaluate
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from prefect import flow, task
 from prefect.runtime import flow_run
@@ -15,8 +14,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import parameters
 from flows.artifacts import publish_overrides, publish_results
 from flows.command import main
+from flows.form import Limit, Options
 from flows.hooks import HOOKS
-from flows.parameters import Limit
 from flows.stages import ROOT, check_tracking, report_and_register, stage, stages_at_once, stopping_stages
 from tasks.config.params import VariantParams, section
 
@@ -25,8 +24,8 @@ from tasks.config.params import VariantParams, section
 def evaluate(
     models: tuple[str, ...] = (),
     limit: Limit | None = None,
-    settings: dict[str, Any] | None = None,
     again: bool = False,
+    options: Options = Options(),
 ) -> str:
     """Score models again, report their scores and register them. Nothing is calibrated.
 
@@ -37,10 +36,10 @@ def evaluate(
         models: Registered models (demo-w3a16, demo-w3a16/2, demo-w3a16@champion) or variants (tlq-w3a16). Empty: every
             variant of params.yaml.
         limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.
-        settings: Other values of params.yaml by dotted name, for instance {"evaluate.seed": 1}.
         again: Score even if neither the model nor the benchmarks have changed.
+        options: Other values of params.yaml, and promotion to champion.
     """
-    values = parameters.overrides(limit=limit, settings=settings)
+    values = parameters.overrides(limit=limit, options=options)
     publish_overrides(values, flow_run.name)
     with stopping_stages(), parameters.overridden(values):
         variants = section("variants", VariantParams, parameters.PARAMS).names

@@ -1,7 +1,8 @@
 """Parameters of a flow run, and how they replace values of params.yaml.
 
 A run without parameters uses params.yaml. Parameters replace values of params.yaml for that run, as `dvc exp run -S`
-does. The run is saved as a DVC experiment under its own name, and params.yaml is restored.
+does. The run is saved as a DVC experiment under its own name, and params.yaml is restored. Such a run registers its
+versions and moves no alias unless it is asked to promote.
 """
 
 from __future__ import annotations
@@ -11,34 +12,25 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 from dvc.repo import Repo
 from prefect import get_run_logger
 from prefect.runtime import flow_run
-from pydantic import Field
 
+from flows.form import FIELDS, PRESETS, Inputs, Options, QuantizeOptions, preset_names
 from flows.stages import ROOT
+from tasks.config.consistency import check_gate, demo_inputs
 from tasks.config.editor import EditError, ParamsEditor
-from tlq.quantization.formats import SCHEMES
-from tlq.recipes import RECIPES
 from tlq.runtime.files import write_text
 
 PARAMS = ROOT / "params.yaml"
-PRESETS = ROOT / "presets"
-
-#: Key of a model's preset among the overrides. The preset is applied first, so the other overrides take precedence.
+#: Key of the presets among the overrides: a mapping from kind to name. Presets are applied first, so the other
+#: overrides take precedence.
 PRESET = "preset"
-
-#: Stages of dvc.yaml, the names that `force` takes; `fetch`, `calibrate` and `evaluate` stand for all their entries.
-STAGES: tuple[str, ...] = tuple(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
-
-# Prefect's form shows an `enum` as a menu, and takes descriptions from the flow's docstring.
-RecipeName = Annotated[str, Field(json_schema_extra={"enum": [*RECIPES]})]
-SchemeName = Annotated[str, Field(json_schema_extra={"enum": [*SCHEMES]})]
-StageName = Annotated[str, Field(json_schema_extra={"enum": [*STAGES]})]
-Limit = Annotated[int, Field(ge=0)]
+DEMO = "demo"
+_PROMOTE = "register.promote"
 
 
 class ParametersError(ValueError):
@@ -46,40 +38,47 @@ class ParametersError(ValueError):
 
 
 def overrides(
-    model: str = "",
-    name: str = "",
+    inputs: Inputs = Inputs(),
     recipes: Sequence[str] = (),
     schemes: Sequence[str] = (),
     limit: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    options: Options = Options(),
 ) -> dict[str, Any]:
     """Values of params.yaml by dotted name, from the flow parameters that are not empty.
 
-    Args:
-        model: name of a preset, which also sets the name of its registered models, or folder of a checkpoint.
+    A run with any values gets `register.promote: false` unless its options ask to promote.
 
     Raises:
-        ParametersError: ``model`` is neither a preset nor a folder.
+        ParametersError: an input is neither a preset nor, for the model, a folder.
     """
-    preset = model if (PRESETS / "model" / f"{model}.yaml").is_file() else ""
-    path = "" if preset else model
-    if path and not (ROOT / path).is_dir():
-        raise ParametersError(
-            f"model {model}: neither a preset nor a folder; give one of presets/model, or a checkpoint"
-        )
-    if path and not name:
-        name = Path(path).name
+    _check_inputs(inputs)
+    name = options.name if isinstance(options, QuantizeOptions) else ""
     chosen: dict[str, Any] = {
-        PRESET: preset,
-        "model.path": path,
-        "register.model_name": name,
+        PRESET: inputs.presets,
+        "model.path": inputs.folder,
+        "register.model_name": name or Path(inputs.folder).name,
         "variants.recipes": list(recipes),
         "variants.schemes": list(schemes),
     }
     chosen = {key: value for key, value in chosen.items() if value}
     if limit is not None:
         chosen["evaluate.limit"] = limit or None
-    return chosen | dict(settings or {})
+    chosen |= options.settings
+    if options.promote is not None:
+        chosen[_PROMOTE] = options.promote
+    elif chosen:
+        chosen.setdefault(_PROMOTE, False)
+    return chosen
+
+
+def _check_inputs(inputs: Inputs) -> None:
+    for kind, name in inputs.presets.items():
+        if name not in preset_names(kind):
+            raise ParametersError(f"{FIELDS[kind]} {name}: no preset; choose one of {', '.join(preset_names(kind))}")
+    if inputs.folder and not (ROOT / inputs.folder).is_dir():
+        raise ParametersError(
+            f"model {inputs.folder}: neither a preset nor a folder; give one of presets/model, or a checkpoint"
+        )
 
 
 def with_overrides(text: str, values: Mapping[str, Any]) -> str:
@@ -89,9 +88,11 @@ def with_overrides(text: str, values: Mapping[str, Any]) -> str:
         ParametersError: the file has no such section, or a name continues below a plain value.
     """
     values = dict(values)
-    if preset := values.pop(PRESET, ""):
-        text = with_preset(text, preset)
+    if presets := values.pop(PRESET, {}):
+        text = with_presets(text, presets)
     editor = ParamsEditor(text)
+    if "register" not in editor.sections:  # nothing is recorded, so there is nothing to promote
+        values.pop(_PROMOTE, None)
     try:
         for name, value in values.items():
             editor.set(name, value)
@@ -100,12 +101,40 @@ def with_overrides(text: str, values: Mapping[str, Any]) -> str:
     return editor.text
 
 
-def with_preset(text: str, name: str) -> str:
-    """Apply a model's preset to the text of a params file, with the download at the preset's commit."""
-    from tasks.config.presets import applied, available, named, newest_commit, pin
+def with_presets(text: str, names: Mapping[str, str]) -> str:
+    """Apply presets, given by kind, to the text of a params file, with their downloads at pinned commits."""
+    from tasks.config.presets import applied, available, newest_commit, pin
 
-    chosen = [preset for preset in named([name], available(PRESETS)) if preset.kind == "model"]
+    chosen = [preset for preset in available(PRESETS) if names.get(preset.kind) == preset.name]
     return applied(text, chosen, {preset.kind: pin(preset, {}, newest_commit) for preset in chosen})
+
+
+def check(text: str, values: Mapping[str, Any]) -> None:
+    """Refuse parameters that would waste a run, before its first stage.
+
+    Args:
+        text: the params file of the run.
+        values: the overrides that are in ``text`` already.
+
+    Raises:
+        ParamsError: no version can pass the gate.
+        ParametersError: the run names a real model and leaves it demo data or demo benchmarks. The same in params.yaml
+            itself is a warning.
+    """
+    content = yaml.safe_load(text)
+    check_gate(content)
+    presets = values.get(PRESET, {})
+    inputs = {kind: what for kind, what in demo_inputs(content).items() if presets.get(kind) != DEMO}
+    if not inputs:
+        return
+    cures = [
+        f"{FIELDS[kind]} ({' or '.join(name for name in preset_names(kind) if name != DEMO)}; {DEMO} keeps the demo's)"
+        for kind in inputs
+    ]
+    message = f"{content['model']['path']} is {' and '.join(inputs.values())}; choose {' and '.join(cures)}"
+    if "model" in presets or "model.path" in values:
+        raise ParametersError(message)
+    get_run_logger().warning(message)
 
 
 @contextmanager
@@ -113,13 +142,18 @@ def overridden(values: Mapping[str, Any]) -> Iterator[None]:
     """Set ``values`` in params.yaml during the block, and save the workspace as an experiment if the block succeeds.
 
     Afterwards params.yaml is restored, unless another process or a user has changed it in the meantime.
+
+    Raises:
+        ParamsError, ParametersError: see ``check``.
     """
+    before = PARAMS.read_text()
     if not values:
+        check(before, values)
         yield
         return
     check_identity()
-    before = PARAMS.read_text()
     during = with_overrides(before, values)
+    check(during, values)
     write_text(during, PARAMS)
     try:
         yield

@@ -1,6 +1,7 @@
 """Flow `quantize`: from calibration data to registered, scored models.
 
     python -m flows.quantize
+    python -m flows.quantize --model qwen2-vl-2b --data textvqa-train --benchmarks text-benchmarks
 
 The flow runs the DVC stages in order. With PREFECT_API_URL set, the run appears on that server; without it, Prefect
 starts a server for the run.
@@ -8,6 +9,7 @@ starts a server for the run.
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +19,23 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import parameters
 from flows.artifacts import publish_overrides, publish_results
-from flows.command import main
+from flows.command import main, setting
+from flows.form import (
+    STAGES,
+    BenchmarksName,
+    DataName,
+    Inputs,
+    Limit,
+    QuantizeOptions,
+    RecipeName,
+    SchemeName,
+    preset_names,
+)
 from flows.hooks import HOOKS
-from flows.parameters import Limit, RecipeName, SchemeName, StageName
 from flows.stages import check_tracking, report_and_register, stage, stages_at_once, stopping_stages
 from tasks.config.params import VariantParams, section
+from tlq.quantization.formats import SCHEMES
+from tlq.recipes import RECIPES
 
 WHERE = """report        report/index.html
 pictures      report/scores.png, report/importance.png
@@ -34,12 +48,12 @@ lineage       dvc dag, dvc metrics show, dvc plots show"""
 @flow(name="quantize", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()), **HOOKS)  # type: ignore[arg-type]
 def quantize(
     model: str = "",
-    name: str = "",
+    data: DataName = "",
+    benchmarks: BenchmarksName = "",
     recipes: tuple[RecipeName, ...] = (),
     schemes: tuple[SchemeName, ...] = (),
     limit: Limit | None = None,
-    settings: dict[str, Any] | None = None,
-    force: tuple[StageName, ...] = (),
+    options: QuantizeOptions = QuantizeOptions(),
 ) -> str:
     """Prepare data, score tokens, choose the token set, then calibrate, evaluate and register every variant.
 
@@ -47,20 +61,20 @@ def quantize(
     values of params.yaml for this run, which is saved as a DVC experiment. Returns the table of scores.
 
     Args:
-        model: Preset (`qwen2-vl-2b`) or folder of the checkpoint to quantize. Empty: `model.path` of params.yaml.
-        name: Registered models are called `<name>-<scheme>`. Empty: the model's name if one is given, else
-            `register.model_name` of params.yaml.
+        model: Preset (`qwen2-vl-2b`) or folder of the checkpoint to quantize; a real model also needs `data` and
+            `benchmarks`. Empty: `model.path` of params.yaml.
+        data: Calibration data, `demo` for the demo's. Empty: section `prepare` of params.yaml.
+        benchmarks: Benchmarks, `demo` for the demo's. Empty: `evaluate.benchmarks` of params.yaml.
         recipes: Quantization methods. Empty: `variants.recipes` of params.yaml.
         schemes: Number formats, each combined with every recipe. Empty: `variants.schemes` of params.yaml.
         limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.
-        settings: Any other values of params.yaml by dotted name, for instance {"calibset.seed": 1}.
-        force: Stages to run even if they are not stale.
+        options: Other values of params.yaml, promotion to champion, name of the registered models, stages to force.
     """
-    values = parameters.overrides(model, name, recipes, schemes, limit, settings)
+    values = parameters.overrides(Inputs(model, data, benchmarks), recipes, schemes, limit, options)
     publish_overrides(values, flow_run.name)
     with stopping_stages(), parameters.overridden(values):
         variants = section("variants", VariantParams, parameters.PARAMS).names
-        run_stages(variants, force)
+        run_stages(variants, options.force)
         return publish_results(["full", *variants])
 
 
@@ -68,7 +82,7 @@ def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
     """Run every stage in order, the variants concurrently.
 
     Args:
-        force: stages to run even if they are not stale; names of ``parameters.STAGES``.
+        force: stages to run even if they are not stale; names of ``form.STAGES``.
 
     Raises:
         StageFailed: a stage failed.
@@ -90,5 +104,31 @@ def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
     report_and_register(force)
 
 
+def add_options(parser: ArgumentParser) -> None:
+    """Add an option for each parameter of the flow."""
+    parser.add_argument("--model", default="", help="preset or folder of the checkpoint to quantize")
+    parser.add_argument("--data", default="", choices=preset_names("calibration"), help="calibration data")
+    parser.add_argument("--benchmarks", default="", choices=preset_names("benchmarks"), help="benchmarks")
+    parser.add_argument("--recipes", nargs="+", default=[], choices=[*RECIPES], metavar="RECIPE", help="methods")
+    parser.add_argument("--schemes", nargs="+", default=[], choices=[*SCHEMES], metavar="SCHEME", help="number formats")
+    parser.add_argument("--limit", type=int, help="items per benchmark, 0 for all")
+    parser.add_argument("--name", default="", help="registered models are called NAME-SCHEME")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any other values of params.yaml")
+    parser.add_argument("--force", nargs="+", default=[], choices=STAGES, metavar="STAGE", help="stages to run anyway")
+    parser.add_argument(
+        "--promote",
+        action=BooleanOptionalAction,
+        help="let the versions become champion; default: only in a run without other values",
+    )
+
+
+def parameters_of(options: Namespace) -> dict[str, Any]:
+    """The parameters of the flow that a command line gives."""
+    settings = dict(setting(word) for word in options.set)
+    further = QuantizeOptions(settings=settings, promote=options.promote, name=options.name, force=options.force)
+    given = {name: getattr(options, name) for name in ("model", "data", "benchmarks", "recipes", "schemes", "limit")}
+    return {**given, "options": further}
+
+
 if __name__ == "__main__":
-    main(quantize, __doc__, WHERE)
+    main(quantize, __doc__, WHERE, add_options, parameters_of)

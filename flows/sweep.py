@@ -16,8 +16,8 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 
 from flows.artifacts import score_rows
+from flows.form import BenchmarksName, DataName, Limit, Options, QuantizeOptions, RecipeName, SchemeName
 from flows.hooks import HOOKS
-from flows.parameters import Limit, RecipeName, SchemeName
 from flows.quantize import quantize
 from flows.stages import ROOT, StageFailed
 
@@ -25,10 +25,12 @@ from flows.stages import ROOT, StageFailed
 @flow(name="sweep", **HOOKS)
 def sweep(
     models: list[str],
+    data: DataName = "",
+    benchmarks: BenchmarksName = "",
     recipes: tuple[RecipeName, ...] = (),
     schemes: tuple[SchemeName, ...] = (),
     limit: Limit | None = None,
-    settings: dict[str, Any] | None = None,
+    options: Options = Options(),
 ) -> None:
     """Quantize, score and register several models; if one fails, the others still run.
 
@@ -36,18 +38,26 @@ def sweep(
     registered as `<model>-<scheme>`.
 
     Args:
-        models: Presets (`qwen2-vl-2b`) or folders of checkpoints.
+        models: Presets (`qwen2-vl-2b`) or folders of checkpoints; real models also need `data` and `benchmarks`.
+        data: Calibration data, `demo` for the demo's. Empty: section `prepare` of params.yaml.
+        benchmarks: Benchmarks, `demo` for the demo's. Empty: `evaluate.benchmarks` of params.yaml.
         recipes: Quantization methods. Empty: `variants.recipes` of params.yaml.
         schemes: Number formats, each made with every recipe. Empty: `variants.schemes` of params.yaml.
         limit: Items per benchmark, 0 for all. Empty: `evaluate.limit` of params.yaml.
-        settings: Other values of params.yaml by dotted name, for every model, for instance {"calibset.seed": 1}.
+        options: Other values of params.yaml and promotion to champion, for every model.
     """
+    choices = {
+        "data": data,
+        "benchmarks": benchmarks,
+        "recipes": recipes,
+        "schemes": schemes,
+        "limit": limit,
+        "options": QuantizeOptions(**options.model_dump()),
+    }
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for model in models:
-        state: State = quantize(
-            model=model, recipes=recipes, schemes=schemes, limit=limit, settings=settings, return_state=True
-        )
+        state: State = quantize(model=model, **choices, return_state=True)
         if state.is_completed():
             rows += [{"model": Path(model).name, **row} for row in score_rows(variants_registered())]
         else:

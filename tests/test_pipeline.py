@@ -196,7 +196,7 @@ def test_a_cancelled_run_leaves_no_process_and_params_yaml_as_it_was(
 ) -> None:
     before = (project / "params.yaml").read_text()
     deployment = prefect.get("/deployments/name/quantize/quantize")["id"]
-    parameters = {"settings": {"calibset.seed": 5}, "force": ["baseline"]}
+    parameters = {"options": {"settings": {"calibset.seed": 5}, "force": ["baseline"]}}
     run_id = prefect.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"]
     wait_for(lambda: any("tasks.stages.evaluate" in each for each in commands_of(run_id)))
     assert "seed: 5" in (project / "params.yaml").read_text()

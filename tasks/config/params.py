@@ -220,6 +220,9 @@ class Bounds(Section):
         default_factory=dict,
         description="minimum scores in percent by benchmark, as in metrics.json; `mean` is the mean over benchmarks",
     )
+    min_items: int | None = Field(
+        default=100, ge=1, description="fewest scored items of each benchmark; fewer say too little about quality"
+    )
     bound: Literal["point", "low"] = Field(
         default="point",
         description="`min_retention` and `floors` bound the `point` estimate, or the `low` end of its 95 % interval",
@@ -240,6 +243,10 @@ class RegisterParams(Bounds):
         description="registered models are called `<model_name>-<scheme>`; their versions are the variants"
     )
     experiment: str = Field(default="tlq", description="MLflow experiment of the runs")
+    promote: bool = Field(
+        default=True,
+        description="move the aliases; a flow run with other values sets this to false unless it is asked to promote",
+    )
     max_new_tokens: int = Field(default=64, ge=1, description="longest answer of the registered model, in tokens")
 
 

@@ -1,13 +1,14 @@
 """Presets: real models, calibration data and benchmarks by name.
 
     python -m tasks.preset                               lists them
-    python -m tasks.preset qwen2-vl-7b sharegpt4v        writes them into params.yaml
+    python -m tasks.preset qwen2-vl-7b sharegpt4v benchmarks   writes them into params.yaml
     python -m tasks.preset demo                          restores the demo, except what other named presets set
-    python -m tasks.preset --model OWNER/NAME            any model of the hub
+    python -m tasks.preset --model OWNER/NAME textvqa-train benchmarks   any model of the hub
     python -m tasks.preset --dataset OWNER/NAME --columns answer=answers
 
 A preset is a file in presets/ with parameters to set and files to fetch from the hub. params.yaml keeps its comments
-and layout. Each download is pinned to a commit: the preset's, or the newest one when the preset is applied.
+and layout. Each download is pinned to a commit: the preset's, or the newest one when the preset is applied. A real
+model meets demo data or demo benchmarks only if `demo` is named too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from ruamel.yaml.comments import CommentedMap
 
+from tasks.config.consistency import check_gate, demo_inputs
 from tasks.config.editor import ParamsEditor, round_trip, row
 from tasks.config.mistakes import reason_of
 from tasks.config.params import PARAMS, SECTIONS, Download, ParamsError, parse, repo_type
@@ -164,9 +166,7 @@ def applied(text: str, presets: Sequence[Preset], fetched: Mapping[str, Mapping[
     """
     editor = ParamsEditor(text)
     for preset in presets:
-        for section, values in preset.params.items():
-            edit = editor.replace if section == _REPLACED else editor.update
-            edit(section, values)
+        _apply(preset, editor)
     entries = editor.sections.get("fetch") or {}
     downloads = CommentedMap({key: entry for key, entry in entries.items() if entry["kind"] not in fetched})
     for kind in fetched:
@@ -177,11 +177,48 @@ def applied(text: str, presets: Sequence[Preset], fetched: Mapping[str, Mapping[
     return editor.text
 
 
+def _apply(preset: Preset, editor: ParamsEditor) -> None:
+    """Set a preset's parameters. A preset of benchmarks replaces all floors of the gate, because they name its tasks.
+
+    A params file without section `register` records nothing, and stays without it.
+    """
+    params = dict(preset.params)
+    registered = editor.sections.get("register")
+    if registered is None:
+        params.pop("register", None)
+    elif preset.kind == "benchmarks":
+        floors = params.get("register", {}).get("floors", {})
+        if registered.get("floors", {}) != floors:
+            editor.set("register.floors", row(**floors))
+    for section, values in params.items():
+        edit = editor.replace if section == _REPLACED else editor.update
+        edit(section, values)
+
+
 def check(text: str) -> None:
-    """Raise ParamsError for parameters that a stage would refuse."""
-    for name, values in yaml.safe_load(text).items():
+    """Raise ParamsError for parameters that a stage would refuse, and for a gate that no version can pass."""
+    content = yaml.safe_load(text)
+    for name, values in content.items():
         if name in SECTIONS:
             parse(name, values, SECTIONS[name])
+    check_gate(content)
+
+
+def check_inputs(text: str, presets: Sequence[Preset]) -> None:
+    """Raise ParamsError if a real model has inputs of the demo; the message lists the other ``presets``."""
+    content = yaml.safe_load(text)
+    inputs = demo_inputs(content)
+    if inputs:
+        choices = [f"{kind} ({names_of(kind, presets)})" for kind in inputs]
+        raise ParamsError(
+            f"{content['model']['path']} would be {' and '.join(inputs.values())}; also name a preset of "
+            f"{' and one of '.join(choices)}, or `demo` to keep the demo's"
+        )
+
+
+def names_of(kind: str, presets: Sequence[Preset]) -> str:
+    """Names of the presets of a kind except the demo's: `sharegpt4v or textvqa-train`."""
+    return " or ".join(preset.name for preset in presets if preset.kind == kind and preset.name != DEMO)
 
 
 def changes(before: str, after: str) -> list[str]:
@@ -243,11 +280,14 @@ def _arguments() -> argparse.Namespace:
 
 
 def _chosen(arguments: argparse.Namespace, presets: Sequence[Preset]) -> list[Preset]:
-    chosen = named(arguments.names, presets)
+    of_hub = []
     if arguments.model:
-        chosen.append(model_of_hub(arguments.model))
+        of_hub.append(model_of_hub(arguments.model))
     if arguments.dataset:
-        chosen.append(dataset_of_hub(arguments))
+        of_hub.append(dataset_of_hub(arguments))
+    taken = {preset.kind for preset in of_hub}
+    found = named(arguments.names, presets)
+    chosen = [preset for preset in found if preset.name != DEMO or preset.kind not in taken] + of_hub
     one_of_each_kind(chosen)
     return chosen
 
@@ -265,6 +305,8 @@ def main() -> None:
     before = PARAMS.read_text()
     after = applied(before, chosen, fetched)
     check(after)
+    if DEMO not in arguments.names:
+        check_inputs(after, presets)
     if not arguments.dry_run and after != before:
         write_text(after, PARAMS)
     lines = changes(before, after) or ["nothing changes"]

@@ -54,6 +54,8 @@ def _reasons(metrics: Metrics, bounds: Bounds) -> Iterator[str]:
             yield from _too_low(name, *score, floor, f"register.floors.{name}")
         else:
             yield f"{name}: not scored; add it to evaluate.benchmarks, or remove register.floors.{name}"
+    if bounds.min_items is not None:
+        yield from _too_few_items(metrics, bounds.min_items)
 
 
 def _too_low(name: str, key: str, value: float | None, least: float, bound: str) -> Iterator[str]:
@@ -72,6 +74,15 @@ def _too_many_flips(mean: Comparison, most: float) -> Iterator[str]:
             f"mean flips: {mean.flips:.2f} % ({mean.lost:g} lost and {mean.gained:g} gained of {mean.pairs:g} items), "
             f"register.max_flips allows at most {most:g} %"
         )
+
+
+def _too_few_items(metrics: Metrics, least: int) -> Iterator[str]:
+    for name, entry in metrics.benchmarks.items():
+        if entry.n < least:
+            yield (
+                f"{name} items: {entry.n} scored, register.min_items needs at least {least}; raise evaluate.limit, or "
+                "lower the bound"
+            )
 
 
 # --- Champions ------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Move the aliases in the MLflow registry: `candidate` is the newest version that passed the gate, `champion` the best.
 
+A version is withheld if the run that registered it does not promote (`register.promote` is false): it takes no part
+until a run that promotes registers the same checkpoint and scores.
+
 MLflow has no compare-and-set. After moving the aliases, ``promote`` lists the versions again, and repeats if one was
 registered in the meantime. The last writer has therefore compared all versions registered before, so two processes
 that register at the same time, even on two machines, end with the better version as champion.
@@ -34,6 +37,7 @@ ITEM_SCORES = "item_scores.parquet"
 _GATE, _REASON = "gate", "gate.reason."
 _OUTCOME, _WHY = "champion.outcome", "champion.reason"
 _UNDECIDED = (None, "not_compared")
+_WITHHELD = "withheld"
 
 
 def verdict_tags(verdict: Verdict) -> dict[str, str]:
@@ -45,7 +49,7 @@ def verdict_tags(verdict: Verdict) -> dict[str, str]:
 def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -> bool:
     """Replace the verdict of a registered version; returns whether the verdict differs from the old one.
 
-    If the verdict changes between passed and failed, the version becomes a challenger again.
+    If the verdict changes between passed and failed, the version becomes a challenger again, unless it is withheld.
     """
     tags = verdict_tags(verdict)
     had = {key: value for key, value in version.tags.items() if key == _GATE or key.startswith(_REASON)}
@@ -54,9 +58,29 @@ def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -
     for key in had.keys() - tags.keys():
         client.delete_model_version_tag(version.name, version.version, key)
     _tag(client, version, tags)
-    if had.get(_GATE) != tags[_GATE] and _OUTCOME in version.tags:
+    if had.get(_GATE) != tags[_GATE] and _OUTCOME in version.tags and not is_withheld(version):
         client.delete_model_version_tag(version.name, version.version, _OUTCOME)
     return True
+
+
+def withheld_tags() -> dict[str, str]:
+    """Tags of a version that takes no part in the choice of champion and candidate."""
+    why = (
+        "register.promote is false, as in a flow run with `limit` or other values; to let the version compete, start "
+        "that run again with `promote`"
+    )
+    return {_OUTCOME: _WITHHELD, _WHY: why}
+
+
+def is_withheld(version: ModelVersion) -> bool:
+    return version.tags.get(_OUTCOME) == _WITHHELD
+
+
+def release(client: MlflowClient, version: ModelVersion) -> ModelVersion:
+    """The version without the tags that withhold it."""
+    for key in withheld_tags():
+        client.delete_model_version_tag(version.name, version.version, key)
+    return client.get_model_version(version.name, version.version)
 
 
 def promote(client: MlflowClient, name: str) -> None:
@@ -67,14 +91,19 @@ def promote(client: MlflowClient, name: str) -> None:
 def _promote(client: MlflowClient, name: str) -> None:
     seen: set[int] = set()
     while True:
-        found = {int(each.version): each for each in model_versions(client, name)}
+        found = _competing(client, name)
         appeared = found.keys() - seen if seen else set()
         # The alias is read after the list, so the champion is at least as new as any chosen from that list.
         _choose_champion(client, name, found, appeared)
         _choose_candidate(client, name, found)
         seen = set(found)
-        if {int(each.version) for each in model_versions(client, name)} <= seen:
+        if _competing(client, name).keys() <= seen:
             return
+
+
+def _competing(client: MlflowClient, name: str) -> dict[int, ModelVersion]:
+    """Versions of a model that are not withheld, by number."""
+    return {int(each.version): each for each in model_versions(client, name) if not is_withheld(each)}
 
 
 def model_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
@@ -107,7 +136,8 @@ def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelV
     if holder in undecided and not contenders[holder].passed:
         outcomes.setdefault(holder, Outcome("failed", "does not pass the gate; champion until another version does"))
     for number, outcome in outcomes.items():
-        _tag(client, found[number], {_OUTCOME: outcome.state, _WHY: outcome.reason})
+        version = found.get(number) or client.get_model_version(name, str(number))  # an alias may be set by hand
+        _tag(client, version, {_OUTCOME: outcome.state, _WHY: outcome.reason})
         if outcome.state == "not_compared":
             logger.warning("%s: version %d is not compared: %s", name, number, outcome.reason)
         elif outcome.state == "not_better":

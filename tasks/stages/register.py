@@ -2,7 +2,8 @@
 
 Reads models/<variant>, evaluation/<variant> and report/; writes registry.json: variant, model, version, run, verdict
 of the gate, aliases. The stage continues the run that stage `calibrate` logged the layers to, or else creates a run. A
-variant whose checkpoint and scores are already registered is skipped. `--check` only checks that MLflow answers.
+variant whose checkpoint and scores are already registered is skipped. With `register.promote` false, new versions are
+withheld from promotion and no alias moves. `--check` only checks that MLflow answers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,17 @@ from tasks.files import EVALUATION, MODELS, REPORT, VariantName, existing
 from tasks.registry.connection import connect
 from tasks.registry.gate import Verdict, judge
 from tasks.registry.layers import fill_in_layers
-from tasks.registry.promotion import ITEM_SCORES, aliases, judge_again, model_versions, promote, verdict_tags
+from tasks.registry.promotion import (
+    ITEM_SCORES,
+    aliases,
+    is_withheld,
+    judge_again,
+    model_versions,
+    promote,
+    release,
+    verdict_tags,
+    withheld_tags,
+)
 from tasks.registry.provenance import benchmark_digest, benchmark_inputs, calibration_inputs, lineage, machine
 from tasks.registry.runs import (
     CHECKPOINT,
@@ -179,10 +190,22 @@ class Registrar:
             logger.info("%s registered as version %s of %s", variant, found.version, name)
         else:
             logger.info("%s is already version %s of %s", variant, found.version, name)
-            if judge_again(self.client, found, verdict):
-                set_tags(self.client, str(found.run_id), verdict_tags(verdict))
+            found = self._judge_again(found, verdict)
         self._attach_report(str(found.run_id), variant)
         return found
+
+    def _judge_again(self, version: ModelVersion, verdict: Verdict) -> ModelVersion:
+        """Apply the verdict to a registered version, and let it compete if this run promotes.
+
+        A run that does not promote leaves the verdicts of competing versions alone, because they decide the champion.
+        """
+        if is_withheld(version) and self.params.promote:
+            version = release(self.client, version)
+        elif not is_withheld(version) and not self.params.promote:
+            return version
+        if judge_again(self.client, version, verdict):
+            set_tags(self.client, str(version.run_id), verdict_tags(verdict))
+        return version
 
     def record_baseline(self) -> str:
         """Id of a run with full precision's scores, for comparison with variants in the MLflow UI."""
@@ -211,7 +234,7 @@ class Registrar:
                 name,
                 f"models:/{model_id}",
                 run_id=run_id,
-                tags={**result.headline, **tags},
+                tags={**result.headline, **tags, **({} if self.params.promote else withheld_tags())},
                 description=f"{result.summary}\n\n```\n{scores_table([result.metrics])}\n```",
                 model_id=model_id,
             )
@@ -320,31 +343,25 @@ def registry_row(variant: str, version: ModelVersion, names: Mapping[str, int]) 
 
 
 def register_all(registrar: Registrar, variants: Sequence[str]) -> list[dict[str, Any]]:
-    """Record full precision, register every variant, then move the aliases; returns the rows of registry.json."""
+    """Record full precision, register every variant, then move the aliases if the run promotes.
+
+    Returns the rows of registry.json.
+    """
     client = registrar.client
     full = {"variant": FULL, "model": None, "version": None, "run_id": registrar.record_baseline()}
     made = {variant: registrar.register(variant) for variant in variants}
     models = dict.fromkeys(each.name for each in made.values())
-    for name in models:
-        promote(client, name)
+    if registrar.params.promote:
+        for name in models:
+            promote(client, name)
+    else:
+        logger.warning("register.promote is false: no alias moves")
     names = {name: aliases(client, name) for name in models}
     rows = [
         registry_row(variant, client.get_model_version(each.name, each.version), names[each.name])
         for variant, each in made.items()
     ]
     return [{**full, "gate": None, "aliases": []}, *rows]
-
-
-def _check_floors(params: RegisterParams, evaluation: EvaluateParams) -> None:
-    """Warn before the long work if a floor names a benchmark that is not measured."""
-    scored = ["mean", *(source.task for source in evaluation.benchmarks)]
-    for name in params.floors.keys() - set(scored):
-        logger.warning(
-            "register.floors.%s: not among evaluate.benchmarks (%s): no version will pass the gate; correct or remove "
-            "the floor",
-            name,
-            ", ".join(scored[1:]),
-        )
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -355,8 +372,6 @@ def main(check: bool = False) -> None:
     params = section("register", RegisterParams)
     client = connect()
     if check:
-        if "evaluate" in yaml.safe_load(PARAMS.read_text()):
-            _check_floors(params, section("evaluate", EvaluateParams))
         return
     registrar = Registrar(client, params, section("evaluate", EvaluateParams), section("model", ModelParams))
     rows = register_all(registrar, section("variants", VariantParams).names)

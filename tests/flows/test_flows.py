@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 import yaml
+from prefect.utilities.callables import parameter_schema
 
-from flows import evaluate, parameters, quantize
+from flows import command, evaluate, parameters, quantize, sweep
+from flows.form import ROOT, STAGES, QuantizeOptions
+from flows.parameters import ParametersError
+from tasks.config.params import ParamsError
 
 Commands = list[tuple[str, bool]]
 
@@ -49,12 +56,71 @@ def test_quantize_evaluates_each_variant_after_its_calibration_and_registers_las
     assert not any(forced for _, forced in commands)
 
 
+def test_a_real_model_alone_is_refused_before_the_first_stage(commands: Commands) -> None:
+    shutil.copyfile(ROOT / "params.yaml", parameters.PARAMS)
+    with pytest.raises(ParametersError, match="choose data .* and benchmarks"):
+        quantize.quantize(model="qwen2-vl-2b")
+    assert commands == []
+
+
+def test_a_gate_that_no_version_can_pass_stops_the_flow_before_its_first_stage(commands: Commands) -> None:
+    text = (ROOT / "params.yaml").read_text().replace("{demo_textvqa: 90,", "{textvqa_vlm: 90,")
+    parameters.PARAMS.write_text(text)
+    for flow in (quantize.quantize, evaluate.evaluate):
+        with pytest.raises(ParamsError, match="register.floors: textvqa_vlm not among"):
+            flow()
+    assert commands == []
+
+
+def test_the_command_line_has_the_fields_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--model", "qwen2-vl-2b", "--data", "textvqa-train", "--benchmarks", "text-benchmarks", "--limit", "200"]
+    words += ["--recipes", "rtn", "tlq", "--set", "calibset.seed=1", "evaluate.data=null", "--force", "fetch"]
+    parser = ArgumentParser()
+    quantize.add_options(parser)
+    given = quantize.parameters_of(parser.parse_args([*words, "--promote"]))
+    assert given == {
+        "model": "qwen2-vl-2b",
+        "data": "textvqa-train",
+        "benchmarks": "text-benchmarks",
+        "recipes": ["rtn", "tlq"],
+        "schemes": [],
+        "limit": 200,
+        "options": QuantizeOptions(
+            settings={"calibset.seed": 1, "evaluate.data": None}, promote=True, force=("fetch",), name=""
+        ),
+    }
+    plain = quantize.parameters_of(parser.parse_args([]))
+    assert plain.pop("options") == QuantizeOptions()
+    assert not any(plain.values())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data", "coco"])
+
+
+def test_the_form_has_menus_of_presets() -> None:
+    for flow in (quantize.quantize, sweep.sweep):
+        fields = parameter_schema(flow.fn).properties
+        assert fields["data"]["enum"] == ["", "demo", "sharegpt4v", "textvqa-train"]
+        assert fields["benchmarks"]["enum"] == ["", "benchmarks", "demo", "text-benchmarks"]
+
+
+def test_a_mistake_on_the_command_line_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flow(**parameters: object) -> str:
+        raise ParametersError("model qwen9: neither a preset nor a folder")
+
+    monkeypatch.setattr(sys, "argv", ["quantize"])
+    with pytest.raises(SystemExit, match="model qwen9: neither"):
+        command.main(flow, "")
+    monkeypatch.setattr(sys, "argv", ["quantize", "--set", "seed"])
+    with pytest.raises(SystemExit, match="--set seed: must be NAME=VALUE"):
+        command.main(flow, "", "", quantize.add_options, quantize.parameters_of)
+
+
 def test_force_runs_exactly_the_stages_named(commands: Commands) -> None:
     """Every stage of the flow is in the form's menu, and every entry of the menu forces its stages only."""
-    quantize.quantize(force=parameters.STAGES)
+    quantize.quantize(options=QuantizeOptions(force=STAGES))
     assert {name for name, forced in commands if not forced} == {"check MLflow"}
     commands.clear()
-    quantize.quantize(force=("fetch", "calibrate"))
+    quantize.quantize(options=QuantizeOptions(force=("fetch", "calibrate")))
     assert {name for name, forced in commands if forced} == {
         "fetch@qwen",
         "calibrate@rtn-w3a16",

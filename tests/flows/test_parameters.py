@@ -9,13 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
-from flows import parameters
+from flows import form, parameters
+from flows.form import Inputs, Options, QuantizeOptions
 from flows.parameters import ParametersError, overridden, overrides, with_overrides
+from tasks.config.params import ParamsError
 
+SHIPPED = (form.ROOT / "params.yaml").read_text()
 TEXT = """# Comments stay.
 model: {path: data/demo/model}     # the checkpoint
 variants:
@@ -29,38 +33,135 @@ calibset:
 
 def test_empty_parameters_change_nothing() -> None:
     assert overrides() == {}
-    assert overrides(model="", recipes=(), schemes=(), settings={}) == {}
+    assert overrides(Inputs("", "", ""), recipes=(), schemes=(), options=QuantizeOptions()) == {}
 
 
 def test_a_model_names_its_registered_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameters, "ROOT", tmp_path)
     (tmp_path / "data/models/qwen2-vl-2b").mkdir(parents=True)
-    assert overrides(model="data/models/qwen2-vl-2b") == {
+    inputs = Inputs("data/models/qwen2-vl-2b")
+    assert overrides(inputs) == {
         "model.path": "data/models/qwen2-vl-2b",
         "register.model_name": "qwen2-vl-2b",
+        "register.promote": False,
     }
-    assert overrides(model="data/models/qwen2-vl-2b", name="mine")["register.model_name"] == "mine"
+    assert overrides(inputs, options=QuantizeOptions(name="mine"))["register.model_name"] == "mine"
 
 
 def test_a_missing_model_is_refused() -> None:
     with pytest.raises(ParametersError, match="model qwen9: neither a preset nor a folder"):
-        overrides(model="qwen9")
+        overrides(Inputs("qwen9"))
 
 
-@pytest.mark.skipif(not parameters.PRESETS.is_dir(), reason="no presets in this checkout")
-def test_a_model_preset_is_chosen_by_its_name() -> None:
-    values = overrides(model="qwen2-vl-2b", limit=8)
-    assert values == {"preset": "qwen2-vl-2b", "evaluate.limit": 8}
-    params = yaml.safe_load(with_overrides(parameters.PARAMS.read_text(), values))
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (Inputs(data="coco"), "data coco: no preset; choose one of demo, sharegpt4v, textvqa-train"),
+        (Inputs(benchmarks="all"), "benchmarks all: no preset; choose one of benchmarks, demo, text-benchmarks"),
+    ],
+)
+def test_unknown_data_and_benchmarks_are_refused(inputs: Inputs, message: str) -> None:
+    with pytest.raises(ParametersError, match=message):
+        overrides(inputs)
+
+
+def test_presets_of_model_data_and_benchmarks_are_applied() -> None:
+    values = overrides(Inputs("qwen2-vl-2b", "textvqa-train", "text-benchmarks"), limit=8)
+    presets = {"model": "qwen2-vl-2b", "calibration": "textvqa-train", "benchmarks": "text-benchmarks"}
+    assert values == {"preset": presets, "evaluate.limit": 8, "register.promote": False}
+    params = yaml.safe_load(with_overrides(SHIPPED, values))
     assert params["model"]["path"] == "data/models/qwen2-vl-2b"
     assert params["register"]["model_name"] == "qwen2-vl-2b"
     assert params["fetch"]["qwen2-vl-2b"]["revision"]
     assert params["evaluate"]["limit"] == 8
+    assert params["prepare"]["path"] == "data/calibration/textvqa-train"
+    assert params["evaluate"]["benchmarks"][0]["task"] == "textvqa_vlm"
+    assert params["register"]["floors"] == {}
+    parameters.check(yaml.safe_dump(params), values)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            Inputs("qwen2-vl-2b"),
+            r"data/models/qwen2-vl-2b is calibrated on demo data .* and scored on demo benchmarks .*; choose data "
+            r"\(sharegpt4v or textvqa-train; demo keeps the demo's\) and benchmarks \(benchmarks or text-benchmarks",
+        ),
+        (Inputs("qwen2-vl-2b", "demo"), r"scored on demo benchmarks \(demo_textvqa, .*; choose benchmarks"),
+        (Inputs("qwen2-vl-2b", "", "text-benchmarks"), r"calibrated on demo data \(data/demo/.*; choose data \("),
+    ],
+)
+def test_a_real_model_in_the_form_needs_data_and_benchmarks(inputs: Inputs, message: str) -> None:
+    values = overrides(inputs)
+    with pytest.raises(ParametersError, match=message):
+        parameters.check(with_overrides(SHIPPED, values), values)
+
+
+def test_a_checkpoint_folder_in_the_form_needs_data_and_benchmarks() -> None:
+    values = {"model.path": "data/models/mine"}
+    with pytest.raises(ParametersError, match="data/models/mine is calibrated on demo data"):
+        parameters.check(with_overrides(SHIPPED, values), values)
+
+
+@pytest.mark.parametrize(
+    "inputs", [Inputs("qwen2-vl-2b", "demo", "demo"), Inputs("demo"), Inputs(data="textvqa-train")]
+)
+def test_demo_inputs_that_the_form_names_are_used(inputs: Inputs, caplog: pytest.LogCaptureFixture) -> None:
+    values = overrides(inputs)
+    parameters.check(with_overrides(SHIPPED, values), values)
+    assert not caplog.text
+
+
+def test_demo_inputs_for_a_real_model_in_params_yaml_are_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parameters, "get_run_logger", lambda: logging.getLogger("flow-test"))
+    parameters.check(SHIPPED.replace("data/demo/model ", "data/models/mine "), {})
+    assert "data/models/mine is calibrated on demo data" in caplog.text
+    assert "choose data (sharegpt4v or textvqa-train" in caplog.text
+
+
+@pytest.mark.parametrize("values", [{}, {"evaluate.limit": 200}, {"register.promote": False}])
+def test_a_gate_that_no_version_can_pass_is_refused_before_params_yaml_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    text = SHIPPED.replace("{demo_textvqa: 90,", "{demo_txtvqa: 90,")
+    (tmp_path / "params.yaml").write_text(text)
+    monkeypatch.setattr(parameters, "PARAMS", tmp_path / "params.yaml")
+    monkeypatch.setattr(parameters, "check_identity", lambda: None)
+    message = "register.floors: demo_txtvqa not among evaluate.benchmarks"
+    with pytest.raises(ParamsError, match=message), overridden(values):
+        pytest.fail("nothing may run")
+    assert (tmp_path / "params.yaml").read_text() == text
+
+
+def test_only_a_run_without_other_values_promotes_unless_it_is_asked() -> None:
+    assert overrides() == {}
+    assert overrides(limit=20)["register.promote"] is False
+    assert overrides(limit=20, options=Options(promote=True))["register.promote"] is True
+    assert overrides(options=Options(promote=False)) == {"register.promote": False}
+    assert overrides(options=Options(settings={"register.promote": True}))["register.promote"] is True
+
+
+def test_a_run_that_asks_to_promote_must_score_enough_items() -> None:
+    few = overrides(limit=8)
+    parameters.check(with_overrides(SHIPPED, few), few)
+    asked = overrides(limit=8, options=Options(promote=True))
+    with pytest.raises(
+        ParamsError, match="evaluate.limit: the limit is 8 items, register.min_items needs at least 100"
+    ):
+        parameters.check(with_overrides(SHIPPED, asked), asked)
 
 
 def test_limit_zero_means_all_items() -> None:
-    assert overrides(limit=0) == {"evaluate.limit": None}
-    assert overrides(limit=20, settings={"calibset.seed": 1}) == {"evaluate.limit": 20, "calibset.seed": 1}
+    assert overrides(limit=0)["evaluate.limit"] is None
+    values = overrides(limit=20, options=Options(settings={"calibset.seed": 1}))
+    assert values == {"evaluate.limit": 20, "calibset.seed": 1, "register.promote": False}
+
+
+def test_a_file_without_a_registry_has_nothing_to_promote() -> None:
+    assert "register" not in yaml.safe_load(with_overrides(TEXT, {"evaluate.limit": 8, "register.promote": False}))
 
 
 def test_values_are_put_in_by_name_and_comments_stay() -> None:

@@ -48,10 +48,11 @@ def table() -> list[tuple[str, str, str, float]]:
 
 
 def test_sweep_quantizes_every_model_alike_and_collects_their_scores(runs: list[dict[str, Any]]) -> None:
-    sweep.sweep(["data/models/a", "b"], recipes=("tlq",), schemes=("w3a16",), limit=4)
+    sweep.sweep(["data/models/a", "b"], recipes=("tlq",), schemes=("w3a16",), limit=4, data="demo")
     assert [run.pop("model") for run in runs] == ["data/models/a", "b"]
     assert runs[0] == runs[1]
     assert (runs[0]["recipes"], runs[0]["schemes"], runs[0]["limit"]) == (("tlq",), ("w3a16",), 4)
+    assert (runs[0]["data"], runs[0]["benchmarks"]) == ("demo", "")
     assert table() == [
         ("a", "full", "", 91.0),
         ("a", "tlq-w3a16", "a-w3a16/3", 1.0),

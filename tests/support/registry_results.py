@@ -24,7 +24,13 @@ PARAMS: dict[str, Any] = {
     "variants": {"recipes": ["rtn"], "schemes": ["w3a16"]},
     "recipes": {"rtn": {}},
     "evaluate": {"benchmarks": [{"task": name, "data": f"world/{name}.parquet"} for name in BENCHMARKS]},
-    "register": {"model_name": "tiny", "min_retention": 80.0, "max_flips": 20.0, "floors": {"demo_mmmu": 50.0}},
+    "register": {
+        "model_name": "tiny",
+        "min_retention": 80.0,
+        "max_flips": 20.0,
+        "floors": {"demo_mmmu": 50.0},
+        "min_items": ITEMS,
+    },
 }
 LOCK = """
 stages:

@@ -55,7 +55,7 @@ def make_project(folder: Path) -> Path:
     params["variants"] = {"recipes": ["rtn", "tlq"], "schemes": ["w3a16"]}
     params["evaluate"]["limit"] = 6
     # So few items say nothing about quality: whatever is made passes the gate.
-    params["register"].update(min_retention=0, max_flips=100, floors={})
+    params["register"].update(min_retention=0, max_flips=100, floors={}, min_items=1)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     run(folder, "git", "init", "--quiet", ".")
     run(folder, "git", "config", "user.name", "t")

@@ -47,7 +47,7 @@ def squeezed(text: str) -> str:
 
 
 def test_one_preset_sets_the_model(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = apply(monkeypatch, "qwen2-vl-7b")
+    params = apply(monkeypatch, "qwen2-vl-7b", "demo")
     assert params["model"] == {"path": "data/models/qwen2-vl-7b", "dtype": "bfloat16"}
     entry = params["fetch"]["qwen2-vl-7b"]
     assert (entry["repo"], entry["out"]) == ("Qwen/Qwen2-VL-7B-Instruct", params["model"]["path"])
@@ -64,8 +64,8 @@ def test_several_presets_set_model_data_and_benchmarks(project: Path, monkeypatc
 
 
 def test_a_preset_replaces_the_earlier_one_completely(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply(monkeypatch, "qwen2-vl-7b", "textvqa-train")
-    params = apply(monkeypatch, "qwen2-vl-2b", "sharegpt4v")
+    apply(monkeypatch, "qwen2-vl-7b", "textvqa-train", "demo")
+    params = apply(monkeypatch, "qwen2-vl-2b", "sharegpt4v", "demo")
     assert list(params["fetch"]) == ["qwen2-vl-2b", "sharegpt4v"]
     assert "split" not in params["prepare"]
 
@@ -79,8 +79,92 @@ def test_demo_restores_params_yaml_with_comments_and_layout(project: Path, monke
     assert squeezed(Path("params.yaml").read_text()) == squeezed(SHIPPED)
 
 
+def test_a_benchmark_preset_replaces_the_floors(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's floors name tasks that a real benchmark run does not score: no version could pass."""
+    params = apply(monkeypatch, "text-benchmarks")
+    assert params["register"]["floors"] == {}
+    assert params["register"]["min_retention"] == 95
+    params = apply(monkeypatch, "demo")
+    assert params["register"]["floors"] == {
+        "demo_textvqa": 90,
+        "demo_chartqa": 90,
+        "demo_ocrbench": 85,
+        "demo_mmmu": 80,
+    }
+
+
+def test_a_file_without_a_registry_stays_without_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = yaml.safe_load(SHIPPED)
+    del params["register"]
+    Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert "register" not in apply(monkeypatch, "qwen2-vl-2b", "textvqa-train", "text-benchmarks")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["qwen2-vl-2b"],
+            r"data/models/qwen2-vl-2b would be calibrated on demo data .* and scored on demo benchmarks .*; also "
+            r"name a preset of calibration \(sharegpt4v or textvqa-train\) and one of benchmarks \(benchmarks or text-",
+        ),
+        (
+            ["qwen2-vl-2b", "textvqa-train"],
+            r"scored on demo benchmarks \(demo_textvqa, .*of benchmarks .*, or `demo` to",
+        ),
+        (["qwen2-vl-2b", "text-benchmarks"], r"calibrated on demo data \(data/demo/world/calibration.parquet\); also"),
+        (["--model", "maker/Small-VL"], r"data/models/small-vl would be calibrated on demo data"),
+    ],
+)
+def test_a_real_model_meets_demo_inputs_only_if_demo_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    with pytest.raises(ParamsError, match=message):
+        apply(monkeypatch, *words)
+    assert Path("params.yaml").read_text() == SHIPPED
+    assert apply(monkeypatch, *words, "demo")["model"]["path"] != "data/demo/model"
+
+
+def test_a_model_may_change_alone_once_its_inputs_are_real(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(monkeypatch, "qwen2-vl-2b", "textvqa-train", "text-benchmarks")
+    assert apply(monkeypatch, "qwen2-vl-7b")["model"]["path"] == "data/models/qwen2-vl-7b"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (
+            "register",
+            {"floors": {"textvqa": 80, "mean": 80}},
+            r"register.floors: textvqa not among evaluate.benchmarks \(demo_textvqa, .*; remove the floor",
+        ),
+        ("evaluate", {"limit": 99}, r"evaluate.limit: the limit is 99 items, register.min_items needs at least 100"),
+        (
+            "evaluate",
+            {"benchmarks": [{"task": "demo_mmmu", "limit": 9}]},
+            r"demo_mmmu: the limit is 9 items, register.min_items needs at least 100",
+        ),
+    ],
+)
+def test_a_gate_that_no_version_can_pass_is_refused(section: str, values: dict[str, Any], message: str) -> None:
+    params = yaml.safe_load(SHIPPED)
+    check(yaml.safe_dump(params))
+    params[section] |= values
+    if section == "evaluate":
+        params["register"]["floors"] = {}
+    with pytest.raises(ParamsError, match=message):
+        check(yaml.safe_dump(params))
+
+
+def test_a_run_that_does_not_promote_may_score_few_items() -> None:
+    params = yaml.safe_load(SHIPPED)
+    params["evaluate"]["limit"] = 8
+    params["register"]["promote"] = False
+    check(yaml.safe_dump(params))
+
+
 def test_demo_covers_the_kinds_that_no_other_preset_covers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply(monkeypatch, "qwen2-vl-7b", "benchmarks")
+    apply(monkeypatch, "qwen2-vl-7b", "textvqa-train", "benchmarks")
     params = apply(monkeypatch, "qwen2-vl-2b", "demo")
     assert list(params["fetch"]) == ["qwen2-vl-2b"]
     assert params["evaluate"]["data"] == "data/demo/world"
@@ -89,16 +173,16 @@ def test_demo_covers_the_kinds_that_no_other_preset_covers(project: Path, monkey
 def test_changes_are_printed(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    apply(monkeypatch, "qwen2-vl-7b")
+    apply(monkeypatch, "qwen2-vl-7b", "demo")
     lines = capsys.readouterr().out.splitlines()
     assert "model.path: data/demo/model -> data/models/qwen2-vl-7b" in lines
     assert any(line.startswith("fetch.qwen2-vl-7b: Qwen/Qwen2-VL-7B-Instruct at eed13092ef92") for line in lines)
-    apply(monkeypatch, "qwen2-vl-7b")
+    apply(monkeypatch, "qwen2-vl-7b", "demo")
     assert capsys.readouterr().out == "nothing changes\n"
 
 
 def test_a_dry_run_writes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply(monkeypatch, "qwen2-vl-7b", "--dry-run")
+    apply(monkeypatch, "qwen2-vl-7b", "demo", "--dry-run")
     assert Path("params.yaml").read_text() == SHIPPED
 
 
@@ -130,16 +214,17 @@ def test_mistakes_are_refused_and_nothing_is_written(
 
 def test_any_model_and_data_set_of_the_hub(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--model", "maker/Small-VL", "--dataset", "maker/Photos", "--columns", "answer=caption", "--samples", "64"]
-    params = apply(monkeypatch, *words)
+    params = apply(monkeypatch, "text-benchmarks", *words)
     assert params["model"]["path"] == "data/models/small-vl"
     assert section("prepare", PrepareParams).columns.answer == "caption"
     assert params["importance"]["samples"] == 64
-    assert {entry["revision"] for entry in params["fetch"].values()} == {COMMIT}
+    found = {entry["revision"] for entry in params["fetch"].values() if entry["kind"] != "benchmarks"}
+    assert found == {COMMIT}
 
 
 def test_a_revision_on_the_command_line_replaces_the_presets(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = "a" * 40
-    params = apply(monkeypatch, "qwen2-vl-2b", "--revision", f"Qwen/Qwen2-VL-2B-Instruct={own}")
+    params = apply(monkeypatch, "qwen2-vl-2b", "demo", "--revision", f"Qwen/Qwen2-VL-2B-Instruct={own}")
     assert params["fetch"]["qwen2-vl-2b"]["revision"] == own
 
 

@@ -68,6 +68,15 @@ def test_a_floor_for_an_unscored_benchmark_names_both_remedies() -> None:
     assert reason == "demo_txtvqa: not scored; add it to evaluate.benchmarks, or remove register.floors.demo_txtvqa"
 
 
+def test_too_few_scored_items_are_the_reason() -> None:
+    assert judge(metrics(), Bounds(min_items=100)).passed
+    (reason,) = judge(metrics(), Bounds(min_items=101)).reasons
+    assert reason == (
+        "demo_textvqa items: 100 scored, register.min_items needs at least 101; raise evaluate.limit, or lower the "
+        "bound"
+    )
+
+
 def test_bound_low_checks_the_low_end_of_the_interval() -> None:
     bounds = Bounds(min_retention=95, floors={"demo_textvqa": 90}, bound="low")
     (reason,) = judge(metrics(), bounds).reasons

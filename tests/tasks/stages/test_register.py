@@ -243,6 +243,53 @@ def test_an_alias_moved_by_hand_stays_where_it_is(workspace: Path) -> None:
     assert register("rtn-w3a16", "tlq-w3a16")["rtn-w3a16"]["aliases"] == ["champion"]
 
 
+def test_a_run_that_does_not_promote_registers_and_moves_no_alias(workspace: Path) -> None:
+    register("rtn-w3a16")
+    write_params(workspace, "register", promote=False)
+    write_variant(workspace, "tlq-w3a16", right=50)
+    row = register("rtn-w3a16", "tlq-w3a16")["tlq-w3a16"]
+    assert (row["version"], row["gate"]["passed"], row["aliases"]) == (2, True, [])
+    assert promotion.aliases(connect(), NAME) == {"champion": 1, "candidate": 1}
+    tags = connect().get_model_version(NAME, "2").tags
+    assert tags["champion.outcome"] == "withheld"
+    assert "register.promote is false" in tags["champion.reason"]
+    assert "start that run again with `promote`" in tags["champion.reason"]
+
+
+def test_a_withheld_version_competes_only_when_it_is_registered_again_with_promotion(workspace: Path) -> None:
+    write_params(workspace, "register", promote=False)
+    write_variant(workspace, "tlq-w3a16", right=50)
+    register("tlq-w3a16")
+    write_params(workspace, "register", promote=True)
+    assert register("rtn-w3a16")["rtn-w3a16"]["aliases"] == ["candidate", "champion"]
+    assert connect().get_model_version(NAME, "1").tags["champion.outcome"] == "withheld"
+    row = register("rtn-w3a16", "tlq-w3a16")["tlq-w3a16"]
+    assert (row["version"], champion()) == (1, 1)
+    assert connect().get_model_version(NAME, "1").tags["champion.outcome"] == "champion"
+
+
+def test_a_run_that_does_not_promote_judges_only_withheld_versions_again(workspace: Path) -> None:
+    register("rtn-w3a16")
+    write_variant(workspace, "tlq-w3a16", right=48)
+    write_params(workspace, "register", promote=False)
+    register("tlq-w3a16")
+    write_params(workspace, "register", min_retention=99.0)
+    rows = register("rtn-w3a16", "tlq-w3a16")
+    assert [rows[name]["gate"]["passed"] for name in ("rtn-w3a16", "tlq-w3a16")] == [True, False]
+    assert connect().get_model_version(NAME, "2").tags["champion.outcome"] == "withheld"
+    assert champion() == 1
+
+
+def test_a_withheld_version_that_was_made_champion_by_hand_can_be_replaced(workspace: Path) -> None:
+    write_params(workspace, "register", promote=False)
+    register("rtn-w3a16")
+    connect().set_registered_model_alias(NAME, "champion", "1")
+    write_params(workspace, "register", promote=True)
+    write_variant(workspace, "tlq-w3a16", right=50)
+    assert register("tlq-w3a16")["tlq-w3a16"]["aliases"] == ["candidate", "champion"]
+    assert connect().get_model_version(NAME, "1").tags["champion.outcome"] == "not_better"
+
+
 # --- Failures -------------------------------------------------------------------------------------
 
 
@@ -301,10 +348,3 @@ def test_an_unreachable_server_is_one_line_within_seconds(workspace: Path, monke
     assert len(errors) == 1
     assert "http://127.0.0.1:9 does not answer" in errors[0]
     assert time.monotonic() - started < 60
-
-
-def test_a_floor_for_an_unmeasured_benchmark_is_warned_about_first(workspace: Path) -> None:
-    write_params(workspace, "register", floors={"demo_txtvqa": 90})
-    done = check()
-    assert done.returncode == 0
-    assert "register.floors.demo_txtvqa: not among evaluate.benchmarks (demo_textvqa, demo_mmmu)" in done.stderr

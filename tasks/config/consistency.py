@@ -1,0 +1,74 @@
+"""Checks between sections of params.yaml, for the first seconds of a run: the gate, and real models on demo inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.config.params import EvaluateParams, ParamsError, RegisterParams, parse
+
+#: Folder of the demo's model, calibration data and benchmark files.
+DEMO_FOLDER = Path("data/demo")
+_DEMO_TASK = "demo_"
+
+
+def check_gate(content: Mapping[str, Any]) -> None:
+    """Check that a version can pass the gate. Without section `register` or `evaluate` there is nothing to check.
+
+    Args:
+        content: every section of a params file.
+
+    Raises:
+        ParamsError: a floor names a task that is not evaluated, or a limit is below `register.min_items` although the
+            run moves the aliases.
+    """
+    if "register" not in content or "evaluate" not in content:
+        return
+    register = parse("register", content["register"], RegisterParams)
+    evaluate = parse("evaluate", content["evaluate"], EvaluateParams)
+    _check_floors(register, evaluate)
+    if register.promote and register.min_items is not None:
+        _check_limits(register.min_items, evaluate)
+
+
+def _check_floors(register: RegisterParams, evaluate: EvaluateParams) -> None:
+    tasks = [source.task for source in evaluate.benchmarks]
+    unknown = [name for name in register.floors if name not in ("mean", *tasks)]
+    if unknown:
+        raise ParamsError(
+            f"register.floors: {', '.join(unknown)} not among evaluate.benchmarks ({', '.join(tasks)}), so no version "
+            "can pass the gate; remove the floor, correct its name, or add the benchmark"
+        )
+
+
+def _check_limits(least: int, evaluate: EvaluateParams) -> None:
+    for source in evaluate.benchmarks:
+        name, limit = ("evaluate.limit", evaluate.limit) if source.limit is None else (source.task, source.limit)
+        if limit is not None and limit < least:
+            raise ParamsError(
+                f"{name}: the limit is {limit} items, register.min_items needs at least {least}, so no version can "
+                "pass the gate; raise the limit, lower register.min_items, or set register.promote to false"
+            )
+
+
+def demo_inputs(content: Mapping[str, Any]) -> dict[str, str]:
+    """Inputs of the demo that a params file has for a real model, in words, by kind of preset.
+
+    The result is empty for the demo model, and for a file without section `model`.
+    """
+    if _is_demo((content.get("model") or {}).get("path", DEMO_FOLDER)):
+        return {}
+    data = (content.get("prepare") or {}).get("path")
+    sources = (content.get("evaluate") or {}).get("benchmarks") or []
+    tasks = [each["task"] for each in sources if each["task"].startswith(_DEMO_TASK) or _is_demo(each.get("data"))]
+    inputs = {}
+    if _is_demo(data):
+        inputs["calibration"] = f"calibrated on demo data ({data})"
+    if tasks:
+        inputs["benchmarks"] = f"scored on demo benchmarks ({', '.join(tasks)})"
+    return inputs
+
+
+def _is_demo(path: str | Path | None) -> bool:
+    return path is not None and Path(path).is_relative_to(DEMO_FOLDER)
