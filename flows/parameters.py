@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import yaml
 from dvc.repo import Repo
 from prefect import get_run_logger
-from prefect.runtime import flow_run
 from pydantic import Field
 
+from flows.names import experiment_name
 from flows.stages import ROOT
 from tasks.config.editor import EditError, ParamsEditor
 from tlq.quantization.formats import SCHEMES
@@ -123,7 +123,7 @@ def overridden(values: Mapping[str, Any]) -> Iterator[None]:
     write_text(during, PARAMS)
     try:
         yield
-        save_experiment(flow_run.name)
+        save_experiment(experiment_name())
     finally:
         if PARAMS.read_text() == during:
             write_text(before, PARAMS)
