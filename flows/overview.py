@@ -123,11 +123,12 @@ class Overview:
         alone = sum(seconds for stage, seconds in known.items() if _kind(stage) not in _CONCURRENT)
         left = _duration(alone + max([sum(concurrent) / self._at_once, *concurrent]))
         unknown = list(dict.fromkeys(_kind(stage) for stage in times if stage not in known))
+        skipped = bool(self._ended) and not self._took
         if not unknown:
-            return f"{'up to' if self._ended and not self._took else 'about'} {left} left"
+            return f"{'up to' if skipped else 'about'} {left} left"
         more = [f"{len(unknown) - _NAMED} more"] if len(unknown) > _NAMED else []
         names = " or ".join([*unknown[:_NAMED], *more])
-        begin = f"more than {left} left" if known else "time left not known yet"
+        begin = f"more than {left} left" if known and not skipped else "time left not known yet"
         return f"{begin} (no finished {names} to go by)"
 
     def _seconds_left(self, stage: str) -> float | None:

@@ -76,6 +76,11 @@ def test_while_every_stage_was_skipped_the_estimate_is_an_upper_bound() -> None:
     run = Overview(STAGES, 1, dict.fromkeys(STAGES, 60), clock)
     run.begin("prepare")
     assert run.end("prepare", "skipped", ran=False) == "stage 1 of 4 prepare: skipped; up to 3 min left"
+    partly = Overview(STAGES, 1, dict.fromkeys(STAGES[:3], 60), clock)
+    partly.begin("prepare")
+    assert partly.end("prepare", "skipped", ran=False).endswith(
+        "; time left not known yet (no finished report to go by)"
+    )
 
 
 def test_a_retried_stage_keeps_its_number() -> None:
