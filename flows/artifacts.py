@@ -19,6 +19,7 @@ from prefect.artifacts import (
 )
 
 from benchmarks.results import Summary
+from flows.next_steps import mlflow_command
 from flows.stages import ROOT
 
 #: Pictures of the report that a run shows: artifact key, file, description.
@@ -71,8 +72,7 @@ def link_registry(tracking_uri: str) -> None:
             f"{tracking_uri.rstrip('/')}/#/models", "Registered models in MLflow", key="mlflow", description="MLflow"
         )
         return
-    store = tracking_uri or "sqlite:///mlflow.db"
-    text = f"`mlflow ui --backend-store-uri {store}` in the project's folder shows runs and registered models."
+    text = f"`{mlflow_command(tracking_uri)}` in the project's folder shows runs and registered models."
     create_markdown_artifact(text, key="mlflow", description="MLflow")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefect import flow, task
-from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import parameters
@@ -16,11 +15,26 @@ from flows.artifacts import publish_overrides, publish_results
 from flows.command import main
 from flows.form import Limit, Options
 from flows.hooks import HOOKS
-from flows.stages import ROOT, check_tracking, report_and_register, stage, stages_at_once, stopping_stages
+from flows.names import evaluation_name, experiment_name
+from flows.stages import (
+    LAST,
+    ROOT,
+    check_tracking,
+    following,
+    report_and_register,
+    run_stage,
+    stage,
+    stages_at_once,
+)
 from tasks.config.params import VariantParams, section
 
 
-@flow(name="evaluate", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()), **HOOKS)  # type: ignore[arg-type]
+@flow(
+    name="evaluate",
+    flow_run_name=evaluation_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()),  # type: ignore[arg-type]
+    **HOOKS,
+)
 def evaluate(
     models: tuple[str, ...] = (),
     limit: Limit | None = None,
@@ -40,11 +54,13 @@ def evaluate(
         options: Other values of params.yaml, and promotion to champion.
     """
     values = parameters.overrides(limit=limit, options=options)
-    publish_overrides(values, flow_run.name)
-    with stopping_stages(), parameters.overridden(values):
+    publish_overrides(values, experiment_name())
+    with parameters.overridden(values):
         variants = section("variants", VariantParams, parameters.PARAMS).names
         check_tracking()
-        score(find_models(models, variants) if models else variants, again)
+        scored = find_models(models, variants) if models else variants
+        with following(["baseline", *[f"evaluate@{variant}" for variant in scored], *LAST]):
+            score(scored, again)
         return publish_results(["full", *variants])
 
 
@@ -57,7 +73,7 @@ def score(variants: Sequence[str], again: bool) -> None:
     Raises:
         StageFailed: a stage failed.
     """
-    stage("baseline")
+    run_stage("baseline")
     futures = [stage.submit(f"evaluate@{variant}", again) for variant in variants]
     for future in futures:
         future.result()

@@ -8,12 +8,16 @@ from typing import Any
 from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.logging.loggers import flow_run_logger
+from prefect.states import Cancelled
 
 from services.processes import stop_stages
 
 _STAGE = re.compile(r"\b(?P<stage>[a-z]+(?:@[\w-]+)?) failed: (?P<reason>.*)", re.DOTALL)
+
+_UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CRASHED]
 
 _FAILED = """## {what}
 
@@ -56,9 +60,26 @@ def clean_up_and_advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -
 
 
 def stop_its_stages(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
-    """Stop the stages of a cancelled run."""
+    """Stop the stages of a cancelled run, and set the state of its unfinished tasks to Cancelled."""
     stopped = stop_stages(str(flow_run.id))
-    flow_run_logger(flow_run, flow).info("Cancelled; %d processes of its stages were stopped", stopped)
+    cancelled = cancel_tasks(flow_run)
+    flow_run_logger(flow_run, flow).info(
+        "Cancelled; %d processes of its stages were stopped, and %d of its tasks are cancelled", stopped, cancelled
+    )
+
+
+def cancel_tasks(flow_run: FlowRun) -> int:
+    """Set the tasks of a cancelled run that have not finished to Cancelled; returns their number.
+
+    The process of the run does the same, unless it was killed. A task that crashed did so because of the cancellation.
+    """
+    flow_filter = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
+    task_filter = TaskRunFilter.model_validate({"state": {"type": {"any_": _UNFINISHED}}})
+    with get_client(sync_client=True) as client:
+        tasks = client.read_task_runs(flow_run_filter=flow_filter, task_run_filter=task_filter)
+        for each in tasks:
+            client.set_task_run_state(each.id, Cancelled(message="its flow run was cancelled"), force=True)
+    return len(tasks)
 
 
 def advice(message: str) -> str:

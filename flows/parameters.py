@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 from dvc.repo import Repo
 from prefect import get_run_logger
-from prefect.runtime import flow_run
 
 from flows.form import FIELDS, PRESETS, Inputs, Options, QuantizeOptions, preset_names
+from flows.names import experiment_name
 from flows.stages import ROOT
 from tasks.config.consistency import check_gate, demo_inputs
 from tasks.config.editor import EditError, ParamsEditor
@@ -157,7 +157,7 @@ def overridden(values: Mapping[str, Any]) -> Iterator[None]:
     write_text(during, PARAMS)
     try:
         yield
-        save_experiment(flow_run.name)
+        save_experiment(experiment_name())
     finally:
         if PARAMS.read_text() == during:
             write_text(before, PARAMS)

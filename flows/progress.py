@@ -1,7 +1,9 @@
-"""Show the progress of a stage as a Prefect artifact, parsed from the tqdm bar in the stage's output.
+"""Show the progress of a stage as a Prefect artifact, read from the tqdm bars in the stage's output.
 
-The Prefect UI therefore shows the same as a terminal: steps done, total, elapsed and remaining time, and the values
-that the stage adds (the error of the last layer).
+A stage's environment makes tqdm write each bar as one line of a fixed form (``BAR_ENVIRONMENT``), so that a bar is
+parsed exactly and is readable in a log. The Prefect UI shows the same as the terminal: steps done, total, elapsed and
+remaining time, and the values that the stage adds (the error of the last layer). While the output pauses, the times go
+on.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import cast
 from uuid import UUID
 
@@ -20,9 +24,20 @@ from prefect.exceptions import PrefectException
 
 logger = logging.getLogger("tlq.flows")
 
+MARK = "progress: "
+
+#: The environment of a stage: the form of tqdm's bars. The line ends, because a reader sees only finished lines.
+BAR_ENVIRONMENT = {
+    "TQDM_BAR_FORMAT": MARK
+    + "{desc}: {n_fmt} of {total_fmt} done in {elapsed}, {remaining} left ({rate_fmt}{postfix})\n"
+}
+
+#: A pause in a stage's output that lasts this long is reported, and again after each further one.
+PAUSE_SECONDS = 15.0
+
 _BAR = re.compile(
-    r"^(?P<name>.*?):? +\d+%\|[^|]*\| *(?P<done>\d+)/(?P<total>\d+) "
-    r"\[(?P<elapsed>[\d:]+)<(?P<left>[\d:?]+)(?:, *(?P<rest>.*))?\]$"
+    rf"^{MARK}(?:(?P<name>.*): )?(?P<done>\d+) of (?P<total>\d+) done in (?P<elapsed>[\d:]+), "
+    r"(?P<left>[\d:]+|\?) left \((?P<rest>.*)\)$"
 )
 _LEAST_SECONDS = 2.0
 
@@ -34,15 +49,15 @@ class Bar:
     Attributes:
         name: description of the work.
         done, total: numbers of steps.
-        elapsed, left: times in tqdm's format.
+        elapsed, left: seconds; ``left`` is None before the first step is done.
         rest: rate and postfix, for instance `1.5s/layer, error=0.02`.
     """
 
     name: str
     done: int
     total: int
-    elapsed: str
-    left: str
+    elapsed: float
+    left: float | None
     rest: str
 
     @classmethod
@@ -51,9 +66,9 @@ class Bar:
         found = _BAR.match(line.strip())
         if found is None or not int(found["total"]):
             return None
-        return cls(
-            found["name"], int(found["done"]), int(found["total"]), found["elapsed"], found["left"], found["rest"] or ""
-        )
+        left = None if found["left"] == "?" else _seconds(found["left"])
+        name, done, total = found["name"] or "", int(found["done"]), int(found["total"])
+        return cls(name, done, total, _seconds(found["elapsed"]), left, found["rest"])
 
     @property
     def percent(self) -> float:
@@ -62,39 +77,101 @@ class Bar:
     @property
     def text(self) -> str:
         """Readable form: `tlq w3a16: 3 of 28 done in 00:41, 05:40 left (13.6s/layer, error=0.0194)`."""
-        return f"{self.name}: {self.done} of {self.total} done in {self.elapsed}, {self.left} left ({self.rest})"
+        left = "time left not known yet" if self.left is None else f"{clock_time(self.left)} left"
+        name = f"{self.name}: " if self.name else ""
+        return f"{name}{self.done} of {self.total} done in {clock_time(self.elapsed)}, {left} ({self.rest})"
+
+    def after(self, seconds: float) -> Bar:
+        """The bar ``seconds`` later, if no step was finished in the meantime."""
+        left = None if self.left is None else max(self.left - seconds, 0)
+        return replace(self, elapsed=self.elapsed + seconds, left=left)
 
 
-def with_progress(lines: Iterable[str], stage: str, clock: Callable[[], float] = time.monotonic) -> Iterator[str]:
-    """Pass the lines through, and update the progress artifact of this task run from the bars among them.
+def _seconds(text: str) -> float:
+    """Seconds of a time that tqdm has written, `01:10` or `2:01:10`."""
+    return sum(int(part) * 60**power for power, part in enumerate(reversed(text.split(":"))))
 
-    Updates are at least ``_LEAST_SECONDS`` apart, except the last one of a bar.
+
+def clock_time(seconds: float) -> str:
+    """Seconds as `01:10` or `2:01:10`."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
+
+
+def lines_and_pauses(stream: Iterable[str], seconds: float = PAUSE_SECONDS) -> Iterator[str | None]:
+    """Yield the lines of a stream as they arrive, and None whenever ``seconds`` have passed without one."""
+    queue: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        try:
+            for line in stream:
+                queue.put(line)
+        finally:
+            queue.put(None)
+
+    Thread(target=read, daemon=True, name="output of a stage").start()
+    while True:
+        try:
+            line = queue.get(timeout=seconds)
+        except Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        yield line
+
+
+def with_progress(
+    lines: Iterable[str | None], stage: str, clock: Callable[[], float] = time.monotonic
+) -> Iterator[str | None]:
+    """Pass the lines and pauses through, and keep the progress artifact of this task run up to date.
+
+    The artifact shows the last bar. Updates are at least ``_LEAST_SECONDS`` apart, except the last one of a bar; in a
+    pause the bar's times go on.
     """
-    artifact: UUID | None = None
-    shown: tuple[str, int] | None = None
-    due = clock()
+    artifact = ProgressArtifact(stage)
+    bar: Bar | None = None
+    seen = due = clock()
     for line in lines:
         yield line
-        bar = Bar.read(line)
-        if bar is None or (bar.name, bar.done) == shown or (clock() < due and bar.done < bar.total):
+        now = clock()
+        if line is None:
+            if bar is not None and bar.done < bar.total:
+                later = bar.after(now - seen)
+                artifact.show(later.percent, later.text)
             continue
-        artifact = _show(bar, stage, artifact)
-        shown, due = (bar.name, bar.done), clock() + _LEAST_SECONDS
+        read = Bar.read(line)
+        if read is None:
+            continue
+        repeated = bar is not None and (bar.name, bar.done) == (read.name, read.done)
+        bar, seen = read, now
+        if not repeated and (now >= due or bar.done == bar.total):
+            artifact.show(bar.percent, bar.text)
+            due = now + _LEAST_SECONDS
 
 
-def _show(bar: Bar, stage: str, artifact: UUID | None) -> UUID | None:
-    """Create or update the artifact. An unreachable server only causes a warning, so that the work goes on."""
-    try:
-        if artifact is None:
-            made = create_progress_artifact(bar.percent, key=_key(stage), description=bar.text)
-        else:
-            made = update_progress_artifact(artifact, bar.percent, description=bar.text)
-        return cast(UUID | None, made)  # a coroutine only inside an event loop
-    except (PrefectException, httpx.HTTPError) as error:
-        logger.warning("progress of %s could not be shown: %s", stage, error)
-        return artifact
+class ProgressArtifact:
+    """A progress artifact of the current run, created when it is first shown.
 
+    An unreachable server only causes a warning, so that the work goes on.
+    """
 
-def _key(stage: str) -> str:
-    """Artifact key of a stage; Prefect allows lowercase letters, digits and dashes."""
-    return f"progress-{re.sub('[^a-z0-9]+', '-', stage.lower()).strip('-')}"
+    def __init__(self, name: str) -> None:
+        """``name``: a stage, or empty for the whole run."""
+        self._name = name
+        self._id: UUID | None = None
+
+    @property
+    def key(self) -> str:
+        """Prefect allows lowercase letters, digits and dashes."""
+        return f"progress-{re.sub('[^a-z0-9]+', '-', self._name.lower())}".strip("-")
+
+    def show(self, percent: float, text: str) -> None:
+        try:
+            if self._id is None:
+                made = create_progress_artifact(percent, key=self.key, description=text)
+                self._id = cast(UUID | None, made)  # a coroutine only inside an event loop
+            else:
+                update_progress_artifact(self._id, percent, description=text)
+        except (PrefectException, httpx.HTTPError) as error:
+            logger.warning("progress of %s could not be shown: %s", self._name or "the run", error)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import parameters
@@ -32,20 +31,19 @@ from flows.form import (
     preset_names,
 )
 from flows.hooks import HOOKS
-from flows.stages import check_tracking, report_and_register, stage, stages_at_once, stopping_stages
+from flows.names import experiment_name, run_name
+from flows.stages import LAST, check_tracking, following, report_and_register, run_stage, stage, stages_at_once
 from tasks.config.params import VariantParams, section
 from tlq.quantization.formats import SCHEMES
 from tlq.recipes import RECIPES
 
-WHERE = """report        report/index.html
-pictures      report/scores.png, report/importance.png
-checkpoints   models/
-MLflow        mlflow ui --backend-store-uri sqlite:///mlflow.db
-Prefect       PREFECT_HOME=.prefect prefect server start
-lineage       dvc dag, dvc metrics show, dvc plots show"""
 
-
-@flow(name="quantize", task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()), **HOOKS)  # type: ignore[arg-type]
+@flow(
+    name="quantize",
+    flow_run_name=run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()),  # type: ignore[arg-type]
+    **HOOKS,
+)
 def quantize(
     model: str = "",
     data: DataName = "",
@@ -71,11 +69,19 @@ def quantize(
         options: Other values of params.yaml, promotion to champion, name of the registered models, stages to force.
     """
     values = parameters.overrides(Inputs(model, data, benchmarks), recipes, schemes, limit, options)
-    publish_overrides(values, flow_run.name)
-    with stopping_stages(), parameters.overridden(values):
+    publish_overrides(values, experiment_name())
+    with parameters.overridden(values):
         variants = section("variants", VariantParams, parameters.PARAMS).names
-        run_stages(variants, options.force)
+        with following(stages_of(variants)):
+            run_stages(variants, options.force)
         return publish_results(["full", *variants])
+
+
+def stages_of(variants: Sequence[str]) -> list[str]:
+    """All stages of a run, in order."""
+    downloads = [f"fetch@{name}" for name in section("fetch", dict, parameters.PARAMS)]
+    made = [f"{kind}@{variant}" for kind in ("calibrate", "evaluate") for variant in variants]
+    return ["demo", *downloads, "baseline", "prepare", "importance", "calibset", *made, *LAST]
 
 
 def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
@@ -88,12 +94,12 @@ def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
         StageFailed: a stage failed.
     """
     check_tracking()
-    stage("demo", "demo" in force)
+    run_stage("demo", "demo" in force)
     for name in section("fetch", dict, parameters.PARAMS):
-        stage(f"fetch@{name}", "fetch" in force)
+        run_stage(f"fetch@{name}", "fetch" in force)
     baseline = stage.submit("baseline", "baseline" in force)
     for name in ("prepare", "importance", "calibset"):
-        stage.submit(name, name in force).result()
+        run_stage(name, name in force)
     calibrated = [stage.submit(f"calibrate@{variant}", "calibrate" in force) for variant in variants]
     scored = [
         stage.submit(f"evaluate@{variant}", "evaluate" in force, wait_for=[done, baseline], return_state=False)
@@ -131,4 +137,4 @@ def parameters_of(options: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(quantize, __doc__, WHERE, add_options, parameters_of)
+    main(quantize, __doc__, add_options, parameters_of)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed
 
-from flows.progress import with_progress
+from flows.overview import Overview, current, earlier_durations, followed
+from flows.progress import BAR_ENVIRONMENT, MARK, Bar, clock_time, lines_and_pauses, with_progress
 from services.processes import OWNER, ROOT, owner, stop, stop_stages, tree
 from tasks.command import TRY_AGAIN
 from tlq.parallel import REDUCTION_CHUNKS
@@ -28,8 +29,18 @@ REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item
 #: Beginnings of DVC's lines of advice, which the log leaves out.
 _NOISE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`", "Updating lock")
 
-_BAR = re.compile(r"\d+%\|")
 _BAR_SECONDS = 10.0
+_SILENT_SECONDS = 60.0
+
+#: DVC's lines on a stage whose command it does not run: what the line says, name of the task's state, message.
+_NOT_RUN = (
+    ("didn't change, skipping", "Skipped", "skipped, nothing that it depends on has changed"),
+    ("is cached - skipping run", "Cached", "its result was in DVC's cache"),
+)
+
+
+#: The stages at the end of a flow.
+LAST = ("report", "register")
 
 
 class StageFailed(RuntimeError):
@@ -46,14 +57,49 @@ def is_retryable(_task: Any, _run: Any, state: State) -> bool:
 
 
 @task(task_run_name="{stage}", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=is_retryable)
-def stage(stage: str, force: bool = False) -> None:
+def stage(stage: str, force: bool = False) -> State[Any]:
     """Reproduce one DVC stage if it is stale or ``force`` is set, and log its output.
+
+    Returns the state of the task run: Completed; Skipped if DVC found the stage up to date; Cached if DVC had its
+    result; Cancelled if the flow run was stopped.
 
     Raises:
         StageFailed: the stage's command failed.
     """
+    logger, overview = get_run_logger(), current() or Overview([stage])
     again = ["--force"] if force else []
-    run_command([*REPRO, *again, stage], stage)
+    lines: list[str] = []
+    logger.info(overview.begin(stage))
+    try:
+        run_command([*REPRO, *again, stage], stage, forward=lines.append)
+    except StageFailed:
+        if not overview.stopping.is_set():
+            raise
+    if overview.stopping.is_set():  # the exit status may be lost then, because psutil has already read it
+        return Cancelled(message="stopped, because its flow run was")
+    state = _completed(lines)
+    logger.info(overview.end(stage, state.message or "", ran=state.name == "Completed"))
+    return state
+
+
+def _completed(lines: Iterable[str]) -> State[Any]:
+    """The state of a stage from DVC's output: whether the command ran, and if not, why."""
+    text = "\n".join(line for line in lines if line.startswith("Stage '"))
+    for part, name, message in _NOT_RUN:
+        if part in text:
+            return Completed(name=name, message=message)
+    return Completed()
+
+
+def run_stage(name: str, force: bool = False) -> None:
+    """Run a stage in a thread of the flow and wait for it.
+
+    The flow's main thread receives the signals of a cancellation. A task in it would end as Crashed.
+
+    Raises:
+        StageFailed: the stage failed.
+    """
+    stage.submit(name, force).result()
 
 
 def report_and_register(force: Sequence[str] = ()) -> None:
@@ -65,8 +111,8 @@ def report_and_register(force: Sequence[str] = ()) -> None:
     Raises:
         StageFailed: a stage failed.
     """
-    for name in ("report", "register"):
-        stage(name, name in force)
+    for name in LAST:
+        run_stage(name, name in force)
 
 
 @task(task_run_name="check MLflow", retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=is_retryable)
@@ -91,7 +137,7 @@ def run_command(
     Raises:
         StageFailed: the command's exit status is not 0; StageUnavailable if a retry may succeed.
     """
-    logger = get_run_logger()
+    logger, overview = get_run_logger(), current()
     last: deque[str] = deque(maxlen=8)
     process = subprocess.Popen(
         command,
@@ -104,7 +150,11 @@ def run_command(
     )
     try:
         assert process.stdout is not None
-        for text in worth_logging(with_progress(process.stdout, name)):
+        for text in worth_logging(with_progress(lines_and_pauses(process.stdout), name)):
+            if overview is not None:
+                overview.beat()
+            if not text:
+                continue
             last.append(text)
             logger.info(text)
             if forward is not None:
@@ -124,32 +174,49 @@ def _failure(status: int, lines: Iterable[str]) -> type[StageFailed]:
 
 
 @contextmanager
-def stopping_stages() -> Iterator[None]:
-    """Stop stages that run in other threads when this flow is interrupted, cancelled or terminated.
+def following(stages: Sequence[str]) -> Iterator[None]:
+    """Show the progress of a flow run with these stages, and stop those at work if the flow is interrupted.
 
-    Only the main thread receives signals, and Prefect waits for the others, so a stage would run to its end.
+    Only the main thread receives the signals of a cancellation, and Prefect waits for the others, so a stage in another
+    thread would run to its end.
     """
+    overview = Overview(stages, stages_at_once(), earlier_durations(stages))
     try:
-        yield
+        with followed(overview):
+            yield
     except Exception:
         raise
     except BaseException:
+        overview.stopping.set()
         stop_stages(owner())
         raise
 
 
-def worth_logging(lines: Iterable[str], clock: Callable[[], float] = time.monotonic) -> Iterator[str]:
-    """Lines for the log: DVC's advice is dropped, and progress bars show every ``_BAR_SECONDS`` only."""
-    next_bar = clock() + _BAR_SECONDS
+def worth_logging(lines: Iterable[str | None], clock: Callable[[], float] = time.monotonic) -> Iterator[str]:
+    """Lines for the log: DVC's advice is dropped, and progress bars show every ``_BAR_SECONDS`` and when complete.
+
+    A line that is empty takes the place of each line that is left out, so that the caller notices the time. After every
+    ``_SILENT_SECONDS`` without a line, one says that the stage is still running, and repeats its last bar.
+    """
+    start = logged = seen = clock()
+    next_bar = start + _BAR_SECONDS
+    bar: Bar | None = None
+    incomplete = ""  # name of the bar that the log shows as incomplete
     for line in lines:
-        text = line.strip()
-        if not text or text.startswith(_NOISE):
-            continue
-        if _BAR.search(text):
-            now = clock()
-            if now < next_bar:
-                continue
-            next_bar = now + _BAR_SECONDS
+        now, text = clock(), (line or "").strip()
+        if line is None and now - logged >= _SILENT_SECONDS:
+            text = f"{MARK}{bar.after(now - seen).text}" if bar else f"still running after {clock_time(now - start)}"
+        elif text.startswith(_NOISE):
+            text = ""
+        elif text.startswith(MARK):
+            bar, seen = Bar.read(text) or bar, now
+            complete = bar is not None and bar.done == bar.total
+            if now >= next_bar or (complete and bar is not None and bar.name == incomplete):
+                next_bar = now + _BAR_SECONDS
+                incomplete = bar.name if bar is not None and not complete else ""
+            else:
+                text = ""
+        logged = now if text else logged
         yield text
 
 
@@ -175,9 +242,10 @@ def stage_environment() -> dict[str, str]:
     """The environment of a stage's command.
 
     This process's Python comes first on the path, because dvc.yaml names `python`. ``OMP_NUM_THREADS``, unless it is
-    set, is the stage's share of the cores. ``TLQ_FLOW_OWNER`` is the run that the command belongs to.
+    set, is the stage's share of the cores. ``TLQ_FLOW_OWNER`` is the run that the command belongs to. tqdm's variable
+    makes its bars lines that ``Bar.read`` parses.
     """
     folder = str(Path(sys.executable).parent)
     threads = max(1, (os.cpu_count() or 1) // _shares())
     path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path, OWNER: owner()}
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, **BAR_ENVIRONMENT, "PATH": path, OWNER: owner()}

@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 
 from flows.artifacts import score_rows
 from flows.form import BenchmarksName, DataName, Limit, Options, QuantizeOptions, RecipeName, SchemeName
 from flows.hooks import HOOKS
+from flows.names import run_name
 from flows.quantize import quantize
 from flows.stages import ROOT, StageFailed
 
 
-@flow(name="sweep", **HOOKS)
+@flow(name="sweep", flow_run_name=run_name, **HOOKS)
 def sweep(
     models: list[str],
     data: DataName = "",
@@ -34,8 +35,8 @@ def sweep(
 ) -> None:
     """Quantize, score and register several models; if one fails, the others still run.
 
-    Each model is a run of flow `quantize` and a DVC experiment of that run's name, see `dvc exp show`. Its models are
-    registered as `<model>-<scheme>`.
+    Each model is a run of flow `quantize` and a DVC experiment, see `dvc exp show`. Its models are registered as
+    `<model>-<scheme>`.
 
     Args:
         models: Presets (`qwen2-vl-2b`) or folders of checkpoints; real models also need `data` and `benchmarks`.
@@ -56,7 +57,8 @@ def sweep(
     }
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    for model in models:
+    for number, model in enumerate(models, 1):
+        get_run_logger().info("model %d of %d: %s", number, len(models), model)
         state: State = quantize(model=model, **choices, return_state=True)
         if state.is_completed():
             rows += [{"model": Path(model).name, **row} for row in score_rows(variants_registered())]

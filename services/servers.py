@@ -112,6 +112,7 @@ class Machine:
             if starts_prefect:
                 for name in release_lost_runs(client):
                     logger.warning("run %s was lost when its worker was killed; its state is now Crashed", name)
+            logger.info("applying the deployments of prefect.yaml")
             names = apply_deployments(ROOT, self.home / "prefect.yaml", client)
         logger.info("deployments: %s", ", ".join(names))
         self.supervisor.start(worker(LOCAL_WORKER, POOL, {}))
@@ -152,7 +153,7 @@ class Machine:
             os.environ["MLFLOW_TRACKING_URI"] = f"http://{HOST}:{self.ports['mlflow']}"
 
     def _start(self, service: Service) -> None:
-        logger.info("starting %s", service.name)
+        logger.info("starting %s, its log is %s", service.name, self.supervisor.log(service.name))
         self.supervisor.start(service)
 
     def stop(self) -> None:

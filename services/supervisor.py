@@ -21,6 +21,8 @@ logger = logging.getLogger("tlq.services")
 HOST = "127.0.0.1"
 #: A service must be healthy within this time after its start.
 START_SECONDS = 180.0
+#: While a service starts, a log line says so after each period of this length.
+REMINDER_SECONDS = 20.0
 #: A service that ends sooner after its start has failed to start, and is not restarted.
 LEAST_SECONDS = 10.0
 _POLL_SECONDS = 0.5
@@ -66,7 +68,7 @@ class Supervisor:
             ServiceError: the service ended, or was not healthy after ``START_SECONDS``.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
-        with self._log(service.name).open("ab") as log:
+        with self.log(service.name).open("ab") as log:
             process = subprocess.Popen(
                 service.command,
                 cwd=self.folder,
@@ -83,15 +85,23 @@ class Supervisor:
             self._wait_until_healthy(service)
 
     def _wait_until_healthy(self, service: Service) -> None:
-        until = time.monotonic() + START_SECONDS
+        """Wait for a service, and log what is waited for, how long at most, and when it is there."""
+        start = time.monotonic()
+        shown = 0.0
+        logger.info("waiting for %s at %s (up to %.0f s)", service.name, service.health, START_SECONDS)
         while not is_healthy(service.health):
             self.check()
-            if time.monotonic() > until:
+            waited = time.monotonic() - start
+            if waited > START_SECONDS:
                 raise ServiceError(
                     f"{service.name} does not answer at {service.health} after {START_SECONDS:.0f} s:\n"
                     + self._last_lines(service.name)
                 )
+            if waited - shown >= REMINDER_SECONDS:
+                shown = waited
+                logger.info("still waiting for %s, %.0f s so far", service.name, waited)
             time.sleep(_POLL_SECONDS)
+        logger.info("%s is there after %.0f s", service.name, time.monotonic() - start)
 
     def watch(self) -> None:
         """Restart the services that allow it, until another service ends. Blocks and never returns.
@@ -132,11 +142,12 @@ class Supervisor:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _log(self, name: str) -> Path:
+    def log(self, name: str) -> Path:
+        """The file with the output of a service."""
         return self.logs / f"{name}.log"
 
     def _last_lines(self, name: str) -> str:
-        path = self._log(name)
+        path = self.log(name)
         lines = path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         return "\n".join([*lines, f"(the whole log is {path})"])
 

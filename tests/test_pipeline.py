@@ -203,6 +203,13 @@ def test_a_cancelled_run_leaves_no_process_and_params_yaml_as_it_was(
     prefect.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
     assert prefect.finished(run_id)["state_type"] == "CANCELLED"
     assert commands_of(run_id) == []
+
+    def task_states() -> dict[str, str]:
+        runs = prefect.post("/task_runs/filter", flow_runs={"id": {"any_": [run_id]}})
+        return {each["name"]: each["state_type"] for each in runs}
+
+    wait_for(lambda: set(task_states().values()) == {"COMPLETED", "CANCELLED"}, 60)
+    assert task_states()["baseline"] == "CANCELLED"
     assert (project / "params.yaml").read_text() == before
 
 
@@ -261,6 +268,9 @@ def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(
     start = next(index for index, line in enumerate(lines) if line.startswith("variant "))
     assert [line.split()[0] for line in lines[start + 2 : start + 5]] == ["full", *VARIANTS]
     assert not [line for line in lines if "Running stage" in line]
+    skipped = [line for line in lines if ": skipped, nothing that it depends on has changed; " in line]
+    assert len(skipped) == 11
+    assert [line for line in lines if line.startswith("  demo-w3a16 version ")]
 
 
 def test_no_stage_is_stale_after_the_run(project: Path) -> None:

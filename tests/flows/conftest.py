@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from prefect.testing.utilities import prefect_test_harness
@@ -24,7 +24,11 @@ def prefect_server() -> Iterator[None]:
 def commands(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """The stages that a flow runs, in order: name, and whether it was forced. Their results are not published."""
     run: list[tuple[str, bool]] = []
-    monkeypatch.setattr(stages, "run_command", lambda command, name: run.append((name, "--force" in command)))
+
+    def record(command: list[str], name: str, forward: Callable[[str], None] | None = None) -> None:
+        run.append((name, "--force" in command))
+
+    monkeypatch.setattr(stages, "run_command", record)
     for flow in (evaluate, quantize):
         monkeypatch.setattr(flow, "publish_results", lambda variants: " ".join(variants))
     return run

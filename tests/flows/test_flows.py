@@ -5,13 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 from argparse import ArgumentParser
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from prefect import Flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.utilities.callables import parameter_schema
 
-from flows import command, evaluate, parameters, quantize, sweep
+from flows import command, evaluate, names, parameters, quantize, sweep
 from flows.form import ROOT, STAGES, QuantizeOptions
 from flows.parameters import ParametersError
 from tasks.config.params import ParamsError
@@ -28,6 +33,7 @@ def _params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.setattr(parameters, "PARAMS", tmp_path / "params.yaml")
+    monkeypatch.setattr(names, "ROOT", tmp_path)
 
 
 def test_evaluate_reports_before_it_registers(commands: Commands) -> None:
@@ -126,3 +132,33 @@ def test_force_runs_exactly_the_stages_named(commands: Commands) -> None:
         "calibrate@rtn-w3a16",
         "calibrate@tlq-w3a16",
     }
+
+
+def run(flow: Flow[Any, Any], **parameters: Any) -> tuple[str, dict[str, Any]]:
+    """Run a flow; its run's name, and its progress artifact."""
+    flow_run_id = flow(**parameters, return_state=True).state_details.flow_run_id
+    assert flow_run_id is not None
+    with get_client(sync_client=True) as client:
+        conditions = {
+            "artifact_filter": ArtifactFilter.model_validate({"key": {"any_": ["progress"]}}),
+            "flow_run_filter": FlowRunFilter.model_validate({"id": {"any_": [flow_run_id]}}),
+        }
+        (artifact,) = client.read_artifacts(**conditions)
+        return client.read_flow_run(flow_run_id).name, artifact.model_dump()
+
+
+@pytest.mark.usefixtures("commands")
+def test_a_run_is_named_by_its_variants_and_day_and_shows_that_every_stage_is_done() -> None:
+    name, progress = run(quantize.quantize)
+    assert name == f"rtn+tlq w3a16 {date.today().isoformat()}"
+    assert progress["data"] == 100
+    assert progress["description"] == "12 of 12 stages done; nothing left"
+
+
+def test_the_log_numbers_the_stages_of_a_run(commands: Commands, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    evaluate.evaluate()
+    lines = [record.message for record in caplog.records if record.message.startswith("stage ")]
+    assert lines[0].startswith("stage 1 of 5 baseline, ")
+    assert lines[1].startswith("stage 1 of 5 baseline: done in 0 s; ")
+    assert lines[-1] == "stage 5 of 5 register: done in 0 s; nothing left"

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,7 +215,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     monkeypatch.setattr(parameters, "ROOT", tmp_path)
     monkeypatch.setattr(parameters, "PARAMS", tmp_path / "params.yaml")
-    monkeypatch.setattr(parameters, "flow_run", SimpleNamespace(name="brave-newt"))
+    monkeypatch.setattr(parameters, "experiment_name", lambda: "brave-newt")
     monkeypatch.setattr(parameters, "get_run_logger", lambda: logging.getLogger("flow-test"))
     return tmp_path
 

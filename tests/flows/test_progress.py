@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from subprocess import PIPE, STDOUT
 from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from support.waiting import Clock
 from tqdm import tqdm
 
 from flows import progress
-from flows.progress import Bar, with_progress
+from flows.progress import BAR_ENVIRONMENT, Bar, lines_and_pauses, with_progress
 
 Calls = list[tuple[float, str]]
 
 
 def bars(total: int, name: str, postfix: dict[str, str] | None = None) -> list[str]:
-    """Lines of a progress bar on an output that is not a terminal."""
+    """Lines of a progress bar in the output of a stage."""
     stream = io.StringIO()
-    with tqdm(total=total, desc=name, unit="layer", file=stream, mininterval=0) as bar:
+    form = BAR_ENVIRONMENT["TQDM_BAR_FORMAT"]
+    with tqdm(total=total, desc=name, unit="layer", file=stream, mininterval=0, bar_format=form) as bar:
         for _ in range(total):
             if postfix:
                 bar.set_postfix(postfix, refresh=False)
@@ -56,14 +63,66 @@ def ticking(step: float) -> Callable[[], float]:
 
 
 def test_bars_of_tqdm_are_parsed() -> None:
-    line = "tlq w3a16:  50%|█████     | 14/28 [01:10<01:12, 5.05s/layer, error=0.0191]"
-    assert Bar.read(line) == Bar("tlq w3a16", 14, 28, "01:10", "01:12", "5.05s/layer, error=0.0191")
-    last = Bar.read(bars(3, "importance")[-1])
+    line = "progress: tlq w3a16: 14 of 28 done in 01:10, 01:12 left ( 5.05s/layer, error=0.0191)"
+    assert Bar.read(line) == Bar("tlq w3a16", 14, 28, 70, 72, " 5.05s/layer, error=0.0191")
+    last = Bar.read([line for line in bars(3, "importance") if line.strip()][-1])
     assert last is not None
     assert (last.name, last.done, last.total) == ("importance", 3, 3)
-    assert Bar.read("answers:   0%|          | 0/8 [00:00<?, ?item/s]") == Bar("answers", 0, 8, "00:00", "?", "?item/s")
-    assert Bar.read("INFO tlq: 50% of | 1/2 [files]") is None
-    assert Bar.read("0it [00:00, ?it/s]") is None
+    first = Bar.read(next(line for line in bars(8, "a: b (c)") if line.strip()))
+    assert first == Bar("a: b (c)", 0, 8, 0, None, "?layer/s")
+    long = Bar.read("progress: 1 of 2 done in 1:00:05, 1:00:05 left (?)")
+    assert long is not None
+    assert (long.name, long.elapsed) == ("", 3605)
+    for other in ("INFO tlq: 1 of 2 done in 00:01, 00:01 left (1s/it)", "progress: 3 of ? done in 00:01, ? left (?)"):
+        assert Bar.read(other) is None
+
+
+def test_the_first_bar_of_a_stage_is_read_before_its_first_step_is_done() -> None:
+    """tqdm ends a bar's line only when it writes the next one, so a reader of lines would be one step behind."""
+    code = "from tqdm import tqdm; import time\nwith tqdm(total=6, desc='layers'): time.sleep(60)"
+    command = [sys.executable, "-c", code]
+    environment = os.environ | BAR_ENVIRONMENT
+    with subprocess.Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            read = (Bar.read(line) for line in lines_and_pauses(process.stdout, 0.2) if line is not None)
+            first = next(bar for bar in read if bar is not None)
+            assert process.poll() is None
+        finally:
+            process.kill()
+    assert (first.name, first.done, first.total) == ("layers", 0, 6)
+
+
+def test_a_silent_stream_yields_pauses() -> None:
+    def stream() -> Iterator[str]:
+        yield "one"
+        time.sleep(0.5)
+        yield "two"
+
+    lines = list(lines_and_pauses(stream(), 0.1))
+    assert [line for line in lines if line is not None] == ["one", "two"]
+    assert 2 <= lines.count(None) <= 5
+
+
+def test_a_bar_shows_the_elapsed_time_while_its_first_step_takes_long(artifacts: dict[str, Calls]) -> None:
+    clock = Clock()
+
+    def output() -> Iterator[str | None]:
+        yield "progress: tlq w3a16: 0 of 6 done in 00:00, ? left (?layer/s)"
+        for clock.now in (60.0, 120.0):
+            yield None
+        yield "progress: tlq w3a16: 1 of 6 done in 02:10, 10:50 left (130s/layer)"
+        clock.now = 150.0
+        yield None
+
+    list(with_progress(output(), "calibrate@tlq-w3a16", clock))
+    assert [text.partition(" (")[0] for _, text in artifacts["progress-calibrate-tlq-w3a16"]] == [
+        "tlq w3a16: 0 of 6 done in 00:00, time left not known yet",
+        "tlq w3a16: 0 of 6 done in 01:00, time left not known yet",
+        "tlq w3a16: 0 of 6 done in 02:00, time left not known yet",
+        "tlq w3a16: 1 of 6 done in 02:10, 10:50 left",
+        "tlq w3a16: 1 of 6 done in 02:40, 10:20 left",
+    ]
 
 
 def test_every_layer_is_shown_with_error_and_time_left(artifacts: dict[str, Calls]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from prefect.client.schemas.objects import StateType
+from support.waiting import Clock
 
 from flows import stages
 
@@ -29,17 +33,59 @@ def test_a_failure_carries_the_last_lines() -> None:
         stages.run_command(command, "prepare")
 
 
+def bar(done: int) -> str:
+    return f"progress: importance: {done} of 10 done in 00:{done:02}, 01:00 left ({done}batch/s)"
+
+
 def test_progress_bars_are_thinned_and_advice_is_dropped() -> None:
-    ticks: Iterator[float] = iter([0.0, 1.0, 11.0, 12.0])
-    lines = [
-        "importance:  10%|#   | 1/10",
-        "importance:  50%|##  | 5/10",
-        "importance:  60%|### | 6/10",
-        "\tgit add dvc.lock",
-        "",
-        "INFO tlq: done",
+    ticks: Iterator[float] = iter([0.0, 1.0, 11.0, *[12.0] * 6])
+    lines = [bar(1), bar(5), bar(6), bar(10), bar(10), "\tgit add dvc.lock", "", "INFO tlq: done"]
+    logged = [text for text in stages.worth_logging(lines, lambda: next(ticks)) if text]
+    assert logged == [bar(5), bar(10), "INFO tlq: done"]  # the log does not end with a bar that seems to stand still
+
+
+def test_the_log_of_a_silent_stage_says_every_minute_that_it_runs() -> None:
+    clock = Clock()
+
+    def output() -> Iterator[str | None]:
+        for clock.now in (30.0, 60.0, 90.0):
+            yield None
+        yield "progress: layers: 0 of 6 done in 00:00, ? left (?layer/s)"
+        for clock.now in (150.0, 180.0, 210.0):
+            yield None
+
+    assert [text for text in stages.worth_logging(output(), clock) if text] == [
+        "still running after 01:00",
+        "progress: layers: 0 of 6 done in 00:00, ? left (?layer/s)",
+        "progress: layers: 0 of 6 done in 01:00, time left not known yet (?layer/s)",
+        "progress: layers: 0 of 6 done in 02:00, time left not known yet (?layer/s)",
     ]
-    assert list(stages.worth_logging(lines, lambda: next(ticks))) == ["importance:  50%|##  | 5/10", "INFO tlq: done"]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A git repository with a DVC stage `score` that has run once."""
+    stage = {"cmd": "cat in.txt > out.txt", "deps": ["in.txt"], "outs": ["out.txt"]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"score": stage}}))
+    (tmp_path / "in.txt").write_text("1")
+    for command in (["git", "init", "--quiet", "."], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    return tmp_path
+
+
+def test_a_stage_that_dvc_does_not_run_ends_as_skipped_or_cached(repository: Path) -> None:
+    def state() -> tuple[str | None, StateType, str | None]:
+        lines: list[str] = []
+        stages.run_command([*stages.REPRO, "score"], "score", repository, lines.append)
+        ended = stages._completed(lines)
+        return ended.name, ended.type, ended.message
+
+    assert state() == ("Completed", StateType.COMPLETED, None)
+    assert state() == ("Skipped", StateType.COMPLETED, "skipped, nothing that it depends on has changed")
+    (repository / "in.txt").write_text("2")
+    assert state() == ("Completed", StateType.COMPLETED, None)
+    (repository / "in.txt").write_text("1")
+    assert state() == ("Cached", StateType.COMPLETED, "its result was in DVC's cache")
 
 
 def logged(caplog: pytest.LogCaptureFixture, code: str) -> list[str]:

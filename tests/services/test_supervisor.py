@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import socket
 import sys
 import time
@@ -34,12 +36,22 @@ def http_server(port: int, folder: Path) -> list[str]:
     return [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
 
 
-def test_start_waits_until_the_service_is_healthy(services: Supervisor, tmp_path: Path) -> None:
+def test_start_waits_until_the_service_is_healthy_and_says_so(
+    services: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "REMINDER_SECONDS", 0.0)
+    caplog.set_level("INFO", "tlq.services")
     port = free_port()
     try:
-        services.start(Service("web", http_server(port, tmp_path), {}, f"http://127.0.0.1:{port}/"))
+        late = ["sh", "-c", f"sleep 1.5; exec {shlex.join(http_server(port, tmp_path))}"]
+        services.start(Service("web", late, {}, f"http://127.0.0.1:{port}/"))
         assert supervisor.is_healthy(f"http://127.0.0.1:{port}/")
         assert not supervisor.is_healthy(f"http://127.0.0.1:{port}/missing")
+        first, *middle, last = [record.message for record in caplog.records]
+        assert first == f"waiting for web at http://127.0.0.1:{port}/ (up to 180 s)"
+        assert all(line.startswith("still waiting for web, ") for line in middle)
+        assert middle
+        assert re.fullmatch(r"web is there after \d+ s", last)
     finally:
         services.stop()
     assert not supervisor.is_healthy(f"http://127.0.0.1:{port}/")

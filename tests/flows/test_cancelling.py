@@ -1,0 +1,68 @@
+"""The tasks of a cancelled flow run end as Cancelled."""
+
+from __future__ import annotations
+
+import sys
+import time
+from uuid import UUID
+
+import pytest
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.context import get_run_context
+from prefect.states import Completed, Running
+from support.waiting import eventually
+
+from flows import hooks, stages
+from services.processes import OWNER, owner, with_environment
+
+
+def states(flow_run: UUID) -> dict[str, StateType | None]:
+    with get_client(sync_client=True) as client:
+        return {run.name: run.state_type for run in client.read_task_runs() if run.flow_run_id == flow_run}
+
+
+def flow_run_id() -> UUID:
+    run = getattr(get_run_context(), "flow_run", None)
+    assert run is not None
+    return UUID(str(run.id))
+
+
+def test_a_stage_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
+    prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "REPRO", (sys.executable, "-c", "import time; time.sleep(120)"))
+    runs: list[UUID] = []
+
+    @flow
+    def interrupted() -> None:
+        runs.append(flow_run_id())
+        with stages.following(["slow"]):
+            stages.stage.submit("slow")
+            eventually(lambda: bool(with_environment(OWNER, owner())))
+            raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - start < 100
+    assert with_environment(OWNER, owner()) == []
+    eventually(lambda: states(runs[0]) == {"slow": StateType.CANCELLED})
+
+
+def test_the_hook_cancels_the_tasks_that_a_killed_process_left_behind(prefect_server: None) -> None:
+    @task
+    def work() -> None: ...
+
+    @flow
+    def killed() -> None: ...
+
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(killed)
+        for name in ("running", "done"):
+            made = client.create_task_run(work, run.id, dynamic_key=name, name=name)
+            client.set_task_run_state(made.id, Running(), force=True)
+        client.set_task_run_state(made.id, Completed(), force=True)
+    assert hooks.cancel_tasks(run) == 1
+    assert states(run.id) == {"running": StateType.CANCELLED, "done": StateType.COMPLETED}
