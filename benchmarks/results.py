@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 #: Fields in nats or probabilities, rounded to six places; other floats are percentages, rounded to hundredths.
-_FINE = ("nll", "kl", "mcnemar_p")
+_FINE = ("nll", "kl", "kl_low", "kl_high", "mcnemar_p")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Comparison:
     mcnemar_p: float | None = None
     nll: float | None = None
     kl: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -98,6 +100,13 @@ class Comparison:
             return None
         retention, low, high = self.retention_interval
         return f"{retention:.1f} ± {(high - low) / 2:.1f}"
+
+    @property
+    def kl_interval_text(self) -> str | None:
+        """``0.0245 to 0.0571``: low and high end of the interval of KL; None without an interval."""
+        if self.kl_low is None or self.kl_high is None:
+            return None
+        return f"{self.kl_low:.4f} to {self.kl_high:.4f}"
 
 
 @dataclass(frozen=True)

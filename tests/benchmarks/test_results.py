@@ -58,5 +58,6 @@ def test_the_summary_is_one_flat_row(tmp_path: Path) -> None:
 
 
 def test_percentages_keep_hundredths_and_nats_six_places() -> None:
-    rounded = Comparison(1 / 3, 1 / 3, 1 / 3, 3, 3, kl=1 / 3, mcnemar_p=1 / 3).rounded()
+    rounded = Comparison(1 / 3, 1 / 3, 1 / 3, 3, 3, kl=1 / 3, kl_low=1 / 3, mcnemar_p=1 / 3).rounded()
     assert (rounded.score, rounded.kl, rounded.mcnemar_p, rounded.n) == (0.33, 0.333333, 0.333333, 3)
+    assert rounded.kl_low == 0.333333
