@@ -5,6 +5,8 @@
   resamples items in pairs, so that the difficulty of an item cancels out.
 - Flips: items right in full precision and wrong in the variant (``lost``), and the other way round (``gained``); an
   item is right from a score of 0.5. Exact McNemar test: without a difference each flip is a fair coin.
+- KL: mean over answer tokens; each item's KL is already a comparison with full precision, so its interval resamples
+  items, each with all its tokens.
 - Mean over benchmarks: every benchmark has the same weight; the interval resamples within each benchmark.
 """
 
@@ -66,7 +68,7 @@ def compare(
         pair_means.append(pair)
     pairs = None if full is None else np.mean(np.stack(pair_means), axis=0)
     benchmarks["mean"] = _mean(list(benchmarks.values()), np.mean(np.stack(own_means), axis=0), pairs, full, items)
-    return benchmarks
+    return benchmarks if full is None else _with_kl_intervals(benchmarks, items, resamples, seed)
 
 
 def _compare_benchmark(
@@ -132,11 +134,47 @@ def _with_retention(comparison: Comparison, means: Floats, resampled: Floats) ->
     return replace(comparison, retention=retention, retention_low=low, retention_high=high)
 
 
+def _with_kl_intervals(
+    benchmarks: Mapping[str, Comparison], items: pd.DataFrame, resamples: int, seed: int
+) -> dict[str, Comparison]:
+    """Add the interval of KL to every benchmark that has KL, and to the mean if all benchmarks have it."""
+    rng = np.random.default_rng((seed, 1))  # its own stream: intervals of scores are the same with and without KL
+    resampled = {
+        task: _resampled_kl(items[items["task"] == task].sort_values("doc"), resamples, rng)
+        for task, comparison in benchmarks.items()
+        if task != "mean" and comparison.kl is not None
+    }
+    if benchmarks["mean"].kl is not None:
+        resampled["mean"] = np.mean(np.stack(list(resampled.values())), axis=0)
+    intervals = {name: _interval(values) for name, values in resampled.items()}
+    return {
+        name: replace(comparison, kl_low=intervals[name][0], kl_high=intervals[name][1])
+        if name in intervals
+        else comparison
+        for name, comparison in benchmarks.items()
+    }
+
+
+def _resampled_kl(rows: pd.DataFrame, resamples: int, rng: np.random.Generator) -> Floats:
+    """Resampled KL per token [resamples]: the ratio of the mean KL of a reply to its mean number of tokens."""
+    usable = _measured(rows, "kl")
+    tokens = usable["n_answer_tokens"].to_numpy(float)
+    sums = np.stack([usable["kl"].to_numpy(float) * tokens, tokens], axis=1)
+    means = resampled_means(sums, resamples, rng)
+    ratios: Floats = means[:, 0] / means[:, 1]
+    return ratios
+
+
 def _per_token(rows: pd.DataFrame, name: str) -> float | None:
     """Mean NLL or KL over the tokens of all answers, with equal weight per token; None without a measured answer."""
-    usable = rows[(rows["n_answer_tokens"] > 0) & rows[name].notna()]
+    usable = _measured(rows, name)
     tokens = usable["n_answer_tokens"]
     return float((usable[name] * tokens).sum() / tokens.sum()) if len(usable) else None
+
+
+def _measured(rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The items whose reference answer was measured."""
+    return rows[(rows["n_answer_tokens"] > 0) & rows[name].notna()]
 
 
 def _interval(values: Floats) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,7 @@ def load_rows(
         limit: number of rows to choose, None for all; the source's own limit takes precedence.
     """
     metadata = config["metadata"]
-    table = _read_local(source) if source.data else _read_hub(source, config)
-    _check_columns(table.column_names, metadata["columns"], source)
-    for column in set(metadata["images"]) & set(table.column_names):
-        if isinstance(table.features[column], datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
+    table = _read_table(source, config)
     names = _row_names(table, metadata.get("id"))
     limit = limit if source.limit is None else source.limit
     chosen = choose_rows(names, source.task, limit, seed)
@@ -124,6 +120,37 @@ def load_rows(
             source.task, len(rows.skipped), len(chosen), rows.skipped[0].doc, rows.skipped[0].reason,
         )  # fmt: skip
     return rows
+
+
+def find_rows(
+    source: BenchmarkSource,
+    config: Mapping[str, Any],
+    target: Callable[[Mapping[str, Any]], str],
+    ids: Collection[str],
+) -> Rows:
+    """The rows of a benchmark with these ids; the unusable ones are listed in ``skipped``, missing ones are left out.
+
+    Args:
+        config, target: as for ``load_rows``.
+    """
+    metadata = config["metadata"]
+    table = _read_table(source, config)
+    rows = Rows(docs=[], ids=[], asked=len(ids))
+    for position, name in enumerate(_row_names(table, metadata.get("id"))):
+        if name in ids:
+            _add_row(rows, dict(table[position]), name, metadata, target)
+    return rows
+
+
+def _read_table(source: BenchmarkSource, config: Mapping[str, Any]) -> datasets.Dataset:
+    """All rows of a benchmark, with the columns that it needs, and images as encoded bytes."""
+    metadata = config["metadata"]
+    table = _read_local(source) if source.data else _read_hub(source, config)
+    _check_columns(table.column_names, metadata["columns"], source)
+    for column in set(metadata["images"]) & set(table.column_names):
+        if isinstance(table.features[column], datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table
 
 
 def _place(source: BenchmarkSource, config: Mapping[str, Any]) -> str:

@@ -4,10 +4,12 @@ lm-eval's ``evaluate`` is called and not ``simple_evaluate``, whose additional e
 demo's benchmarks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from benchmarks.data import BenchmarkError, BenchmarkSource, Rows, Skip, choose_rows, load_rows
+from benchmarks.data import BenchmarkError, BenchmarkSource, EncodedImage, Rows, Skip, choose_rows, find_rows, load_rows
 from benchmarks.divergence import ItemKey
 from benchmarks.model import AnswerOptions, Finished, VisionLM
 from benchmarks.results import Part
@@ -62,24 +64,64 @@ class Benchmark:
     config: Mapping[str, Any] = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Question:
+    """The text and the images of an item; ``[picture 2]`` in the text is the place of the second of several images."""
+
+    text: str
+    images: Sequence[EncodedImage]
+
+
 def load_benchmarks(sources: Sequence[BenchmarkSource], limit: int | None, seed: int) -> dict[str, Benchmark]:
     """Read the rows of all benchmarks before the first answer, so that a missing file stops the run at once."""
     names = [source.task for source in sources]
     if len(set(names)) != len(names):
         raise BenchmarkError(f"evaluate.benchmarks names a task twice: {', '.join(names)}")
-    manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
+    manager = _task_manager()
     return {source.task: _load(source, manager, limit, seed) for source in sources}
 
 
-def _load(source: BenchmarkSource, manager: TaskManager, limit: int | None, seed: int) -> Benchmark:
+def read_questions(source: BenchmarkSource, ids: Collection[str]) -> dict[str, Question]:
+    """Items of a benchmark by id; items that are missing or unusable are left out.
+
+    Raises:
+        BenchmarkError: the benchmark is unknown, or its data cannot be read.
+    """
+    config = _config(source, _task_manager())
+    rows = find_rows(source, config, config["doc_to_target"], ids)
+    return {name: _question(doc, config) for name, doc in zip(rows.ids, rows.docs, strict=True)}
+
+
+def _question(doc: Mapping[str, Any], config: Mapping[str, Any]) -> Question:
+    place = config["doc_to_image"]
+    images = place(doc) if callable(place) else [doc[column] for column in place]
+    text = config["doc_to_text"](doc)
+    if len(images) == 1:
+        return Question(text.removeprefix("<image>").replace("<image>", "[picture]"), images)
+    numbers = count(1)
+    return Question(re.sub("<image>", lambda _: f"[picture {next(numbers)}]", text), images)
+
+
+def _task_manager() -> TaskManager:
+    """The index of this package's benchmarks."""
+    return TaskManager(include_path=str(FOLDER), include_defaults=False)
+
+
+def _config(source: BenchmarkSource, manager: TaskManager) -> dict[str, Any]:
+    """A benchmark's YAML, with the suffix of ``source``. Raises BenchmarkError for an unknown benchmark."""
     entry = manager.task_index.get(source.task)
     if entry is None or entry.yaml_path is None:
         raise BenchmarkError(f"unknown benchmark {source.task!r}; choose one of {', '.join(manager.all_tasks)}")
-    config = load_yaml(entry.yaml_path)
-    rows = load_rows(source, config, config["doc_to_target"], limit, seed)
-    split = config["test_split"]
+    config: dict[str, Any] = load_yaml(entry.yaml_path)
     if source.suffix is not None:
         config = config | {"doc_to_text": partial(config["doc_to_text"], suffix=source.suffix)}
+    return config
+
+
+def _load(source: BenchmarkSource, manager: TaskManager, limit: int | None, seed: int) -> Benchmark:
+    config = _config(source, manager)
+    rows = load_rows(source, config, config["doc_to_target"], limit, seed)
+    split = config["test_split"]
     ready = config | {"custom_dataset": lambda **_: {split: rows}, "dataset_kwargs": None}
     task = ConfigurableTask(config=ready)
     task.set_config("num_fewshot", 0)

@@ -1,4 +1,4 @@
-"""The scores of a variant: the contents of metrics.json and of summary.json, with load and save."""
+"""The scores of a variant: the contents of metrics.json, summary.json and run.json, with load and save."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 #: Fields in nats or probabilities, rounded to six places; other floats are percentages, rounded to hundredths.
-_FINE = ("nll", "kl", "mcnemar_p")
+_FINE = ("nll", "kl", "kl_low", "kl_high", "mcnemar_p")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Comparison:
     mcnemar_p: float | None = None
     nll: float | None = None
     kl: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -98,6 +100,13 @@ class Comparison:
             return None
         retention, low, high = self.retention_interval
         return f"{retention:.1f} ± {(high - low) / 2:.1f}"
+
+    @property
+    def kl_interval_text(self) -> str | None:
+        """``0.0245 to 0.0571``: low and high end of the interval of KL; None without an interval."""
+        if self.kl_low is None or self.kl_high is None:
+            return None
+        return f"{self.kl_low:.4f} to {self.kl_high:.4f}"
 
 
 @dataclass(frozen=True)
@@ -206,6 +215,46 @@ class Summary:
             raise ValueError(f"{path}: no {', '.join(missing)}; evaluate the variant again")
         known = {name: content[name] for name in names if name in content}
         return cls(benchmarks={name: value for name, value in content.items() if name not in names}, **known)
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """evaluation/<variant>/run.json: when, where and how fast the items were answered.
+
+    It is a file of its own, because metrics.json has the same bytes whenever an evaluation is repeated.
+
+    Attributes:
+        finished: UTC date and time of the end, ``2026-11-27T06:24:42Z``.
+        device: name of the device.
+        backend: ``hf`` or ``vllm``.
+        items: items answered in this run; those of an interrupted run before it are not counted.
+        seconds: time for these items: replies, reference answers and scores, without loading the model.
+        peak_memory_bytes: peak of allocated memory on a GPU, of resident memory of the process on a CPU; None if it was
+            not measured.
+    """
+
+    finished: str
+    device: str
+    backend: str
+    items: int
+    seconds: float
+    peak_memory_bytes: int | None = None
+
+    @property
+    def items_per_second(self) -> float | None:
+        """None if an interrupted run before this one had answered all items."""
+        return self.items / self.seconds if self.items and self.seconds else None
+
+    def save(self, path: Path) -> None:
+        _write_json(asdict(self), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file that ``save`` has written. Raises ValueError, with the path, for any other content."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}; evaluate the variant again") from error
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:

@@ -31,6 +31,8 @@ BESIDE_RESULTS = (
     "tlq/plan.py",
     "tlq/runtime/",
 )
+#: Exceptions: the report shows the result of the gate.
+DECIDING = ("tasks/registry/gate.py",)
 #: Formats of the files between stages: a dependency, but the types it imports are not.
 FORMATS = "tasks/files.py"
 
@@ -62,7 +64,8 @@ def code_behind(path: str) -> set[str]:
     waiting = [path]
     while waiting:
         file = waiting.pop()
-        if file in seen or file.startswith(BESIDE_RESULTS) or Path(file).name == "__init__.py":
+        beside = file.startswith(BESIDE_RESULTS) and file not in DECIDING
+        if file in seen or beside or Path(file).name == "__init__.py":
             continue
         seen.add(file)
         if file != FORMATS:

@@ -254,6 +254,11 @@ class ReportParams(Section):
     """The report and the model cards."""
 
     token_samples: int = Field(default=4, ge=1, description="number of samples in the pictures of token importance")
+    changed_answers: int = Field(
+        default=2,
+        ge=0,
+        description="examples of each variant's answers that became wrong, and as many that became right",
+    )
     base_model: str | None = Field(
         default=None,
         description="hub id of the full-precision model for the cards; null leaves it out for a local folder",

@@ -3,6 +3,7 @@
 | module     | what it does                                                              |
 |------------|---------------------------------------------------------------------------|
 | `results`  | reads the results of the other stages once                                |
+| `answers`  | chooses example answers that changed, with their questions and pictures   |
 | `tokens`   | prepares importance and the token-level set, over samples and by layer    |
 | `charts`   | draws results on matplotlib axes                                          |
 | `inline`   | embeds a figure into the page, with the page's light and dark colours     |

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,10 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tasks.config.params import Bounds
+from tasks.registry.gate import Verdict, judge
 from tasks.registry.lineage import Lineage
+from tasks.report.answers import Change, ChangedAnswer
 from tasks.report.charts import (
     STYLE,
     Look,
@@ -23,7 +26,7 @@ from tasks.report.charts import (
     draw_times,
     score_panels,
 )
-from tasks.report.inline import png_uri, svg
+from tasks.report.inline import jpeg_uri, png_uri, svg
 from tasks.report.results import Results, Variant, is_demo, scheme_title, scheme_words, size_unit
 from tasks.report.tokens import (
     HEAT,
@@ -38,6 +41,7 @@ from tasks.report.tokens import (
 from tlq.quantization.formats import Scheme
 
 NOT_RECORDED = "not recorded"
+_LONGEST = 800  # characters of a question or a reply on the page
 
 
 def environment(escape: bool) -> Environment:
@@ -107,6 +111,54 @@ def best_by_scheme(results: Results) -> list[Best]:
         ]
         entries.append(Best(best.scheme, best, rivals))
     return entries
+
+
+def bounds_in_words(bounds: Bounds) -> list[str]:
+    """The bounds of the gate that are set: ``min_retention 95``, ``floors.demo_mmmu 80``, ..."""
+    values = {name: getattr(bounds, name) for name in Bounds.model_fields}
+    limits = {name: value for name, value in values.items() if name not in ("bound", "floors") and value is not None}
+    limits |= {f"floors.{name}": value for name, value in bounds.floors.items()}
+    return [f"{name} {value:g}" for name, value in limits.items()]
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """A changed answer with its pictures as ``data:`` URIs, and its texts shortened."""
+
+    benchmark: str
+    item: str
+    change: Change
+    question: str
+    target: str
+    full_reply: str
+    reply: str
+    pictures: list[str]
+    missing: str | None
+
+
+def shown_answers(answers: Mapping[str, Sequence[ChangedAnswer]]) -> dict[str, list[ShownAnswer]]:
+    return {variant: [_shown_answer(answer) for answer in chosen] for variant, chosen in answers.items()}
+
+
+def _shown_answer(answer: ChangedAnswer) -> ShownAnswer:
+    return ShownAnswer(
+        benchmark=answer.benchmark,
+        item=answer.item,
+        change=answer.change,
+        question=shortened(answer.question),
+        target=shortened(answer.target),
+        full_reply=shortened(answer.full_reply),
+        reply=shortened(answer.reply),
+        pictures=[jpeg_uri(picture) for picture in answer.pictures],
+        missing=answer.missing,
+    )
+
+
+def shortened(text: str) -> str:
+    """The text, or its two ends where it is long: a reply's thoughts are first, and its answer is last."""
+    text = text.strip()
+    cut = len(text) - _LONGEST
+    return text if cut <= 0 else f"{text[: _LONGEST // 2]} [… {cut} characters …] {text[-_LONGEST // 2 :]}"
 
 
 @dataclass(frozen=True)
@@ -274,13 +326,18 @@ def render_page(
     shares: pd.DataFrame,
     lineage: Lineage,
     model: str,
+    bounds: Bounds,
+    answers: Mapping[str, Sequence[ChangedAnswer]],
 ) -> str:
     """The page as HTML.
 
     Args:
         samples, shares: results of ``tokens.show_samples`` and ``tokens.modality_shares``.
         model: path of the full-precision model in params.yaml.
+        bounds: the bounds of the gate.
+        answers: changed answers by variant, see ``answers.read_changed_answers``.
     """
+    verdicts: dict[str, Verdict] = {each.name: judge(each.metrics, bounds) for each in results.variants}
     with mpl.rc_context(STYLE):
         times = draw_times(results)
         charts = {
@@ -301,6 +358,14 @@ def render_page(
             results=results,
             model=model,
             best=best_by_scheme(results),
+            verdicts=verdicts,
+            bounds=bounds_in_words(bounds),
+            bound=bounds.bound,
+            answers=shown_answers(answers),
+            usage=[
+                ("full precision", results.full_bytes, results.full_run),
+                *((each.name, each.weight_bytes, each.run) for each in results.variants),
+            ],
             charts=charts,
             samples=shown_samples(samples),
             scales=color_scales(samples),

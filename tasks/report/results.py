@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks.compare import FULL
-from benchmarks.results import Comparison, Metrics
+from benchmarks.results import Comparison, EvaluationRun, Metrics
 from tasks.config.params import VariantParams
 from tasks.files import EVALUATION, MODELS, existing
 from tlq.quantization.formats import Scheme
@@ -33,6 +34,7 @@ class Variant:
         metrics: evaluation/<name>/metrics.json.
         groups: a row per layer and linear group, columns GROUP_COLUMNS; unmeasured values are missing.
         weight_bytes: size of the weight files.
+        run: evaluation/<name>/run.json; None if an older version evaluated the variant.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Variant:
     metrics: Metrics
     groups: pd.DataFrame
     weight_bytes: int
+    run: EvaluationRun | None = None
 
     @property
     def mean(self) -> Comparison:
@@ -70,6 +73,14 @@ class Results:
     full: Metrics
     full_bytes: int
     variants: list[Variant]
+    full_run: EvaluationRun | None = None
+
+    @property
+    def evaluated(self) -> str | None:
+        """``2026-11-27 06:24 UTC``: the end of the newest evaluation; None if no evaluation has a date."""
+        runs = [self.full_run, *(variant.run for variant in self.variants)]
+        newest = max((run.finished for run in runs if run is not None), default=None)
+        return None if newest is None else f"{datetime.fromisoformat(newest):%Y-%m-%d %H:%M} UTC"
 
     @property
     def benchmarks(self) -> list[str]:
@@ -100,6 +111,7 @@ def read_results(variants: VariantParams, model: Path) -> Results:
         full=read_metrics(FULL),
         full_bytes=weight_bytes(model),
         variants=sorted(read, key=lambda variant: variants.schemes.index(variant.scheme.name)),
+        full_run=read_run(FULL),
     )
 
 
@@ -114,6 +126,7 @@ def read_variant(name: str) -> Variant:
         metrics=read_metrics(name),
         groups=groups.astype(dict.fromkeys(_MEASURED, float)),
         weight_bytes=weight_bytes(MODELS / name),
+        run=read_run(name),
     )
 
 
@@ -121,6 +134,12 @@ def read_metrics(name: str) -> Metrics:
     """evaluation/<name>/metrics.json of a variant or of full precision. Raises: as ``read_results``."""
     stage = "baseline" if name == FULL else f"evaluate@{name}"
     return Metrics.load(existing(EVALUATION / name / "metrics.json", stage))
+
+
+def read_run(name: str) -> EvaluationRun | None:
+    """evaluation/<name>/run.json; None if an older version made the evaluation. Raises: as ``read_results``."""
+    path = EVALUATION / name / "run.json"
+    return EvaluationRun.load(path) if path.exists() else None
 
 
 def read_calibration(name: str) -> CalibrationReport:

@@ -8,6 +8,7 @@ Reads models/<variant>, or `model.path` for `full`; a variant also needs evaluat
 - metrics.json: per benchmark and their mean: score, interval, retention, flips, KL, NLL, numbers of items, parts;
 - summary.json: the main numbers, one row of `dvc metrics show`;
 - items.parquet: every item with prompt, target, reply, score, answer tokens, NLL and KL;
+- run.json: date, device, seconds and peak memory of the evaluation;
 - scores.csv: for `dvc plots`; skipped.csv: chosen items that were not scored, with reasons;
 - reference/ (of `full`): log-probabilities of the reference answers.
 """
@@ -15,9 +16,11 @@ Reads models/<variant>, or `model.path` for `full`; a variant also needs evaluat
 import hashlib
 import logging
 import shutil
+import time
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +32,7 @@ from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorde
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, namer, run_benchmarks, run_on
 from benchmarks.journal import Journal
 from benchmarks.model import AnswerOptions
-from benchmarks.results import BenchmarkMetrics, Comparison, Metrics, Part
+from benchmarks.results import BenchmarkMetrics, Comparison, EvaluationRun, Metrics, Part
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cluster.launch import on_ranks
 from tasks.command import command_line, device
@@ -39,6 +42,7 @@ from tasks.registry.tracking import recorded_failure
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.runtime.files import new_directory
+from tlq.runtime.memory import peak_resident
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +55,15 @@ def evaluate_variant(variant: str, model_path: str, params: EvaluateParams, resu
     benchmarks = load_benchmarks(params.benchmarks, params.limit, params.seed)
     working = results / ".working" / variant
     journal = Journal(working, _fingerprint(model_path, params, benchmarks))
-    outcome = _answer(variant, model_path, params, benchmarks, journal, results)
+    answered_before = sum(item.failure is None for item in journal.read().values())
+    outcome, seconds = _answer(variant, model_path, params, benchmarks, journal, results)
     _check_skipped(outcome, params.max_skipped)
     items = _items(outcome)
     asked = {result.task: result.asked for result in outcome}
     compared = compare(items, asked, full, params.resamples, params.seed)
     metrics = _metrics(variant, outcome, compared)
-    _write(working, results / variant, metrics, items, outcome)
+    run = _run(params.backend, len(items) - answered_before, seconds)
+    _write(working, results / variant, metrics, items, outcome, run)
     return metrics
 
 
@@ -68,8 +74,8 @@ def _answer(
     benchmarks: Mapping[str, Benchmark],
     journal: Journal,
     results: Path,
-) -> list[BenchmarkResult]:
-    """Answer the items that are not in the journal yet, with the backend of ``params``."""
+) -> tuple[list[BenchmarkResult], float]:
+    """Answer the items that are not in the journal yet, with the backend of ``params``; returns results and seconds."""
     if params.backend == "vllm":
         logger.warning("backend vllm measures no reference answers: no NLL, no KL")
         inner = load_vllm(model_path, params.dtype, _pixel_bounds(params))
@@ -80,7 +86,8 @@ def _answer(
             finished=journal.read(),
             on_batch=journal.add,
         )
-        return run_on(lm, benchmarks)
+        started = time.perf_counter()
+        return run_on(lm, benchmarks), time.perf_counter() - started
     options = AnswerOptions(
         _batch_size(params),
         params.max_new_tokens,
@@ -90,7 +97,24 @@ def _answer(
     )
     model = load_model(model_path, dtype=_dtype(params.dtype), device=device())
     processor = load_processor(model_path, **_pixel_bounds(params))
-    return run_benchmarks(benchmarks, model, processor, options, params.divergence_limit, params.seed)
+    started = time.perf_counter()
+    outcome = run_benchmarks(benchmarks, model, processor, options, params.divergence_limit, params.seed)
+    return outcome, time.perf_counter() - started
+
+
+def _run(backend: str, items: int, seconds: float) -> EvaluationRun:
+    """The record of a run that ends now."""
+    place, peak = device(), None
+    if backend == "hf":  # vLLM allocates its memory in another process, and before it needs it
+        peak = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else peak_resident()
+    return EvaluationRun(
+        finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type.upper(),
+        backend=backend,
+        items=items,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak,
+    )
 
 
 def _read_full(results: Path) -> pd.DataFrame:
@@ -159,11 +183,19 @@ def _metrics(variant: str, outcome: Sequence[BenchmarkResult], compared: Mapping
     return Metrics(variant, benchmarks, compared["mean"].rounded())
 
 
-def _write(working: Path, out: Path, metrics: Metrics, items: pd.DataFrame, outcome: Sequence[BenchmarkResult]) -> None:
+def _write(
+    working: Path,
+    out: Path,
+    metrics: Metrics,
+    items: pd.DataFrame,
+    outcome: Sequence[BenchmarkResult],
+    run: EvaluationRun,
+) -> None:
     """Replace ``out`` by a complete folder of results, then remove the answers in progress."""
     with new_directory(out) as folder:
         metrics.save(folder / "metrics.json")
         metrics.summary().save(folder / "summary.json")
+        run.save(folder / "run.json")
         items.to_parquet(folder / "items.parquet", index=False)
         scores = [(metrics.variant, name, entry.score, entry.low, entry.high) for name, entry in metrics.entries]
         columns = ["variant", "benchmark", "score", "low", "high"]

@@ -1,6 +1,7 @@
 """Stage `report`: show the loss from quantization on a page, in pictures, and on a model card in every checkpoint.
 
-Reads models/, evaluation/, data/prepared, data/importance, data/calibset and the full-precision model. Writes report/:
+Reads models/, evaluation/, data/prepared, data/importance, data/calibset, the full-precision model, and the questions
+and pictures of local benchmark files. Writes report/:
 
 - index.html: all results on one self-contained page;
 - scores.txt, scores.csv and means.csv (for `dvc plots`): the scores;
@@ -20,9 +21,18 @@ from matplotlib.figure import Figure
 
 from benchmarks.compare import scores_table
 from tasks.command import command_line
-from tasks.config.params import ModelParams, PrepareParams, ReportParams, VariantParams, section
+from tasks.config.params import (
+    EvaluateParams,
+    ModelParams,
+    PrepareParams,
+    RegisterParams,
+    ReportParams,
+    VariantParams,
+    section,
+)
 from tasks.files import EVALUATION, MODELS, REPORT
 from tasks.registry.lineage import read_lineage
+from tasks.report.answers import read_changed_answers
 from tasks.report.cards import CalibrationData, place_cards, read_base, render_card
 from tasks.report.charts import (
     STYLE,
@@ -94,12 +104,15 @@ def main() -> None:
     data = read_token_data()
     samples = show_samples(data, params.token_samples, load_processor(model).tokenizer)
     lineage = read_lineage(variants.names)
+    bounds = section("register", RegisterParams)
+    answers = read_changed_answers(
+        variants.names, section("evaluate", EvaluateParams).benchmarks, params.changed_answers
+    )
+    page = render_page(results, samples, data.shares, lineage, params.base_model or model, bounds, answers)
     with new_directory(REPORT) as folder:
         write_scores(results, variants.names, folder)
         write_pictures(results, samples, data.shares, folder)
-        write_text(
-            render_page(results, samples, data.shares, lineage, params.base_model or model), folder / "index.html"
-        )
+        write_text(page, folder / "index.html")
         write_cards(results, data, params, model, folder / "cards")
     place_cards()
 

@@ -93,6 +93,42 @@ def test_divergence_weighs_tokens() -> None:
     assert result["mean"].kl == pytest.approx(0.1)
 
 
+def test_the_interval_of_kl_resamples_items_with_their_tokens() -> None:
+    """Two items: a resample holds the first twice (KL 0.4), the second twice (0) or both (0.4 / 4 tokens)."""
+    full = pd.concat([items("a", [1, 1]), items("b", [1, 1])])
+    of_a = items("a", [1, 1], n_answer_tokens=[1, 3], kl=[0.4, 0.0])
+    of_b = items("b", [1, 1], n_answer_tokens=[2, 2], kl=[0.2, 0.2])
+    result = compare(pd.concat([of_a, of_b]), {"a": 2, "b": 2}, full, resamples=400, seed=0)
+    found = {name: (entry.kl_low, entry.kl, entry.kl_high) for name, entry in result.items()}
+    assert found["a"] == pytest.approx((0.0, 0.1, 0.4))
+    assert found["b"] == pytest.approx((0.2, 0.2, 0.2))
+    assert found["mean"] == pytest.approx((0.1, 0.15, 0.3))
+
+
+def test_the_interval_of_kl_is_about_the_normal_one() -> None:
+    kl = np.random.default_rng(0).exponential(0.1, 400)
+    frame = items("a", [1.0] * 400, n_answer_tokens=2, kl=kl)
+    result = compare(frame, {"a": 400}, frame, resamples=4000, seed=0)["a"]
+    assert result.kl_low == pytest.approx(kl.mean() - 1.96 * kl.std() / 20, abs=0.002)
+    assert result.kl_high == pytest.approx(kl.mean() + 1.96 * kl.std() / 20, abs=0.002)
+
+
+def test_full_precision_and_unmeasured_benchmarks_have_no_interval_of_kl() -> None:
+    measured = items("a", [1, 0], n_answer_tokens=2, kl=[0.0, 0.1])
+    both = pd.concat([measured, items("b", [1, 0])])
+    assert compare(measured, {"a": 2}, None, resamples=10, seed=0)["a"].kl_low is None
+    result = compare(both, {"a": 2, "b": 2}, both, resamples=10, seed=0)
+    assert result["a"].kl_high is not None
+    assert (result["b"].kl_high, result["mean"].kl_high) == (None, None)
+
+
+def test_scores_have_the_same_interval_with_and_without_kl() -> None:
+    full = items("a", [1, 0, 1, 1, 0])
+    with_kl = full.assign(n_answer_tokens=2, kl=0.1)
+    plain, measured = (compare(each, {"a": 5}, full, resamples=50, seed=0)["mean"] for each in (full, with_kl))
+    assert replace(measured, kl=None, kl_low=None, kl_high=None) == plain
+
+
 def test_same_seed_same_interval() -> None:
     frame = items("a", [1, 0, 0, 1, 1, 0, 1])
     runs = [compare(frame, {"a": 7}, frame, resamples=100, seed=seed)["a"] for seed in (0, 0, 1)]

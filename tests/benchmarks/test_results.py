@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.results import BenchmarkMetrics, Comparison, Metrics, Part, Summary
+from benchmarks.results import BenchmarkMetrics, Comparison, EvaluationRun, Metrics, Part, Summary
 
 BENCHMARK = BenchmarkMetrics(91.25, 86.0, 95.0, 40, 41, kl=0.1, skipped=1, empty_replies=2, parts={"a": Part(0.5, 2)})
 METRICS = Metrics("tlq-w3a16", {"demo_mmmu": BENCHMARK}, Comparison(91.25, 86.0, 95.0, 40, 41, retention=98.0, kl=0.1))
@@ -58,5 +59,28 @@ def test_the_summary_is_one_flat_row(tmp_path: Path) -> None:
 
 
 def test_percentages_keep_hundredths_and_nats_six_places() -> None:
-    rounded = Comparison(1 / 3, 1 / 3, 1 / 3, 3, 3, kl=1 / 3, mcnemar_p=1 / 3).rounded()
+    rounded = Comparison(1 / 3, 1 / 3, 1 / 3, 3, 3, kl=1 / 3, kl_low=1 / 3, mcnemar_p=1 / 3).rounded()
     assert (rounded.score, rounded.kl, rounded.mcnemar_p, rounded.n) == (0.33, 0.333333, 0.333333, 3)
+    assert rounded.kl_low == 0.333333
+
+
+# --- The run ------------------------------------------------------------------------------------------------------
+
+RUN = EvaluationRun("2026-11-27T06:24:42Z", "CPU", "hf", items=30, seconds=12.0, peak_memory_bytes=10**9)
+
+
+def test_a_run_is_the_same_after_save_and_load(tmp_path: Path) -> None:
+    RUN.save(tmp_path / "run.json")
+    assert EvaluationRun.load(tmp_path / "run.json") == RUN
+
+
+def test_items_per_second_need_an_item() -> None:
+    assert RUN.items_per_second == 2.5
+    assert replace(RUN, items=0).items_per_second is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"finished": "2026-11-27T06:24:42Z"}', '{"speed": 1}'])
+def test_an_invalid_run_is_refused_with_its_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json: .*; evaluate the variant again"):
+        EvaluationRun.load(tmp_path / "run.json")

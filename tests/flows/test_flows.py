@@ -118,7 +118,7 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch: pytest.MonkeyPat
         command.main(flow, "")
     monkeypatch.setattr(sys, "argv", ["quantize", "--set", "seed"])
     with pytest.raises(SystemExit, match="--set seed: must be NAME=VALUE"):
-        command.main(flow, "", "", quantize.add_options, quantize.parameters_of)
+        command.main(flow, "", quantize.add_options, quantize.parameters_of)
 
 
 def test_force_runs_exactly_the_stages_named(commands: Commands) -> None:

@@ -67,7 +67,7 @@ def evaluate() -> None:
     scores = {source["task"]: 100 - lost for source in PARAMS["evaluate"]["benchmarks"]}
     summary = {"score": 100 - lost, **scores, "retention": 100 - lost, "kl": lost / 100, "nll": lost / 90}
     write(f"evaluation/{variant}/summary.json", {**summary, "n": 24, "skipped": 0})
-    for name in ("items.parquet", "metrics.json", "scores.csv", "skipped.csv"):
+    for name in ("items.parquet", "metrics.json", "run.json", "scores.csv", "skipped.csv"):
         write(f"evaluation/{variant}/{name}", name)
     if variant == "full":
         write("evaluation/full/reference/rows", "rows")

@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 from support.report_results import VARIANTS, metrics, write_metrics
 
-from tasks.config.params import VariantParams
+from tasks.config.params import Bounds, VariantParams
 from tasks.files import VariantName
 from tasks.registry.lineage import Lineage, locked_outputs
 from tasks.report import charts, page
+from tasks.report.answers import ChangedAnswer
 from tasks.report.inline import VARIABLES, svg
 from tasks.report.results import Results, Variant, read_results, weight_bytes
 from tasks.report.tokens import (
@@ -116,7 +117,7 @@ def test_the_same_inputs_give_the_same_page(reported: Path, monkeypatch: pytest.
     assert _page(results) == _page(results)
 
 
-def _page(results: Results) -> str:
+def _page(results: Results, bounds: Bounds = Bounds()) -> str:  # noqa: B008  frozen
     sample = SampleTokens(
         id="one",
         source="",
@@ -128,13 +129,86 @@ def _page(results: Results) -> str:
         text_share=np.array([1.0, 0.0, 0.5]),
     )
     shares = pd.DataFrame({"layer": [0], "group": ["qkv"], "tokens": [50.0], "importance": [20.0], "chosen": [np.nan]})
-    return page.render_page(results, [sample], shares, Lineage(None, [], {}, [], "model: {}"), "some/model")
+    answer = ChangedAnswer("demo_mmmu", "1", "lost", "<i>why</i>?", "A", "A", "B" * 2000, [Image.new("RGB", (8, 8))])
+    answers = {"tlq-w4a8": [answer]}
+    lineage = Lineage(None, [], {}, [], "model: {}")
+    return page.render_page(results, [sample], shares, lineage, "some/model", bounds, answers)
 
 
 def test_tokens_are_escaped(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = _page(read(reported, monkeypatch))
     assert "&lt;b&gt;</span>" in text
     assert "<b>" not in text
+
+
+def test_questions_and_replies_are_escaped_and_long_ones_shortened(
+    reported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = _page(read(reported, monkeypatch))
+    assert "&lt;i&gt;why&lt;/i&gt;?" in text
+    assert f"{'B' * 400} [… 1200 characters …] {'B' * 400}" in text
+    assert "B" * 401 not in text
+
+
+# --- Gate, date, speed --------------------------------------------------------------------------------------------
+
+
+def cells(text: str, label: str) -> list[str]:
+    """The cells of a column of the tables that a phone shows as blocks, without marks."""
+    found = re.findall(rf'<td[^>]*data-label="{label}">(.*?)</td>', text)
+    return [re.sub(r"<.*?>", " ", cell).strip() for cell in found]
+
+
+def test_the_page_shows_the_result_of_the_gate_with_reasons(reported: Path) -> None:
+    text = (reported / "report/index.html").read_text()
+    assert cells(text, "gate") == ["–", "fails", "passes"]
+    gate = " ".join(re.sub(r"<.*?>", " ", text[text.index('id="gate"') : text.index('id="answers"')]).split())
+    assert "min_retention 90 , floors.demo_mmmu 85" in gate
+    assert "rtn-w4a8 fails mean retention: 81.6327 %, register.min_retention needs at least 90 %" in gate
+    assert "demo_mmmu score: 80 %, register.floors.demo_mmmu needs at least 85 %" in gate
+    assert "tlq-w4a8 passes" in gate
+
+
+def test_a_gate_without_bounds_is_said_to_have_none(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = _page(read(reported, monkeypatch), Bounds(bound="low"))
+    assert "sets no bounds, so every variant passes" in text
+    assert cells(text, "gate") == ["–", "passes", "passes"]
+
+
+def test_low_ends_are_named_where_the_gate_bounds_them(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = _page(read(reported, monkeypatch), Bounds(min_retention=90, bound="low"))
+    assert "They bound the low ends of the intervals" in text
+    assert cells(text, "gate") == ["–", "fails", "fails"]  # the low end of tlq-w4a8 is 88.5
+
+
+def test_the_date_is_that_of_the_newest_evaluation(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Date of the newest evaluation: 2026-11-27 06:24 UTC." in (reported / "report/index.html").read_text()
+    assert read(reported, monkeypatch).evaluated == "2026-11-27 06:24 UTC"
+
+
+def test_evaluations_of_older_versions_have_no_date_and_no_speed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in copy.glob("evaluation/*/run.json"):
+        path.unlink()
+    text = _page(read(copy, monkeypatch))
+    assert f"Date of the newest evaluation: {page.NOT_RECORDED}." in text
+    assert cells(text, "items per second") == [page.NOT_RECORDED] * 3
+
+
+def test_speed_and_memory_in_use_name_their_device(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (reported / "report/index.html").read_text()
+    assert cells(text, "items per second") == ["3.00", "2.40", "–"]
+    assert cells(text, "peak memory") == ["3.0 GB", "2.0 GB", page.NOT_RECORDED]
+    assert cells(text, "device, backend") == ["NVIDIA H100, hf", "NVIDIA H100, hf", "CPU, vllm"]
+    results = read(reported, monkeypatch)
+    sizes = [page.bytes_text(variant.weight_bytes) for variant in results.variants]
+    assert cells(text, "weights on disk")[1:] == sizes
+
+
+def test_kl_has_its_interval_by_benchmark_and_for_the_mean(reported: Path) -> None:
+    text = (reported / "report/index.html").read_text()
+    assert cells(text, "KL") == ["0.0000", *["0.1000  0.0712 to 0.1345"] * 2]
+    for label in ("demo_textvqa", "demo_mmmu", "mean"):
+        assert cells(text, label)[-2:] == ["0.1000  0.0712 to 0.1345"] * 2  # the table of KL is after that of scores
 
 
 # --- What was not recorded ----------------------------------------------------------------------------------------

@@ -84,6 +84,30 @@ def test_letters_of_charts_can_be_read_on_a_phone(browser: Any, reported: Path) 
     assert min(sizes) >= 9
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_score_is_seen_without_scrolling_sideways(browser: Any, reported: Path, width: int) -> None:
+    """On a phone every cell is below its own label, in letters of 12 pixels at least."""
+    page = Opened(browser, reported / "report/index.html", width, "light").page
+    cells = page.eval_on_selector_all(
+        "section#scores table.blocks td",
+        """all => all.map(each => {
+            const {left, right} = each.getBoundingClientRect()
+            const frame = each.closest('.scroll').getBoundingClientRect()
+            const label = getComputedStyle(each, '::before')
+            const inside = left >= frame.left - 1 && right <= frame.right + 1
+            return {inside, wide: each.scrollWidth > each.clientWidth, label: label.content,
+                    size: parseFloat(label.fontSize)}
+        })""",
+    )
+    assert len(cells) > 20
+    assert all(cell["inside"] and not cell["wide"] for cell in cells)
+    labels = [cell["label"] for cell in cells[:7]]
+    names = ["demo_textvqa", "demo_mmmu", "mean", "retention %", "KL", "NLL", "gate"]
+    assert labels == ([f'"{name}"' for name in names] if width == 390 else ["none"] * 7)
+    if width == 390:
+        assert min(cell["size"] for cell in cells) >= 12
+
+
 def test_letters_stand_out_in_both_colour_schemes(browser: Any, reported: Path) -> None:
     luminance = """() => {
         const gray = text => { const [r, g, b] = text.match(/[\\d.]+/g).map(Number); return (r + g + b) / 3 }

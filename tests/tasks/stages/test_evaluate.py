@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from support.benchmark_rows import mmmu_rows, textvqa_rows, write_rows
 
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.model import VisionLM
+from benchmarks.results import EvaluationRun
 from tasks.config.params import EvaluateParams, ParamsError
 from tasks.stages import evaluate
 from tlq.models.checkpoint import load_model
 from tlq.runtime.files import new_directory
+from tlq.runtime.memory import peak_resident
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def metrics_of(results: Path, variant: str) -> dict[str, Any]:
 
 
 def test_every_file_of_a_variant_is_written(results: Path) -> None:
-    files = {"metrics.json", "summary.json", "items.parquet", "scores.csv", "skipped.csv"}
+    files = {"metrics.json", "run.json", "summary.json", "items.parquet", "scores.csv", "skipped.csv"}
     assert {path.name for path in (results / "full").iterdir()} == files | {"reference"}
     assert {path.name for path in (results / "rtn-w3a16").iterdir()} == files
     assert sorted(path.name for path in results.iterdir()) == [".working", "full", "rtn-w3a16"]
@@ -103,6 +107,23 @@ def test_the_same_run_gives_the_same_bytes(
         assert (tmp_path / "rtn-w3a16" / name).read_bytes() == (results / "rtn-w3a16" / name).read_bytes()
 
 
+def test_the_run_is_recorded_with_date_device_speed_and_memory(
+    params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    plain = EvaluateParams(benchmarks=params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
+    before = datetime.now(UTC).replace(microsecond=0)
+    started = time.perf_counter()
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
+    elapsed = time.perf_counter() - started
+    run = EvaluationRun.load(tmp_path / "full" / "run.json")
+    assert before <= datetime.fromisoformat(run.finished) <= datetime.now(UTC)
+    assert (run.items, run.backend, run.device) == (4, "hf", evaluate.device().type.upper())
+    assert 0 < run.seconds < elapsed
+    assert run.items_per_second == 4 / run.seconds
+    assert run.peak_memory_bytes is not None
+    assert 1e8 < run.peak_memory_bytes <= peak_resident()
+
+
 @pytest.mark.parametrize("variant", ["full", "rtn-w3a16"])
 def test_a_killed_run_leaves_no_output_and_goes_on(
     variant: str,
@@ -119,11 +140,11 @@ def test_a_killed_run_leaves_no_output_and_goes_on(
     answered: list[int] = []
     original = VisionLM._run
 
-    def counted(self: VisionLM, batch: Sequence[Any], inputs: Any) -> Any:
+    def counted(self: VisionLM, batch: Sequence[Any], *inputs: Any) -> Any:
         if sum(answered) == 8:
             raise KeyboardInterrupt
         answered.append(len(batch))
-        return original(self, batch, inputs)
+        return original(self, batch, *inputs)
 
     monkeypatch.setattr(VisionLM, "_run", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -134,6 +155,7 @@ def test_a_killed_run_leaves_no_output_and_goes_on(
     evaluate.evaluate_variant(variant, checkpoint, params, tmp_path)
     assert sum(answered) == 8
     assert metrics_of(tmp_path, variant) == metrics_of(results, variant)
+    assert EvaluationRun.load(tmp_path / variant / "run.json").items == 8
     assert not list(tmp_path.glob(".working/*"))
 
 
