@@ -114,6 +114,7 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch: pytest.MonkeyPat
         raise ParametersError("model qwen9: neither a preset nor a folder")
 
     monkeypatch.setattr(sys, "argv", ["quantize"])
+    monkeypatch.setattr(command, "wait_for_prefect", lambda: None)
     with pytest.raises(SystemExit, match="model qwen9: neither"):
         command.main(flow, "")
     monkeypatch.setattr(sys, "argv", ["quantize", "--set", "seed"])
