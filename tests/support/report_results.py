@@ -87,5 +87,5 @@ def write_results(folder: Path, checkpoint: Path, samples: list[Sample]) -> None
     params["variants"] = {"recipes": ["rtn", "tlq"], "schemes": ["w4a8"]}
     params["report"] = {"token_samples": 2, "changed_answers": 2}
     params["evaluate"] = {"benchmarks": [{"task": name, "data": f"world/{name}.parquet"} for name in BENCHMARKS]}
-    params["register"] = {"model_name": "tiny", "min_retention": 90, "floors": {"demo_mmmu": 85}}
+    params["register"] = {"model_name": "tiny", "min_retention": 90, "min_items": None, "floors": {"demo_mmmu": 85}}
     path.write_text(yaml.safe_dump(params))

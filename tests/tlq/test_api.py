@@ -104,6 +104,7 @@ def test_a_gpu_is_taken_with_the_checkpoint_dtype(
     expected: tuple[str, torch.dtype | str],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
     device, dtype = CalibrationOptions(**options).place(tiny_checkpoint)
     assert (device.type, dtype) == expected
 

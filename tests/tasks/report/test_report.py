@@ -170,13 +170,13 @@ def test_the_page_shows_the_result_of_the_gate_with_reasons(reported: Path) -> N
 
 
 def test_a_gate_without_bounds_is_said_to_have_none(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = _page(read(reported, monkeypatch), Bounds(bound="low"))
+    text = _page(read(reported, monkeypatch), Bounds(min_items=None, bound="low"))
     assert "sets no bounds, so every variant passes" in text
     assert cells(text, "gate") == ["–", "passes", "passes"]
 
 
 def test_low_ends_are_named_where_the_gate_bounds_them(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = _page(read(reported, monkeypatch), Bounds(min_retention=90, bound="low"))
+    text = _page(read(reported, monkeypatch), Bounds(min_retention=90, min_items=None, bound="low"))
     assert "They bound the low ends of the intervals" in text
     assert cells(text, "gate") == ["–", "fails", "fails"]  # the low end of tlq-w4a8 is 88.5
 
