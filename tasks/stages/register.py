@@ -287,18 +287,22 @@ class Registrar:
         }
         experiment = self.client.get_run(run_id).info.experiment_id
         model = self.client.create_logged_model(experiment, result.variant, source_run_id=run_id, tags=origin)
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            # An input example would require a run of the model.
-            warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
-            mlflow.pyfunc.save_model(
-                f"{folder}/model",
-                python_model=str(Path(registry.__file__).with_name("served_model.py")),
-                code_paths=[str(Path(tlq.__file__).parent)],
-                signature=SIGNATURE,
-                pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
-                model_config={**origin, "dtype": self.model.dtype, "max_new_tokens": self.params.max_new_tokens},
-            )
-            self.client.log_model_artifacts(model.model_id, f"{folder}/model")
+        try:
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                # An input example would require a run of the model.
+                warnings.filterwarnings("ignore", message=".*An input example was not provided.*")
+                mlflow.pyfunc.save_model(
+                    f"{folder}/model",
+                    python_model=str(Path(registry.__file__).with_name("served_model.py")),
+                    code_paths=[str(Path(tlq.__file__).parent)],
+                    signature=SIGNATURE,
+                    pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
+                    model_config={**origin, "dtype": self.model.dtype, "max_new_tokens": self.params.max_new_tokens},
+                )
+                self.client.log_model_artifacts(model.model_id, f"{folder}/model")
+        except BaseException:
+            self.client.finalize_logged_model(model.model_id, "FAILED")
+            raise
         self.client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
 

@@ -310,7 +310,7 @@ def test_an_interrupted_registration_is_marked_failed_and_continued(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlflow.pyfunc, "log_model", full_disk)
+        patch.setattr(MlflowClient, "log_model_artifacts", full_disk)
         with pytest.raises(OSError, match="No space left"):
             register("rtn-w3a16")
     client = connect()
@@ -320,6 +320,8 @@ def test_an_interrupted_registration_is_marked_failed_and_continued(
     run = client.get_run(row["run_id"])
     assert (row["run_id"], run.info.status) == (failed.info.run_id, "FINISHED")
     assert "error" not in run.data.tags
+    states = [str(model.status) for model in client.search_logged_models(["1"])]
+    assert sorted(states) == ["FAILED", "READY"]
 
 
 def test_the_stage_writes_what_it_registered(workspace: Path) -> None:
