@@ -240,11 +240,14 @@ class VisionLM(LM):
                 continue
             try:
                 images = [pixels(image) for image in item.images]
-                prompts.append(encode(self.processor, item.prompt, images))
-                contexts.append(self._context(item.reference, images) or prompts[-1])
-                usable.append(item)
+                prompt = encode(self.processor, item.prompt, images)
+                context = self._context(item.reference, images) or prompt
             except IMAGE_ERRORS as error:
                 failed.append(Finished(item.key, failure=f"it cannot be encoded: {error}"[:200]))
+                continue
+            usable.append(item)
+            prompts.append(prompt)
+            contexts.append(context)
         if not usable:
             return Encoded([], failed)
         differ = any(item.reference.conversation is not None for item in usable)
