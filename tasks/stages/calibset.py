@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,27 +81,37 @@ def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
         )
 
 
-def used_by(recipe: Recipe, params: CalibsetParams, tokens: Path) -> dict[str, Any]:
+def used_by(recipe: Recipe, params: CalibsetParams, digests: Mapping[str, str]) -> dict[str, Any]:
     """Digests of the files, and the parameters of this stage, that the result of ``recipe`` depends on.
 
     See ``tasks.stages.calibrate.weights_of``, which reads them.
 
     Args:
-        tokens: the token-level calibration set.
+        digests: of the `samples`, the `pool`, its `scores`, and the `tokens` of the token-level calibration set.
     """
     if not recipe.needs_data:
         return {}
-    used = {"samples": _digest(PREPARED / "calibration.parquet"), "pool": _digest(IMPORTANCE / "sequences.parquet")}
+    used = {name: digests[name] for name in ("samples", "pool")}
     if recipe.tokens == "set":
-        return {**used, "source": params.source, "tokens": _digest(tokens)}
+        return {**used, "source": params.source, "tokens": digests["tokens"]}
     if recipe.importance == "uniform":
         return used
-    return {**used, "scores": _digest(IMPORTANCE / "scores.parquet"), "weighting": asdict(params.weighting)}
+    return {**used, "scores": digests["scores"], "weighting": asdict(params.weighting)}
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digests_of(tokens: Path) -> dict[str, str]:
+    """SHA-256 of every file that a recipe may calibrate with, see ``used_by``; ``tokens`` is the token set."""
+    files = {
+        "samples": PREPARED / "calibration.parquet",
+        "pool": IMPORTANCE / "sequences.parquet",
+        "scores": IMPORTANCE / "scores.parquet",
+        "tokens": tokens,
+    }
+    digests = {}
+    for name, path in files.items():
+        with path.open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def main() -> None:
@@ -111,8 +122,9 @@ def main() -> None:
     with new_directory(Path(CALIBSET)) as folder:
         write_parquet(tokens, folder / "tokens.parquet")
         write_text(summary.to_csv(index=False), folder / "summary.csv")
+        digests = digests_of(folder / "tokens.parquet")
         for name in RECIPES:
-            used = used_by(recipe(name), params, folder / "tokens.parquet")
+            used = used_by(recipe(name), params, digests)
             write_text(json.dumps(used, indent=1) + "\n", folder / "recipes" / f"{name}.json")
 
 
