@@ -132,7 +132,7 @@ def test_a_conversation_is_encoded_as_transformers_does_up_to_the_end_of_its_tur
 
 
 def test_a_chat_alone_and_in_a_batch_has_the_same_tokens(family: Path) -> None:
-    """A chat without an image beside one with two: neither changes the other."""
+    """A chat without an image and one with two share a batch: neither changes the other."""
     processor = load_processor(family)
     pictures = [Image.new("RGB", (48, 16)), Image.new("RGB", (16, 30))]
     two = encode(processor, render_prompt(processor, [Message(role="user", content="<image>Same?<image>")]), pictures)

@@ -59,7 +59,7 @@ def shard(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def old_index(folder: Path) -> None:
-    """A single file beside an index and shards of an earlier model."""
+    """A single file next to an index and shards of an earlier model."""
     shard(folder, {name: torch.zeros_like(value) for name, value in tensors_of(folder).items()})
 
 
