@@ -15,7 +15,7 @@ from markupsafe import Markup
 from tasks.config.params import Bounds
 from tasks.registry.gate import Verdict, judge
 from tasks.registry.lineage import Lineage
-from tasks.report.answers import Change, ChangedAnswer
+from tasks.report.answers import ChangedAnswer
 from tasks.report.charts import (
     STYLE,
     Look,
@@ -55,6 +55,8 @@ def environment(escape: bool) -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(
+        jpeg_uri=jpeg_uri,
+        shortened=shortened,
         number=number_text,
         bytes=bytes_text,
         scheme_title=scheme_title,
@@ -119,39 +121,6 @@ def bounds_in_words(bounds: Bounds) -> list[str]:
     limits = {name: value for name, value in values.items() if name not in ("bound", "floors") and value is not None}
     limits |= {f"floors.{name}": value for name, value in bounds.floors.items()}
     return [f"{name} {value:g}" for name, value in limits.items()]
-
-
-@dataclass(frozen=True)
-class ShownAnswer:
-    """A changed answer with its pictures as ``data:`` URIs, and its texts shortened."""
-
-    benchmark: str
-    item: str
-    change: Change
-    question: str
-    target: str
-    full_reply: str
-    reply: str
-    pictures: list[str]
-    missing: str | None
-
-
-def shown_answers(answers: Mapping[str, Sequence[ChangedAnswer]]) -> dict[str, list[ShownAnswer]]:
-    return {variant: [_shown_answer(answer) for answer in chosen] for variant, chosen in answers.items()}
-
-
-def _shown_answer(answer: ChangedAnswer) -> ShownAnswer:
-    return ShownAnswer(
-        benchmark=answer.benchmark,
-        item=answer.item,
-        change=answer.change,
-        question=shortened(answer.question),
-        target=shortened(answer.target),
-        full_reply=shortened(answer.full_reply),
-        reply=shortened(answer.reply),
-        pictures=[jpeg_uri(picture) for picture in answer.pictures],
-        missing=answer.missing,
-    )
 
 
 def shortened(text: str) -> str:
@@ -361,7 +330,7 @@ def render_page(
             verdicts=verdicts,
             bounds=bounds_in_words(bounds),
             bound=bounds.bound,
-            answers=shown_answers(answers),
+            answers=answers,
             usage=[
                 ("full precision", results.full_bytes, results.full_run),
                 *((each.name, each.weight_bytes, each.run) for each in results.variants),
