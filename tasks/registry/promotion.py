@@ -16,13 +16,25 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from tasks.registry.connection import first_line, pages, retry_on_conflict
+from tasks.registry.connection import first_line, retry_on_conflict
 from tasks.registry.gate import CannotCompare, Contender, Difference, Outcome, Verdict, paired_difference, succession
 from tasks.registry.runs import CHECKPOINT
+from tasks.registry.versions import (
+    GATE,
+    OUTCOME,
+    VARIANT,
+    aliases,
+    forget_outcome,
+    identity,
+    model_versions,
+    set_outcome,
+    set_verdict,
+    verdict_of,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,16 +46,17 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 #: Artifact of a run that holds the score of every item; versions are compared by these scores.
 ITEM_SCORES = "item_scores.parquet"
 
-_GATE, _REASON = "gate", "gate.reason."
-_OUTCOME, _WHY = "champion.outcome", "champion.reason"
 _UNDECIDED = (None, "not_compared")
-_WITHHELD = "withheld"
+#: Outcome of a version that takes no part in the choice of champion and candidate, and the reason.
+WITHHELD = "withheld"
+WHY_WITHHELD = (
+    "register.promote is false, as in a flow run with `limit` or other values; to let the version compete, start that "
+    "run again with `promote`"
+)
 
 
-def verdict_tags(verdict: Verdict) -> dict[str, str]:
-    """`gate` = passed or failed, and the reasons as `gate.reason.1`, `gate.reason.2`, ..."""
-    reasons = {f"{_REASON}{number}": reason for number, reason in enumerate(verdict.reasons, 1)}
-    return {_GATE: "passed" if verdict.passed else "failed", **reasons}
+def is_withheld(version: ModelVersion) -> bool:
+    return version.tags.get(OUTCOME) == WITHHELD
 
 
 def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -> bool:
@@ -51,36 +64,13 @@ def judge_again(client: MlflowClient, version: ModelVersion, verdict: Verdict) -
 
     If the verdict changes between passed and failed, the version becomes a challenger again, unless it is withheld.
     """
-    tags = verdict_tags(verdict)
-    had = {key: value for key, value in version.tags.items() if key == _GATE or key.startswith(_REASON)}
-    if had == tags:
+    had = verdict_of(version)
+    if had == verdict:
         return False
-    for key in had.keys() - tags.keys():
-        client.delete_model_version_tag(version.name, version.version, key)
-    _tag(client, version, tags)
-    if had.get(_GATE) != tags[_GATE] and _OUTCOME in version.tags and not is_withheld(version):
-        client.delete_model_version_tag(version.name, version.version, _OUTCOME)
+    set_verdict(client, version, verdict)
+    if had.passed != verdict.passed and not is_withheld(version):
+        forget_outcome(client, version)
     return True
-
-
-def withheld_tags() -> dict[str, str]:
-    """Tags of a version that takes no part in the choice of champion and candidate."""
-    why = (
-        "register.promote is false, as in a flow run with `limit` or other values; to let the version compete, start "
-        "that run again with `promote`"
-    )
-    return {_OUTCOME: _WITHHELD, _WHY: why}
-
-
-def is_withheld(version: ModelVersion) -> bool:
-    return version.tags.get(_OUTCOME) == _WITHHELD
-
-
-def release(client: MlflowClient, version: ModelVersion) -> ModelVersion:
-    """The version without the tags that withhold it."""
-    for key in withheld_tags():
-        client.delete_model_version_tag(version.name, version.version, key)
-    return client.get_model_version(version.name, version.version)
 
 
 def promote(client: MlflowClient, name: str) -> None:
@@ -106,22 +96,12 @@ def _competing(client: MlflowClient, name: str) -> dict[int, ModelVersion]:
     return {int(each.version): each for each in model_versions(client, name) if not is_withheld(each)}
 
 
-def model_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """All versions of a model in order of their numbers."""
-    found = pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
-    return sorted(found, key=lambda version: int(version.version))
-
-
-def aliases(client: MlflowClient, name: str) -> dict[str, int]:
-    """Version number of every alias of a model."""
-    return {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
-
-
 def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelVersion], appeared: set[int]) -> None:
     holder = aliases(client, name).get(CHAMPION)
-    champion = None if holder is None else _contender(found.get(holder) or client.get_model_version(name, str(holder)))
-    undecided = {number for number, version in found.items() if version.tags.get(_OUTCOME) in _UNDECIDED} | appeared
-    contenders = {number: _contender(version) for number, version in found.items()}
+    held = None if holder is None else found.get(holder) or client.get_model_version(name, str(holder))
+    champion = None if held is None else _contender(client, held)
+    undecided = {number for number, version in found.items() if version.tags.get(OUTCOME) in _UNDECIDED} | appeared
+    contenders = {number: _contender(client, version) for number, version in found.items()}
     lapsed = _lapsed(champion, [contenders[number] for number in undecided])
     challengers = [
         each
@@ -137,7 +117,7 @@ def _choose_champion(client: MlflowClient, name: str, found: Mapping[int, ModelV
         outcomes.setdefault(holder, Outcome("failed", "does not pass the gate; champion until another version does"))
     for number, outcome in outcomes.items():
         version = found.get(number) or client.get_model_version(name, str(number))  # an alias may be set by hand
-        _tag(client, version, {_OUTCOME: outcome.state, _WHY: outcome.reason})
+        set_outcome(client, version, outcome.state, outcome.reason)
         if outcome.state == "not_compared":
             logger.warning("%s: version %d is not compared: %s", name, number, outcome.reason)
         elif outcome.state == "not_better":
@@ -158,30 +138,24 @@ def _lapsed(champion: Contender | None, undecided: Iterable[Contender]) -> set[s
 
 def _choose_candidate(client: MlflowClient, name: str, found: Mapping[int, ModelVersion]) -> None:
     holder = aliases(client, name).get(CANDIDATE)
-    newest = max((number for number, version in found.items() if version.tags.get(_GATE) == "passed"), default=None)
+    newest = max((number for number, version in found.items() if version.tags.get(GATE) == "passed"), default=None)
     if newest is not None and newest != holder:
         client.set_registered_model_alias(name, CANDIDATE, str(newest))
     elif newest is None and holder is not None:
         client.delete_registered_model_alias(name, CANDIDATE)
 
 
-def _contender(version: ModelVersion) -> Contender:
-    """A contender from a version's tags; a version that other software registered has none and counts as failed."""
-    scores: dict[str, Any] = json.loads(version.tags.get("scores", "{}"))
+def _contender(client: MlflowClient, version: ModelVersion) -> Contender:
+    """A contender from the tags of a version and its run; a version that other software registered counts as failed."""
+    result = identity(client, version)
     return Contender(
         int(version.version),
-        version.tags.get("variant", ""),
-        version.tags.get(CHECKPOINT, ""),
-        version.tags.get("evaluation", ""),
-        version.tags.get(_GATE) == "passed",
-        scores.get("kl"),
+        version.tags.get(VARIANT, ""),
+        result.get(CHECKPOINT, ""),
+        result.get("evaluation", ""),
+        version.tags.get(GATE) == "passed",
+        json.loads(result.get("scores", "{}")).get("kl"),
     )
-
-
-def _tag(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> None:
-    for key, value in tags.items():
-        if version.tags.get(key) != value:
-            client.set_model_version_tag(version.name, version.version, key, value)
 
 
 class _ItemScores:

@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from tasks.files import MODELS
 from tasks.registry.runs import CHECKPOINT
+from tasks.registry.versions import VARIANT, identity
 from tlq.runtime.digest import checkpoint_digest
 
 
@@ -46,12 +47,12 @@ def find_variants(names: Sequence[str], variants: Sequence[str], client: MlflowC
 def _registered(name: str, client: MlflowClient, folder: Path) -> set[str]:
     """Variants of a registered model, version or alias whose registered checkpoint is in models/."""
     versions = _versions(name, client)
-    here = {version.tags["variant"] for version in versions if _is_here(version, folder)}
+    here = {version.tags[VARIANT] for version in versions if _is_here(client, version, folder)}
     if not here:
-        made = sorted({version.tags.get("variant", "?") for version in versions})
+        made = sorted({version.tags.get(VARIANT, "?") for version in versions})
         raise RegisteredError(
             f"{name}: its checkpoint ({', '.join(made)}) is no longer the one in {MODELS}/; bring it back with "
-            "`git checkout` of the commit in the version's tag git_commit and `dvc checkout`, or with `dvc exp apply`"
+            "`git checkout` of the commit in its run's tag git_commit and `dvc checkout`, or with `dvc exp apply`"
         )
     return here
 
@@ -70,6 +71,6 @@ def _versions(name: str, client: MlflowClient) -> list[ModelVersion]:
     return versions
 
 
-def _is_here(version: ModelVersion, folder: Path) -> bool:
-    checkpoint = folder / MODELS / version.tags.get("variant", "?")
-    return checkpoint.is_dir() and checkpoint_digest(checkpoint) == version.tags.get(CHECKPOINT)
+def _is_here(client: MlflowClient, version: ModelVersion, folder: Path) -> bool:
+    checkpoint = folder / MODELS / version.tags.get(VARIANT, "?")
+    return checkpoint.is_dir() and checkpoint_digest(checkpoint) == identity(client, version).get(CHECKPOINT)

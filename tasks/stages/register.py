@@ -41,17 +41,7 @@ from tasks.files import EVALUATION, MODELS, REPORT, VariantName, existing
 from tasks.registry.connection import connect
 from tasks.registry.gate import Verdict, judge
 from tasks.registry.layers import fill_in_layers
-from tasks.registry.promotion import (
-    ITEM_SCORES,
-    aliases,
-    is_withheld,
-    judge_again,
-    model_versions,
-    promote,
-    release,
-    verdict_tags,
-    withheld_tags,
-)
+from tasks.registry.promotion import ITEM_SCORES, WHY_WITHHELD, WITHHELD, is_withheld, judge_again, promote
 from tasks.registry.provenance import benchmark_digest, benchmark_inputs, calibration_inputs, lineage, machine
 from tasks.registry.runs import (
     CHECKPOINT,
@@ -65,6 +55,18 @@ from tasks.registry.runs import (
     set_tags,
 )
 from tasks.registry.tracking import recorded_failure
+from tasks.registry.versions import (
+    OUTCOME,
+    SCORE,
+    VARIANT,
+    aliases,
+    described,
+    forget_outcome,
+    identity,
+    model_versions,
+    verdict_of,
+    verdict_tag,
+)
 from tlq.results import CalibrationReport
 from tlq.runtime.digest import checkpoint_digest
 from tlq.runtime.files import write_text
@@ -123,16 +125,12 @@ class Result:
         return {allowed_name(name): float(value) for name, value in values.items() if value is not None}
 
     @property
-    def headline(self) -> dict[str, str]:
-        """The main numbers as tags, for the list of versions."""
+    def summary(self) -> str:
+        """The main numbers in one line, and the scores as a table."""
         mean = self.metrics.mean
         values = {"score": mean.score, "retention": mean.retention, "kl": mean.kl}
-        return {name: f"{value:.4g}" for name, value in values.items() if value is not None}
-
-    @property
-    def summary(self) -> str:
-        """The main numbers in one line, for the list of versions."""
-        return f"{self.variant}: " + ", ".join(f"{name} {text}" for name, text in self.headline.items())
+        line = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        return f"{self.variant}: {line}\n\n```\n{scores_table([self.metrics])}\n```"
 
 
 def read_result(variant: str, evaluation: EvaluateParams) -> Result:
@@ -184,7 +182,7 @@ class Registrar:
         verdict = judge(result.metrics, self.params)
         for reason in verdict.reasons:
             logger.warning("%s does not pass the gate: %s", variant, reason)
-        found = _registered(self.client, name, result.identity)
+        found = _registered(self.client, name, result)
         if found is None:
             found = self._new_version(name, scheme, result, verdict)
             logger.info("%s registered as version %s of %s", variant, found.version, name)
@@ -200,11 +198,12 @@ class Registrar:
         A run that does not promote leaves the verdicts of competing versions alone, because they decide the champion.
         """
         if is_withheld(version) and self.params.promote:
-            version = release(self.client, version)
+            forget_outcome(self.client, version)
+            version = self.client.get_model_version(version.name, version.version)
         elif not is_withheld(version) and not self.params.promote:
             return version
         if judge_again(self.client, version, verdict):
-            set_tags(self.client, str(version.run_id), verdict_tags(verdict))
+            set_tags(self.client, str(version.run_id), verdict_tag(verdict))
         return version
 
     def record_baseline(self) -> str:
@@ -224,21 +223,24 @@ class Registrar:
     def _new_version(self, name: str, scheme: str, result: Result, verdict: Verdict) -> ModelVersion:
         """Add scores and artifacts to the calibration's run, and create a version of its checkpoint."""
         run_id = self._calibration_run(result.variant, result.identity[CHECKPOINT])
-        tags = {**result.identity, **verdict_tags(verdict)}
+        score = result.metrics.mean.score
+        tags = {VARIANT: result.variant, **({} if score is None else {SCORE: f"{score:.4g}"}), **verdict_tag(verdict)}
+        withheld = {} if self.params.promote else {OUTCOME: WITHHELD}
         with running(self.client, run_id):
             self._log_calibration(run_id, result)
             model_id = self._log_model(run_id, result)
             self._log_scores(run_id, result, model_id)
+            set_tags(self.client, run_id, {**result.identity, **verdict_tag(verdict)})
             _ensure_model(self.client, name, scheme)
             created = self.client.create_model_version(
                 name,
                 f"models:/{model_id}",
                 run_id=run_id,
-                tags={**result.headline, **tags, **({} if self.params.promote else withheld_tags())},
-                description=f"{result.summary}\n\n```\n{scores_table([result.metrics])}\n```",
+                tags=tags | withheld,
+                description=described(result.summary, verdict, WHY_WITHHELD if withheld else ""),
                 model_id=model_id,
             )
-            set_tags(self.client, run_id, {**tags, "registered": f"{name} version {created.version}"})
+            set_tags(self.client, run_id, {"registered": f"{name} version {created.version}"})
         return created
 
     def _calibration_run(self, variant: str, checkpoint: str) -> str:
@@ -325,23 +327,26 @@ def _ensure_model(client: MlflowClient, name: str, scheme: str) -> None:
             raise
 
 
-def _registered(client: MlflowClient, name: str, identity: Mapping[str, str]) -> ModelVersion | None:
+def _registered(client: MlflowClient, name: str, result: Result) -> ModelVersion | None:
     """The version of ``name`` with exactly this checkpoint and these scores, if it exists."""
     for candidate in model_versions(client, name):
-        if all(candidate.tags.get(key) == value for key, value in identity.items()):
+        if candidate.tags.get(VARIANT) != result.variant:
+            continue
+        found = identity(client, candidate)
+        if all(found.get(key) == value for key, value in result.identity.items()):
             return candidate
     return None
 
 
 def registry_row(variant: str, version: ModelVersion, names: Mapping[str, int]) -> dict[str, Any]:
     """A variant's entry in registry.json; ``names`` are the aliases of its model."""
-    reasons = {int(key.rsplit(".", 1)[1]): text for key, text in version.tags.items() if key.startswith("gate.reason.")}
+    verdict = verdict_of(version)
     return {
         "variant": variant,
         "model": version.name,
         "version": int(version.version),
         "run_id": version.run_id,
-        "gate": {"passed": version.tags["gate"] == "passed", "reasons": [reasons[key] for key in sorted(reasons)]},
+        "gate": {"passed": verdict.passed, "reasons": list(verdict.reasons)},
         "aliases": sorted(alias for alias, number in names.items() if number == int(version.version)),
     }
 

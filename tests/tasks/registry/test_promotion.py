@@ -15,11 +15,11 @@ from mlflow import MlflowClient
 from support.registry_results import answers, write_project, write_variant
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
-from tasks.registry import promotion
 from tasks.registry.connection import connect
 from tasks.registry.gate import Verdict
-from tasks.registry.promotion import ITEM_SCORES, aliases, model_versions, promote, verdict_tags
-from tasks.registry.runs import CHECKPOINT, new_run
+from tasks.registry.promotion import ITEM_SCORES, promote
+from tasks.registry.runs import CHECKPOINT, new_run, set_tags
+from tasks.registry.versions import aliases, described, model_versions, verdict_tag
 from tasks.stages.register import Registrar, register_all
 
 NAME = "tiny-w3a16"
@@ -41,11 +41,12 @@ def add_version(client: MlflowClient, right: int, kl: float = 0.1) -> int:
     if not client.search_registered_models(f"name = '{NAME}'"):
         client.create_registered_model(NAME)
     run_id = new_run(client, "tlq", "made", {})
+    set_tags(client, run_id, {"evaluation": "e", CHECKPOINT: run_id, "scores": json.dumps({"kl": kl})})
     answers(right, kl)[["task", "doc", "score"]].to_parquet(ITEM_SCORES)
     client.log_artifact(run_id, ITEM_SCORES)
-    identity = {"variant": run_id, "evaluation": "e", CHECKPOINT: run_id, "scores": json.dumps({"kl": kl})}
-    tags = verdict_tags(Verdict()) | identity
-    return int(client.create_model_version(NAME, "file:///nowhere", run_id=run_id, tags=tags).version)
+    tags = {"variant": run_id} | verdict_tag(Verdict())
+    text = described("scores", Verdict())
+    return int(client.create_model_version(NAME, "file:///nowhere", run_id=run_id, tags=tags, description=text).version)
 
 
 class Interrupted:
@@ -86,7 +87,7 @@ def test_missing_item_scores_keep_the_champion_and_are_logged(workspace: Path) -
     add_version(client, 49)
     promote(client, NAME)
     assert aliases(client, NAME)["champion"] == 1
-    assert "item scores of version 1" in client.get_model_version(NAME, "2").tags["champion.reason"]
+    assert "item scores of version 1" in client.get_model_version(NAME, "2").description
 
 
 def test_a_version_registered_by_other_software_is_ignored(workspace: Path) -> None:
@@ -133,4 +134,4 @@ def test_concurrent_registrations_keep_every_version(workspace: Path) -> None:
         assert len(client.get_metric_history(run.info.run_id, "layer/error_after")) == 2
         scores = Path(client.download_artifacts(run.info.run_id, ITEM_SCORES, str(workspace)))
         assert len(pd.read_parquet(scores)) == 100
-    assert promotion.aliases(client, NAME)["candidate"] == 3
+    assert aliases(client, NAME)["candidate"] == 3

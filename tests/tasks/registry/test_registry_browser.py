@@ -81,7 +81,7 @@ def see(page: Any, *texts: str) -> None:
 
 def test_a_registered_model_shows_scores_and_aliases(page: Any, server: str) -> None:
     page.goto(f"{server}/#/models/tiny-w3a16")
-    see(page, "tiny-w3a16", "Version 2", "champion", "candidate", "retention: 98", "gate: passed")
+    see(page, "tiny-w3a16", "Version 2", "champion", "candidate", "score: 98", "gate: passed", "outcome: champion")
 
 
 def test_a_version_shows_its_table_of_scores(page: Any, server: str) -> None:
@@ -91,4 +91,4 @@ def test_a_version_shows_its_table_of_scores(page: Any, server: str) -> None:
 
 def test_a_run_shows_scores_layers_and_data(page: Any, server: str, rows: list[dict[str, Any]]) -> None:
     page.goto(f"{server}/#/experiments/1/runs/{rows[2]['run_id']}")
-    see(page, "tlq-w3a16", "mean.retention", "layer/error_after", "demo_textvqa")
+    see(page, "tlq-w3a16", "mean/retention", "layer/error_after", "demo_textvqa")

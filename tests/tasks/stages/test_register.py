@@ -19,10 +19,10 @@ from support.registry_results import BENCHMARKS, layer_report, write_params, wri
 import tasks
 from tasks.command import TRY_AGAIN
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, VariantParams, section
-from tasks.registry import promotion
 from tasks.registry.connection import connect
 from tasks.registry.layers import layer_metrics
 from tasks.registry.runs import CHECKPOINT, log_metrics, new_run
+from tasks.registry.versions import aliases, model_versions
 from tasks.stages.register import Registrar, main, register_all
 from tlq.results import LayerReport
 from tlq.runtime.digest import checkpoint_digest
@@ -56,7 +56,7 @@ def register(*variants: str) -> dict[str, dict[str, Any]]:
 
 
 def champion() -> int | None:
-    return promotion.aliases(connect(), NAME).get("champion")
+    return aliases(connect(), NAME).get("champion")
 
 
 def runs(client: MlflowClient) -> int:
@@ -107,8 +107,9 @@ def test_a_version_refers_to_its_checkpoint_and_shows_its_scores(workspace: Path
     assert (row["model"], row["version"], row["gate"]) == (NAME, 1, {"passed": True, "reasons": []})
     assert row["aliases"] == ["candidate", "champion"]
     version = connect().get_model_version(NAME, "1")
-    assert (version.tags["score"], version.tags["retention"]) == ("96", "96")
+    assert version.tags == {"variant": "rtn-w3a16", "score": "96", "gate": "passed", "outcome": "champion"}
     assert version.description.startswith("rtn-w3a16: score 96, retention 96, kl 0.1\n")
+    assert "\n\n## Gate\n\nThe version passed.\n\n## Champion\n\n" in version.description
     model = mlflow.models.Model.load(version.source)
     assert model.flavors["python_function"]["config"]["checkpoint"] == str(workspace / "models/rtn-w3a16")
 
@@ -125,9 +126,9 @@ def test_registering_again_changes_nothing(workspace: Path) -> None:
     write_variant(workspace, "tlq-w3a16", right=50)
     first = register("rtn-w3a16", "tlq-w3a16")
     client = connect()
-    before = (runs(client), [version.last_updated_timestamp for version in promotion.model_versions(client, NAME)])
+    before = (runs(client), [version.last_updated_timestamp for version in model_versions(client, NAME)])
     assert register("rtn-w3a16", "tlq-w3a16") == first
-    assert (runs(client), [each.last_updated_timestamp for each in promotion.model_versions(client, NAME)]) == before
+    assert (runs(client), [each.last_updated_timestamp for each in model_versions(client, NAME)]) == before
 
 
 def test_new_scores_make_a_new_version_and_a_run_of_their_own(workspace: Path) -> None:
@@ -159,9 +160,9 @@ def test_a_better_version_becomes_champion_a_worse_one_does_not(workspace: Path)
     assert rows["tlq-w3a16"]["aliases"] == ["candidate", "champion"]
     write_variant(workspace, "awq-w3a16", right=43)
     assert register("awq-w3a16")["awq-w3a16"]["aliases"] == ["candidate"]
-    tags = connect().get_model_version(NAME, "4").tags
-    assert tags["champion.outcome"] == "not_better"
-    assert tags["champion.reason"].startswith("mean score -14.00 [")
+    version = connect().get_model_version(NAME, "4")
+    assert version.tags["outcome"] == "not_better"
+    assert "\n\n## Champion\n\nmean score -14.00 [" in version.description
 
 
 def test_equal_scores_are_decided_by_kl(workspace: Path) -> None:
@@ -185,9 +186,9 @@ def test_a_version_that_fails_keeps_the_reasons_and_gets_no_alias(workspace: Pat
     assert len(rows["tlq-w3a16"]["gate"]["reasons"]) == 3
     version = connect().get_model_version(NAME, str(rows["tlq-w3a16"]["version"]))
     run = connect().get_run(version.run_id)
-    for tags in (version.tags, run.data.tags):
-        assert tags["gate"] == "failed"
-        assert tags["gate.reason.1"].startswith("mean retention: 40 %, register.min_retention needs")
+    assert version.tags["gate"] == run.data.tags["gate"] == "failed"
+    assert "\n\n## Gate\n\n- mean retention: 40 %, register.min_retention needs" in version.description
+    assert rows["tlq-w3a16"]["gate"]["reasons"][0].startswith("mean retention: 40 %, register.min_retention needs")
     assert champion() == rows["rtn-w3a16"]["version"]
 
 
@@ -196,10 +197,10 @@ def test_scores_on_other_items_do_not_move_the_alias_until_the_champion_is_score
     register("rtn-w3a16")
     write_params(workspace, "evaluate", seed=1)
     assert register("tlq-w3a16")["tlq-w3a16"]["aliases"] == ["candidate"]
-    assert connect().get_model_version(NAME, "2").tags["champion.outcome"] == "not_compared"
+    assert connect().get_model_version(NAME, "2").tags["outcome"] == "not_compared"
     assert register("rtn-w3a16", "tlq-w3a16")["rtn-w3a16"]["version"] == 3
     assert champion() == 3
-    assert connect().get_model_version(NAME, "2").tags["champion.outcome"] == "not_better"
+    assert connect().get_model_version(NAME, "2").tags["outcome"] == "not_better"
 
 
 def test_a_stricter_gate_applies_to_registered_versions(workspace: Path) -> None:
@@ -210,7 +211,9 @@ def test_a_stricter_gate_applies_to_registered_versions(workspace: Path) -> None
     assert rows["rtn-w3a16"]["gate"]["reasons"] == ["mean retention: 96 %, register.min_retention needs at least 99 %"]
     write_params(workspace, "register", min_retention=50.0)
     assert register("rtn-w3a16")["rtn-w3a16"]["gate"] == {"passed": True, "reasons": []}
-    assert "gate.reason.1" not in connect().get_model_version(NAME, "1").tags
+    version = connect().get_model_version(NAME, "1")
+    assert version.tags["gate"] == "passed"
+    assert "mean retention" not in version.description
     assert champion() == 2
 
 
@@ -249,11 +252,11 @@ def test_a_run_that_does_not_promote_registers_and_moves_no_alias(workspace: Pat
     write_variant(workspace, "tlq-w3a16", right=50)
     row = register("rtn-w3a16", "tlq-w3a16")["tlq-w3a16"]
     assert (row["version"], row["gate"]["passed"], row["aliases"]) == (2, True, [])
-    assert promotion.aliases(connect(), NAME) == {"champion": 1, "candidate": 1}
-    tags = connect().get_model_version(NAME, "2").tags
-    assert tags["champion.outcome"] == "withheld"
-    assert "register.promote is false" in tags["champion.reason"]
-    assert "start that run again with `promote`" in tags["champion.reason"]
+    assert aliases(connect(), NAME) == {"champion": 1, "candidate": 1}
+    version = connect().get_model_version(NAME, "2")
+    assert version.tags["outcome"] == "withheld"
+    assert "register.promote is false" in version.description
+    assert "start that run again with `promote`" in version.description
 
 
 def test_a_withheld_version_competes_only_when_it_is_registered_again_with_promotion(workspace: Path) -> None:
@@ -262,10 +265,12 @@ def test_a_withheld_version_competes_only_when_it_is_registered_again_with_promo
     register("tlq-w3a16")
     write_params(workspace, "register", promote=True)
     assert register("rtn-w3a16")["rtn-w3a16"]["aliases"] == ["candidate", "champion"]
-    assert connect().get_model_version(NAME, "1").tags["champion.outcome"] == "withheld"
+    assert connect().get_model_version(NAME, "1").tags["outcome"] == "withheld"
     row = register("rtn-w3a16", "tlq-w3a16")["tlq-w3a16"]
     assert (row["version"], champion()) == (1, 1)
-    assert connect().get_model_version(NAME, "1").tags["champion.outcome"] == "champion"
+    version = connect().get_model_version(NAME, "1")
+    assert version.tags["outcome"] == "champion"
+    assert "register.promote" not in version.description
 
 
 def test_a_run_that_does_not_promote_judges_only_withheld_versions_again(workspace: Path) -> None:
@@ -276,7 +281,7 @@ def test_a_run_that_does_not_promote_judges_only_withheld_versions_again(workspa
     write_params(workspace, "register", min_retention=99.0)
     rows = register("rtn-w3a16", "tlq-w3a16")
     assert [rows[name]["gate"]["passed"] for name in ("rtn-w3a16", "tlq-w3a16")] == [True, False]
-    assert connect().get_model_version(NAME, "2").tags["champion.outcome"] == "withheld"
+    assert connect().get_model_version(NAME, "2").tags["outcome"] == "withheld"
     assert champion() == 1
 
 
@@ -287,7 +292,7 @@ def test_a_withheld_version_that_was_made_champion_by_hand_can_be_replaced(works
     write_params(workspace, "register", promote=True)
     write_variant(workspace, "tlq-w3a16", right=50)
     assert register("tlq-w3a16")["tlq-w3a16"]["aliases"] == ["candidate", "champion"]
-    assert connect().get_model_version(NAME, "1").tags["champion.outcome"] == "not_better"
+    assert connect().get_model_version(NAME, "1").tags["outcome"] == "not_better"
 
 
 # --- Failures -------------------------------------------------------------------------------------
