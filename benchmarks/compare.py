@@ -16,7 +16,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import binomtest
 
 from benchmarks.results import Comparison, Metrics
 
@@ -31,7 +30,11 @@ Floats = npt.NDArray[np.float64]
 
 def mcnemar_p(lost: int, gained: int) -> float:
     """Two-sided exact McNemar test: p-value of a split at least as uneven in lost + gained fair coin flips."""
-    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    if not lost + gained:
+        return 1.0
+    from scipy.stats import binomtest  # a second, which runs without two variants to compare save
+
+    return float(binomtest(lost, lost + gained).pvalue)
 
 
 def resampled_means(scores: Floats, resamples: int, rng: np.random.Generator) -> Floats:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 Selection = Literal["top", "sample"]
 
@@ -191,6 +190,8 @@ def _lift(
         supplied = lifted * _ratio(_water_fill(totals, budget.sample_cap), totals)
         # Stay below the floor by rounding: at the largest floor that the cap allows, the factor is infinite.
         return budget.modality_floor * (1 - 10 * _ROUNDING) - float(supplied.sum())
+
+    from scipy.optimize import brentq  # a second, which every other stage saves
 
     return math.exp(brentq(missing, -300, 300))
 

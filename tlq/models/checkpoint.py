@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.offload.dispatch import remove_dispatch
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from tlq.models.architectures import FAMILIES, architecture_of
@@ -82,6 +81,8 @@ def load_model(
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype=dtype, device_map=str(device))
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.quantization_config.dequantize:
+        from compressed_tensors.offload.dispatch import remove_dispatch  # seconds, which stages without a model save
+
         quantizer.compressor.decompress_model(model)
         remove_dispatch(model, onload_tensors=True)
     return model.eval()
