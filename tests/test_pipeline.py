@@ -254,12 +254,12 @@ def test_services_listen_on_the_loopback_interface_only(services: Services) -> N
     assert listening == {"127.0.0.1"}
 
 
-def test_stopping_the_services_ends_every_process(tmp_path: Path) -> None:
-    with serving(make_project(tmp_path / "project")) as services:
-        processes = services.descendants()
-        assert len(processes) > 3
-        assert services.stop() == 0
-        assert not [process for process in processes if process.is_running()]
+def test_stopping_the_services_ends_every_process(services: Services, scheduled_run: dict[str, Any]) -> None:
+    """The last test of the services; the tests below need their results only."""
+    processes = services.descendants()
+    assert len(processes) > 3
+    assert services.stop() == 0
+    assert not [process for process in processes if process.is_running()]
 
 
 def test_the_flow_without_a_server_finds_nothing_to_do_and_prints_every_variant(project: Path, tmp_path: Path) -> None:
@@ -330,17 +330,3 @@ def test_one_recipes_choice_makes_only_its_own_stages_stale(project: Path) -> No
     finally:
         path.write_text(before)
     assert set(stale) == {"calibset", "calibrate@tlq-w3a16"}  # calibset lists what every recipe uses
-
-
-def test_a_second_run_gives_the_same_tokens_and_codes(project: Path) -> None:
-    def kept() -> list[bytes]:
-        files = [
-            project / "data/calibset/tokens.parquet",
-            *sorted((project / "models/tlq-w3a16").glob("*.safetensors")),
-        ]
-        assert len(files) > 2
-        return [file.read_bytes() for file in files]
-
-    before = kept()
-    dvc(project, "repro", "--single-item", "--force", "importance", "calibset", "calibrate@tlq-w3a16")
-    assert kept() == before

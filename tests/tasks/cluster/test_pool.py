@@ -233,15 +233,6 @@ def test_kills_of_stage_worker_and_run_change_no_bit(workers: Site, expected: di
     assert {StateType.CRASHED, StateType.COMPLETED} <= set(states)
 
 
-def test_an_input_error_is_reported_once(workers: Site) -> None:
-    output, _ = (process := workers.start("refused", "w9")).communicate(timeout=400)
-    assert process.returncode == 1
-    errors = [line for line in output.splitlines() if line.startswith("ERROR")]
-    assert len(errors) == 1
-    assert "unknown scheme 'w9'; choose one of" in errors[0]
-    workers.assert_nothing_left("refused")
-
-
 def test_concurrent_variants_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
     """As in the flow's evaluations: each is a DVC stage here, and one flow run of the pool."""
     names = ["a", "b"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from support.forked import FORK, run_together
 from support.registry_results import answers, write_project, write_variant
 
 from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
@@ -23,8 +24,6 @@ from tasks.registry.versions import aliases, described, model_versions, verdict_
 from tasks.stages.register import Registrar, register_all
 
 NAME = "tiny-w3a16"
-#: Processes that are forked after all imports.
-PROCESSES = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -115,13 +114,8 @@ def test_concurrent_registrations_keep_every_version(workspace: Path) -> None:
     skill = {"rtn-w3a16": 42, "mbq-w3a16": 45, "tlq-w3a16": 50}
     for variant, right in skill.items():
         write_variant(workspace, variant, right)
-    barrier = PROCESSES.Barrier(len(skill))
-    workers = [PROCESSES.Process(target=_register, args=(workspace, variant, barrier)) for variant in skill]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(180)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    barrier = FORK.Barrier(len(skill))
+    assert run_together(_register, *((workspace, variant, barrier) for variant in skill)) == [0, 0, 0]
     client = connect()
     found = {version.tags["variant"]: version for version in model_versions(client, NAME)}
     assert found.keys() == skill.keys()

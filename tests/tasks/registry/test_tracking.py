@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from support.forked import Forked, run_together
 from support.registry_results import layer_report, write_project
 
 from tasks import command as cli
@@ -242,10 +242,6 @@ def test_the_stage_logs_its_layers_and_links_run_and_checkpoint(
     assert fill_in_layers(connect(), run.info.run_id, report) == 0
 
 
-#: Processes that are forked after all imports.
-PROCESSES = multiprocessing.get_context("fork")
-
-
 def _begin(folder: Path) -> None:
     def main() -> None:
         with tracked():
@@ -259,7 +255,7 @@ def _begin(folder: Path) -> None:
 def test_a_killed_process_leaves_a_run_that_the_next_one_continues(
     workspace: Path, number: signal.Signals, status: str
 ) -> None:
-    process = PROCESSES.Process(target=_begin, args=(workspace,))
+    process = Forked(_begin, workspace)
     process.start()
     deadline = time.monotonic() + 60
     while not (workspace / "begun").exists() and time.monotonic() < deadline:
@@ -287,12 +283,7 @@ def _log_many(variant: str, layers: int) -> None:
 def test_concurrent_calibrations_keep_all_metrics_in_sqlite(workspace: Path) -> None:
     (workspace / "mlflow.db").unlink()  # they also race for making the database
     variants, layers = [f"rtn-{number}" for number in range(3)], 30
-    workers = [PROCESSES.Process(target=_log_many, args=(variant, layers)) for variant in variants]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(180)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert run_together(_log_many, *((variant, layers) for variant in variants)) == [0, 0, 0]
     found = {run.data.tags["variant"]: run for run in runs()}
     assert sorted(found) == variants
     for run in found.values():

@@ -181,8 +181,15 @@ def test_a_disk_that_fills_up_keeps_the_finished_layers(
     assert result("calibrate") == made
 
 
-@each_stage
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("stage", "number", "status"),
+    [
+        ("importance", signal.SIGTERM, 130),
+        ("calibrate", signal.SIGINT, 130),
+        ("importance", signal.SIGKILL, -9),
+        ("calibrate", signal.SIGKILL, -9),
+    ],
+)
 def test_a_signal_stops_the_command_and_the_same_command_continues(
     expected: Callable[[str], dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Batch
 
 every_family = pytest.mark.parametrize("name", list(TINY))
+
+#: Every family with every recipe, every family with every scheme, and every recipe with every scheme.
+PAIRWISE = [
+    (name, recipe, list(SCHEMES)[(row + column) % len(SCHEMES)])
+    for row, name in enumerate(TINY)
+    for column, recipe in enumerate(RECIPES)
+]
 
 
 @dataclass
@@ -90,8 +98,11 @@ def last_layer_inputs(built: Built, batch: Batch) -> Tensor:
     return seen[0]
 
 
-def test_every_family_is_tested() -> None:
+def test_every_family_is_tested_and_every_pair_of_family_recipe_and_scheme() -> None:
     assert set(TINY) == set(FAMILIES)
+    assert {case[:2] for case in PAIRWISE} == set(product(TINY, RECIPES))
+    assert {case[::2] for case in PAIRWISE} == set(product(TINY, SCHEMES))
+    assert {case[1:] for case in PAIRWISE} == set(product(RECIPES, SCHEMES))
 
 
 @every_family
@@ -228,9 +239,7 @@ def without_padding(batch: Batch) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@every_family
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("name", "recipe", "scheme"), PAIRWISE)
 def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
     build: Builder, export: Callable[[str, str, str], Exported], name: str, recipe: str, scheme: str
 ) -> None:
