@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.registry.registered import RegisteredError, find_variants
-from tasks.registry.runs import CHECKPOINT
+from tasks.registry.runs import CHECKPOINT, new_run
 from tlq.runtime.digest import checkpoint_digest
 
 VARIANTS = ("rtn-w3a16", "tlq-w3a16")
@@ -30,7 +30,8 @@ def client(folder: Path) -> MlflowClient:
     client.create_registered_model("demo-w3a16")
     digests = ["of an earlier checkpoint", *(checkpoint_digest(folder / "models" / variant) for variant in VARIANTS)]
     for variant, found in zip(("rtn-w3a16", *VARIANTS), digests, strict=True):
-        client.create_model_version("demo-w3a16", str(folder), tags={"variant": variant, CHECKPOINT: found})
+        run_id = new_run(client, "tlq", variant, {CHECKPOINT: found})
+        client.create_model_version("demo-w3a16", str(folder), run_id=run_id, tags={"variant": variant})
     client.set_registered_model_alias("demo-w3a16", "champion", "3")
     return client
 
