@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tasks.cluster.launch import on_ranks
+from tasks.cluster.launch import meeting_place, on_ranks
 from tasks.command import device, run
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.gradients import AnswerLoss, score_resumably
@@ -51,7 +51,7 @@ def calibrate() -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.device_memory * 2**30 / total), where)
     samples: list[Sample] = pickle.loads(arguments.samples.read_bytes())
     model = StreamedModel(arguments.model, torch.bfloat16 if where.type == "cuda" else torch.float32, where)
-    with joined_ranks(where) as ranks:
+    with joined_ranks(where, meeting_place()) as ranks:
         if where.type == "cpu":  # one core per rank: a single rank must not read ahead on another core
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[ranks.rank % len(cores)]})

@@ -30,6 +30,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows.stages import ROOT, StageFailed, run_command
+from tasks.cluster.authenticated import read_secret
 from tasks.cluster.store import JobStore, StageGoneError
 from tasks.cluster.work_pool import FLOW
 
@@ -38,27 +39,30 @@ _SILENT_SECONDS = 120
 
 
 @flow(name=FLOW)
-def pool_worker(store: str, agents: int, module: str, arguments: list[str], folder: str) -> State[Any] | None:
+def pool_worker(
+    store: str, secret: str, agents: int, module: str, arguments: list[str], folder: str
+) -> State[Any] | None:
     """Work for a stage with this worker's GPU until the stage's result is complete or it stops this worker.
 
     Args:
         store: host and port of the stage's store.
+        secret: file with the secret of the stage's job, which other users cannot read.
         agents: maximum number of workers that share the stage.
         module, arguments: module that every rank runs, and its arguments.
         folder: working directory: the stage's own folder, on a file system that all workers share.
     """
     name = str(flow_run.id)
-    command = [sys.executable, "-m", "tasks.cluster.agent", "--store", store, "--name", name]
-    command += ["--agents", str(agents), module, *arguments]
+    command = [sys.executable, "-m", "tasks.cluster.agent", "--store", store, "--secret", secret]
+    command += ["--name", name, "--agents", str(agents), module, *arguments]
     try:
-        meeting = JobStore.join(store)
+        meeting = JobStore.join(store, read_secret(Path(secret)))
         try:
             run_command(command, module, Path(folder), meeting.send_line)
         except StageFailed:
             if not meeting.stopped(name):
                 raise
             return Cancelled(message="the stage no longer needs this worker")
-    except StageGoneError as error:
+    except (StageGoneError, FileNotFoundError) as error:
         return Cancelled(message=str(error))
     return None
 

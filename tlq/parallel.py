@@ -126,15 +126,23 @@ def _add_up(total: Tensor | None, parts: Iterable[Tensor], shape: Sequence[int],
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, store: dist.Store | None = None) -> Iterator[Ranks]:
     """Join the process group that torch elastic's environment describes; without that environment, be the only rank.
 
     The backend is NCCL for GPU tensors and Gloo for host tensors.
+
+    Args:
+        store: where the ranks of this group find each other; by default the store of rank 0, as torchrun sets it.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks(device=device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if store is None:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=size)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:

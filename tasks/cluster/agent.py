@@ -1,7 +1,7 @@
 """Run one elastic agent. A worker of the pool runs it for a stage, on the stage's machine or another.
 
-    python -m tasks.cluster.agent --store 10.0.0.1:41234 --name <flow run id> --agents 2 \\
-        tasks.stages.calibrate --recipe tlq ...
+    python -m tasks.cluster.agent --store 10.0.0.1:41234 --secret .tlq/job-0f3a.secret --name <flow run id> \\
+        --agents 2 tasks.stages.calibrate --recipe tlq ...
 
 The agent keeps one rank of the stage's module alive. It ends when the result is complete, when the stage stops it, or
 when the stage ends.
@@ -16,9 +16,11 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
+from tasks.cluster.authenticated import read_secret
 from tasks.cluster.launch import die_with_parent, run_agent
 from tasks.cluster.store import JobStore, StageGoneError
 
@@ -31,6 +33,7 @@ _KILL_SECONDS = 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="host and port of the stage's store")
+    parser.add_argument("--secret", required=True, help="file with the secret of the stage's job")
     parser.add_argument("--name", required=True, help="name of this agent in the store")
     parser.add_argument("--agents", type=int, required=True, help="maximum number of agents in the group")
     parser.add_argument("module", help="module that each rank runs")
@@ -39,12 +42,13 @@ def main() -> None:
     logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     die_with_parent()
     try:
-        _serve(JobStore.join(arguments.store), arguments)
+        secret = read_secret(Path(arguments.secret))
+        _serve(JobStore.join(arguments.store, secret), secret, arguments)
     except (StageGoneError, SignalException) as error:
         sys.exit(str(error))
 
 
-def _serve(store: JobStore, arguments: argparse.Namespace) -> None:
+def _serve(store: JobStore, secret: str, arguments: argparse.Namespace) -> None:
     """Join the group and keep the rank alive until the result is complete.
 
     Raises:
@@ -60,7 +64,7 @@ def _serve(store: JobStore, arguments: argparse.Namespace) -> None:
     try:
         while not store.begun():
             time.sleep(_HEARTBEAT_SECONDS / 4)
-        run_agent(store.endpoint, arguments.module, arguments.arguments, 1, (1, arguments.agents))
+        run_agent(store.endpoint, secret, arguments.module, arguments.arguments, 1, (1, arguments.agents))
     except (SignalException, StageGoneError):
         raise
     except Exception as error:

@@ -16,20 +16,22 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.distributed import Store
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tasks.cluster.environment import own_address, restarts_allowed
-from tasks.cluster.store import JobStore
+from tasks.cluster.authenticated import new_secret
+from tasks.cluster.environment import network_interface, own_address, restarts_allowed
+from tasks.cluster.rendezvous import BACKEND, GROUP, SECRET, STORE
+from tasks.cluster.store import JobStore, group_store
 from tasks.config.environment import positive, value
 from tlq.parallel import REDUCTION_CHUNKS
 
 logger = logging.getLogger("tlq.ranks")
 
-#: Environment variable that holds the address of the store, for ranks.
-STORE = "TLQ_STORE"
-
 _POLL_SECONDS = 0.5
+#: How long a rank waits for the others, whose imports may take longer.
+_MEET_SECONDS = 600
 _STOP_SECONDS = 5
 
 
@@ -74,20 +76,21 @@ def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], mo
 
 
 def _launch_local(module: str, arguments: Sequence[str], ranks: int) -> None:
-    store = JobStore.host("127.0.0.1")
-    run_agent(store.endpoint, module, arguments, ranks)
+    secret = new_secret()
+    store = JobStore.host("127.0.0.1", secret)
+    run_agent(store.endpoint, secret, module, arguments, ranks)
     store.raise_failure()
 
 
 def run_agent(
-    endpoint: str, module: str, arguments: Sequence[str], ranks: int, nodes: tuple[int, int] = (1, 1), run: str = "tlq"
+    endpoint: str, secret: str, module: str, arguments: Sequence[str], ranks: int, nodes: tuple[int, int] = (1, 1)
 ) -> None:
     """Run one elastic agent: join the group that meets at ``endpoint``, and keep ``ranks`` processes of it alive.
 
     Args:
-        endpoint: host and port of the store, which another process hosts.
+        endpoint: host and port of the store.
+        secret: the secret of the job, with which all its messages are signed.
         nodes: minimum and maximum number of agents in the group.
-        run: name of the job in the store.
 
     Raises:
         RuntimeError: the agent's ranks failed more often than ``TLQ_RESTARTS`` (default 20).
@@ -96,24 +99,19 @@ def run_agent(
         min_nodes=nodes[0],
         max_nodes=nodes[1],
         nproc_per_node=ranks,
-        run_id=run,
-        rdzv_backend="c10d",
+        run_id="tlq",
+        rdzv_backend=BACKEND,
         rdzv_endpoint=endpoint,
-        # An agent without a heartbeat for 8 seconds counts as dead; the others then continue without it.
-        rdzv_configs={
-            "is_host": False,
-            "last_call_timeout": 1,
-            "keep_alive_interval": 1,
-            "keep_alive_max_attempt": 8,
-        },
         max_restarts=restarts_allowed(),
         monitor_interval=0.2,
         local_addr=own_address(),
         shutdown_timeout=_STOP_SECONDS,
     )
-    os.environ[STORE] = endpoint
-    # Otherwise agents keep the address of the first leading agent when another takes the lead (torch 2.13).
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[STORE], os.environ[SECRET] = endpoint, secret
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the ranks use the job's store; torch opens none
+    if interface := network_interface(own_address()):
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
@@ -143,7 +141,7 @@ def _as_rank(work: Callable[[], None]) -> None:
     While the other ranks wait, the group can form again if rank 0 dies. A rank that is restarted after the job has
     finished returns at once.
     """
-    store = JobStore.join(os.environ[STORE])
+    store = _joined_store()
     if store.finished():
         return
     work()
@@ -153,11 +151,22 @@ def _as_rank(work: Callable[[], None]) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+def _joined_store() -> JobStore:
+    return JobStore.join(os.environ[STORE], os.environ[SECRET])
+
+
+def meeting_place() -> Store | None:
+    """The store in which the ranks of this process's group find each other; None if this process is no rank."""
+    if not is_rank():
+        return None
+    return group_store(os.environ[STORE], os.environ[SECRET], os.environ[GROUP], _MEET_SECONDS)
+
+
 def report_failure(message: str) -> bool:
     """Report a failure that a retry cannot cure; False if this process is no rank or another rank reported first."""
-    return is_rank() and JobStore.join(os.environ[STORE]).fail(message)
+    return is_rank() and _joined_store().fail(message)
 
 
 def failed_already() -> bool:
     """Whether a rank has reported a failure that a retry cannot cure."""
-    return is_rank() and JobStore.join(os.environ[STORE]).failure() is not None
+    return is_rank() and _joined_store().failure() is not None

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
 
+from tasks.cluster.authenticated import keep_secret, new_secret, read_secret
 from tasks.cluster.environment import own_address
 from tasks.cluster.store import JobStore, StageGoneError
 from tasks.cluster.watch import Watch
@@ -43,12 +44,15 @@ def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
     with Pool.connect(value("TLQ_POOL")) as pool:
         job = Job.of(module, arguments)
         settle_leftovers(pool, job)
-        watch = Watch(pool, job, JobStore.host(own_address(), job.key))
+        secret = new_secret()
+        keep_secret(secret, job.secret_file)
+        watch = Watch(pool, job, JobStore.host(own_address(), secret, job.key))
         try:
             watch.submit(workers_wanted(pool, most))
             watch.until_finished()
         finally:
             watch.end()
+            job.secret_file.unlink(missing_ok=True)
 
 
 def workers_wanted(pool: Pool, most: int) -> int:
@@ -101,6 +105,6 @@ def settle_leftovers(pool: Pool, job: Job) -> None:
 
 def _holds_job(endpoint: str, job: Job) -> bool:
     try:
-        return JobStore.join(endpoint, seconds=3).job() == job.key
-    except StageGoneError:
+        return JobStore.join(endpoint, read_secret(job.secret_file), seconds=3).job() == job.key
+    except (StageGoneError, FileNotFoundError):
         return False

@@ -1,6 +1,7 @@
 """The messages between a stage, its agents and their ranks, on the store where the agents meet.
 
-The stage's own process hosts the store. When the process ends the store ends too, and agents and ranks notice it.
+The stage's own process hosts the store. When the process ends the store ends too, and agents and ranks notice it. The
+messages are signed with a secret that only the job's processes have, see ``AuthenticatedStore``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 from torch.distributed import TCPStore
+
+from tasks.cluster.authenticated import AuthenticatedStore
 
 T = TypeVar("T")
 
@@ -32,17 +35,22 @@ class JobStore:
     """The messages of one job.
 
     Attributes:
+        signed: the store itself, on which the agents also form their group.
         endpoint: host and port under which the store is reached.
     """
 
-    def __init__(self, store: TCPStore, endpoint: str) -> None:
-        self._store = store
+    def __init__(self, store: AuthenticatedStore, endpoint: str) -> None:
+        self.signed = store
         self.endpoint = endpoint
         self._lines_read = 0
 
     @classmethod
-    def host(cls, address: str, job: str = "") -> JobStore:
+    def host(cls, address: str, secret: str, job: str = "") -> JobStore:
         """Host a store in this process that listens on ``address`` only.
+
+        Args:
+            secret: signs the messages, see ``new_secret``.
+            job: name of the job.
 
         Raises:
             OSError: ``address`` is not an address of this machine.
@@ -59,25 +67,18 @@ class JobStore:
         store = TCPStore(
             address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
         )
-        hosted = cls(store, f"{address}:{port}")
+        hosted = cls(AuthenticatedStore(store, secret), f"{address}:{port}")
         hosted._set(_JOB, job)
         return hosted
 
     @classmethod
-    def join(cls, endpoint: str, seconds: float = ANSWER_SECONDS) -> JobStore:
+    def join(cls, endpoint: str, secret: str, seconds: float = ANSWER_SECONDS) -> JobStore:
         """Connect to the store that another process hosts.
 
         Raises:
             StageGoneError: no store answers at ``endpoint`` within ``seconds``.
         """
-        host, port = endpoint.rsplit(":", 1)
-        try:
-            socket.create_connection((host, int(port)), seconds).close()  # fails at once; the store would retry
-            limit = timedelta(seconds=seconds)
-            store = _in_time(lambda: TCPStore(host, int(port), wait_for_workers=False, timeout=limit), seconds)
-        except (OSError, RuntimeError) as error:
-            raise StageGoneError(f"no store answers at {endpoint}: the stage has ended") from error
-        return cls(store, endpoint)
+        return cls(AuthenticatedStore(_connected(endpoint, seconds), secret), endpoint)
 
     def _request(self, request: Callable[[], T]) -> T:
         try:
@@ -87,19 +88,23 @@ class JobStore:
 
     def _set(self, key: str, value: str = "1") -> None:
         """Set a key and wait until the store has it: the check follows on the same connection."""
-        self._request(lambda: self._store.set(key, value))
-        self._has(key)
+        self._request(lambda: self.signed.set(key, value))
+        self._read(key)
+
+    def _read(self, key: str) -> str | None:
+        value = self._request(lambda: self.signed.read(key))
+        return None if value is None else value.decode()
 
     def _has(self, key: str) -> bool:
-        return self._request(lambda: self._store.check([key]))
+        return self._read(key) is not None
 
-    def job(self) -> str:
-        """The name that the host gave to the job."""
-        return self._request(lambda: self._store.get(_JOB)).decode()
+    def job(self) -> str | None:
+        """The name that the host gave to the job; None if the store is of a job with another secret."""
+        return self._read(_JOB)
 
     def fail(self, message: str) -> bool:
         """Report a failure that a retry cannot cure; False if another one was reported before."""
-        return self._request(lambda: self._store.compare_set(_FAILURE, "", message)).decode() == message
+        return self._request(lambda: self.signed.compare_set(_FAILURE, "", message)).decode() == message
 
     def raise_failure(self) -> None:
         """Raise ValueError with the message that a rank reported, if one did."""
@@ -108,7 +113,7 @@ class JobStore:
 
     def failure(self) -> str | None:
         """The message that ``fail`` reported, if any."""
-        return self._request(lambda: self._store.get(_FAILURE)).decode() if self._has(_FAILURE) else None
+        return self._read(_FAILURE)
 
     def finish(self) -> None:
         """Mark the job's result as complete."""
@@ -134,25 +139,52 @@ class JobStore:
 
     def heartbeat(self, agent: str) -> None:
         """Send a heartbeat."""
-        self._request(lambda: self._store.add(f"tlq/heartbeats/{agent}", 1))
+        self._request(lambda: self.signed.add(f"tlq/heartbeats/{agent}", 1))
 
     def heartbeats(self, agent: str) -> int:
         """The number of heartbeats of ``agent``."""
-        return self._store.add(f"tlq/heartbeats/{agent}", 0)
+        return self.signed.add(f"tlq/heartbeats/{agent}", 0)
 
     def send_line(self, line: str) -> None:
         """Send a line to the stage's log."""
-        index = self._request(lambda: self._store.add(_LINES, 1))
+        index = self._request(lambda: self.signed.add(_LINES, 1))
         self._set(f"{_LINES}/{index}", line)
 
     def lines(self) -> list[str]:
         """The lines sent since the last call; each is returned once."""
         lines = []
-        while self._store.check([key := f"{_LINES}/{self._lines_read + 1}"]):
-            lines.append(self._store.get(key).decode())
-            self._store.delete_key(key)
+        while (line := self.signed.read(key := f"{_LINES}/{self._lines_read + 1}")) is not None:
+            lines.append(line.decode())
+            self.signed.delete_key(key)
             self._lines_read += 1
         return lines
+
+
+def group_store(endpoint: str, secret: str, group: str, seconds: float) -> AuthenticatedStore:
+    """The store in which the ranks of one group find each other.
+
+    Args:
+        group: name of the group; it differs each time that a group forms.
+        seconds: how long a rank waits for another one.
+
+    Raises:
+        StageGoneError: no store answers at ``endpoint``.
+    """
+    return AuthenticatedStore(_connected(endpoint, ANSWER_SECONDS, seconds), secret, f"tlq/groups/{group}/")
+
+
+def _connected(endpoint: str, seconds: float, wait: float | None = None) -> TCPStore:
+    """A connection to the store at ``endpoint`` that waits ``wait`` seconds for a value, by default ``seconds``."""
+    host, port = endpoint.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), seconds).close()  # fails at once; the store would retry
+        limit = timedelta(seconds=seconds)
+        store = _in_time(lambda: TCPStore(host, int(port), wait_for_workers=False, timeout=limit), seconds)
+    except (OSError, RuntimeError) as error:
+        raise StageGoneError(f"no store answers at {endpoint}: the stage has ended") from error
+    if wait is not None:
+        store.set_timeout(timedelta(seconds=wait))
+    return store
 
 
 def _in_time(request: Callable[[], T], seconds: float) -> T:

@@ -65,6 +65,11 @@ class Job:
         return f"job-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     @property
+    def secret_file(self) -> Path:
+        """File with the secret of the job's store, on the file system that all workers share."""
+        return self.folder / ".tlq" / f"{self.key}.secret"
+
+    @property
     def name(self) -> str:
         """A short name for messages: `calibrate tlq w3a16`."""
         words = [Path(word).name for word in self.arguments if not word.startswith("-")]
@@ -129,6 +134,7 @@ class Pool:
             tags=[job.key],
             parameters={
                 "store": endpoint,
+                "secret": str(job.secret_file),
                 "agents": agents,
                 "module": job.module,
                 "arguments": list(job.arguments),

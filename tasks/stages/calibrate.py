@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
-from tasks.cluster.launch import on_ranks, ranks_wanted
+from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
 from tasks.command import command_line, device
 from tasks.config.params import CalibrateParams, CalibsetParams, ModelParams, ParamsError, recipe, section
 from tasks.files import (
@@ -107,7 +107,7 @@ def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
         show_plan(plan_calibration(model, replace(job, ranks=ranks)), out, ranks)
         return
     with (
-        joined_ranks(device()) as ranks,
+        joined_ranks(device(), meeting_place()) as ranks,
         tracked_calibration(out, model.folder, row, scheme, ranks.leads) as on_layer,
     ):
         quantize_checkpoint(model, out, replace(job, ranks=ranks), on_layer=on_layer)

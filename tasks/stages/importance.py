@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from tasks.cluster.launch import on_ranks, ranks_wanted
+from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
 from tasks.command import command_line, device
 from tasks.config.params import ImportanceParams, ModelParams, section
 from tasks.files import IMPORTANCE, PREPARED, read_samples, write_importance
@@ -59,7 +59,7 @@ class _Job:
 def score() -> None:
     """Score every sample on this process's share of the work; the leading rank writes the result."""
     job = _Job()
-    with joined_ranks(device()) as ranks, ExitStack() as locks:
+    with joined_ranks(device(), meeting_place()) as ranks, ExitStack() as locks:
         there = sum(state.size() for state in job.states.values())
         refuse_impossible(job.plan(ranks), IMPORTANCE, ranks.device, processes_here(), there)
         if ranks.leads:

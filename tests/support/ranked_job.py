@@ -24,7 +24,7 @@ import torch
 import tlq.quantization.rounding
 from tasks.command import run
 from tasks.files import read_samples
-from tasks.cluster.launch import on_ranks
+from tasks.cluster.launch import meeting_place, on_ranks
 from tlq.calibration.job import CalibrationJob
 from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.quantization.formats import WeightQuantizer, get_scheme
@@ -45,7 +45,7 @@ def work():
     torch.set_num_threads(1)
     samples = read_samples(folder / "samples.parquet")
     model = StreamedModel(folder / "model")
-    with joined_ranks(torch.device("cpu")) as ranks:
+    with joined_ranks(torch.device("cpu"), meeting_place()) as ranks:
         quantizer = WeightQuantizer(get_scheme(scheme), model.checkpoint_dtype)
         batches = calibration_batches(model, samples, get_recipe(recipe), 2, 512)
         def weigh():

@@ -3,15 +3,65 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
+from tasks.cluster.authenticated import keep_secret, new_secret, read_secret
 from tasks.cluster.store import JobStore, StageGoneError
+
+SECRET = new_secret()
+
+
+def stranger(stage: JobStore) -> TCPStore:
+    """A connection as any process can open one, without the secret."""
+    host, port = stage.endpoint.rsplit(":", 1)
+    return TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+
+
+@pytest.mark.parametrize("value", ["1", "", "x" * 100, b"\x80\x04."])
+def test_a_value_without_the_jobs_signature_does_not_count(value: str | bytes) -> None:
+    stage = JobStore.host("127.0.0.1", SECRET, "job-1")
+    for key in ("failure", "finished", "begun", "stopped", "job", "lines/1"):
+        stranger(stage).set(f"tlq/{key}", value)  # type: ignore[arg-type]
+    rank = JobStore.join(stage.endpoint, SECRET)
+    for store in (stage, rank):
+        assert (store.failure(), store.finished(), store.begun(), store.stopped("a")) == (None, False, False, False)
+        assert store.lines() == []
+    assert rank.job() is None
+    assert stage.job() == "job-1"  # what the stage wrote itself it restores
+    assert rank.fail("model.path: not found")
+    assert stage.failure() == "model.path: not found"
+
+
+def test_a_signed_value_counts_only_under_its_key() -> None:
+    stage = JobStore.host("127.0.0.1", SECRET)
+    stage.begin()
+    other = stranger(stage)
+    other.set("tlq/finished", other.get("tlq/begun"))  # type: ignore[arg-type]
+    assert not stage.finished()
+
+
+def test_a_store_of_another_job_has_no_messages() -> None:
+    stage = JobStore.host("127.0.0.1", SECRET, "job-1")
+    stage.finish()
+    other = JobStore.join(stage.endpoint, new_secret())
+    assert other.job() is None
+    assert not other.finished()
+
+
+def test_a_secret_is_readable_for_its_owner_only(tmp_path: Path) -> None:
+    file = tmp_path / ".tlq" / "job.secret"
+    for secret in (new_secret(), SECRET):
+        keep_secret(secret, file)
+    assert read_secret(file) == SECRET
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
 def test_the_store_listens_on_the_address_it_was_given_and_no_other() -> None:
-    store = JobStore.host("127.0.0.1")
+    store = JobStore.host("127.0.0.1", SECRET)
     port = int(store.endpoint.rsplit(":", 1)[1])
     listening = [link.laddr.ip for link in psutil.Process().net_connections() if link.laddr.port == port]
     assert set(listening) == {"127.0.0.1"}
@@ -19,12 +69,12 @@ def test_the_store_listens_on_the_address_it_was_given_and_no_other() -> None:
 
 def test_an_address_of_another_machine_is_refused_by_name() -> None:
     with pytest.raises(OSError, match=r"TLQ_HOST is '192\.0\.2\.1', no address of this machine"):
-        JobStore.host("192.0.2.1")
+        JobStore.host("192.0.2.1", SECRET)
 
 
 def test_the_first_reported_failure_is_kept() -> None:
-    stage = JobStore.host("127.0.0.1", "job-1")
-    rank, other = JobStore.join(stage.endpoint), JobStore.join(stage.endpoint)
+    stage = JobStore.host("127.0.0.1", SECRET, "job-1")
+    rank, other = JobStore.join(stage.endpoint, SECRET), JobStore.join(stage.endpoint, SECRET)
     assert rank.job() == "job-1"
     assert stage.failure() is None
     assert rank.fail("model.path: not found")
@@ -33,8 +83,8 @@ def test_the_first_reported_failure_is_kept() -> None:
 
 
 def test_lines_reach_the_stage_once_and_in_order() -> None:
-    stage = JobStore.host("127.0.0.1")
-    agents = [JobStore.join(stage.endpoint) for _ in range(2)]
+    stage = JobStore.host("127.0.0.1", SECRET)
+    agents = [JobStore.join(stage.endpoint, SECRET) for _ in range(2)]
     for number in range(4):
         agents[number % 2].send_line(f"line {number}")
     assert stage.lines() == [f"line {number}" for number in range(4)]
@@ -44,8 +94,8 @@ def test_lines_reach_the_stage_once_and_in_order() -> None:
 
 
 def test_one_agent_or_all_are_stopped() -> None:
-    stage = JobStore.host("127.0.0.1")
-    agent = JobStore.join(stage.endpoint)
+    stage = JobStore.host("127.0.0.1", SECRET)
+    agent = JobStore.join(stage.endpoint, SECRET)
     agent.heartbeat("a")
     assert (stage.heartbeats("a"), stage.heartbeats("b")) == (1, 0)
     stage.stop("a")
@@ -55,13 +105,13 @@ def test_one_agent_or_all_are_stopped() -> None:
 
 
 def test_an_ended_stage_is_distinguished_from_a_silent_one() -> None:
-    stage = JobStore.host("127.0.0.1")
-    agent = JobStore.join(stage.endpoint)
+    stage = JobStore.host("127.0.0.1", SECRET)
+    agent = JobStore.join(stage.endpoint, SECRET)
     endpoint = stage.endpoint
     del stage
     with pytest.raises(StageGoneError, match="is gone"):
         agent.heartbeat("a")
     with pytest.raises(StageGoneError, match=f"no store answers at {endpoint}"):
-        JobStore.join(endpoint)
+        JobStore.join(endpoint, SECRET)
     with socket.create_server(("127.0.0.1", 0)) as somebody_else, pytest.raises(StageGoneError):
-        JobStore.join(f"127.0.0.1:{somebody_else.getsockname()[1]}", seconds=1)
+        JobStore.join(f"127.0.0.1:{somebody_else.getsockname()[1]}", SECRET, seconds=1)

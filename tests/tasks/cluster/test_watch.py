@@ -14,10 +14,12 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.states import Cancelled, Crashed, Running, Scheduled
 
 from tasks.cluster import watch
+from tasks.cluster.authenticated import new_secret
 from tasks.cluster.store import JobStore
 from tasks.cluster.watch import Watch
 from tasks.cluster.work_pool import Job, NoWorkerError
 
+SECRET = new_secret()
 JOB = Job("tasks.stages.calibrate", ("tlq",), Path("/project"))
 
 
@@ -61,7 +63,7 @@ def watching(pool: FakePool, store: JobStore, count: int = 2) -> Watch:
 
 
 def test_an_error_of_a_rank_ends_the_stage_and_its_runs() -> None:
-    pool, store = FakePool(), JobStore.host("127.0.0.1")
+    pool, store = FakePool(), JobStore.host("127.0.0.1", SECRET)
     watched = watching(pool, store)
     store.fail("unknown scheme 'w9'")
     with pytest.raises(ValueError, match="unknown scheme 'w9'"):
@@ -72,7 +74,7 @@ def test_an_error_of_a_rank_ends_the_stage_and_its_runs() -> None:
 
 
 def test_a_lost_run_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
-    store = JobStore.host("127.0.0.1")
+    store = JobStore.host("127.0.0.1", SECRET)
 
     def begins(number: int) -> State:
         if number == 3:  # the replacement of the last lost run
@@ -88,20 +90,20 @@ def test_a_lost_run_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
 def test_runs_that_never_begin_end_the_stage() -> None:
     pool = FakePool(lambda _number: Crashed(message="no module named tlq"))
     with pytest.raises(RuntimeError, match="5 worker runs in a row ended before they began.*no module named tlq"):
-        watching(pool, JobStore.host("127.0.0.1")).until_finished()
+        watching(pool, JobStore.host("127.0.0.1", SECRET)).until_finished()
 
 
 def test_more_lost_runs_than_allowed_end_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLQ_RESTARTS", "2")
     pool = FakePool(lambda _number: Crashed(message="killed"))
     with pytest.raises(RuntimeError, match="3 worker runs were lost, more than TLQ_RESTARTS = 2"):
-        watching(pool, JobStore.host("127.0.0.1")).until_finished()
+        watching(pool, JobStore.host("127.0.0.1", SECRET)).until_finished()
 
 
 def test_a_silent_run_is_set_to_crashed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLQ_POOL_SILENCE", "1")
     monkeypatch.setattr("tasks.cluster.work_pool._START_FACTOR", 0.1)
-    store = JobStore.host("127.0.0.1")
+    store = JobStore.host("127.0.0.1", SECRET)
 
     def begins(number: int) -> State:
         if number:
@@ -116,11 +118,11 @@ def test_a_silent_run_is_set_to_crashed_and_replaced(monkeypatch: pytest.MonkeyP
 def test_runs_cancelled_by_a_user_are_not_replaced() -> None:
     pool = FakePool(lambda _number: Cancelled())
     with pytest.raises(RuntimeError, match="calibrate tlq: its runs on pool gpu were cancelled"):
-        watching(pool, JobStore.host("127.0.0.1")).until_finished()
+        watching(pool, JobStore.host("127.0.0.1", SECRET)).until_finished()
 
 
 def test_a_stage_waits_while_workers_are_busy_but_not_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLQ_POOL_WAIT", "1")
-    pool, store = FakePool(lambda _number: Scheduled()), JobStore.host("127.0.0.1")
+    pool, store = FakePool(lambda _number: Scheduled()), JobStore.host("127.0.0.1", SECRET)
     with pytest.raises(NoWorkerError, match="no worker took up a run within 1 s; found 0 online"):
         watching(pool, store).until_finished()
