@@ -208,8 +208,9 @@ def test_a_cancelled_run_leaves_no_process_and_params_yaml_as_it_was(
         runs = prefect.post("/task_runs/filter", flow_runs={"id": {"any_": [run_id]}})
         return {each["name"]: each["state_type"] for each in runs}
 
-    wait_for(lambda: set(task_states().values()) == {"COMPLETED", "CANCELLED"}, 60)
+    wait_for(lambda: not {"PENDING", "RUNNING"} & set(task_states().values()), 60, task_states)
     assert task_states()["baseline"] == "CANCELLED"
+    assert set(task_states().values()) == {"COMPLETED", "CANCELLED"}
     assert (project / "params.yaml").read_text() == before
 
 
@@ -218,10 +219,11 @@ def commands_of(run_id: str) -> list[str]:
     return [" ".join(each.cmdline()) for each in with_environment(FLOW_RUN, run_id)]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300, found: Callable[[], object] = str) -> None:
+    """Wait until a condition holds; ``found`` says what there is if it does not."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s"
+        assert time.monotonic() < until, f"not within {seconds} s: {found()}"
         time.sleep(0.2)
 
 
