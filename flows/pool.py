@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ from uuid import UUID
 from prefect import flow
 from prefect.automations import AutomationCore, EventTrigger, Posture
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import State, StateType
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
@@ -32,7 +31,7 @@ from prefect.states import Cancelled
 from flows.stages import ROOT, StageFailed, run_command
 from tasks.cluster.authenticated import read_secret
 from tasks.cluster.store import JobStore, StageGoneError
-from tasks.cluster.work_pool import FLOW
+from tasks.cluster.work_pool import FLOW, fixed_job_template
 
 _HEARTBEAT_SECONDS = 30
 _SILENT_SECONDS = 120
@@ -70,21 +69,23 @@ def pool_worker(
 def deploy(pool: str) -> None:
     """Create or update the pool, its deployment and its automation on the server of ``PREFECT_API_URL``."""
     with get_client(sync_client=True) as client:
-        with suppress(ObjectAlreadyExists):  # an existing pool keeps its concurrency limit
-            client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        template = fixed_job_template(
+            ROOT,
+            {
+                "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
+                "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection logs one line, no stack trace
+            },
+            stream_output=False,  # else a run whose worker has died crashes at its next line of output
+        )
+        try:
+            client.create_work_pool(WorkPoolCreate(name=pool, type="process", base_job_template=template))
+        except ObjectAlreadyExists:  # an existing pool keeps its concurrency limit
+            client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
         deployment = RunnerDeployment.from_flow(
             pool_worker,
             name=pool,
             work_pool_name=pool,
             entrypoint_type=EntrypointType.MODULE_PATH,
-            job_variables={
-                "working_dir": str(ROOT),
-                "stream_output": False,  # else a run whose worker has died crashes at its next line of output
-                "env": {
-                    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_SECONDS),
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection logs one line, no stack trace
-                },
-            },
         )
         deployment.entrypoint = f"flows.pool.{pool_worker.fn.__name__}"  # here the module may be __main__
         _end_silent_runs(client, pool, cast(UUID, deployment.apply()))

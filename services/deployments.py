@@ -15,16 +15,16 @@ from uuid import UUID
 import psutil
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed
-from prefect.workers.process import ProcessWorker
 
 from services.processes import FLOW_RUN, with_environment
 from services.supervisor import ServiceError
+from tasks.cluster.work_pool import fixed_job_template
 from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.services")
@@ -36,8 +36,12 @@ _CANCEL_SECONDS = 60.0
 
 @contextmanager
 def server() -> Iterator[SyncPrefectClient]:
-    """A client of the current PREFECT_API_URL; Prefect itself reads that variable only once, at import."""
-    with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+    """A client of the current PREFECT_API_URL; Prefect itself reads the variables only once, at import."""
+    current = {
+        PREFECT_API_URL: os.environ["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: os.environ.get("PREFECT_API_AUTH_STRING"),
+    }
+    with temporary_settings(current), get_client(sync_client=True) as client:
         yield client
 
 
@@ -50,13 +54,13 @@ def create_pool(client: SyncPrefectClient) -> None:
         name=POOL,
         type="process",
         description="Runs in the project's folder, one at a time",
-        base_job_template=ProcessWorker.get_default_base_job_template(),
+        base_job_template=fixed_job_template(),
         concurrency_limit=1,
     )
     try:
         client.create_work_pool(pool)
     except ObjectAlreadyExists:
-        logger.debug("pool %s exists", POOL)
+        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=fixed_job_template()))
 
 
 def apply_deployments(folder: Path, scratch: Path, client: SyncPrefectClient) -> list[str]:

@@ -35,12 +35,16 @@ LOCAL_WORKER = "worker"
 
 
 def prefect_server(port: int, url: URL | None) -> Service:
-    return Service(
-        "prefect",
-        [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
-        {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", **database.prefect_environment(url)},
-        f"http://{HOST}:{port}/api/health",
-    )
+    """The Prefect server; with PREFECT_SERVER_API_AUTH_STRING (`user:password`) it asks for this login."""
+    environment = {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port}",
+        **database.prefect_environment(url),
+    }
+    command = [sys.executable, "-m", "services.guarded_server", str(port)]
+    return Service("prefect", command, environment, f"http://{HOST}:{port}/api/health")
 
 
 def mlflow_server(port: int, url: URL | None) -> Service:
@@ -146,6 +150,8 @@ class Machine:
         if url is not None:
             database.create_schemas(url)
         if start_prefect:
+            if login := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+                os.environ["PREFECT_API_AUTH_STRING"] = login  # for the workers and flow runs
             os.environ["PREFECT_API_URL"] = f"http://{HOST}:{self.ports['prefect']}/api"
             self._start(prefect_server(self.ports["prefect"], url))
         if start_mlflow:

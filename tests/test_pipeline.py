@@ -256,6 +256,15 @@ def test_services_listen_on_the_loopback_interface_only(services: Services) -> N
     assert listening == {"127.0.0.1"}
 
 
+@pytest.mark.parametrize("headers", [{"origin": "https://evil.example"}, {"host": "evil.example:{port}"}])
+def test_pages_of_other_sites_are_refused(services: Services, headers: dict[str, str]) -> None:
+    """By origin, and by host in case a foreign name resolves to this machine."""
+    path = {services.prefect: "/api/flow_runs/filter", services.mlflow: "/api/2.0/mlflow/experiments/create"}
+    for address, request in path.items():
+        sent = {name: value.format(port=httpx.URL(address).port) for name, value in headers.items()}
+        assert httpx.post(address + request, json={"name": "x"}, headers=sent, trust_env=False).status_code == 403
+
+
 def test_stopping_the_services_ends_every_process(services: Services, scheduled_run: dict[str, Any]) -> None:
     """The last test of the services; the tests below need their results only."""
     processes = services.descendants()

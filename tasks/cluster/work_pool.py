@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -153,6 +154,25 @@ class Pool:
 
     def set_state(self, run: UUID, state: State, force: bool = False) -> None:
         self._client.set_flow_run_state(run, state, force=force)
+
+
+def fixed_job_template(
+    folder: Path | None = None, environment: Mapping[str, str] | None = None, stream_output: bool = True
+) -> dict[str, Any]:
+    """Job template of a pool whose flow runs choose neither their command nor their environment nor their folder."""
+    from prefect.workers.process import ProcessWorker  # slow to import, and only needed when a pool is made
+
+    template = ProcessWorker.get_default_base_job_template()
+    fixed = {
+        "command": None,
+        "env": dict(environment or {}),
+        "working_dir": None if folder is None else str(folder),
+        "stream_output": stream_output,
+    }
+    template["job_configuration"] |= fixed
+    for name in fixed:
+        del template["variables"]["properties"][name]
+    return template
 
 
 def wait_seconds() -> int:

@@ -47,6 +47,7 @@ VARIABLES: dict[str, Variable] = {
         Variable("TLQ_POOL_SILENCE", "stage", "seconds without a heartbeat before a worker run counts as lost", "30"),
         Variable("TLQ_PARALLEL", "flow", "variants processed at the same time", "2, with a GPU 1, with a pool 16"),
         Variable("TLQ_DATABASE_URL", "services", "PostgreSQL database for both servers", "SQLite files"),
+        Variable("TLQ_ALLOWED_HOSTS", "services", "host names of a proxy in front of Prefect", "none"),
         Variable("TLQ_PREFECT_PORT", "services", "port of the Prefect server", "4200"),
         Variable("TLQ_MLFLOW_PORT", "services", "port of the MLflow server", "5000"),
     )
