@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tlq.models.architectures import Architecture, linear_paths
-from tlq.models.checkpoint import copy_processor_files
+from tlq.models.checkpoint import copy_processor_files, without_custom_code
 from tlq.models.stored import read_tensor
 from tlq.models.streaming import StreamedModel
 from tlq.quantization.formats import QuantizedWeight, Scheme, get_scheme
@@ -129,7 +129,7 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
         with new_file(shards[-1]) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     _index(out, shards)
-    config = json.loads((model.folder / "config.json").read_text())
+    config = without_custom_code(json.loads((model.folder / "config.json").read_text()))
     config.pop("torch_dtype", None)
     config["dtype"] = str(model.checkpoint_dtype).removeprefix("torch.")
     if model.untied:  # engines believe the config, transformers the weights

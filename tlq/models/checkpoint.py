@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from tlq.models.architectures import FAMILIES, architecture_of
-from tlq.models.stored import dtype_of_weights
+from tlq.models.stored import dtype_of_weights, read_json, weight_files
 
 _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 #: Files of the tokenizer, the processor and of generation. Adapters, optimizers and other leftovers are not copied.
@@ -38,12 +39,22 @@ _PROCESSOR_FILES = (
 )
 
 
+#: Attention that transformers has itself. Any other name would be downloaded from the hub as code and run.
+_ATTENTION = {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
+_ATTENTION_KEYS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+
+
+class ForeignCodeError(ValueError):
+    """A checkpoint asks for code that is not transformers' own."""
+
+
 def read_config(checkpoint: str | Path) -> Any:
     """The config of a checkpoint directory or hub id.
 
     Raises:
         FileNotFoundError: neither a directory with a config.json nor a hub id that can be reached.
-        ValueError: the model family is not supported.
+        ValueError: the model family is not supported, the config asks for code of the hub, or a file of the processor
+            lies outside the directory.
     """
     path = Path(checkpoint)
     if path.exists() and not (path / "config.json").exists():
@@ -55,13 +66,34 @@ def read_config(checkpoint: str | Path) -> Any:
             f"model {checkpoint!s}: not a directory here and not a hub model that can be reached; "
             "check the path or hub id"
         ) from error
+    except ForeignCodeError:
+        raise
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(
             f"model {checkpoint!s}: transformers cannot read its config ({str(error).splitlines()[0]}); "
             f"choose a model of one of: {', '.join(FAMILIES)}"
         ) from error
     architecture_of(config)
+    if path.is_dir():
+        _processor_files(path)
     return config
+
+
+def _refuse_foreign_attention(checkpoint: str | Path, stated: Any) -> None:
+    """Raise ForeignCodeError if a config, or a part of it, names an attention that is not transformers' own."""
+    if isinstance(stated, dict):
+        for key, value in stated.items():
+            names = (value.values() if isinstance(value, dict) else [value]) if key in _ATTENTION_KEYS else []
+            for name in names:
+                if not isinstance(name, str | None) or name not in _ATTENTION:
+                    raise ForeignCodeError(
+                        f"model {checkpoint!s}: its config.json names the attention {name!r}, which would be "
+                        f"downloaded and run as code; remove {key} from config.json"
+                    )
+            _refuse_foreign_attention(checkpoint, value)
+    elif isinstance(stated, list):
+        for each in stated:
+            _refuse_foreign_attention(checkpoint, each)
 
 
 def load_model(
@@ -78,7 +110,11 @@ def load_model(
     Raises: as ``read_config``.
     """
     config = read_config(checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, config=config, dtype=dtype, device_map=str(device))
+    if Path(checkpoint).is_dir():
+        weight_files(Path(checkpoint))
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, config=config, dtype=dtype, device_map=str(device), trust_remote_code=False
+    )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.quantization_config.dequantize:
         from compressed_tensors.offload.dispatch import remove_dispatch  # seconds, which stages without a model save
@@ -94,10 +130,11 @@ def load_config(checkpoint: str | Path) -> Any:
     Configs exist whose dtype is `auto` or `torch.bfloat16`, which transformers does not read: the one counts as none.
     """
     stated = PretrainedConfig.get_config_dict(checkpoint)[0]
+    _refuse_foreign_attention(checkpoint, stated)
     dtype = stated.get("dtype", stated.get("torch_dtype"))
     if dtype != "auto" and not str(dtype).startswith("torch."):
-        return AutoConfig.from_pretrained(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint, dtype=None)
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(checkpoint, dtype=None, trust_remote_code=False)
     config.dtype = None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
     return config
 
@@ -124,10 +161,44 @@ def local_folder(source: str | Path, weights: bool = True) -> Path:
 
 
 def copy_processor_files(source: str | Path, out: Path) -> None:
-    """Copy tokenizer, image processor, chat template and generation settings unchanged."""
-    for file in sorted(local_folder(source, weights=False).iterdir()):
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _PROCESSOR_FILES):
-            shutil.copyfile(file, out / file.name)
-    templates = local_folder(source, weights=False) / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, out / templates.name)
+    """Copy tokenizer, image processor, chat template and generation settings; only names of custom code are left out.
+
+    Raises:
+        ValueError: a file is a link to a place outside the checkpoint.
+    """
+    folder = local_folder(source, weights=False)
+    for file in _processor_files(folder):
+        copy = out / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json" and "auto_map" in (settings := read_json(file)):
+            copy.write_text(json.dumps(without_custom_code(settings), indent=2) + "\n")
+        else:
+            shutil.copyfile(file, copy)
+
+
+def without_custom_code(settings: dict[str, Any]) -> dict[str, Any]:
+    """A config without `auto_map`, in any of its parts: an export has no code that it could name."""
+    return {
+        key: without_custom_code(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key != "auto_map"
+    }
+
+
+def _processor_files(folder: Path) -> list[Path]:
+    """Files of the processor and additional chat templates in a checkpoint directory.
+
+    Raises:
+        ValueError: a file is a link to a place outside the checkpoint.
+    """
+    named = [file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in _PROCESSOR_FILES)]
+    files = sorted(file for file in [*named, *(folder / "additional_chat_templates").rglob("*")] if file.is_file())
+    places = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # the hub's cache: files of a snapshot are links
+        places.append((folder.parent.parent / "blobs").resolve())
+    for file in files:
+        if not any(file.resolve().is_relative_to(place) for place in places):
+            raise ValueError(
+                f"{file} is a link to {file.resolve()}, outside the checkpoint; copy the file into the checkpoint"
+            )
+    return files

@@ -31,7 +31,7 @@ def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
         ImportError: its processor cannot be built without torchvision.
     """
     cls = AutoProcessor if is_torchvision_available() else image_only_class(checkpoint)
-    processor = cls.from_pretrained(checkpoint, **image_kwargs)
+    processor = cls.from_pretrained(checkpoint, trust_remote_code=False, **image_kwargs)
     if getattr(processor, "chat_template", None) is None:  # older checkpoints keep it in tokenizer_config.json
         processor.chat_template = processor.tokenizer.chat_template
     return processor

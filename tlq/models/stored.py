@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -72,11 +72,38 @@ def weight_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder}: has no {', no '.join(_SOURCES)}; give a checkpoint with its weights")
     if source.suffix != ".json":
         return [source]
-    names = sorted(set(json.loads(source.read_text())["weight_map"].values()))
+    names = _shard_names(source)
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
         raise FileNotFoundError(f"{folder / absent[0]}: not found, but {source.name} names it; download it again")
     return [folder / name for name in names]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises ValueError, with the file's name, if it holds anything else."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:  # also of bytes that are no text
+        raise ValueError(f"{file}: not readable as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds {type(content).__name__}, a JSON object is needed; download it again")
+    return content
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Names of the files that an index names, each once; a file lies next to its index.
+
+    Raises:
+        ValueError: the index is damaged, or names a file somewhere else.
+    """
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ValueError(f"{index}: has no weight_map from tensors to file names; download it again")
+    names = sorted(set(placed.values()))
+    for name in names:
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"{index}: names {name!r}, which is not in the checkpoint's folder; download it again")
+    return names
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

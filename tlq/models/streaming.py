@@ -104,7 +104,9 @@ class StreamedModel:
         self.architecture = architecture_of(self.config)
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         with init_empty_weights(include_buffers=False):
-            self.skeleton = AutoModelForImageTextToText.from_config(deepcopy(self.config), dtype=self.dtype).eval()
+            self.skeleton = AutoModelForImageTextToText.from_config(
+                deepcopy(self.config), dtype=self.dtype, trust_remote_code=False
+            ).eval()
         self.skeleton.requires_grad_(False)
         for module in self.skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
