@@ -1,7 +1,6 @@
 """Read and check a benchmark's rows from the hub or a local parquet; bad rows are listed, images stay encoded."""
 
 import hashlib
-import io
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.source import BenchmarkSource as BenchmarkSource
-from tlq.inputs.images import IMAGE_ERRORS, as_rgb
+from tlq.inputs.images import IMAGE_ERRORS, as_rgb, open_image, read_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +29,12 @@ class EncodedImage:
         """Read the size from the header. Raises one of IMAGE_ERRORS if the bytes are not an image."""
         self._data = data
         self.name = name
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             self.width, self.height = image.size
 
     def decode(self) -> Image.Image:
         """Pixels as RGB. Raises one of IMAGE_ERRORS if the file is damaged."""
-        with Image.open(io.BytesIO(self._data)) as image:
+        with open_image(self._data) as image:
             return as_rgb(image)
 
     def __str__(self) -> str:
@@ -52,12 +51,17 @@ class Skip:
 
 @dataclass
 class Rows(Sequence[dict[str, Any]]):
-    """Rows of one benchmark in the shape that lm-eval expects of a data set split."""
+    """Rows of one benchmark in the shape that lm-eval expects of a data set split.
+
+    Attributes:
+        folder: of a local table, in which its rows may name image files.
+    """
 
     docs: list[dict[str, Any]]
     ids: list[str]
     asked: int
     skipped: list[Skip] = field(default_factory=list)
+    folder: Path | None = None
 
     @property
     def features(self) -> Mapping[str, Any]:
@@ -108,7 +112,7 @@ def load_rows(
     chosen = choose_rows(names, source.task, limit, seed)
     if limit is not None and limit > len(names):
         logger.warning("%s: %d items needed, %d found", source.task, limit, len(names))
-    rows = Rows(docs=[], ids=[], asked=len(chosen) if limit is None else limit)
+    rows = Rows([], [], len(chosen) if limit is None else limit, folder=_folder(source))
     for position in chosen:
         _add_row(rows, dict(table[position]), names[position], metadata, target)
     if not rows.docs:
@@ -135,7 +139,7 @@ def find_rows(
     """
     metadata = config["metadata"]
     table = _read_table(source, config)
-    rows = Rows(docs=[], ids=[], asked=len(ids))
+    rows = Rows([], [], len(ids), folder=_folder(source))
     for position, name in enumerate(_row_names(table, metadata.get("id"))):
         if name in ids:
             _add_row(rows, dict(table[position]), name, metadata, target)
@@ -157,6 +161,14 @@ def _place(source: BenchmarkSource, config: Mapping[str, Any]) -> str:
     if source.data:
         return source.data
     return f"{source.hub or config['dataset_path']} split {source.split or config['test_split']}"
+
+
+def _folder(source: BenchmarkSource) -> Path | None:
+    """The folder of a local table; None for a data set of the hub."""
+    if not source.data:
+        return None
+    path = Path(source.data)
+    return path if path.is_dir() else path.parent
 
 
 def _read_local(source: BenchmarkSource) -> datasets.Dataset:
@@ -228,7 +240,7 @@ def _add_row(
     try:
         for column in metadata["images"]:
             if doc.get(column) is not None:
-                doc[column] = _encoded(doc[column], f"{column} of {name}")
+                doc[column] = _encoded(doc[column], f"{column} of {name}", rows.folder)
         if not target(doc).strip() and not _scores_empty(metadata):
             rows.skipped.append(Skip(name, "no answer"))
             return
@@ -243,10 +255,15 @@ def _scores_empty(metadata: Mapping[str, Any]) -> bool:
     return metadata.get("empty_target") == "score"
 
 
-def _encoded(value: Any, name: str) -> EncodedImage:
-    """Convert an image column entry ({"bytes", "path"} or bytes) to an EncodedImage."""
+def _encoded(value: Any, name: str, folder: Path | None) -> EncodedImage:
+    """Convert an image column entry ({"bytes", "path"} or bytes) to an EncodedImage.
+
+    Args:
+        folder: of a local table, which paths are relative to; None for a data set of the hub, whose paths are not read.
+    """
     if isinstance(value, Mapping):
-        value = value.get("bytes") or (Path(value["path"]).read_bytes() if value.get("path") else None)
+        data, path = value.get("bytes"), value.get("path")
+        value = read_image_file(folder / path, [folder]) if not data and path and folder is not None else data
     if not isinstance(value, bytes):
         raise ValueError(f"image is neither bytes nor a readable path but {type(value).__name__}")
     return EncodedImage(value, name)

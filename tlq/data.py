@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from tlq.inputs.chat import IMAGE_MARK, Message
-from tlq.inputs.images import decode_image
+from tlq.inputs.images import decode_image, read_image_file
 from tlq.samples import Sample
 
 logger = logging.getLogger("tlq.data")
@@ -255,7 +255,9 @@ def _read_folder(folder: Path) -> list[Any]:
     ]
 
 
-def sample_of(row: Any, index: str, root: Path, source: str, prompt: str = CAPTION_PROMPT) -> Sample:
+def sample_of(
+    row: Any, index: str, root: Path, source: str, prompt: str = CAPTION_PROMPT, folders: Sequence[Path] = ()
+) -> Sample:
     """The sample of a row, see the module's list of rows.
 
     Args:
@@ -271,7 +273,7 @@ def sample_of(row: Any, index: str, root: Path, source: str, prompt: str = CAPTI
     for medium in ("video", "audio"):
         if any(_filled(row.get(key)) for key in (medium, f"{medium}s")):
             raise ValueError(f"it has a {medium}; calibration takes texts and images")
-    images = [image_bytes(image, root) for image in image_entries(row)]
+    images = [image_bytes(image, root, folders) for image in image_entries(row)]
     if isinstance(row.get("conversations"), list):
         messages = [_llava_message(turn) for turn in row["conversations"]]
     elif isinstance(row.get("messages"), list):
@@ -297,8 +299,13 @@ def image_entries(row: Mapping[str, Any]) -> list[Any]:
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
 
 
-def image_bytes(image: Any, root: Path) -> bytes:
-    """The file of an image given by name, by bytes, or as ``{"bytes", "path"}``."""
+def image_bytes(image: Any, root: Path, folders: Sequence[Path] = ()) -> bytes:
+    """The file of an image given by name, by bytes, or as ``{"bytes", "path"}``.
+
+    Args:
+        root: folder that names are relative to, and that files are read from.
+        folders: further folders that files may be read from.
+    """
     if isinstance(image, bytes):
         return image
     if isinstance(image, Mapping):
@@ -307,15 +314,7 @@ def image_bytes(image: Any, root: Path) -> bytes:
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise ValueError(f"unreadable image: neither a file's bytes nor its path (found {type(image).__name__})")
-    return read_image_file(root / image)
-
-
-def read_image_file(path: Path) -> bytes:
-    """The bytes of a file; ValueError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"unreadable image: {path}: {error.strerror}") from error
+    return read_image_file(root / image, [root, *folders])
 
 
 def _question_and_answer(row: Mapping[str, Any], images: int, prompt: str) -> list[Message]:

@@ -37,6 +37,7 @@ VARIABLES: dict[str, Variable] = {
         ),
         Variable("TLQ_DEVICE_MEMORY", "stage", "GiB of device memory to plan for, if less than all", "the free memory"),
         Variable("TLQ_LOG", "stage", "level of the log; `debug` adds tracebacks of expected errors", "info"),
+        Variable("TLQ_IMAGE_PIXELS", "all", "pixels above which an image is refused", "100000000"),
         Variable(
             "TLQ_RESTARTS", "stage, worker", "lost worker runs, or failures of a rank, before a stage gives up", "20"
         ),

@@ -90,6 +90,8 @@ def read_table(params: PrepareParams) -> Reader:
             "name the right ones in prepare.columns"
         )
     dataset = _keep_encoded(dataset, columns.image)
+    root, place = Path(params.image_root or ""), Path(params.path)
+    folder = place if place.is_dir() else place.parent
 
     def read(index: int) -> Sample:
         row = dataset[index]
@@ -100,7 +102,7 @@ def read_table(params: PrepareParams) -> Reader:
             "id": row[columns.id] if columns.id else None,
             "source": row[columns.source] if columns.source else None,
         }
-        return sample_of(cells, str(index), Path(params.image_root or ""), params.path, prompt="")
+        return sample_of(cells, str(index), root, params.path, prompt="", folders=[folder])
 
     return len(dataset), read
 

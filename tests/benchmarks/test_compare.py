@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.compare import compare, mcnemar_p, resampled_means, scores_table
@@ -27,6 +27,7 @@ def tail_of_fair_coins(lost: int, gained: int) -> float:
     return float(min(Fraction(1), Fraction(tail, 2**flips)))
 
 
+@settings(deadline=None)  # the first call imports scipy
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_p_equals_the_exact_binomial_tail(lost: int, gained: int) -> None:
     assert mcnemar_p(lost, gained) == pytest.approx(tail_of_fair_coins(lost, gained), rel=1e-9)

@@ -1,15 +1,28 @@
-"""Images as their viewers see them: upright, eight bits a channel, transparency on white."""
+"""Images as their viewers see them: upright, eight bits a channel, transparency on white.
+
+Data may come from a stranger. So only files of common formats are decoded, up to a number of pixels, and a file that a
+row names is read only if it is a regular file in the folder of the data.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 #: What Pillow raises for a file that is damaged or that is no image.
 IMAGE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+#: Formats that are decoded. Pillow knows more, some of which start other programs (EPS starts Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+#: Environment variable with the number of pixels above which an image is refused, and its default.
+PIXELS, _MOST_PIXELS = "TLQ_IMAGE_PIXELS", 100_000_000
 
 _SIXTEEN_BITS = 65535.0
 
@@ -18,12 +31,58 @@ def decode_image(data: bytes) -> Image.Image:
     """An RGB image from the bytes of an image file, see ``as_rgb``.
 
     Raises:
-        ValueError: the bytes are not a readable image.
+        ValueError: the bytes are not a readable image of one of ``FORMATS``, or it has too many pixels.
     """
     try:
-        return as_rgb(Image.open(io.BytesIO(data)))
+        return as_rgb(open_image(data))
     except IMAGE_ERRORS as error:
         raise ValueError(f"unreadable image: {error}") from error
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image whose header has been read; its pixels are decoded when they are needed.
+
+    Raises:
+        ValueError: the image has more than ``TLQ_IMAGE_PIXELS`` pixels. For other data, see ``IMAGE_ERRORS``.
+    """
+    most = pixel_limit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the one that counts
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > most:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, more than the {most} of {PIXELS}; shrink it, or raise the limit"
+        )
+    return image
+
+
+def pixel_limit() -> int:
+    """``TLQ_IMAGE_PIXELS``, by default 100 million. Raises ValueError if it is no positive number."""
+    stated = os.environ.get(PIXELS, "")
+    if stated and not (stated.isdecimal() and int(stated)):
+        raise ValueError(f"{PIXELS} is {stated!r}; set it to the number of pixels that an image may have")
+    return int(stated or _MOST_PIXELS)
+
+
+def read_image_file(path: Path, folders: Sequence[Path]) -> bytes:
+    """The bytes of a regular file in one of ``folders``, after links have been followed.
+
+    Raises:
+        ValueError: the file is not there, is a pipe or a device, is in another folder, or cannot be read.
+    """
+    try:
+        file = path.resolve(strict=True)
+        if not any(file.is_relative_to(folder.resolve()) for folder in folders):
+            raise ValueError(
+                f"unreadable image: {path} is outside of {folders[0]}; set image_root to the folder of all images"
+            )
+        if not file.is_file():
+            raise ValueError(f"unreadable image: {path} is no file")
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"unreadable image: {path}: {error.strerror}") from error
+    except RuntimeError as error:
+        raise ValueError(f"unreadable image: {path}: links in a circle") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
