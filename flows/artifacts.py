@@ -21,6 +21,7 @@ from prefect.artifacts import (
 from benchmarks.results import Summary
 from flows.next_steps import mlflow_command
 from flows.stages import ROOT
+from tasks.config.environment import without_secrets
 
 #: Pictures of the report that a run shows: artifact key, file, description.
 PICTURES = (
@@ -69,7 +70,10 @@ def link_registry(tracking_uri: str) -> None:
     """Publish a link to the registered models or, without an MLflow server, the command that shows them."""
     if tracking_uri.startswith(("http://", "https://")):
         create_link_artifact(
-            f"{tracking_uri.rstrip('/')}/#/models", "Registered models in MLflow", key="mlflow", description="MLflow"
+            f"{without_secrets(tracking_uri).rstrip('/')}/#/models",
+            "Registered models in MLflow",
+            key="mlflow",
+            description="MLflow",
         )
         return
     text = f"`{mlflow_command(tracking_uri)}` in the project's folder shows runs and registered models."

@@ -14,6 +14,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 
 from benchmarks.results import Summary
 from flows.stages import ROOT
+from tasks.config.environment import without_secrets
 
 
 def champions() -> list[str]:
@@ -55,14 +56,18 @@ def next_steps() -> list[str]:
 
 
 def mlflow_command(uri: str) -> str:
-    """The command that shows an MLflow store without a server; ``uri`` may be empty for the default store."""
-    return f"{_python()} -m mlflow ui --backend-store-uri {shlex.quote(uri or 'sqlite:///mlflow.db')}"
+    """The command that shows an MLflow store without a server; ``uri`` may be empty for the default store.
+
+    An address that may hold a password is not written out: the command names the variable that has it.
+    """
+    store = shlex.quote(uri or "sqlite:///mlflow.db") if uri == without_secrets(uri) else '"$MLFLOW_TRACKING_URI"'
+    return f"{_python()} -m mlflow ui --backend-store-uri {store}"
 
 
 def _mlflow() -> list[str]:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith(("http://", "https://")):
-        return [f"Runs and registered models: {uri}"]
+        return [f"Runs and registered models: {without_secrets(uri)}"]
     return ["Runs and registered models, in MLflow", f"  {mlflow_command(uri)}"]
 
 

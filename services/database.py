@@ -9,6 +9,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from services.supervisor import ServiceError
+from tasks.config.environment import redacted, without_secrets
 
 VARIABLE = "TLQ_DATABASE_URL"
 
@@ -30,7 +31,7 @@ def postgres(url: str) -> URL:
         ) from error
     if parsed.get_backend_name() != "postgresql" or not parsed.database:
         raise ServiceError(
-            f"{VARIABLE} is {parsed.render_as_string()}; give postgresql://user:password@host/database, "
+            f"{VARIABLE} is {without_secrets(url)}; give postgresql://user:password@host/database, "
             "or unset it for SQLite"
         )
     return parsed
@@ -53,8 +54,9 @@ def create_schemas(url: URL) -> None:
             for schema in SCHEMAS:
                 connection.execute(sqlalchemy.schema.CreateSchema(schema, if_not_exists=True))
     except OperationalError as error:
-        reason = str(error.orig).splitlines()[0]
-        raise ServiceError(f"{VARIABLE}: {url.render_as_string()} cannot be used: {reason}") from error
+        address = url.render_as_string(hide_password=False)
+        reason = redacted(str(error.orig).splitlines()[0], address)
+        raise ServiceError(f"{VARIABLE}: {without_secrets(address)} cannot be used: {reason}") from None
     finally:
         engine.dispose()
 

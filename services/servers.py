@@ -27,6 +27,7 @@ from services import database
 from services.deployments import POOL, apply_deployments, cancel_runs, create_pool, release_lost_runs, server
 from services.processes import ROOT, tree
 from services.supervisor import HOST, Service, ServiceError, Supervisor, check_port
+from tasks.config.environment import without_secrets
 from tasks.registry.location import follow_project
 
 logger = logging.getLogger("tlq.services")
@@ -175,7 +176,7 @@ class Machine:
     def summary(self) -> str:
         lines = [f"Prefect   {os.environ['PREFECT_API_URL'].removesuffix('/api')}"]
         if "MLFLOW_TRACKING_URI" in os.environ:
-            lines.append(f"MLflow    {os.environ['MLFLOW_TRACKING_URI']}")
+            lines.append(f"MLflow    {without_secrets(os.environ['MLFLOW_TRACKING_URI'])}")
         return "\n".join([*lines, f"logs      {self.supervisor.logs}", "Ctrl-C stops everything."])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,27 @@ def positive(name: str, default: int) -> int:
     if not stated.isdigit() or int(stated) < 1:
         raise ValueError(f"{name} is {stated!r}, must be a positive number")
     return int(stated)
+
+
+#: Parts of the names of query parameters whose values are secrets.
+_SECRET_NAMES = ("pass", "pwd", "token", "secret", "key")
+
+
+def without_secrets(address: str) -> str:
+    """An address without user, password and query, for messages, logs and links."""
+    parts = urlsplit(address)
+    return urlunsplit((parts.scheme, parts.netloc.rsplit("@", 1)[-1], parts.path, "", "")) if parts.netloc else address
+
+
+def redacted(text: str, address: str) -> str:
+    """``text`` without what ``without_secrets`` leaves out of an address, as a library's message may repeat it."""
+    parts = urlsplit(address)
+    userinfo, at, _ = parts.netloc.rpartition("@")
+    secrets = {address: without_secrets(address), userinfo: "...", parts.query: "..."} if at or parts.query else {}
+    named = [entry.partition("=") for entry in parts.query.split("&")]
+    values = [value for name, _, value in named if any(word in name.lower() for word in _SECRET_NAMES)]
+    for value in (userinfo.partition(":")[2], *values):
+        secrets |= {value: "...", unquote(value): "..."}
+    for secret, shown in secrets.items():
+        text = text.replace(secret, shown) if secret else text
+    return text

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from tasks.config.environment import redacted, without_secrets
 from tasks.registry.location import follow_project
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def connect() -> MlflowClient:
                 follow_project(Path(uri.removeprefix("sqlite:///")))
     except MlflowException as error:
         raise ConnectionError(
-            f"MLflow at {uri} does not answer ({first_line(error)}); start it, or correct MLFLOW_TRACKING_URI"
-        ) from error
+            f"MLflow at {without_secrets(uri)} does not answer ({redacted(first_line(error), uri)}); start it, or "
+            "correct MLFLOW_TRACKING_URI"
+        ) from (error if uri == without_secrets(uri) else None)  # the cause's text may hold the password
     return client
 
 

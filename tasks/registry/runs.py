@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tasks.config.environment import without_secrets
 from tasks.registry.connection import first_line, retry_on_conflict
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ def new_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str,
     """Id of a new run with ``tags`` and MLflow's own tags (user, source, commit)."""
     from mlflow.tracking.context.registry import resolve_tags
 
-    run = client.create_run(experiment_id(client, experiment), tags=resolve_tags(dict(tags)), run_name=name)
+    known = resolve_tags(dict(tags))
+    for key in known.keys() & {"mlflow.source.git.repoURL"}:  # the address of a git remote may hold a token
+        known[key] = without_secrets(known[key])
+    run = client.create_run(experiment_id(client, experiment), tags=known, run_name=name)
     return str(run.info.run_id)
 
 
