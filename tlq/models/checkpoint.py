@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from tlq.models.architectures import FAMILIES, architecture_of
-from tlq.models.stored import dtype_of_weights, read_json, weight_files
+from tlq.models.stored import dtype_of_weights, read_json, stored_tensors
 
 _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 #: Files of the tokenizer, the processor and of generation. Adapters, optimizers and other leftovers are not copied.
@@ -111,17 +111,53 @@ def load_model(
     """
     config = read_config(checkpoint)
     if Path(checkpoint).is_dir():
-        weight_files(Path(checkpoint))
-    model = AutoModelForImageTextToText.from_pretrained(
-        checkpoint, config=config, dtype=dtype, device_map=str(device), trust_remote_code=False
+        stored_tensors(Path(checkpoint))  # names a damaged file, which transformers does not
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        checkpoint,
+        config=config,
+        dtype=dtype,
+        device_map=str(device),
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
     )
+    model, loading = loaded
+    _check_complete(checkpoint, model, loading)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.quantization_config.dequantize:
         from compressed_tensors.offload.dispatch import remove_dispatch  # seconds, which stages without a model save
 
         quantizer.compressor.decompress_model(model)
         remove_dispatch(model, onload_tensors=True)
-    return model.eval()
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
+
+
+def _check_complete(checkpoint: str | Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Refuse a model that does not have exactly the checkpoint's weights: transformers fills gaps at random.
+
+    Raises:
+        ValueError: weights are missing or have another shape.
+        FloatingPointError: a weight is not finite.
+    """
+    mismatched = sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise ValueError(
+            f"model {checkpoint!s}: {name} has shape {list(stored)}, the model of its config.json needs "
+            f"{list(wanted)}; download the checkpoint again"
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model {checkpoint!s}: {len(missing)} weights are missing, the first is {missing[0]}; the checkpoint is "
+            "incomplete, download it again"
+        )
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.itemsize > 1 and not torch.isfinite(value).all():
+            raise FloatingPointError(
+                f"model {checkpoint!s}: {name} is not finite; the checkpoint is damaged, download it again"
+            )
 
 
 def load_config(checkpoint: str | Path) -> Any:

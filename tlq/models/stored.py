@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 #: Files that hold a whole checkpoint, and indices of files that hold parts of it, in the order of transformers.
@@ -22,12 +23,23 @@ _SOURCES = (
 )
 
 
+#: Element types in which weights are kept, by safetensors' names.
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+WEIGHT_DTYPES = frozenset(_DTYPES.values())
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """The file of a tensor, and its key in that file."""
+    """The file of a tensor, its key in that file, and its form.
+
+    Attributes:
+        dtype: name of the element type in safetensors' words, ``BF16`` for instance.
+    """
 
     file: Path
     key: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class TensorFile(Protocol):
@@ -36,6 +48,8 @@ class TensorFile(Protocol):
     def keys(self) -> Iterable[str]: ...
 
     def get_tensor(self, name: str) -> Tensor: ...
+
+    def get_slice(self, name: str) -> Any: ...
 
 
 class _PickledTensors:
@@ -50,15 +64,37 @@ class _PickledTensors:
     def get_tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def get_slice(self, name: str) -> _Form:
+        return _Form(self._tensors[name])
+
+
+class _Form:
+    """Shape and dtype of a tensor, as a slice of safetensors states them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return _DTYPES.get(self._tensor.dtype, str(self._tensor.dtype))
+
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[TensorFile]:
-    """The tensors of a safetensors or PyTorch file, read one by one; they may be mapped from the file."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as opened:
-            yield opened
-    else:
-        yield _PickledTensors(file)
+    """The tensors of a safetensors or PyTorch file, read one by one; they may be mapped from the file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        opened: Any = safe_open(file, "pt") if file.suffix == ".safetensors" else nullcontext(_PickledTensors(file))
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{file}: not readable ({reason}); download it again") from error
+    with opened as tensors:
+        yield tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -115,7 +151,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         with open_tensors(file) as opened:
-            tensors |= {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118
+            for key in opened.keys():  # noqa: SIM118
+                form = opened.get_slice(key)
+                tensors[key] = StoredTensor(file, key, tuple(form.get_shape()), form.get_dtype())
     return tensors
 
 

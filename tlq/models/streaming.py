@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from tlq.models.architectures import Architecture, architecture_of
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
-from tlq.models.stored import StoredTensor, open_tensors, read_tensor, stored_tensors
+from tlq.models.stored import WEIGHT_DTYPES, StoredTensor, open_tensors, read_tensor, stored_tensors
 from tlq.runtime.memory import release_freed_memory
 
 
@@ -98,6 +98,12 @@ class StreamedModel:
     ) -> None:
         """Raises: as ``read_config``; ValueError if a weight is missing or its stored form differs from the model's."""
         self.config = read_config(checkpoint)
+        if quantized := getattr(self.config, "quantization_config", None):
+            method = dict(quantized).get("quant_method", "of an unknown method")
+            raise ValueError(
+                f"model {checkpoint!s}: it is quantized already ({method}); quantize the original, whose weights have "
+                "16 or 32 bits"
+            )
         self.folder = local_folder(checkpoint)
         self.checkpoint_dtype = checkpoint_dtype_of(self.config, self.folder)
         self.device = torch.device(device)
@@ -128,6 +134,8 @@ class StreamedModel:
                     f"{self.folder}: {key} is not stored in the form that the model uses; convert the checkpoint"
                 )
             name = name if name in wanted or key not in wanted else key
+            if name in wanted:
+                self._check_form(place, wanted[name])
             (found if name in wanted else unnamed)[name] = place
         self.untied = self._tie(found)
         missing = [name for name, value in wanted.items() if name not in found and value.is_meta]
@@ -137,6 +145,19 @@ class StreamedModel:
                 "incomplete, download it again"
             )
         return found, unnamed
+
+    def _check_form(self, place: StoredTensor, wanted: Tensor) -> None:
+        """Raise ValueError if a stored weight has another shape than the model's, or is quantized already."""
+        if place.shape != tuple(wanted.shape):
+            raise ValueError(
+                f"{place.file}: {place.key} has shape {list(place.shape)}, the model of its config.json needs "
+                f"{list(wanted.shape)}; download the checkpoint again"
+            )
+        if wanted.is_floating_point() and place.dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{place.file}: {place.key} is stored as {place.dtype}, so the checkpoint is quantized already; "
+                "quantize the original, whose weights have 16 or 32 bits"
+            )
 
     def _tie(self, found: dict[str, StoredTensor]) -> bool:
         """Give tied parameters one place, as transformers does: of two that are stored with other values, each its own.
