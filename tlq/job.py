@@ -18,13 +18,14 @@ from tlq.calibration.loop import LayerResult, calibrate_layers
 from tlq.export.compressed_tensors import finish_checkpoint, read_layer, write_layer
 from tlq.importance.token_weights import TokenWeights
 from tlq.models.processor import load_processor
+from tlq.models.stored import source_digest
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, refuse_impossible
 from tlq.recipes import Recipe
 from tlq.results import CalibrationReport, LayerReport
 from tlq.runtime.activations import host_memory
-from tlq.runtime.digest import calibration_data_digest, sampled_checkpoint_digest
+from tlq.runtime.digest import calibration_data_digest
 from tlq.runtime.files import new_directory
 from tlq.runtime.memory import peak_resident, processes_here
 from tlq.runtime.resume import ResumeState, package_versions
@@ -120,7 +121,7 @@ def _calibrate_into(
                 with ranks.clock.phase("write"):
                     write_layer(work.part(result.index), model, result.weights, result.others, scheme)
                 reports.append(_layer_report(result, ranks))
-                work.finish_layer(result.index, reports[-1])
+                work.finish(result.index, reports[-1])
                 if on_layer is not None:
                     on_layer(reports[-1])
             error = result.reports[-1].error_after
@@ -150,7 +151,7 @@ def _fingerprint(model: StreamedModel, job: CalibrationJob) -> dict[str, Any]:
     return {
         "recipe": asdict(job.recipe),
         "scheme": asdict(job.scheme),
-        "model": sampled_checkpoint_digest(model.folder),
+        "model": source_digest(model.folder),
         "dtype": str(model.dtype),
         "checkpoint_dtype": str(job.quantizer.scale_dtype),
         "data": calibration_data_digest([batch.digest for batch in job.batches], job.weights),

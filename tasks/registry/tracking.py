@@ -34,10 +34,11 @@ from tasks.registry.runs import (
     resume,
     set_tags,
 )
+from tlq.models.stored import source_digest
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.results import LayerReport
-from tlq.runtime.digest import checkpoint_digest, sampled_checkpoint_digest
+from tlq.runtime.digest import checkpoint_digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -167,7 +168,7 @@ def _fingerprint(made_with: Mapping[str, Any], variant: str, model: Path) -> str
     """Digest of everything that the calibration depends on: parameters, model, and DVC's hashes of the data."""
     stages = ("prepare", "importance", "calibset")
     data = {output.path: output.md5 for output in locked_outputs([variant]) if output.stage in stages}
-    parts = {"params": made_with, "data": data, "model": sampled_checkpoint_digest(model)}
+    parts = {"params": made_with, "data": data, "model": source_digest(model)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

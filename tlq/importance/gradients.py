@@ -24,11 +24,12 @@ from tqdm import tqdm
 from tlq.importance.pool import GroupKey, Importance, pool_indices
 from tlq.models.architectures import check_linears, get_linear
 from tlq.models.decoder import LayerCalls, enter_decoder, run_layer
+from tlq.models.stored import source_digest
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.parallel import Ranks
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.activations import Activations, HostMemory, host_memory
-from tlq.runtime.digest import calibration_data_digest, sampled_checkpoint_digest
+from tlq.runtime.digest import calibration_data_digest
 from tlq.runtime.files import new_file
 from tlq.runtime.memory import release_freed_memory
 from tlq.runtime.resume import ResumeState, package_versions
@@ -95,7 +96,7 @@ def score_resumably(
     if ranks.leads:
         state.begin(
             {
-                "model": sampled_checkpoint_digest(model.folder),
+                "model": source_digest(model.folder),
                 "dtype": str(model.dtype),
                 "data": calibration_data_digest([batch.digest for batch in batches], {}),
                 "loss": repr(loss),
@@ -103,12 +104,13 @@ def score_resumably(
             }
         )
     ranks.barrier()
-    missing = [index for index in ranks.assigned(len(batches)) if not state.part(index).exists()]
+    missing = [index for index in ranks.assigned(len(batches)) if state.report(index) is None]
     memory = memory or host_memory(state.folder)
     for scored in score_batches(model, batches, missing, loss, memory, show=ranks.leads):
         tensors = {f"{layer} {group}": values.contiguous() for (layer, group), values in scored.values.items()}
         with new_file(state.part(scored.batch)) as temporary:
             save_file(tensors, temporary)
+        state.finish(scored.batch)
     ranks.barrier()
     return to_pool((_read_part(state.part(index), index) for index in range(len(batches))), batches)
 

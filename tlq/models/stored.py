@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from tlq.runtime.digest import kept_digests
 
 #: Files that hold a whole checkpoint, and indices of files that hold parts of it, in the order of transformers.
 _SOURCES = (
@@ -155,6 +158,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 form = opened.get_slice(key)
                 tensors[key] = StoredTensor(file, key, tuple(form.get_shape()), form.get_dtype())
     return tensors
+
+
+def source_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's config and of every byte of its weight files.
+
+    The digests of the files are kept in a hidden file next to the folder, so a large model is read for them once.
+    """
+    total = hashlib.sha256((folder / "config.json").read_bytes())
+    digests = kept_digests(weight_files(folder), folder.with_name(f".{folder.resolve().name}.sha256.json"))
+    for name, digest in sorted(digests.items()):
+        total.update(f"{name} {digest} ".encode())
+    return total.hexdigest()
 
 
 def read_tensor(place: StoredTensor) -> Tensor:

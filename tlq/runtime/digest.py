@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlq.runtime.files import write_text
+
 if TYPE_CHECKING:  # callers that need only a checkpoint's digest must not wait for the import of torch
     from torch import Tensor
-
-_SAMPLED_BLOCKS = 16
-_BLOCK_BYTES = 1 << 16
 
 
 def checkpoint_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a checkpoint's files except its model card, which states the scores."""
     total = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.is_file() and path.name != "README.md"):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{file.name} {content}\n".encode())
+        total.update(f"{file.name} {file_digest(file)}\n".encode())
     return total.hexdigest()
 
 
-def sampled_checkpoint_digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint's config, and of the size and evenly spaced blocks of each of its weight files.
+def kept_digests(files: Iterable[Path], kept: Path) -> dict[str, str]:
+    """SHA-256 of files by name, read from ``kept`` where a file's size, time and inode are still the same.
 
-    Reading all of a large checkpoint would take longer than running its layers; DVC hashes it in full.
+    ``kept`` is written again with what was read; if it cannot be, the files are read again the next time.
     """
-    total = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        total.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for block in range(_SAMPLED_BLOCKS):
-                stream.seek(block * max(0, size - _BLOCK_BYTES) // max(1, _SAMPLED_BLOCKS - 1))
-                total.update(stream.read(_BLOCK_BYTES))
-    return total.hexdigest()
+    known = _known_digests(kept)
+    now = {file.name: _digest_of(file, known) for file in files}
+    if now != known:
+        with suppress(OSError):
+            write_text(json.dumps(now, indent=1) + "\n", kept)
+    return {name: entry["sha256"] for name, entry in now.items()}
+
+
+def _known_digests(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _digest_of(file: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Size, time and inode of a file with its SHA-256, which is taken from ``known`` if they are the same."""
+    status = file.stat()
+    entry: dict[str, Any] = {"size": status.st_size, "time": status.st_mtime_ns, "inode": status.st_ino}
+    old = known.get(file.name)
+    if isinstance(old, dict) and {**old, "sha256": None} == {**entry, "sha256": None}:
+        return old
+    return {**entry, "sha256": file_digest(file)}
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def calibration_data_digest(batch_digests: Iterable[str], weights: Mapping[tuple[int, str], Sequence[Tensor]]) -> str:

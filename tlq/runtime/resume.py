@@ -1,12 +1,14 @@
 """State that long work keeps on disk, so that the same command continues after any interruption.
 
-A folder next to the result holds a fingerprint of everything the result depends on, and every finished part. A decoder
-layer consists of two files: first its shard, then a report, which marks the layer as complete.
+A folder next to the result holds a fingerprint of everything the result depends on, and every finished part. A part
+consists of two files: first its tensors, then a report with their SHA-256, which marks the part as complete. A part
+that does not match its report is computed again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +18,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tlq.runtime.digest import file_digest
 from tlq.runtime.files import write_text
+
+logger = logging.getLogger("tlq")
 
 
 class ResumeState:
@@ -65,18 +70,34 @@ class ResumeState:
             )
 
     def part(self, index: int) -> Path:
-        """The file of layer or micro-batch ``index``."""
+        """The file of the tensors of layer or micro-batch ``index``."""
         return self.folder / f"part-{index:05}.safetensors"
 
-    def finish_layer(self, index: int, report: dict[str, Any]) -> None:
-        """Mark a layer as complete, after its shard is written."""
-        write_text(json.dumps(report) + "\n", self.part(index).with_suffix(".json"))
+    def finish(self, index: int, report: dict[str, Any] | None = None) -> None:
+        """Mark a part as complete, after its tensors are written."""
+        content = {"sha256": file_digest(self.part(index)), "report": report or {}}
+        write_text(json.dumps(content) + "\n", self.part(index).with_suffix(".json"))
+
+    def report(self, index: int) -> dict[str, Any] | None:
+        """The report of a finished part; None, with a warning, if the part is damaged, and None if it is not there."""
+        part = self.part(index)
+        if not part.exists() or not part.with_suffix(".json").exists():
+            return None
+        try:
+            content = json.loads(part.with_suffix(".json").read_text())
+            intact = content["sha256"] == file_digest(part)
+        except (ValueError, KeyError, TypeError):  # the report itself is damaged
+            intact = False
+        if not intact:
+            logger.warning("%s is damaged; it is computed again", part)
+            return None
+        return dict(content["report"])
 
     def reports(self) -> list[dict[str, Any]]:
         """Reports of the finished layers, from the first layer to the last one before a gap."""
         reports: list[dict[str, Any]] = []
-        while (path := self.part(len(reports)).with_suffix(".json")).exists() and self.part(len(reports)).exists():
-            reports.append(json.loads(path.read_text()))
+        while (report := self.report(len(reports))) is not None:
+            reports.append(report)
         return reports
 
     def size(self) -> int:

@@ -123,6 +123,46 @@ def test_a_failed_write_keeps_the_finished_parts(
     assert result(stage) == made
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "a flipped bit": flip,
+    "half a file": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]) and None,
+    "an empty file": lambda file: file.write_bytes(b"") and None,
+    "a report with a flipped bit": lambda file: flip(file.with_suffix(".json")),
+    "an empty report": lambda file: file.with_suffix(".json").write_text("") and None,
+    "a report of nothing": lambda file: file.with_suffix(".json").write_text("[]") and None,
+    "no report": lambda file: file.with_suffix(".json").unlink(),
+    "no tensors": Path.unlink,
+}
+
+
+@each_stage
+def test_a_damaged_part_is_computed_again(
+    expected: Callable[[str], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stage: str,
+) -> None:
+    made = expected(stage)
+    for name, damage in DAMAGE.items():
+        with pytest.MonkeyPatch.context() as patch:
+            failing_save(stage, patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                run(stage, monkeypatch)
+        damage(parts(stage)[0])
+        caplog.clear()
+        run(stage, monkeypatch)
+        assert result(stage) == made, name
+        shutil.rmtree(RESULTS[stage])
+        warned = caplog.text.count("part-00000.safetensors is damaged; it is computed again")
+        assert warned == (0 if name.startswith("no ") else 1), name
+
+
 @pytest.fixture
 def small_disk(workplace: Path) -> Iterator[Callable[[Path], Path]]:
     """Mount a file system of 64 MiB at a folder."""
@@ -161,14 +201,14 @@ def test_a_disk_that_fills_up_keeps_the_finished_layers(
     """A real disk: another file takes the space that the plan counted as free, after the first layer."""
     made = expected("calibrate")
     disk = small_disk(Path("models"))
-    finish = ResumeState.finish_layer
+    finish = ResumeState.finish
 
     def filling(self: ResumeState, index: int, report: dict[str, Any]) -> None:
         finish(self, index, report)
         fill(disk)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResumeState, "finish_layer", filling)
+        patch.setattr(ResumeState, "finish", filling)
         with pytest.raises(
             OSError, match="part-00001.safetensors: cannot be written .*free some space and run the same"
         ):
