@@ -37,6 +37,10 @@ class EncodedImage:
         with open_image(self._data) as image:
             return as_rgb(image)
 
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self._data).hexdigest()
+
     def __str__(self) -> str:
         return f"{self.name} ({self.width}x{self.height})"
 
@@ -62,6 +66,14 @@ class Rows(Sequence[dict[str, Any]]):
     asked: int
     skipped: list[Skip] = field(default_factory=list)
     folder: Path | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of all rows, with the bytes of their images."""
+        total = hashlib.sha256()
+        for name, doc in zip(self.ids, self.docs, strict=True):
+            cells = {key: cell.digest() if isinstance(cell, EncodedImage) else cell for key, cell in doc.items()}
+            total.update(f"{name} {sorted(cells.items())!r}\n".encode())
+        return total.hexdigest()
 
     @property
     def features(self) -> Mapping[str, Any]:

@@ -10,14 +10,18 @@ The tokens of an answer include the token that ends the turn, because stopping i
 run stores log p per answer token; variant runs read it, so that no process holds two models.
 """
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+logger = logging.getLogger(__name__)
 
 # Up to this vocabulary log-probabilities are kept in float32, above in float16.
 FLOAT32_VOCABULARY = 32768
@@ -40,6 +44,16 @@ class Divergence:
     n_tokens: int
     nll: float
     kl: float | None
+
+
+class Measured(Protocol):
+    """An item that may have been measured."""
+
+    @property
+    def divergence(self) -> Divergence | None: ...
+
+
+M = TypeVar("M", bound=Measured)
 
 
 class AnswerMeter(Protocol):
@@ -67,9 +81,23 @@ class ReferenceRecorder:
     """Meter of the full-precision run: stores log p in one file per batch, each written to a temporary name first."""
 
     def __init__(self, folder: Path) -> None:
+        """Parts that an earlier process has written are kept; a damaged one is removed, with a warning."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._files = len(list(folder.glob("*.safetensors")))
+        self._names: set[str] = set()
+        self._files = 0
+        for path in sorted(folder.glob("*.safetensors")):
+            self._files = int(path.stem.removeprefix("part-")) + 1
+            try:
+                with safe_open(path, "pt") as file:
+                    self._names |= set(file.keys())
+            except SafetensorError as error:
+                logger.warning("%s is damaged (%s); its answers are asked again", path, error)
+                path.unlink()
+
+    def recorded(self, finished: Mapping[ItemKey, M]) -> dict[ItemKey, M]:
+        """The finished items without those that were measured and whose log p is not stored."""
+        return {key: item for key, item in finished.items() if item.divergence is None or f"{key}/log_p" in self._names}
 
     def wants(self, key: ItemKey) -> bool:
         return True
@@ -84,8 +112,11 @@ class ReferenceRecorder:
             path = self._folder / f"part-{self._files:05d}.safetensors"
             temporary = path.with_suffix(".tmp")
             save_file(tensors, temporary)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
             temporary.rename(path)
             self._files += 1
+            self._names |= tensors.keys()
         return {
             key: Divergence(len(tokens), nll_per_token(log_p, tokens), 0.0) for key, (tokens, log_p) in answers.items()
         }

@@ -41,7 +41,8 @@ from tasks.files import EVALUATION, MODELS, existing
 from tasks.registry.tracking import recorded_failure
 from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
-from tlq.runtime.files import new_directory
+from tlq.runtime.digest import kept_digests
+from tlq.runtime.files import link_or_copy, new_directory
 from tlq.runtime.memory import peak_resident
 
 logger = logging.getLogger(__name__)
@@ -88,13 +89,11 @@ def _answer(
         )
         started = time.perf_counter()
         return run_on(lm, benchmarks), time.perf_counter() - started
-    options = AnswerOptions(
-        _batch_size(params),
-        params.max_new_tokens,
-        _meter(variant, params, results, journal.folder),
-        finished=journal.read(),
-        on_batch=journal.add,
-    )
+    meter = _meter(variant, params, results, journal.folder)
+    finished = journal.read()
+    if isinstance(meter, ReferenceRecorder):
+        finished = meter.recorded(finished)
+    options = AnswerOptions(_batch_size(params), params.max_new_tokens, meter, finished=finished, on_batch=journal.add)
     model = load_model(model_path, dtype=_dtype(params.dtype), device=device())
     processor = load_processor(model_path, **_pixel_bounds(params))
     started = time.perf_counter()
@@ -145,12 +144,13 @@ def _pixel_bounds(params: EvaluateParams) -> dict[str, int]:
 
 
 def _fingerprint(model_path: str, params: EvaluateParams, benchmarks: Mapping[str, Benchmark]) -> str:
-    """Digest of params, chosen rows and the model's files (by size and time: hashing 70B weights takes minutes)."""
+    """Digest of params, of the chosen rows with their images, and of every byte of the model's files."""
     folder = Path(model_path)
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    digests = kept_digests(files, folder.with_name(f".{folder.resolve().name}.sha256.json"))
     parts = [model_path, repr(params)]
-    parts += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    parts += [f"{name} {benchmark.rows.ids}" for name, benchmark in benchmarks.items()]
+    parts += [f"{name} {digest}" for name, digest in sorted(digests.items()) if name != "README.md"]
+    parts += [f"{name} {benchmark.rows.digest()}" for name, benchmark in benchmarks.items()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -202,10 +202,10 @@ def _write(
         pd.DataFrame(scores, columns=columns).to_csv(folder / "scores.csv", index=False)
         skipped = [(result.task, skip.doc, skip.reason) for result in outcome for skip in result.skipped]
         pd.DataFrame(skipped, columns=["task", "doc", "reason"]).to_csv(folder / "skipped.csv", index=False)
-        if (working / "reference").is_dir():
-            # The reference moves away, so the fingerprint is removed: a journal without it starts over.
-            (working / "fingerprint").unlink()
-            (working / "reference").rename(folder / "reference")
+        if (working / "reference").is_dir():  # it stays in the journal until the results are in place
+            (folder / "reference").mkdir()
+            for part in sorted((working / "reference").glob("*.safetensors")):
+                link_or_copy(part, folder / "reference" / part.name)
     shutil.rmtree(working)
 
 

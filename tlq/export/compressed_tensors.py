@@ -8,7 +8,6 @@ checkpoint, so a program that loads the source also loads the result.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -37,7 +36,7 @@ from tlq.models.checkpoint import copy_processor_files, without_custom_code
 from tlq.models.stored import read_tensor
 from tlq.models.streaming import StreamedModel
 from tlq.quantization.formats import QuantizedWeight, Scheme, get_scheme
-from tlq.runtime.files import new_file
+from tlq.runtime.files import link_or_copy, new_file
 
 _TARGETS = "Linear"
 _SHARD_BYTES = 2 * 2**30
@@ -123,7 +122,7 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
     shards = []
     for number, path in enumerate(layers):
         shards.append(out / f"layer-{number:05}.safetensors")
-        _link(path, shards[-1])
+        link_or_copy(path, shards[-1])
     for number, tensors in enumerate(_outside_parts(model)):
         shards.append(out / f"outside-{number:05}.safetensors")
         with new_file(shards[-1]) as temporary:
@@ -139,15 +138,6 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
     (out / "config.json").write_text(json.dumps(config))
     copy_processor_files(model.folder, out)
     _write_quantization(out, model, scheme)
-
-
-def _link(path: Path, target: Path) -> None:
-    """Hard-link a file, or copy it if the file system has no hard links."""
-    try:
-        os.link(path, target)
-    except OSError:
-        with new_file(target) as temporary:
-            temporary.write_bytes(path.read_bytes())
 
 
 def _outside_parts(model: StreamedModel) -> Iterator[dict[str, Tensor]]:

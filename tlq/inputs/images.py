@@ -48,7 +48,10 @@ def open_image(data: bytes) -> Image.Image:
     most = pixel_limit()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the one that counts
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:  # its text has an object's address, which differs each time
+            raise UnidentifiedImageError(f"no image of a known format ({', '.join(FORMATS)})") from None
     if image.width * image.height > most:
         raise ValueError(
             f"{image.width} x {image.height} pixels, more than the {most} of {PIXELS}; shrink it, or raise the limit"

@@ -30,9 +30,9 @@ def kept_digests(files: Iterable[Path], kept: Path) -> dict[str, str]:
     """
     known = _known_digests(kept)
     now = {file.name: _digest_of(file, known) for file in files}
-    if now != known:
+    if known | now != known:
         with suppress(OSError):
-            write_text(json.dumps(now, indent=1) + "\n", kept)
+            write_text(json.dumps(known | now, indent=1) + "\n", kept)
     return {name: entry["sha256"] for name, entry in now.items()}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+#: Linux's numbers for renameat2: paths are relative to the working directory; exchange two names.
+_HERE, _EXCHANGE = -100, 2
 
 
 @contextmanager
@@ -41,7 +46,8 @@ def _reach_disk(path: Path) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """An empty temporary directory; it replaces ``path`` when the block ends well and vanishes otherwise.
 
-    The directory that it replaces is renamed first and removed last: at no time does ``path`` hold a part of either.
+    The two directories change places in one step, where the system has such a step (Linux): whatever ends the process,
+    ``path`` is the old directory or the new one, whole. Elsewhere the old one is renamed first and removed last.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
@@ -52,12 +58,37 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            path.replace(replaced)
-        temporary.replace(path)
+        if not (path.exists() and _exchange(temporary, path)):
+            if path.exists():
+                path.replace(replaced)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places in one step; False if this system or its file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Hard-link a file, or copy it if the file system has no hard links."""
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
+            raise
+        with new_file(target) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def write_text(text: str, path: Path) -> None:

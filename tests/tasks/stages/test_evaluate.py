@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ import pandas as pd
 import pytest
 import torch
 from support.benchmark_rows import mmmu_rows, textvqa_rows, write_rows
+from support.tiny import png
 
 from benchmarks.data import BenchmarkError, BenchmarkSource
+from benchmarks.harness import load_benchmarks
 from benchmarks.model import VisionLM
 from benchmarks.results import EvaluationRun
 from tasks.config.params import EvaluateParams, ParamsError
 from tasks.stages import evaluate
 from tlq.models.checkpoint import load_model
-from tlq.runtime.files import new_directory
+from tlq.runtime.files import link_or_copy, new_directory
 from tlq.runtime.memory import peak_resident
 
 
@@ -231,7 +233,8 @@ def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_check
 def test_a_kill_while_results_are_replaced_loses_neither(
     rename: int, params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before each rename of the folder, the old or the new results are complete; a further run puts one in place."""
+    """On a system that cannot exchange folders. A further run puts the old or the new results in place."""
+    monkeypatch.setattr("tlq.runtime.files._exchange", lambda *_: False)
     plain = EvaluateParams(benchmarks=params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
     evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
     files = {path.name for path in (tmp_path / "full").iterdir()}
@@ -255,6 +258,83 @@ def test_a_kill_while_results_are_replaced_loses_neither(
     with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "full"):
         raise KeyboardInterrupt
     assert {path.name for path in (tmp_path / "full").iterdir()} == files
+
+
+@pytest.mark.parametrize("moment", ["first part", "last part", "exchange", "end"])
+def test_a_kill_while_results_are_written_keeps_the_old_ones_and_the_answers(
+    moment: str,
+    results: Path,
+    params: EvaluateParams,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(results / "full", tmp_path / "full")
+    (tmp_path / "full" / "old").touch()
+    parts = len(list((results / "full" / "reference").iterdir()))
+    assert parts > 1
+    links = 0
+
+    def linking(path: Path, target: Path) -> None:
+        nonlocal links
+        links += 1
+        if links == {"first part": 1, "last part": parts}.get(moment):
+            raise SystemExit("killed")
+        link_or_copy(path, target)
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "link_or_copy", linking)
+        if moment == "exchange":
+            patch.setattr("tlq.runtime.files._exchange", killed)
+        patch.setattr(shutil, "rmtree", lambda path, **_: killed() if path == tmp_path / ".working/full" else None)
+        with pytest.raises(SystemExit):
+            evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
+    assert (tmp_path / "full" / "old").exists() == (moment != "end")
+    assert len(list((tmp_path / "full" / "reference").iterdir())) == parts
+    answered: list[int] = []
+    original = VisionLM._run
+    monkeypatch.setattr(VisionLM, "_run", lambda *a: (answered.append(len(a[1])), original(*a))[1])
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
+    assert not answered
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {path.name for path in (results / "full").iterdir()}
+    assert metrics_of(tmp_path, "full") == metrics_of(results, "full")
+    assert not list(tmp_path.glob(".working/*"))
+
+
+@pytest.mark.parametrize("damage", [lambda part: part.unlink(), lambda part: part.write_bytes(part.read_bytes()[:-9])])
+def test_answers_without_their_reference_are_asked_again(
+    damage: Callable[[Path], object],
+    results: Path,
+    params: EvaluateParams,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_check_skipped", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
+    reference = tmp_path / ".working/full/reference"
+    damage(reference / "part-00001.safetensors")
+    answered: list[int] = []
+    original = VisionLM._run
+    monkeypatch.setattr(VisionLM, "_run", lambda *a: (answered.append(len(a[1])), original(*a))[1])
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
+    assert sum(answered) == 4
+    assert metrics_of(tmp_path, "full") == metrics_of(results, "full")
+
+
+def test_other_pixels_under_the_same_name_are_answered_again(params: EvaluateParams, tmp_path: Path) -> None:
+    rows = textvqa_rows(4)
+    digests = []
+    for colour in (1, 1, 2):
+        rows[2]["image"] = {"bytes": png(colour), "path": None}
+        source = BenchmarkSource("demo_textvqa", data=write_rows(tmp_path / f"{len(digests)}.parquet", rows))
+        digests.append(load_benchmarks([source], None, 0)["demo_textvqa"].rows.digest())
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_local_benchmark_files_must_be_in_the_folder_that_dvc_tracks() -> None:
