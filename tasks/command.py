@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from tasks.cluster.launch import failed_already, is_rank, report_failure
+from tasks.cluster.launch import Interrupted, failed_already, is_rank, report_failure
 from tasks.config.environment import value
 from tlq.runtime.device import device_named
 
@@ -59,20 +59,21 @@ def run(main: Callable[[], None]) -> None:
     try:
         with _interruptions() as interruptions:
             _run(main, interruptions)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not is_rank():  # ranks are also interrupted when their group forms again
             logger.error("interrupted; run the same command again to continue")
-        sys.exit(130)
+        number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
+        sys.exit(128 + number)  # as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM
 
 
 @contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt on SIGTERM and, unless this process ignores it, SIGINT; yields the signals received."""
+    """Raise Interrupted on SIGTERM and, unless this process ignores it, SIGINT; yields the signals received."""
     received: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        raise Interrupted(number)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if handlers[signal.SIGINT] is signal.SIG_IGN:
@@ -91,7 +92,7 @@ def _run(main: Callable[[], None], interruptions: list[int]) -> None:
         main()
     except Exception as error:
         if interruptions:
-            raise KeyboardInterrupt from error
+            raise Interrupted(interruptions[0]) from error
         if not isinstance(error, EXPECTED):
             raise
         logger.debug("traceback", exc_info=True)

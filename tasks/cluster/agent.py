@@ -21,7 +21,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from tasks.cluster.authenticated import read_secret
-from tasks.cluster.launch import die_with_parent, run_agent
+from tasks.cluster.launch import run_agent
+from tasks.cluster.rank import die_with_parent
 from tasks.cluster.store import JobStore, StageGoneError
 
 logger = logging.getLogger("tlq.agent")

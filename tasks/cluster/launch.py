@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.distributed import Store
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tasks.cluster.authenticated import new_secret
 from tasks.cluster.environment import network_interface, own_address, restarts_allowed
+from tasks.cluster.rank import shielded_starts
 from tasks.cluster.rendezvous import BACKEND, GROUP, SECRET, STORE
 from tasks.cluster.store import JobStore, group_store
 from tasks.config.environment import positive, value
@@ -33,6 +33,10 @@ _POLL_SECONDS = 0.5
 #: How long a rank waits for the others, whose imports may take longer.
 _MEET_SECONDS = 600
 _STOP_SECONDS = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to stop; the signal's number is the only argument."""
 
 
 def ranks_wanted() -> int:
@@ -63,7 +67,6 @@ def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], mo
         TimeoutError: no worker of the pool took up the work.
     """
     if is_rank():
-        die_with_parent()
         _as_rank(work)
     elif value("TLQ_POOL"):
         from tasks.cluster.pool import run_on_pool  # slow to import, and only needed on a pool
@@ -78,7 +81,10 @@ def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], mo
 def _launch_local(module: str, arguments: Sequence[str], ranks: int) -> None:
     secret = new_secret()
     store = JobStore.host("127.0.0.1", secret)
-    run_agent(store.endpoint, secret, module, arguments, ranks)
+    try:
+        run_agent(store.endpoint, secret, module, arguments, ranks)
+    except SignalException as error:  # torch's agent has signal handlers of its own while its ranks run
+        raise Interrupted(error.sigval) from error
     store.raise_failure()
 
 
@@ -112,27 +118,17 @@ def run_agent(
     if interface := network_interface(own_address()):
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.ERROR)  # each has a level of its own
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
+        with shielded_starts():
+            elastic_launch(config, sys.executable)("-m", "tasks.cluster.rank", module, *arguments)
     except ChildFailedError as error:
         first = error.get_first_failure()[1]
         raise RuntimeError(
             f"the ranks failed {config.max_restarts + 1} times, the last with exit status {first.exitcode}; finished "
             "work is kept, see the log above and run the same command again"
         ) from error
-
-
-def die_with_parent() -> None:
-    """End this process when its parent process has ended, because no other process would stop it."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_POLL_SECONDS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="parent watch").start()
 
 
 def _as_rank(work: Callable[[], None]) -> None:

@@ -62,7 +62,7 @@ def test_any_error_after_a_signal_counts_as_an_interruption(caplog: pytest.LogCa
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         run(stage)
-    assert stopped.value.code == 130
+    assert stopped.value.code == 143
     assert "could not determine" not in caplog.text
     assert signal.getsignal(signal.SIGTERM) is handler
 
@@ -78,7 +78,7 @@ def test_sigterm_leaves_no_partial_directory(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit) as stopped:
         run(stage)
-    assert stopped.value.code == 130
+    assert stopped.value.code == 143
     assert list(tmp_path.iterdir()) == []
 
 

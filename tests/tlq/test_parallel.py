@@ -105,6 +105,34 @@ def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str],
     assert not [entry for entry in folder.iterdir() if entry.name.endswith(".work") and "out" in entry.name]
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_stage_and_its_ranks_with_one_line(job: Path, number: int, status: int) -> None:
+    folder = job / f"signal-{status}"
+    process = start(job, folder.name, 2, "tlq-c", "w3a16")
+    while len(processes_of(folder)) < 3:  # the ranks still import
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == status, output
+    lines = [line for line in output.splitlines() if line]
+    assert lines == ["ERROR tlq: interrupted; run the same command again to continue"]
+    wait_until_gone(folder)
+
+
+def test_ranks_whose_launcher_dies_while_they_import_end_at_once(job: Path) -> None:
+    folder = job / "abandoned"
+    process = start(job, "abandoned", 2, "tlq-c", "w3a16")
+    while len(processes_of(folder)) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    killed = time.monotonic()
+    wait_until_gone(folder)
+    assert time.monotonic() - killed < 5
+
+
 def test_an_error_that_a_retry_cannot_cure_is_reported_once(job: Path) -> None:
     process = start(job, "refused", 2, "tlq", "w9")
     output, _ = process.communicate(timeout=120)

@@ -224,7 +224,7 @@ def test_a_disk_that_fills_up_keeps_the_finished_layers(
 @pytest.mark.parametrize(
     ("stage", "number", "status"),
     [
-        ("importance", signal.SIGTERM, 130),
+        ("importance", signal.SIGTERM, 143),
         ("calibrate", signal.SIGINT, 130),
         ("importance", signal.SIGKILL, -9),
         ("calibrate", signal.SIGKILL, -9),
