@@ -15,6 +15,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_T
 from flows.next_steps import champions, next_steps
 from flows.parameters import ParametersError
 from flows.stages import StageFailed
+from services.reaper import watch_this_process
 from tasks.config.params import ParamsError
 
 
@@ -39,6 +40,7 @@ def main(
     if add_options is not None:
         add_options(parser)
     options = parser.parse_args()
+    watch_this_process()
     wait_for_prefect()
     try:
         table = flow(**(parameters_of(options) if parameters_of is not None else {}))

@@ -20,6 +20,7 @@ from prefect.states import Cancelled, Completed
 from flows.overview import Overview, current, earlier_durations, followed
 from flows.progress import BAR_ENVIRONMENT, MARK, Bar, clock_time, lines_and_pauses, with_progress
 from services.processes import OWNER, ROOT, owner, stop, stop_stages, tree
+from services.reaper import watch_this_process
 from tasks.command import TRY_AGAIN
 from tlq.parallel import REDUCTION_CHUNKS
 
@@ -180,6 +181,7 @@ def following(stages: Sequence[str]) -> Iterator[None]:
     Only the main thread receives the signals of a cancellation, and Prefect waits for the others, so a stage in another
     thread would run to its end.
     """
+    watch_this_process()
     overview = Overview(stages, stages_at_once(), earlier_durations(stages))
     try:
         with followed(overview):

@@ -56,7 +56,7 @@ VARIABLES: dict[str, Variable] = {
 }
 
 #: Variables that programs set for the processes that they start; users do not set them.
-INTERNAL = ("TLQ_STORE", "TLQ_STORE_SECRET", "TLQ_GROUP", "TLQ_FLOW_OWNER")
+INTERNAL = ("TLQ_STORE", "TLQ_STORE_SECRET", "TLQ_GROUP", "TLQ_FLOW_OWNER", "TLQ_FLOW_PROCESS")
 
 
 def value(name: str, default: str = "") -> str:

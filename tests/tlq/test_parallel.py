@@ -139,21 +139,3 @@ def test_an_error_that_a_retry_cannot_cure_is_reported_once(job: Path) -> None:
     assert process.returncode == 1
     assert output.count("unknown scheme 'w9'; choose one of") == 1
     assert "Traceback" not in output
-
-
-def test_state_of_other_parameters_is_refused_by_name(
-    job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]
-) -> None:
-    folder = job / "changed"
-    process = start(job, "changed", 1, "mbq", "w3a16")
-    while not list(folder.glob(".out.work/part-*.json")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    again = start(job, "changed", 1, "tlq", "w3a16")
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 1
-    assert ".out.work was begun with recipe." in output
-    assert "recipe.name 'mbq', now 'tlq'; recipe.tokens 'all', now 'set'; set it back to continue" in output
-    assert_equal(finish(start(job, "changed", 1, "mbq", "w3a16"), folder), undisturbed("mbq", "w3a16"))
