@@ -24,6 +24,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import yaml
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion
@@ -74,6 +75,7 @@ from tlq.runtime.files import write_text
 logger = logging.getLogger("tlq.register")
 
 REGISTRY = Path("registry.json")
+_LOCK = Path(".tlq/register.lock")
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("binary", "image"), ColSpec("string", "question")]),
     outputs=Schema([ColSpec("string")]),
@@ -182,14 +184,15 @@ class Registrar:
         verdict = judge(result.metrics, self.params)
         for reason in verdict.reasons:
             logger.warning("%s does not pass the gate: %s", variant, reason)
-        found = _registered(self.client, name, result)
-        if found is None:
-            found = self._new_version(name, scheme, result, verdict)
-            logger.info("%s registered as version %s of %s", variant, found.version, name)
-        else:
-            logger.info("%s is already version %s of %s", variant, found.version, name)
-            found = self._judge_again(found, verdict)
-        self._attach_report(str(found.run_id), variant)
+        with _alone():
+            found = _registered(self.client, name, result)
+            if found is None:
+                found = self._new_version(name, scheme, result, verdict)
+                logger.info("%s registered as version %s of %s", variant, found.version, name)
+            else:
+                logger.info("%s is already version %s of %s", variant, found.version, name)
+                found = self._judge_again(found, verdict)
+            self._attach_report(str(found.run_id), variant)
         return found
 
     def _judge_again(self, version: ModelVersion, verdict: Verdict) -> ModelVersion:
@@ -210,6 +213,10 @@ class Registrar:
         """Id of a run with full precision's scores, for comparison with variants in the MLflow UI."""
         with recorded_failure("register", FULL):
             result = read_result(FULL, self.evaluation)
+        with _alone():
+            return self._baseline_run(result)
+
+    def _baseline_run(self, result: Result) -> str:
         for found in find_runs(self.client, self.params.experiment, {"variant": FULL, "registered": "baseline"}):
             if all(found.data.tags.get(key) == value for key, value in result.identity.items()):
                 return str(found.info.run_id)
@@ -316,6 +323,12 @@ class Registrar:
             for path in files:
                 self.client.log_artifact(run_id, str(path), "report")
             set_tags(self.client, run_id, {"report": state})
+
+
+def _alone() -> FileLock:
+    """A lock that lets one process of this project at a time ask whether a result is registered, and register it."""
+    _LOCK.parent.mkdir(exist_ok=True)
+    return FileLock(_LOCK)
 
 
 def _ensure_model(client: MlflowClient, name: str, scheme: str) -> None:

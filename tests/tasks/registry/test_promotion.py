@@ -129,3 +129,13 @@ def test_concurrent_registrations_keep_every_version(workspace: Path) -> None:
         scores = Path(client.download_artifacts(run.info.run_id, ITEM_SCORES, str(workspace)))
         assert len(pd.read_parquet(scores)) == 100
     assert aliases(client, NAME)["candidate"] == 3
+
+
+def test_two_registrations_of_one_result_make_one_version(workspace: Path) -> None:
+    write_variant(workspace, "tlq-w3a16", 50)
+    barrier = FORK.Barrier(2)
+    assert run_together(_register, *[(workspace, "tlq-w3a16", barrier)] * 2) == [0, 0]
+    client = connect()
+    assert [version.tags["variant"] for version in model_versions(client, NAME)] == ["tlq-w3a16"]
+    (experiment,) = [each for each in client.search_experiments() if each.name == "tlq"]
+    assert len(client.search_runs([experiment.experiment_id], "tags.variant = 'full'")) == 1
