@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 import yaml
@@ -28,11 +29,32 @@ PARAMS = Path("params.yaml")
 class ParamsError(ValueError):
     """params.yaml cannot be used; the message is one line that names the key and the next step."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # one line, whatever keys and values hold
+
+
+#: Numbers from here on do not fit the integers of the libraries.
+_NUMBERS_END = 2**63
+
 
 class Section(BaseModel):
     """A section of params.yaml, or a mapping inside one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """Refuse true and false where a number belongs; pydantic would take them for 1 and 0."""
+        if isinstance(values, Mapping):
+            for name, field in cls.model_fields.items():
+                if isinstance(values.get(name), bool) and not _takes_truth(field.annotation):
+                    raise ValueError(f"{name} is {str(values[name]).lower()}, must be a value of another kind")
+        return values
+
+
+def _takes_truth(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(map(_takes_truth, get_args(annotation)))
 
 
 class ModelParams(Section):
@@ -188,7 +210,7 @@ class EvaluateParams(Section):
         ge=1,
         description="answers measured per benchmark; null measures all (vocabulary-size rows are stored)",
     )
-    resamples: int = Field(default=2000, ge=1, description="resamples of the bootstrap")
+    resamples: int = Field(default=2000, ge=1, le=1_000_000, description="resamples of the bootstrap")
     max_skipped: float = Field(
         default=0.05, ge=0, le=1, description="share of unusable items at which the run is refused"
     )
@@ -339,11 +361,26 @@ def parse(name: str, values: Any, cls: type[T], path: str | Path = PARAMS) -> T:
     """``values`` as an instance of ``cls``; ``name`` is their dotted name in errors."""
     if values is None:
         raise ParamsError(f"{path}: section `{name}` is missing; add it (docs/parameters.md lists every section)")
+    for place, number in _numbers(name, values):
+        if not math.isfinite(number) or abs(number) >= _NUMBERS_END:
+            raise ParamsError(f"{path}: {place} is {number}, must be a number below 2^63")
     try:
         wrapper: Any = _wrapper(cls)  # type: ignore[arg-type]
         return wrapper(value=values).value
     except ValidationError as error:
         raise ParamsError(f"{path}: {explain(name, error, cls)}") from error
+
+
+def _numbers(place: str, values: Any) -> Iterator[tuple[str, int | float]]:
+    """Every number in nested values, with its dotted place."""
+    if isinstance(values, int | float):
+        yield place, values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _numbers(f"{place}.{key}", value)
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            yield from _numbers(f"{place}.{index}", value)
 
 
 @cache
@@ -378,6 +415,21 @@ def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself takes the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" else None
+            if name is not None and name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name} stands twice in one mapping; remove one of them", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read(path: str | Path = PARAMS) -> dict[str, Any]:
     """Every section of a params file as plain values.
 
@@ -385,7 +437,11 @@ def read(path: str | Path = PARAMS) -> dict[str, Any]:
         ParamsError: the file is missing or not a YAML mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), UniqueKeys)
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path}: is no UTF-8 text ({error}); save it as UTF-8") from error
+    except RecursionError as error:
+        raise ParamsError(f"{path}: is nested too deeply; remove levels") from error
     except FileNotFoundError as error:
         raise ParamsError(f"{path}: not found; run from the project's top folder") from error
     except yaml.YAMLError as error:
