@@ -309,8 +309,11 @@ def image_bytes(image: Any, root: Path, folders: Sequence[Path] = ()) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, Mapping):
-        if image.get("bytes") is not None:
-            return bytes(image["bytes"])
+        data = image.get("bytes")
+        if data is not None and not isinstance(data, bytes):  # bytes(10**12) would take all memory
+            raise ValueError(f"unreadable image: its bytes are of type {type(data).__name__}")
+        if data is not None:
+            return data
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise ValueError(f"unreadable image: neither a file's bytes nor its path (found {type(image).__name__})")

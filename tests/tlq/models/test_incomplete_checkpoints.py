@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.tiny import write_tiny_qwen2_vl
 from torch import Tensor
 
 from tlq.models.checkpoint import load_model
+from tlq.models.stored import stored_tensors
 from tlq.models.streaming import StreamedModel
 
 WEIGHT = "model.language_model.layers.1.mlp.up_proj.weight"
@@ -125,3 +128,31 @@ def test_a_damaged_pytorch_file_is_refused_by_name(
 @BOTH
 def test_a_whole_checkpoint_is_read(checkpoint: Path, read: Read) -> None:
     read(checkpoint)
+
+
+forms = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "I8", "F8_E4M3", "F9", "", 3]),
+        "shape": st.lists(st.integers(-1, 2**63), max_size=3) | st.none(),
+        "data_offsets": st.lists(st.integers(-1, 2**63), max_size=3) | st.just([0, 8]),
+    }
+)
+headers = st.dictionaries(st.text(max_size=3), forms | st.integers() | st.none(), max_size=2) | st.lists(st.integers())
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(headers, st.integers(0, 64), st.integers(-9, 2**63))
+def test_any_header_is_read_or_refused_by_name(tmp_path: Path, header: object, size: int, more: int) -> None:
+    """``more`` makes the stated length of the header wrong, in either direction."""
+    text = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", max(0, len(text) + more) % 2**64) + text + bytes(size))
+    try:
+        found = stored_tensors(tmp_path)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = "model.safetensors: read"
+        assert all(place.file == file for place in found.values())
+    assert "model.safetensors: " in message
+    assert "\n" not in message
