@@ -232,10 +232,11 @@ class _Sizes:
 
 
 def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
-    """Size of the result's weights; the state next to it consists of the same files."""
+    """Size of the result's weights, also of those carried over; the state next to it consists of the same files."""
     skeleton, architecture = model.skeleton, model.architecture
     layers = range(len(architecture.decoder_layers(skeleton)))
     total = _elements(model, list(model.weight_map)) * model.checkpoint_dtype.itemsize
+    total += sum(place.nbytes for place in model.unnamed.values())
     for path in (path for index in layers for path in linear_paths(architecture, index)):
         own = scheme.of(path)
         if own is None:

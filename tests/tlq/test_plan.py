@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.exporting import read_tensors
 
 import tlq
@@ -66,6 +67,16 @@ def test_the_size_of_the_result_is_that_of_its_tensors(
     tlq.quantize(tiny_checkpoint, tmp_path / "out", samples, "rtn", scheme)
     written = sum(value.numel() * value.element_size() for value in read_tensors(tmp_path / "out").values())
     assert exported_bytes(streamed, get_scheme(scheme)) == pytest.approx(written, rel=0.05)
+
+
+def test_tensors_that_are_carried_over_are_part_of_the_size(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    scheme = get_scheme("w3a16")
+    before = exported_bytes(StreamedModel(tmp_path / "model"), scheme)
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    extra = {"mtp.norm.weight": torch.zeros(7, dtype=torch.bfloat16), "mtp.codes": torch.zeros(3, 5, dtype=torch.int8)}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    assert exported_bytes(StreamedModel(tmp_path / "model"), scheme) == before + 14 + 15
 
 
 @pytest.mark.parametrize(
