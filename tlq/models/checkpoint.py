@@ -192,8 +192,14 @@ def local_folder(source: str | Path, weights: bool = True) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    skipped = _NOT_PROCESSOR - {".safetensors"} if weights else _NOT_PROCESSOR
-    return Path(snapshot_download(str(source), ignore_patterns=[f"*{suffix}" for suffix in sorted(skipped)]))
+    def downloaded(*wanted: str) -> Path:
+        skipped = sorted(_NOT_PROCESSOR - set(wanted))
+        return Path(snapshot_download(str(source), ignore_patterns=[f"*{suffix}" for suffix in skipped]))
+
+    if not weights:
+        return downloaded()
+    folder = downloaded(".safetensors")
+    return folder if any(folder.glob("*.safetensors")) else downloaded(".bin")
 
 
 def copy_processor_files(source: str | Path, out: Path) -> None:
