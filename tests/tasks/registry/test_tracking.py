@@ -41,6 +41,7 @@ def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPa
     write_project(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "model/model.safetensors").write_bytes(b"weights")
     return tmp_path
 
 
