@@ -91,6 +91,7 @@ def test_a_flow_says_what_it_waits_for_and_ends_with_champions_and_commands(
         return "the table"
 
     monkeypatch.setattr(command.sys, "argv", ["quantize"])
+    monkeypatch.setattr(command, "watch_this_process", lambda: None)  # this test's executable does not exist
     command.main(quantize, None)
     shown = capsys.readouterr()
     url = PREFECT_API_URL.value()

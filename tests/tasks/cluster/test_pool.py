@@ -200,7 +200,8 @@ def test_a_stage_without_workers_ends_with_an_error(site: Site) -> None:
 
 def test_a_cancelled_stage_cancels_its_runs(workers: Site) -> None:
     process = workers.start("cancelled")
-    wait_until(lambda: agents_of(workers.job / "cancelled"))
+    wait_until(lambda: agents_of(workers.job / "cancelled") or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0][-3000:]
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143
