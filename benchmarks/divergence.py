@@ -11,7 +11,6 @@ run stores log p per answer token; variant runs read it, so that no process hold
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from tlq.runtime.files import new_file
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class ReferenceRecorder:
                 path.unlink()
 
     def recorded(self, finished: Mapping[ItemKey, M]) -> dict[ItemKey, M]:
-        """The finished items without those that were measured and whose log p is not stored."""
+        """The finished items, except measured ones whose log p is not stored."""
         return {key: item for key, item in finished.items() if item.divergence is None or f"{key}/log_p" in self._names}
 
     def wants(self, key: ItemKey) -> bool:
@@ -110,11 +111,8 @@ class ReferenceRecorder:
             tensors[f"{key}/tokens"] = torch.tensor(tokens, dtype=torch.int32)
         if tensors:
             path = self._folder / f"part-{self._files:05d}.safetensors"
-            temporary = path.with_suffix(".tmp")
-            save_file(tensors, temporary)
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.rename(path)
+            with new_file(path) as temporary:
+                save_file(tensors, temporary)
             self._files += 1
             self._names |= tensors.keys()
         return {

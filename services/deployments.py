@@ -50,17 +50,18 @@ def create_pool(client: SyncPrefectClient) -> None:
 
     It runs one flow at a time, because all flows share params.yaml, dvc.lock and outputs.
     """
+    template = fixed_job_template()
     pool = WorkPoolCreate(
         name=POOL,
         type="process",
         description="Runs in the project's folder, one at a time",
-        base_job_template=fixed_job_template(),
+        base_job_template=template,
         concurrency_limit=1,
     )
     try:
         client.create_work_pool(pool)
     except ObjectAlreadyExists:
-        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=fixed_job_template()))
+        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
 
 
 def apply_deployments(folder: Path, scratch: Path, client: SyncPrefectClient) -> list[str]:

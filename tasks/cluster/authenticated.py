@@ -106,7 +106,7 @@ class AuthenticatedStore(Store):
                 time.sleep(_RETRY_SECONDS)
 
     def read(self, key: str) -> bytes | None:
-        """The key's value, or None if it has none now."""
+        """The key's value; None if the key does not exist, or if its value is not signed."""
         key = self._prefix + key
         while self._inner.check([key]):
             signed = self._inner.get(key)

@@ -25,6 +25,8 @@ CHECKPOINT, ERROR = "checkpoint", "error"
 
 #: MLflow's name for experiments that train models; the UI would otherwise open as for applications of language models.
 _KIND = "custom_model_development"
+#: MLflow's tag of the git remote, whose address may hold a token.
+_REMOTE = "mlflow.source.git.repoURL"
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100
 _FORBIDDEN = re.compile(r"[^\w\-. /:]")
 
@@ -54,8 +56,8 @@ def new_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str,
     from mlflow.tracking.context.registry import resolve_tags
 
     known = resolve_tags(dict(tags))
-    for key in known.keys() & {"mlflow.source.git.repoURL"}:  # the address of a git remote may hold a token
-        known[key] = without_secrets(known[key])
+    if remote := known.get(_REMOTE):
+        known[_REMOTE] = without_secrets(remote)
     run = client.create_run(experiment_id(client, experiment), tags=known, run_name=name)
     return str(run.info.run_id)
 

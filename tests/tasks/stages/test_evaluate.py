@@ -61,6 +61,14 @@ def results(
     return folder
 
 
+def counted_answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of items of every batch that is asked from now on."""
+    answered: list[int] = []
+    original = VisionLM._run
+    monkeypatch.setattr(VisionLM, "_run", lambda *a: (answered.append(len(a[1])), original(*a))[1])
+    return answered
+
+
 def metrics_of(results: Path, variant: str) -> dict[str, Any]:
     return json.loads((results / variant / "metrics.json").read_text())
 
@@ -294,9 +302,7 @@ def test_a_kill_while_results_are_written_keeps_the_old_ones_and_the_answers(
             evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
     assert (tmp_path / "full" / "old").exists() == (moment != "end")
     assert len(list((tmp_path / "full" / "reference").iterdir())) == parts
-    answered: list[int] = []
-    original = VisionLM._run
-    monkeypatch.setattr(VisionLM, "_run", lambda *a: (answered.append(len(a[1])), original(*a))[1])
+    answered = counted_answers(monkeypatch)
     evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
     assert not answered
     assert {path.name for path in (tmp_path / "full").iterdir()} == {path.name for path in (results / "full").iterdir()}
@@ -319,9 +325,7 @@ def test_answers_without_their_reference_are_asked_again(
             evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
     reference = tmp_path / ".working/full/reference"
     damage(reference / "part-00001.safetensors")
-    answered: list[int] = []
-    original = VisionLM._run
-    monkeypatch.setattr(VisionLM, "_run", lambda *a: (answered.append(len(a[1])), original(*a))[1])
+    answered = counted_answers(monkeypatch)
     evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
     assert sum(answered) == 4
     assert metrics_of(tmp_path, "full") == metrics_of(results, "full")

@@ -73,7 +73,7 @@ def test_the_number_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of images beside a secret."""
+    """A folder of images, and a secret next to the folder."""
     (tmp_path / "secret.png").write_bytes(encoded("PNG"))
     images = tmp_path / "images"
     images.mkdir()
