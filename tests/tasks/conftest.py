@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,14 @@ def reported(
 
 
 @pytest.fixture(scope="session")
-def empty_tracking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without content: making one takes seconds, copying it none."""
+def new_tracking(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Put an empty MLflow database into a folder; its address. Making one takes seconds, copying it none."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+
+    def put(folder: Path) -> str:
+        return f"sqlite:///{shutil.copyfile(path, folder / 'mlflow.db')}"
+
+    return put

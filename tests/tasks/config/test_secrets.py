@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,9 @@ def test_a_database_that_refuses_is_named_without_its_password() -> None:
 
 
 def test_a_runs_tag_names_the_git_remote_without_its_token(
-    tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{empty_tracking}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_tracking(tmp_path))
     monkeypatch.setattr(
         "mlflow.tracking.context.registry.resolve_tags",
         lambda tags: tags | {"mlflow.source.git.repoURL": "https://user:s3cr@git.example/tlq.git"},

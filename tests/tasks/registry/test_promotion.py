@@ -27,10 +27,9 @@ NAME = "tiny-w3a16"
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    shutil.copyfile(empty_tracking, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_tracking(tmp_path))
     write_project(tmp_path)
     return tmp_path
 

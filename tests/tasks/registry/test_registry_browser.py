@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,17 @@ _PAGE_MILLISECONDS = 120_000
 
 
 @pytest.fixture(scope="module")
-def rows(empty_tracking: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+def rows(
+    new_tracking: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[dict[str, Any]]]:
     """registry.json of a project with a variant that passes and one that does not, in the project's folder."""
     folder = tmp_path_factory.mktemp("registered")
-    shutil.copyfile(empty_tracking, folder / "mlflow.db")
     write_project(folder)
     write_variant(folder, "rtn-w3a16", right=20)
     write_variant(folder, "tlq-w3a16", right=49)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", new_tracking(folder))
         params = section("register", RegisterParams)
         registrar = Registrar(connect(), params, section("evaluate", EvaluateParams), section("model", ModelParams))
         yield register_all(registrar, ["rtn-w3a16", "tlq-w3a16"])

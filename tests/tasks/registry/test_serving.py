@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,17 @@ QUESTION = "What is it?"
 
 
 @pytest.fixture(scope="module")
-def registered(tiny_checkpoint: Path, empty_tracking: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def registered(
+    tiny_checkpoint: Path, new_tracking: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A project folder with a champion, whose weights are those of the tiny model."""
     folder = tmp_path_factory.mktemp("registered")
-    shutil.copyfile(empty_tracking, folder / "mlflow.db")
     write_project(folder)
     write_variant(folder, "rtn-w3a16", right=48)
     shutil.copytree(tiny_checkpoint, folder / "models/rtn-w3a16", dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", new_tracking(folder))
         params = section("register", RegisterParams)
         registrar = Registrar(connect(), params, section("evaluate", EvaluateParams), section("model", ModelParams))
         register_all(registrar, ["rtn-w3a16"])

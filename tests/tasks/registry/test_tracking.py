@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ OUT = Path("models/rtn-w3a16")
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder that is ready for `calibrate`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    shutil.copyfile(empty_tracking, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_tracking(tmp_path))
     write_project(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
@@ -225,11 +225,11 @@ def test_a_failure_that_cannot_be_recorded_is_still_raised(
 
 
 def test_the_stage_logs_its_layers_and_links_run_and_checkpoint(
-    project: Path, tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "project"
     shutil.copytree(project, folder)
-    shutil.copyfile(empty_tracking, folder / "mlflow.db")
+    new_tracking(folder)
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     params = yaml.safe_load(Path("params.yaml").read_text()) | {"register": {"model_name": "tiny"}}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,10 @@ NAME = "tiny-w3a16"
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, empty_tracking: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder with one variant that is ready to be registered."""
     monkeypatch.chdir(tmp_path)
-    shutil.copyfile(empty_tracking, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_tracking(tmp_path))
     write_project(tmp_path)
     write_variant(tmp_path, "rtn-w3a16")
     return tmp_path
