@@ -15,16 +15,25 @@ export DO_NOT_TRACK ?= 1
 # Stages are processes that start often: without compiled modules each start takes a third longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo serve pool test check lint peers-env clean
+.PHONY: setup lock demo serve pool test check lint peers-env clean
 
 setup: $(STAMP)
 
-# torch first and by its exact version: a CPU wheel is taken where one is provided.
-$(STAMP): pyproject.toml requirements.lock
+# Every file is checked against its hash. Not torch's: which build is right depends on the machine, and some are local.
+$(STAMP): pyproject.toml requirements.lock requirements-torch.lock
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/pip install --quiet --no-compile --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --no-deps --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-compile --requirement requirements-torch.lock
+	$(BIN)/pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
+
+# Writes the environment's releases into requirements.lock, with the hashes of all their files. torch's build is not in it.
+lock: setup
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet 'uv==0.13.*'
+	$(BIN)/pip freeze --exclude-editable | grep -v '^\(torch\|triton\|nvidia-.*\|cuda-.*\)==' \
+		| .venv-lock/bin/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --no-header - --output-file requirements.lock
+	rm -r .venv-lock
 
 demo: setup
 	$(BIN)/python -m flows.quantize
@@ -55,7 +64,7 @@ peers-env: .venv-peers/.installed
 
 .venv-peers/.installed:
 	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --no-compile "$$(grep '^torch==' requirements.lock)"
+	.venv-peers/bin/pip install --quiet --no-compile --requirement requirements-torch.lock
 	.venv-peers/bin/pip install --quiet 'llmcompressor==0.14.*'
 	touch $@
 

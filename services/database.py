@@ -46,9 +46,7 @@ def create_schemas(url: URL) -> None:
     try:
         engine = sqlalchemy.create_engine(url.set(drivername="postgresql+psycopg2"))
     except ImportError as error:
-        raise ServiceError(
-            f"{VARIABLE} needs psycopg2: .venv/bin/pip install -c requirements.lock '.[postgres]'"
-        ) from error
+        raise ServiceError(f"{VARIABLE} needs psycopg2, the extra 'postgres', which make setup installs") from error
     try:
         with engine.begin() as connection:
             for schema in SCHEMAS:

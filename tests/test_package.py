@@ -88,9 +88,20 @@ def test_every_import_is_declared(folder: str) -> None:
     assert not undeclared
 
 
+def locked() -> list[str]:
+    """``name==version`` of every release of the locks."""
+    texts = [(ROOT / name).read_text() for name in ("requirements.lock", "requirements-torch.lock")]
+    return re.findall(r"^[\w.-]+==\S+", "\n".join(texts), flags=re.MULTILINE)
+
+
 def test_the_lock_holds_every_requirement() -> None:
-    locked = {canonical(line.split("==")[0]) for line in (ROOT / "requirements.lock").read_text().split()}
-    assert names_of(METADATA["dependencies"]) | names_of(METADATA["optional-dependencies"]["dev"]) <= locked
+    required = names_of(METADATA["dependencies"]) | names_of(METADATA["optional-dependencies"]["dev"])
+    assert required <= {canonical(line.split("==")[0]) for line in locked()}
+
+
+def test_every_release_of_the_lock_has_hashes() -> None:
+    for entry in (ROOT / "requirements.lock").read_text().replace("\\\n", " ").splitlines():
+        assert re.search(r" --hash=sha256:[0-9a-f]{64}", entry), entry
 
 
 def test_places_of_slow_tests_exist() -> None:
@@ -139,7 +150,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (site / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
         pip += ["--no-deps", "--force-reinstall"]
     else:
-        pip += ["--constraint", str(ROOT / "requirements.lock")]
+        (folder / "constraints.txt").write_text("\n".join(locked()))
+        pip += ["--constraint", "constraints.txt"]
     done = subprocess.run([*pip, str(wheel)], cwd=folder, env=clean(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "bin"
