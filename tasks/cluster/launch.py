@@ -63,7 +63,7 @@ def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], mo
 
     Raises:
         ValueError: a rank reported an error, or an environment variable has an impossible value.
-        RuntimeError: the ranks failed for good.
+        ChildProcessError: the ranks failed for good.
         TimeoutError: no worker of the pool took up the work.
     """
     if is_rank():
@@ -99,7 +99,7 @@ def run_agent(
         nodes: minimum and maximum number of agents in the group.
 
     Raises:
-        RuntimeError: the agent's ranks failed more often than ``TLQ_RESTARTS`` (default 20).
+        ChildProcessError: the agent's ranks failed more often than ``TLQ_RESTARTS`` (default 20).
     """
     config = LaunchConfig(
         min_nodes=nodes[0],
@@ -125,7 +125,7 @@ def run_agent(
             elastic_launch(config, sys.executable)("-m", "tasks.cluster.rank", module, *arguments)
     except ChildFailedError as error:
         first = error.get_first_failure()[1]
-        raise RuntimeError(
+        raise ChildProcessError(
             f"the ranks failed {config.max_restarts + 1} times, the last with exit status {first.exitcode}; finished "
             "work is kept, see the log above and run the same command again"
         ) from error

@@ -39,7 +39,7 @@ def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
         ValueError: the pool or server does not exist, or a rank reported an error that a retry cannot cure.
         BlockingIOError: another process does the same work.
         NoWorkerError: no worker took up a run within ``TLQ_POOL_WAIT`` seconds.
-        RuntimeError: more runs were lost than ``TLQ_RESTARTS``.
+        ChildProcessError: more runs were lost than ``TLQ_RESTARTS``.
     """
     with Pool.connect(value("TLQ_POOL")) as pool:
         job = Job.of(module, arguments)

@@ -69,7 +69,7 @@ class Watch:
         """Watch until the result is complete.
 
         Raises:
-            ValueError, NoWorkerError, RuntimeError: see ``run_on_pool``.
+            ValueError, NoWorkerError, ChildProcessError: see ``run_on_pool``.
         """
         while not self._store.finished():
             self._show_lines()
@@ -106,7 +106,7 @@ class Watch:
         self._runs = self._unended
         cancelled = [run for run in lost if run.state == StateType.CANCELLED]
         if cancelled and not self._runs and len(cancelled) == len(lost):
-            raise RuntimeError(f"{self._job.name}: its runs on pool {self._pool.name} were cancelled")
+            raise ChildProcessError(f"{self._job.name}: its runs on pool {self._pool.name} were cancelled")
         for run in lost:
             if run.state != StateType.CANCELLED:
                 self._count_lost(run)
@@ -130,18 +130,18 @@ class Watch:
         """Count a lost run and schedule its restart.
 
         Raises:
-            RuntimeError: too many runs were lost, or the last ``_FAILED_STARTS`` failed to start.
+            ChildProcessError: too many runs were lost, or the last ``_FAILED_STARTS`` failed to start.
         """
         self._lost += 1
         self._pending_restarts += 1
         self._failed_starts = 0 if run.heartbeats else self._failed_starts + 1
         if self._failed_starts == _FAILED_STARTS:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"{self._job.name}: {_FAILED_STARTS} worker runs in a row ended before they began; the log of flow run "
                 f"{run.name} on pool {self._pool.name} says why ({run.state.value}: {run.message})"
             )
         if self._lost > restarts_allowed():
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"{self._job.name}: {self._lost} worker runs were lost, more than TLQ_RESTARTS = {restarts_allowed()}; "
                 f"the last, {run.name}, ended {run.state.value}: {run.message}. Finished work is kept, run the same "
                 "command again"

@@ -89,14 +89,14 @@ def test_a_lost_run_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_runs_that_never_begin_end_the_stage() -> None:
     pool = FakePool(lambda _number: Crashed(message="no module named tlq"))
-    with pytest.raises(RuntimeError, match="5 worker runs in a row ended before they began.*no module named tlq"):
+    with pytest.raises(ChildProcessError, match="5 worker runs in a row ended before they began.*no module named tlq"):
         watching(pool, JobStore.host("127.0.0.1", SECRET)).until_finished()
 
 
 def test_more_lost_runs_than_allowed_end_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLQ_RESTARTS", "2")
     pool = FakePool(lambda _number: Crashed(message="killed"))
-    with pytest.raises(RuntimeError, match="3 worker runs were lost, more than TLQ_RESTARTS = 2"):
+    with pytest.raises(ChildProcessError, match="3 worker runs were lost, more than TLQ_RESTARTS = 2"):
         watching(pool, JobStore.host("127.0.0.1", SECRET)).until_finished()
 
 
@@ -117,7 +117,7 @@ def test_a_silent_run_is_set_to_crashed_and_replaced(monkeypatch: pytest.MonkeyP
 
 def test_runs_cancelled_by_a_user_are_not_replaced() -> None:
     pool = FakePool(lambda _number: Cancelled())
-    with pytest.raises(RuntimeError, match="calibrate tlq: its runs on pool gpu were cancelled"):
+    with pytest.raises(ChildProcessError, match="calibrate tlq: its runs on pool gpu were cancelled"):
         watching(pool, JobStore.host("127.0.0.1", SECRET)).until_finished()
 
 

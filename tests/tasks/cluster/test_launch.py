@@ -1,0 +1,33 @@
+"""An agent whose ranks fail for good ends its stage with one line."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from tasks.cluster import launch
+from tasks.cluster.authenticated import new_secret
+from tasks.command import run
+
+
+def test_ranks_that_fail_too_often_end_the_stage_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_arguments: Any) -> None:
+        raise ChildFailedError("tlq", {0: ProcessFailure(0, 1, -signal.SIGKILL, "error.json")})
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_arguments: fail)
+    monkeypatch.setenv("TLQ_RESTARTS", "2")
+    for name in (launch.STORE, launch.SECRET, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.setenv(name, "")  # so that they are as before when the test ends
+    for library in ("GLOO", "NCCL"):
+        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "lo")
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: launch.run_agent("127.0.0.1:1", new_secret(), "tasks.stages.calibrate", [], 2))
+    assert ended.value.code == 1
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert line.startswith("the ranks failed 3 times, the last with exit status -9; finished work is kept")
