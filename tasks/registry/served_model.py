@@ -49,6 +49,8 @@ class VisionQuestionAnswering(PythonModel):
         self.max_new_tokens = int(config["max_new_tokens"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        if model_input.empty:
+            raise MlflowException("no rows; give at least one image and question", INVALID_PARAMETER_VALUE)
         columns = zip(model_input["image"], model_input["question"], strict=True)
         return [self._answer(row, image, question) for row, (image, question) in enumerate(columns)]
 

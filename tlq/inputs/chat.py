@@ -16,7 +16,15 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from tlq.runtime.limit import time_limit
+
 IMAGE_MARK = "<image>"
+
+#: The longest chat that is tokenized: some tokenizers take minutes for a megabyte, and no model here has the context.
+MAX_CHARACTERS = 500_000
+
+#: A chat template is code of the checkpoint; rendering takes milliseconds.
+TEMPLATE_SECONDS = 10.0
 
 #: Names to tensors, as the model's forward takes them.
 Inputs = dict[str, Tensor]
@@ -50,8 +58,11 @@ def chat(messages: Sequence[Message], processor: Any) -> list[dict[str, Any]]:
     Image tokens of the model that somebody typed become plain words: only a mark stands for an image.
 
     Raises:
-        ValueError: the content of a message is no text.
+        ValueError: the content of a message is no text, or the texts are longer than ``MAX_CHARACTERS``.
     """
+    characters = sum(len(message["content"]) for message in messages)
+    if characters > MAX_CHARACTERS:
+        raise ValueError(f"its texts have {characters} characters, more than {MAX_CHARACTERS}; shorten them")
     typed = image_tokens(processor)
     turns = []
     for message in messages:
@@ -85,6 +96,7 @@ def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
 
     Raises:
         ValueError: the chat template refuses the messages.
+        EndlessError: the chat template does not end in ``TEMPLATE_SECONDS``.
     """
     return _render(processor, chat(messages, processor), add_generation_prompt=True)
 
@@ -99,6 +111,7 @@ def render_answer(processor: Any, messages: Sequence[Message]) -> AnsweredText:
 
     Raises:
         ValueError: the last message is not from the assistant, is empty, or the chat template refuses the messages.
+        EndlessError: the chat template does not end in ``TEMPLATE_SECONDS``.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("the last turn must be the assistant's answer")
@@ -124,9 +137,11 @@ def render_answer(processor: Any, messages: Sequence[Message]) -> AnsweredText:
 
 def _render(processor: Any, turns: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
     try:
-        return str(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
+        with time_limit(TEMPLATE_SECONDS, "the model's chat template"):
+            text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except REFUSALS as error:
         raise ValueError(f"the model's chat template refuses it: {_reason(error)}") from error
+    return str(text)
 
 
 def _end_of_turn(tokenizer: Any, after: str) -> str:

@@ -6,10 +6,12 @@ import base64
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,14 +89,15 @@ def server(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process.wait(30)
 
 
-def post(server: str, body: Any) -> tuple[int, Any]:
+def post(server: str, body: Any, **headers: str) -> tuple[int, Any]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(f"{server}/invocations", data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(f"{server}/invocations", data, {"Content-Type": "application/json", **headers})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
+        text = error.read().decode()
+        return error.code, json.loads(text) if text.startswith("{") else text
 
 
 def ask(image: Any, question: Any) -> dict[str, Any]:
@@ -111,6 +114,14 @@ def test_a_question_about_an_image_is_answered(server: str, registered: Path) ->
     (served,) = answer["predictions"]
     frame = pd.DataFrame({"image": [png(0)], "question": [QUESTION]})
     assert mlflow.pyfunc.load_model(URI).predict(frame) == [served]
+
+
+def header_of_a_huge_picture() -> str:
+    """The beginning of a PNG file of 13000 by 13000 pixels."""
+    size = struct.pack(">II", 13_000, 13_000)
+    header = b"IHDR" + size + b"\x08\x02\x00\x00\x00"
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + bytes(4)).decode()
 
 
 JUNK = {
@@ -130,6 +141,9 @@ JUNK = {
     "a book": (ask(encoded(), "why " * 200), "more than the 448 that leave room to answer"),
     "no table": ({"question": QUESTION}, "dataframe_split"),
     "no JSON": (b"{", "valid JSON"),
+    "no rows": ({"dataframe_split": {"columns": ["image", "question"], "data": []}}, "no rows"),
+    "a picture of 169 megapixels": (ask(header_of_a_huge_picture(), QUESTION), "row 0: column image: "),
+    "a megabyte of text": (ask(encoded(), "why" * 350_000), "row 0: "),
 }
 
 
@@ -139,6 +153,27 @@ def test_invalid_requests_get_status_400_and_the_reason(server: str, case: str) 
     status, answer = post(server, body)
     assert status == 400, answer
     assert reason in answer["message"]
+
+
+def test_deep_json_is_refused_and_the_server_goes_on(server: str) -> None:
+    """MLflow's own code parses the body, and answers 500 to what Python's parser cannot take."""
+    status, _ = post(server, b'{"dataframe_split": ' + b"[" * 100_000)
+    assert status in (400, 500)
+    assert post(server, ask(encoded(), QUESTION))[0] == 200
+
+
+def test_a_page_of_another_origin_cannot_ask(server: str) -> None:
+    """A browser asks first whether it may send JSON to another origin; without leave it sends plain text only."""
+    status, answer = post(
+        server, ask(encoded(), QUESTION), **{"Content-Type": "text/plain", "Origin": "http://evil.example"}
+    )
+    assert status == 415, answer
+    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    request = urllib.request.Request(f"{server}/invocations", headers=asked, method="OPTIONS")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 405
+    assert "Access-Control-Allow-Origin" not in refused.value.headers
 
 
 def test_errors_name_the_bad_row(registered: Path) -> None:

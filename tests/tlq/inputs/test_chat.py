@@ -26,6 +26,7 @@ from tlq.inputs.chat import (
 )
 from tlq.models.checkpoint import read_config
 from tlq.models.processor import load_processor
+from tlq.runtime.limit import EndlessError
 from tlq.samples import Sample, encode_batches, image_token_id
 
 QUESTION = Message(role="user", content="<image>Which letter?")
@@ -169,6 +170,18 @@ def test_a_chat_that_the_template_or_the_processor_cannot_take_says_why(processo
         render_prompt(templated(template, processor), [QUESTION])
     with pytest.raises(ValueError, match="the model's processor refuses it: "):
         encode(processor, "<image><image>two marks", [Image.new("RGB", (16, 16))])
+
+
+def test_a_chat_template_that_does_not_end_is_stopped(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlq.inputs.chat.TEMPLATE_SECONDS", 0.2)
+    loop = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    with pytest.raises(EndlessError, match="the model's chat template has not finished after 0.2 seconds"):
+        render_prompt(templated(loop, processor), [QUESTION])
+
+
+def test_a_text_of_a_megabyte_is_refused_before_it_is_tokenized(processor: Any) -> None:
+    with pytest.raises(ValueError, match="its texts have 1000000 characters, more than 500000; shorten them"):
+        render_prompt(processor, [Message(role="user", content="a" * 10**6)])
 
 
 def test_a_token_across_the_boundary_belongs_to_the_answer() -> None:
