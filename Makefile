@@ -15,7 +15,7 @@ export DO_NOT_TRACK ?= 1
 # Stages are processes that start often: without compiled modules each start takes a third longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup lock demo serve pool test check lint peers-env clean
+.PHONY: setup lock demo serve pool test soak check lint peers-env clean
 
 setup: $(STAMP)
 
@@ -54,10 +54,14 @@ lint: setup
 
 # Lint, types and the fast tests; tests/support/slow.py lists the slow ones.
 check: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not soak"
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The long tests: kills of every process of a pool, all bad inputs, an installation from the index. It takes half an hour.
+soak: setup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m soak
 
 # llm-compressor pins other versions of transformers and compressed-tensors: it gets an environment of its own.
 peers-env: .venv-peers/.installed

@@ -1,7 +1,6 @@
 """The wheel: its content and requirements, and that it quantizes a checkpoint without the rest of the project.
 
-The installation takes packages from pip's index; without an index, set TLQ_TEST_SITE_PACKAGES=1 to use this
-environment's packages.
+It is installed twice: beside this environment's packages, and (`make soak`) with its requirements from pip's index.
 """
 
 from __future__ import annotations
@@ -139,13 +138,13 @@ def test_the_wheel_holds_the_library_with_its_data_and_nothing_else(wheel: Path)
     assert {name for name in listed.stdout.split() if (ROOT / name).exists()} <= names
 
 
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ``bin`` of an environment with the wheel and its requirements."""
+@pytest.fixture(scope="module", params=["lent", pytest.param("index", marks=pytest.mark.soak)])
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The ``bin`` of an environment with the wheel and its requirements, lent from this one or from pip's index."""
     folder = tmp_path_factory.mktemp("installed") / "env"
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-compile"]
-    if os.environ.get("TLQ_TEST_SITE_PACKAGES") == "1":
+    if request.param == "lent":
         site = next((folder / "lib").glob("python*/site-packages"))
         (site / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
         pip += ["--no-deps", "--force-reinstall"]

@@ -56,7 +56,12 @@ def start(job: Path, name: str, ranks: int, recipe: str, scheme: str) -> subproc
 
 
 @pytest.mark.parametrize(
-    ("recipe", "scheme", "counts"), [("tlq-c", "w3a16", (2, 3)), ("tlq", "w4a8", (2,)), ("mbq", "w3a16", (2,))]
+    ("recipe", "scheme", "counts"),
+    [
+        ("tlq", "w4a8", (2,)),
+        pytest.param("tlq-c", "w3a16", (2, 3), marks=pytest.mark.soak),
+        pytest.param("mbq", "w3a16", (2,), marks=pytest.mark.soak),
+    ],
 )
 def test_any_number_of_ranks_gives_the_same_bits(
     job: Path,
@@ -78,7 +83,7 @@ def test_any_number_of_ranks_gives_the_same_bits(
 def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]) -> None:
     """SIGKILL hits ranks and the process that started them, at random moments of a run whose size changes.
 
-    Twice here; ``TLQ_TEST_KILLS=20`` for the long version.
+    Twice here; ``TLQ_TEST_KILLS=20`` kills twenty times.
     """
     expected = undisturbed("tlq-c", "w3a16")
     chance = random.Random(7)

@@ -210,6 +210,7 @@ def test_a_cancelled_stage_cancels_its_runs(workers: Site) -> None:
     workers.assert_nothing_left("cancelled")
 
 
+@pytest.mark.soak
 def test_kills_of_stage_worker_and_run_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
     folder = workers.job / "killed"
     process = workers.start("killed")
@@ -253,12 +254,12 @@ def test_concurrent_variants_all_reach_dvc_lock(workers: Site, tmp_path: Path) -
     assert workers.busy() == []
 
 
-@pytest.mark.skipif("TLQ_TEST_KILLS" not in os.environ, reason="minutes long; TLQ_TEST_KILLS=20 says how many kills")
+@pytest.mark.soak
 def test_random_kills_of_any_process_change_no_bit(workers: Site, expected: dict[str, torch.Tensor]) -> None:
     """SIGKILL hits ranks, agents, flow runs, workers and the stage; workers and stage are started again."""
     chance = random.Random(11)
     folder = workers.job / "everything"
-    wanted = int(os.environ["TLQ_TEST_KILLS"])
+    wanted = int(os.environ.get("TLQ_TEST_KILLS", "20"))
     kills = dict.fromkeys(("rank", "agent", "flow run", "worker", "worker and flow run", "stage"), 0)
     process = workers.start("everything")
     while sum(kills.values()) < wanted:
