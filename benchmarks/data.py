@@ -253,14 +253,30 @@ def _add_row(
         for column in metadata["images"]:
             if doc.get(column) is not None:
                 doc[column] = _encoded(doc[column], f"{column} of {name}", rows.folder)
+        if unfit := _unfit(doc):
+            rows.skipped.append(Skip(name, unfit))
+            return
         if not target(doc).strip() and not _scores_empty(metadata):
             rows.skipped.append(Skip(name, "no answer"))
             return
+    except (TypeError, AttributeError, KeyError) as error:
+        rows.skipped.append(Skip(name, f"its answer has a form that the benchmark does not have ({error})"[:200]))
+        return
     except IMAGE_ERRORS as error:
         rows.skipped.append(Skip(name, f"{type(error).__name__}: {error}"[:200]))
         return
     rows.docs.append(doc)
     rows.ids.append(name)
+
+
+def _unfit(doc: Mapping[str, Any]) -> str | None:
+    """Why a row's question or answers have another form than the benchmark's; None if they do not."""
+    if not isinstance(doc.get("question"), str):
+        return f"question is {type(doc.get('question')).__name__}, must be text"
+    answers = doc.get("answers")
+    if isinstance(answers, str | bytes) or not isinstance(answers, Sequence | None):
+        return f"answers is {type(answers).__name__}, must be a list"
+    return None
 
 
 def _scores_empty(metadata: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ import torch
 from tasks.cluster.launch import Interrupted, failed_already, is_rank, report_failure
 from tasks.config.environment import value
 from tlq.runtime.device import device_named
+from tlq.runtime.log import log_level
 
 logger = logging.getLogger("tlq")
 
@@ -51,8 +52,12 @@ def run(main: Callable[[], None]) -> None:
     temporary files are removed. An interrupted library may raise another error than KeyboardInterrupt, so any error
     after a signal counts as an interruption.
     """
-    level = value("TLQ_LOG", "info").upper()
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        logging.getLogger().setLevel(log_level())
+    except ValueError as error:
+        logger.error("%s", error)
+        sys.exit(1)
     quiet_libraries()
     if failed_already():
         return
@@ -130,6 +135,7 @@ def quiet_libraries() -> None:
     for name in ("httpx", "fsspec", "datasets", "compressed_tensors"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # of a damaged table, which is raised too
 
 
 def device() -> torch.device:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pandas as pd
 import pytest
 import torch
@@ -26,7 +27,7 @@ from support.benchmark_rows import textvqa_rows, write_rows
 from support.forked import Forked
 
 from tasks.command import run
-from tasks.config.params import section
+from tasks.config.params import read, section
 from tasks.config.presets import SECTIONS
 from tasks.stages import calibrate, calibset, evaluate, importance, prepare, register
 from tlq import cli
@@ -35,7 +36,7 @@ SECONDS = 10.0
 EVERY = 8
 
 STAGES: dict[str, Callable[[], Any]] = {
-    "params": lambda: [section(name, cls) for name, cls in SECTIONS.items() if name in read_names()],
+    "params": lambda: [section(name, cls) for name, cls in SECTIONS.items() if name in read()],
     "prepare": prepare.main,
     "importance": importance.main,
     "calibset": calibset.main,
@@ -43,11 +44,6 @@ STAGES: dict[str, Callable[[], Any]] = {
     "evaluate": lambda: evaluate.main("full"),
     "register": register.main,
 }
-
-
-def read_names() -> set[str]:
-    """Sections that are not marked as needless for this project."""
-    return set(yaml.safe_load(Path("params.yaml").read_text()) or {}) | {"model", "prepare"}
 
 
 def selected() -> list[Any]:
@@ -102,18 +98,18 @@ def table() -> Iterator[list[tuple[str, str, str, str]]]:
 def attempt(stage: str, folder: Path) -> None:
     """Run a stage in a project as its command does; what it writes goes to files of the folder."""
     os.chdir(folder)
-    log = (folder / "log.txt").open("w")
+    log = (folder / "log.txt").open("w", buffering=1)
     os.dup2(log.fileno(), 2)
     os.dup2(log.fileno(), 1)
     sys.stdout = sys.stderr = log
     for handler in logging.root.handlers[:]:
         logging.root.removeHandler(handler)
     os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.set_num_threads(1)
     if stage == "tlq":
         sys.argv = ["tlq", "quantize", *json.loads((folder / "arguments.json").read_text())]
-        cli.main()
+        sys.exit(cli.main())
     else:
         run(STAGES[stage])
     log.flush()

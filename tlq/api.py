@@ -62,9 +62,9 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
-        for name in ("batch_size", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name, least in {"batch_size": 1, "max_tokens": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
 
     def place(self, model: str | Path) -> tuple[torch.device, torch.dtype | str]:
         """Device and dtype for a checkpoint directory or hub id.
@@ -138,13 +138,15 @@ def quantize(
         options: see ``CalibrationOptions``.
 
     Raises:
-        FileExistsError: ``out`` is not empty.
+        FileExistsError, NotADirectoryError: ``out`` is not empty, or cannot be a folder.
         MemoryError, OSError: this machine is too small for the job (see ``tlq.plan``).
         ValueError, FloatingPointError: see ``calibrate_layers`` and ``tlq.samples.encode_batches``.
     """
     started = time.perf_counter()
     settings = CalibrationOptions(**options)
     folder = Path(out)
+    if any(each.exists() and not each.is_dir() for each in (folder, *folder.parents)):
+        raise NotADirectoryError(f"{folder}: a file is in its place; choose another folder")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: not empty; remove it or choose another folder")
     recipe_row, scheme_row = _rows(recipe, scheme)

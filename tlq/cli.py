@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tlq.runtime.log import log_level
 
 if TYPE_CHECKING:
     from tlq.samples import Sample
@@ -28,10 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Wrong arguments exit with status 2. ``TLQ_LOG=debug`` logs more, including tracebacks of expected errors.
     """
     arguments = _parser().parse_args(argv)
-    level = os.environ.get("TLQ_LOG", "info").upper()
     logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stderr)
-    logger.setLevel(level)
     try:
+        logger.setLevel(log_level())
         arguments.run(arguments)
     except (ValueError, OSError, MemoryError, FloatingPointError, ImportError) as error:
         logger.debug("traceback", exc_info=True)

@@ -80,9 +80,13 @@ def load_samples(
 
     Raises:
         FileNotFoundError: the file or folder does not exist.
-        ValueError: the format is not in the table, too many rows are unusable, or fewer than ``limit`` are usable.
+        ValueError: ``limit`` or ``seed`` is too small, the format is not in the table, too many rows are unusable, or
+            fewer than ``limit`` are usable.
         ImportError: pyarrow, which reads parquet, is not installed.
     """
+    for name, number, least in (("limit", limit, 1), ("seed", seed, 0)):
+        if number is not None and number < least:
+            raise ValueError(f"{name} is {number}, must be at least {least}")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; give a .json, .jsonl or .parquet file, or a folder of images")

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -241,7 +242,7 @@ def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
         own = scheme.of(path)
         if own is None:
             continue
-        linear = skeleton.get_submodule(path)
+        linear: Any = skeleton.get_submodule(path)
         rows, width = int(linear.out_features), int(linear.in_features)
         groups = 1 if own.group_size is None else width // own.group_size
         bits = 8 if own.activation_bits is not None else own.weight_bits  # integer kernels read whole bytes

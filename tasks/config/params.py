@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -448,4 +449,7 @@ def read(path: str | Path = PARAMS) -> dict[str, Any]:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ParamsError(f"{path}: must be a mapping of sections")
+    for name in content:
+        if near := get_close_matches(str(name), SECTIONS.keys() - content.keys(), n=1, cutoff=0.8):
+            raise ParamsError(f"{path}: section `{name}` is unknown, and `{near[0]}` is missing; rename it")
     return content

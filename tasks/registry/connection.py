@@ -28,12 +28,14 @@ def connect() -> MlflowClient:
     """
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs seventy steps when it creates a database
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the traceback of what it raises
     mlflow.set_tracking_uri(uri)
     try:
         with _alone_in_database(uri):
@@ -41,6 +43,11 @@ def connect() -> MlflowClient:
             client.search_experiments(max_results=1)
             if uri.startswith("sqlite:///"):
                 follow_project(Path(uri.removeprefix("sqlite:///")))
+    except SQLAlchemyError as error:
+        raise ValueError(
+            f"MLflow's database {without_secrets(uri)} cannot be read ({redacted(first_line(error), uri)}); correct "
+            "MLFLOW_TRACKING_URI, or move the file away and bring it back from a copy"
+        ) from None  # the cause's text may hold the password
     except MlflowException as error:
         raise ConnectionError(
             f"MLflow at {without_secrets(uri)} does not answer ({redacted(first_line(error), uri)}); start it, or "
@@ -57,6 +64,8 @@ def _alone_in_database(uri: str) -> Iterator[None]:
         return
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: MLflow's database must be a file; correct MLFLOW_TRACKING_URI")
     with FileLock(path.with_name(f"{path.name}.lock")):
         yield
 

@@ -14,6 +14,7 @@ import pandas as pd
 from datasets import Image as ImageFeature
 from datasets import Sequence as SequenceFeature
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 
 from tasks.command import command_line
 from tasks.config.params import ImportanceParams, ModelParams, PrepareParams, section
@@ -42,6 +43,8 @@ def prepare(params: PrepareParams, out: Path, check: Check = accepts_all) -> tup
     """
     count, read = READERS[params.kind](params)
     kept, rejected = draw(count, read, params, check)
+    if not any(sample.images for sample in kept):
+        logger.warning("none of the %d samples has an image; is prepare.columns.image right?", len(kept))
     with new_directory(out) as folder:
         write_samples(kept, folder / "calibration.parquet")
         frame = pd.DataFrame([vars(row) for row in rejected], columns=["row", "reason"])
@@ -77,7 +80,13 @@ def read_table(params: PrepareParams) -> Reader:
     if params.kind == "parquet":
         if not Path(params.path).exists():
             raise FileNotFoundError(f"{params.path}: not found; set prepare.path to a parquet file")
-        dataset = load_dataset("parquet", data_files={params.split: params.path}, split=params.split)
+        try:
+            dataset = load_dataset("parquet", data_files={params.split: params.path}, split=params.split)
+        except (ValueError, DatasetsError) as error:
+            raise ValueError(
+                f"{params.path}: not readable as parquet with rows ({_reason(error)}); make it again, or correct "
+                "prepare.path"
+            ) from error
     else:
         dataset = load_dataset(params.path, params.name, split=params.split, revision=params.revision)
     columns = params.columns
@@ -105,6 +114,10 @@ def read_table(params: PrepareParams) -> Reader:
         return sample_of(cells, str(index), root, params.path, prompt="", folders=[folder])
 
     return len(dataset), read
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:200]
 
 
 def _keep_encoded(dataset: Any, column: str) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 import yaml
 from PIL import Image
 
@@ -73,6 +74,13 @@ def set_param(section: str, key: str, value: Any) -> Change:
     return change
 
 
+def misspelt(folder: Path) -> None:
+    file = folder / "params.yaml"
+    params = yaml.safe_load(file.read_text())
+    params["prepares"] = params.pop("prepare")
+    file.write_text(yaml.safe_dump(params))
+
+
 _NO_NUMBERS = {"-1": -1, "NaN": float("nan"), "infinity": float("inf"), "a word": "many", "true": True, "a list": [1]}
 _NO_TEXTS = {"a number": 7, "a list": ["a"], "a mapping": {"a": 1}, "true": True}
 
@@ -95,11 +103,10 @@ def _params() -> Iterator[Case]:
         "a key twice": "prepare: {samples: 3, samples: 5}",
         "no YAML": "a: [",
         "a list": "- a",
-        "a section of an unknown name": "prepares: {}",
-        "an unknown key": "prepare: {sample: 3}",
     }.items():
-        expected = "prepare" if "unknown" in name else "params.yaml"
-        yield Case("params.yaml", name, "params", _write("params.yaml", text), expected)
+        yield Case("params.yaml", name, "params", _write("params.yaml", text), "params.yaml")
+    yield Case("params.yaml", "a section with a wrong name", "params", misspelt, "prepares")
+    yield Case("params.yaml", "an unknown key", "params", set_param("prepare", "sample", 3), "sample")
 
 
 # --- environment
@@ -111,7 +118,7 @@ def _environment() -> Iterator[Case]:
 
     for name, values in {
         "TLQ_DEVICE": ("gpu9", "cuda:99", "-1"),
-        "TLQ_HOST_MEMORY": ("nan", "-1", "much", "0"),
+        "TLQ_HOST_MEMORY": ("nan", "-1", "much"),
         "TLQ_LOG": ("loud", "-1"),
         "TLQ_RANKS": ("0", "-1", "two", "1.5"),
         "TLQ_IMAGE_PIXELS": ("0", "-5", "many"),
@@ -193,12 +200,9 @@ def _tables() -> Iterator[Case]:
         "no column answer": table(lambda frame: frame.drop(columns="answer")),
         "no column image": table(lambda frame: frame.drop(columns="image")),
         "no column id": table(lambda frame: frame.drop(columns="id")),
-        "questions that are numbers": table(lambda frame: frame.assign(question=range(len(frame)))),
-        "answers that are numbers": table(lambda frame: frame.assign(answer=1.5)),
         "answers that are null": table(lambda frame: frame.assign(answer=None)),
         "images that are numbers": table(lambda frame: frame.assign(image=7)),
         "images that are texts": table(lambda frame: frame.assign(image="a picture")),
-        "images that are null": table(lambda frame: frame.assign(image=None)),
         "images that are lists": table(lambda frame: frame.assign(image=[[1, 2]] * len(frame))),
         "images that are empty": table(lambda frame: frame.assign(image=b"")),
         "an empty file": _write("questions.parquet", b""),
@@ -208,8 +212,13 @@ def _tables() -> Iterator[Case]:
         "no file": lambda folder: (folder / "questions.parquet").unlink(),
     }.items():
         yield Case("calibration table", name, "prepare", change, "questions.parquet")
-    taken = table(lambda frame: frame.assign(id=range(len(frame))))
-    yield Case("calibration table", "ids that are numbers", "prepare", taken, None)
+    for name, change in {
+        "ids that are numbers, which become text": table(lambda frame: frame.assign(id=range(len(frame)))),
+        "questions that are numbers, which become text": table(lambda frame: frame.assign(question=range(len(frame)))),
+        "answers that are numbers, which become text": table(lambda frame: frame.assign(answer=1.5)),
+        "images that are null, with a warning": table(lambda frame: frame.assign(image=None)),
+    }.items():
+        yield Case("calibration table", name, "prepare", change, None)
 
 
 def _cut(file: Path) -> None:
@@ -356,7 +365,7 @@ def _config() -> Iterator[Case]:
 
 
 def _weights() -> Iterator[Case]:
-    from safetensors.numpy import load_file, save_file
+    from safetensors.torch import load_file, save_file
 
     weights = "model.safetensors"
 
@@ -398,13 +407,13 @@ def _weights() -> Iterator[Case]:
         "an unknown dtype": header(lambda h: h[last(h)].update(dtype="F7")),
         "a shape that is a word": header(lambda h: h[last(h)].update(shape="many")),
         "a missing tensor": tensors(lambda t: t.pop(last(t))),
-        "a tensor of another shape": tensors(lambda t: t.update({last(t): t[last(t)][:, :-1].copy()})),
+        "a tensor of another shape": tensors(lambda t: t.update({last(t): t[last(t)][:, :-1].clone()})),
         "a tensor of NaN": tensors(lambda t: t.update({last(t): t[last(t)] * float("nan")})),
         "a tensor with one infinity": tensors(lambda t: t[last(t)].__setitem__((0, 0), float("inf"))),
-        "a tensor of integers": tensors(lambda t: t.update({last(t): t[last(t)].astype("int8")})),
-        "a tensor without elements": tensors(lambda t: t.update({last(t): t[last(t)][:0].copy()})),
+        "a tensor of integers": tensors(lambda t: t.update({last(t): t[last(t)].to(torch.int8)})),
+        "a tensor without elements": tensors(lambda t: t.update({last(t): t[last(t)][:0].clone()})),
         "scales of float8 weights": tensors(
-            lambda t: t.update({last(t).replace(".weight", ".weight_scale_inv"): t[last(t)][:1].copy()})
+            lambda t: t.update({last(t).replace(".weight", ".weight_scale_inv"): t[last(t)][:1].clone()})
         ),
         "gone": lambda model: (model / weights).unlink(),
         "a folder": lambda model: _folder(model / weights),
@@ -528,7 +537,9 @@ def _benchmarks() -> Iterator[Case]:
         "no column question": rows(lambda row: row.pop("question")),
         "questions that are numbers": rows(lambda row: row.update(question=7)),
         "no column image": rows(lambda row: row.pop("image")),
-        "images that are texts": rows(lambda row: row.update(image="a picture")),
+        "images that are texts": lambda folder: (
+            pd.DataFrame(textvqa_rows(4)).assign(image="a picture").to_parquet(folder / "textvqa.parquet")
+        ),
         "images that are damaged": rows(lambda row: row.update(image={"bytes": b"junk", "path": None})),
         "images of 169 megapixels": rows(
             lambda row: row.update(image={"bytes": _picture_of(13_000, 13_000), "path": None})

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from tlq.models.architectures import FAMILIES, architecture_of
-from tlq.models.stored import dtype_of_weights, read_json, stored_tensors
+from tlq.models.stored import dtype_of_weights, read_json, refuse_quantized, stored_tensors
 
 _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 #: Files of the tokenizer, the processor and of generation. Adapters, optimizers and other leftovers are not copied.
@@ -59,6 +62,8 @@ def read_config(checkpoint: str | Path) -> Any:
     path = Path(checkpoint)
     if path.exists() and not (path / "config.json").exists():
         raise FileNotFoundError(f"{path}: no config.json; give a Hugging Face checkpoint directory")
+    if path.exists():
+        read_json(path / "config.json")  # transformers says of a damaged file that it is not there
     try:
         config = load_config(checkpoint)
     except OSError as error:
@@ -68,6 +73,11 @@ def read_config(checkpoint: str | Path) -> Any:
         ) from error
     except ForeignCodeError:
         raise
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"model {checkpoint!s}: its config.json has an impossible value ({_last_line(error)}); correct it, or "
+            "download it again"
+        ) from error
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(
             f"model {checkpoint!s}: transformers cannot read its config ({str(error).splitlines()[0]}); "
@@ -75,8 +85,31 @@ def read_config(checkpoint: str | Path) -> Any:
         ) from error
     architecture_of(config)
     if path.is_dir():
-        _processor_files(path)
+        processor_files(path)
     return config
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def empty_model(config: Any, checkpoint: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The module tree that a config describes, in evaluation mode, its parameters without values (on ``meta``).
+
+    Raises:
+        ValueError: transformers cannot build it, for instance because a size is 0.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+                deepcopy(config), dtype=dtype, trust_remote_code=False
+            )
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"model {checkpoint!s}: transformers cannot build what its config.json describes ({type(error).__name__}: "
+            f"{_last_line(error)[:200]}); correct it, or download it again"
+        ) from error
+    return model.eval()
 
 
 def _refuse_foreign_attention(checkpoint: str | Path, stated: Any) -> None:
@@ -111,16 +144,22 @@ def load_model(
     """
     config = read_config(checkpoint)
     if Path(checkpoint).is_dir():
-        stored_tensors(Path(checkpoint))  # names a damaged file, which transformers does not
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        checkpoint,
-        config=config,
-        dtype=dtype,
-        device_map=str(device),
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-    )
+        stored = stored_tensors(Path(checkpoint))  # names a damaged file, which transformers does not
+        if getattr(config, "quantization_config", None) is None:
+            refuse_quantized(stored)
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            checkpoint,
+            config=config,
+            dtype=dtype,
+            device_map=str(device),
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except (ArithmeticError, AssertionError, LookupError, TypeError, RuntimeError):
+        empty_model(config, checkpoint, torch.float32)  # says what is wrong if the config is
+        raise
     model, loading = loaded
     _check_complete(checkpoint, model, loading)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -209,7 +248,7 @@ def copy_processor_files(source: str | Path, out: Path) -> None:
         ValueError: a file is a link to a place outside the checkpoint.
     """
     folder = local_folder(source, weights=False)
-    for file in _processor_files(folder):
+    for file in processor_files(folder):
         copy = out / file.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".json" and "auto_map" in (settings := read_json(file)):
@@ -227,7 +266,7 @@ def without_custom_code(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _processor_files(folder: Path) -> list[Path]:
+def processor_files(folder: Path) -> list[Path]:
     """Files of the processor and additional chat templates in a checkpoint directory.
 
     Raises:

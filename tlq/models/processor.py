@@ -15,7 +15,8 @@ from transformers import AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
-from tlq.models.checkpoint import load_config
+from tlq.models.checkpoint import load_config, processor_files
+from tlq.models.stored import read_json
 
 #: Families whose processors use their video processor for images too -> the packages that they need.
 NEEDS_VIDEO = {"smolvlm": "torchvision and num2words"}
@@ -27,11 +28,22 @@ def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
     ``image_kwargs`` go to the image processor (``min_pixels`` and ``max_pixels``, for instance).
 
     Raises:
-        ValueError: the checkpoint's model type has no processor class in transformers.
+        ValueError: the checkpoint's model type has no processor class in transformers, or its files are damaged.
         ImportError: its processor cannot be built without torchvision.
     """
     cls = AutoProcessor if is_torchvision_available() else image_only_class(checkpoint)
-    processor = cls.from_pretrained(checkpoint, trust_remote_code=False, **image_kwargs)
+    try:
+        processor = cls.from_pretrained(checkpoint, trust_remote_code=False, **image_kwargs)
+    except Exception as error:  # tokenizers raises Exception itself for a damaged file
+        if not Path(checkpoint).is_dir() or isinstance(error, ImportError):
+            raise
+        for file in processor_files(Path(checkpoint)):
+            if file.suffix == ".json":
+                read_json(file)  # names the file that is damaged
+        raise ValueError(
+            f"{checkpoint}: transformers cannot build its processor ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); download its tokenizer and processor files again"
+        ) from error
     if getattr(processor, "chat_template", None) is None:  # older checkpoints keep it in tokenizer_config.json
         processor.chat_template = processor.tokenizer.chat_template
     return processor

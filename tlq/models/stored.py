@@ -32,6 +32,12 @@ _SOURCES = (
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 WEIGHT_DTYPES = frozenset(_DTYPES.values())
 
+#: Beginnings of the names of element types of 8 bits and fewer.
+_SMALL = ("I8", "U8", "F8", "F6", "F4")
+
+#: Ends of the names of what belongs to a quantized weight: compressed-tensors, float8 of DeepSeek and Qwen, AWQ, GPTQ.
+_QUANTIZED = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight", ".qzeros", ".scales")
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -118,12 +124,18 @@ def weight_files(folder: Path) -> list[Path]:
     if source is None:
         raise FileNotFoundError(f"{folder}: has no {', no '.join(_SOURCES)}; give a checkpoint with its weights")
     if source.suffix != ".json":
-        return [source]
+        return [_regular(source)]
     names = _shard_names(source)
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
         raise FileNotFoundError(f"{folder / absent[0]}: not found, but {source.name} names it; download it again")
-    return [folder / name for name in names]
+    return [_regular(folder / name) for name in names]
+
+
+def _regular(file: Path) -> Path:
+    if not file.is_file():
+        raise ValueError(f"{file}: is no regular file; download it again")
+    return file
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -166,6 +178,17 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 form = opened.get_slice(key)
                 tensors[key] = StoredTensor(file, key, tuple(form.get_shape()), form.get_dtype())
     return tensors
+
+
+def refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError if weights have 8 bits or fewer, or have scales: a config need not say so."""
+    for key, place in tensors.items():
+        small = key.endswith(".weight") and place.dtype.startswith(_SMALL)
+        if small or key.endswith(_QUANTIZED):
+            raise ValueError(
+                f"{place.file}: {key} ({place.dtype}) is a part of a quantized weight, so the checkpoint is quantized already; quantize the original, whose "
+                "weights have 16 or 32 bits"
+            )
 
 
 def source_digest(folder: Path) -> str:

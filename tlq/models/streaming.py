@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from tlq.models.architectures import Architecture, architecture_of
-from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
-from tlq.models.stored import WEIGHT_DTYPES, StoredTensor, open_tensors, read_tensor, stored_tensors
+from tlq.models.checkpoint import checkpoint_dtype_of, empty_model, local_folder, read_config
+from tlq.models.stored import WEIGHT_DTYPES, StoredTensor, open_tensors, read_tensor, refuse_quantized, stored_tensors
 from tlq.runtime.memory import release_freed_memory
 
 
@@ -109,10 +107,7 @@ class StreamedModel:
         self.device = torch.device(device)
         self.architecture = architecture_of(self.config)
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        with init_empty_weights(include_buffers=False):
-            self.skeleton = AutoModelForImageTextToText.from_config(
-                deepcopy(self.config), dtype=self.dtype, trust_remote_code=False
-            ).eval()
+        self.skeleton = empty_model(self.config, checkpoint, self.dtype)
         self.skeleton.requires_grad_(False)
         for module in self.skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -127,7 +122,9 @@ class StreamedModel:
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         found: dict[str, StoredTensor] = {}
         unnamed: dict[str, StoredTensor] = {}
-        for key, place in stored_tensors(self.folder).items():
+        stored = stored_tensors(self.folder)
+        refuse_quantized(stored)
+        for key, place in stored.items():
             name, converter = rename_source_key(key, renamings, converters, self.skeleton.base_model_prefix, wanted)
             if converter is not None:
                 raise ValueError(
@@ -147,7 +144,7 @@ class StreamedModel:
         return found, unnamed
 
     def _check_form(self, place: StoredTensor, wanted: Tensor) -> None:
-        """Raise ValueError if a stored weight has another shape than the model's, or is quantized already."""
+        """Raise ValueError if a stored weight has another shape than the model's, or is no floating-point number."""
         if place.shape != tuple(wanted.shape):
             raise ValueError(
                 f"{place.file}: {place.key} has shape {list(place.shape)}, the model of its config.json needs "
@@ -155,8 +152,8 @@ class StreamedModel:
             )
         if wanted.is_floating_point() and place.dtype not in WEIGHT_DTYPES:
             raise ValueError(
-                f"{place.file}: {place.key} is stored as {place.dtype}, so the checkpoint is quantized already; "
-                "quantize the original, whose weights have 16 or 32 bits"
+                f"{place.file}: {place.key} is stored as {place.dtype}, which cannot be quantized; weights must have 16 "
+                "or 32 bits"
             )
 
     def _tie(self, found: dict[str, StoredTensor]) -> bool:

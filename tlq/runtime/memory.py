@@ -28,13 +28,16 @@ def gib_of(variable: str, default: int) -> int:
     """The value of an environment variable in GiB, converted to bytes; ``default`` (bytes) if it is not set.
 
     Raises:
-        ValueError: the value is no number.
+        ValueError: the value is no number, or below 0.
     """
     stated = os.environ.get(variable)
     try:
-        return default if stated is None else int(float(stated) * GIB)
-    except ValueError as error:
+        wanted = default if stated is None else int(float(stated) * GIB)
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{variable} is {stated!r}, must be a number of GiB") from error
+    if wanted < 0:
+        raise ValueError(f"{variable} is {stated}, must be at least 0 GiB")
+    return wanted
 
 
 def processes_here() -> int:
