@@ -186,8 +186,8 @@ def refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
         small = key.endswith(".weight") and place.dtype.startswith(_SMALL)
         if small or key.endswith(_QUANTIZED):
             raise ValueError(
-                f"{place.file}: {key} ({place.dtype}) is a part of a quantized weight, so the checkpoint is quantized already; quantize the original, whose "
-                "weights have 16 or 32 bits"
+                f"{place.file}: {key} ({place.dtype}) is a part of a quantized weight, so the checkpoint is quantized "
+                "already; quantize the original, whose weights have 16 or 32 bits"
             )
 
 

@@ -152,8 +152,8 @@ class StreamedModel:
             )
         if wanted.is_floating_point() and place.dtype not in WEIGHT_DTYPES:
             raise ValueError(
-                f"{place.file}: {place.key} is stored as {place.dtype}, which cannot be quantized; weights must have 16 "
-                "or 32 bits"
+                f"{place.file}: {place.key} is stored as {place.dtype}, which cannot be quantized; weights must "
+                "have 16 or 32 bits"
             )
 
     def _tie(self, found: dict[str, StoredTensor]) -> bool:
