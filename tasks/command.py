@@ -9,6 +9,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from tasks.cluster.launch import Interrupted, failed_already, is_rank, report_failure
 from tasks.config.environment import value
 from tlq.runtime.device import device_named
+from tlq.runtime.files import FREE_SOME, is_full
 from tlq.runtime.log import log_level
 
 logger = logging.getLogger("tlq")
@@ -98,10 +100,13 @@ def _run(main: Callable[[], None], interruptions: list[int]) -> None:
     except Exception as error:
         if interruptions:
             raise Interrupted(interruptions[0]) from error
-        if not isinstance(error, EXPECTED):
+        full = is_full(error)
+        if not isinstance(error, EXPECTED) and not full:
             raise
         logger.debug("traceback", exc_info=True)
         message = " ".join(str(error).split())
+        if full and FREE_SOME not in message:  # a library that writes a file of its own
+            message = f"a disk is full ({message}), that of {Path.cwd()} or of temporary files; {FREE_SOME}"
         if report_failure(message):
             return  # a rank: the stage's own process reports the error once
         logger.error("%s", message)

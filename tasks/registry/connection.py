@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from tasks.config.environment import redacted, without_secrets
 from tasks.registry.location import follow_project
+from tlq.runtime.files import FREE_SOME, is_full, new_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,6 +45,8 @@ def connect() -> MlflowClient:
             if uri.startswith("sqlite:///"):
                 follow_project(Path(uri.removeprefix("sqlite:///")))
     except SQLAlchemyError as error:
+        if is_full(error):
+            raise OSError(f"MLflow's database {without_secrets(uri)}: the disk is full; {FREE_SOME}") from None
         raise ValueError(
             f"MLflow's database {without_secrets(uri)} cannot be read ({redacted(first_line(error), uri)}); correct "
             "MLFLOW_TRACKING_URI, or move the file away and bring it back from a copy"
@@ -67,7 +70,18 @@ def _alone_in_database(uri: str) -> Iterator[None]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: MLflow's database must be a file; correct MLFLOW_TRACKING_URI")
     with FileLock(path.with_name(f"{path.name}.lock")):
+        if not path.exists():
+            _create(path)
         yield
+
+
+def _create(path: Path) -> None:
+    """Create MLflow's database whole, or not at all: MLflow cannot go on with tables of which some exist."""
+    import mlflow
+
+    with new_file(path.resolve()) as temporary:
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 def retry_on_conflict(action: Callable[[], None], attempts: int = 5) -> None:

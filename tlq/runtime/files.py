@@ -16,6 +16,31 @@ from safetensors import SafetensorError
 _HERE, _EXCHANGE = -100, 2
 
 
+#: What to do about a full disk; every stage continues where it was.
+FREE_SOME = "free some space and run the same command again"
+_FULL = ("No space left on device", "Disk quota exceeded", "disk is full")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, is that a disk is full. Libraries say so in text of their own."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Name ``path`` and the next step where the disk is full, or safetensors cannot write."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        if FREE_SOME not in str(error) and (isinstance(error, SafetensorError) or is_full(error)):
+            raise OSError(f"{path}: cannot be written ({error}); {FREE_SOME}") from error
+        raise
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes ``path`` when the block ends well and vanishes otherwise.
@@ -26,12 +51,11 @@ def new_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        _reach_disk(temporary)
-        temporary.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error}); free some space and run the same command again") from error
+        with _explained(path):
+            yield temporary
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+            _reach_disk(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,9 +79,10 @@ def new_directory(path: Path) -> Iterator[Path]:
         replaced.replace(path)
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
+        with _explained(path):
+            temporary.mkdir()
+            yield temporary
         if not (path.exists() and _exchange(temporary, path)):
             if path.exists():
                 path.replace(replaced)
