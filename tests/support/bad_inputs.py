@@ -28,9 +28,6 @@ from tasks.config.presets import SECTIONS
 
 Change = Callable[[Path], None]
 
-#: Recipe and scheme of the case's calibration.
-VARIANT = ("tlq", "w3a16")
-
 
 @dataclass(frozen=True)
 class Case:
