@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.documents import blocks
+from support.listeners import listeners, tree
 from support.tiny_project import ROOT, VARIANTS, Services, dvc, make_project, run, serving
 
 from services.deployments import apply_deployments, server
@@ -127,6 +128,10 @@ def test_deployments_can_be_filled_in_and_ship_with_a_paused_schedule(prefect: P
     assert [(each["schedule"]["cron"], each["active"]) for each in weekly if each["slug"] == "weekly"] == [
         ("0 3 * * 0", False)
     ]
+
+
+def test_every_server_listens_on_loopback_only(services: Services, prefect: Prefect) -> None:
+    assert listeners(tree(services.process.pid)) == {"127.0.0.1"}
 
 
 def test_a_schedule_runs_the_pipeline_and_a_version_is_registered(

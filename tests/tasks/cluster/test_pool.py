@@ -22,6 +22,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, StateType
 from support import ranked_job
+from support.listeners import listeners, tree
 from support.ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
 
 from flows.stages import REPRO
@@ -247,7 +248,13 @@ def test_concurrent_variants_all_reach_dvc_lock(workers: Site, tmp_path: Path) -
     init = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
     subprocess.run(init, cwd=tmp_path, env=environment, check=True)
     running = [subprocess.Popen([*REPRO, f"evaluate-{name}"], cwd=tmp_path, env=environment) for name in names]
+    heard: set[str] = set()
+    while any(process.poll() is None for process in running):
+        parents = [workers.server, *workers.workers, *(each for each in running if each.poll() is None)]
+        heard |= listeners(process for parent in parents for process in tree(parent.pid))
+        time.sleep(0.5)
     assert [process.wait(400) for process in running] == [0] * len(names)
+    assert heard == {"127.0.0.1"}
     lock = (tmp_path / "dvc.lock").read_text()
     assert all(f"evaluate-{name}:" in lock for name in names)
     assert {(tmp_path / name).read_text()[:6] for name in names} == {"True 1"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.listeners import listeners
 from support.ranked_job import assert_equal, finish, processes_of, start, write_job
 from support.waiting import eventually
 from torch.distributed import TCPStore
@@ -94,9 +95,7 @@ def test_ranks_under_attack_give_the_same_bits_and_listen_on_loopback_only(tmp_p
     while process.poll() is None:
         with suppress(RuntimeError):  # the stage may just have ended
             poison(f"127.0.0.1:{port}", mark)
-        for each in processes_of(job / "attacked"):
-            with suppress(psutil.NoSuchProcess):
-                heard |= {link.laddr.ip for link in each.net_connections() if link.status == psutil.CONN_LISTEN}
+        heard |= listeners(processes_of(job / "attacked"))
         time.sleep(0.1)
     undisturbed = start(job, "alone", "mbq", "w3a16", {})
     assert_equal(finish(process, job / "attacked"), finish(undisturbed, job / "alone"))

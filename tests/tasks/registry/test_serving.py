@@ -20,6 +20,7 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
+from support.listeners import listeners, tree
 from support.registry_results import write_project, write_variant
 from support.servers import wait_until_ready
 from support.tiny import png
@@ -83,6 +84,7 @@ def server(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     address = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(f"{address}/ping", process, folder / "log")
+        assert listeners(tree(process.pid)) == {"127.0.0.1"}
         yield address
     finally:
         os.killpg(process.pid, 15)
