@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +44,28 @@ def main(
     wait_for_prefect()
     try:
         table = flow(**(parameters_of(options) if parameters_of is not None else {}))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; run the same command again to continue\n")
+        sys.exit(130)
     except (StageFailed, ParametersError, ParamsError, ConnectionError) as error:
         sys.exit(f"\n{error}")
     sys.stdout.write("\n".join(["", table, "", *champions(), "", *next_steps(), ""]))
+
+
+def add_common_options(parser: ArgumentParser) -> None:
+    """Add the options that flows `quantize` and `evaluate` have in common."""
+    parser.add_argument("--limit", type=int, help="items per benchmark, 0 for all")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any other values of params.yaml")
+    parser.add_argument(
+        "--promote",
+        action=BooleanOptionalAction,
+        help="let the versions become champion; default: only in a run without other values",
+    )
+
+
+def settings_of(options: Namespace) -> dict[str, Any]:
+    """The values of ``--set``."""
+    return dict(setting(word) for word in options.set)
 
 
 def setting(word: str) -> tuple[str, Any]:

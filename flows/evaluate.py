@@ -1,18 +1,20 @@
 """Flow `evaluate`: score registered models again, for instance on more items or on another benchmark.
 
-python -m flows.evaluate
+python -m flows.evaluate demo-w3a16@champion --limit 500
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from prefect import flow, task
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import parameters
 from flows.artifacts import publish_overrides, publish_results
-from flows.command import main
+from flows.command import add_common_options, main, settings_of
 from flows.form import Limit, Options
 from flows.hooks import HOOKS
 from flows.names import evaluation_name, experiment_name
@@ -89,5 +91,19 @@ def find_models(models: Sequence[str], variants: Sequence[str]) -> list[str]:
     return find_variants(models, variants, connect(), ROOT)
 
 
+def add_options(parser: ArgumentParser) -> None:
+    """Add an option for each parameter of the flow."""
+    every = "registered models or variants; default: every variant of params.yaml"
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=every)
+    parser.add_argument("--again", action="store_true", help="score even if nothing has changed")
+    add_common_options(parser)
+
+
+def parameters_of(options: Namespace) -> dict[str, Any]:
+    """The parameters of the flow that a command line gives."""
+    further = Options(settings=settings_of(options), promote=options.promote)
+    return {"models": tuple(options.models), "limit": options.limit, "again": options.again, "options": further}
+
+
 if __name__ == "__main__":
-    main(evaluate, __doc__)
+    main(evaluate, __doc__, add_options, parameters_of)

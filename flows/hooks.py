@@ -19,6 +19,9 @@ _STAGE = re.compile(r"\b(?P<stage>[a-z]+(?:@[\w-]+)?) failed: (?P<reason>.*)", r
 
 _UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CRASHED]
 
+#: Prefect's message of a flow run that Ctrl-C ended.
+_INTERRUPTED = "Execution was aborted by an interrupt signal."
+
 _FAILED = """## {what}
 
 ```
@@ -53,7 +56,12 @@ def advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
 
 
 def clean_up_and_advise(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
-    """Stop the stages that the crashed process of the flow had started, and advise."""
+    """Stop the stages that the crashed process of the flow had started, and advise; Ctrl-C is a cancellation."""
+    if state.message == _INTERRUPTED:
+        stop_its_stages(flow, flow_run, state)
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run.id, Cancelled(message="interrupted"), force=True)
+        return
     stopped = stop_stages(str(flow_run.id))
     flow_run_logger(flow_run, flow).error("Crashed; what to do next is in the artifact what-to-do of this run")
     _publish(_CRASHED.format(stopped=stopped or "None"), flow_run)

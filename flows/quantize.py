@@ -9,7 +9,7 @@ starts a server for the run.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import parameters
 from flows.artifacts import publish_overrides, publish_results
-from flows.command import main, setting
+from flows.command import add_common_options, main, settings_of
 from flows.form import (
     STAGES,
     BenchmarksName,
@@ -117,21 +117,16 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--benchmarks", default="", choices=preset_names("benchmarks"), help="benchmarks")
     parser.add_argument("--recipes", nargs="+", default=[], choices=[*RECIPES], metavar="RECIPE", help="methods")
     parser.add_argument("--schemes", nargs="+", default=[], choices=[*SCHEMES], metavar="SCHEME", help="number formats")
-    parser.add_argument("--limit", type=int, help="items per benchmark, 0 for all")
     parser.add_argument("--name", default="", help="registered models are called NAME-SCHEME")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any other values of params.yaml")
     parser.add_argument("--force", nargs="+", default=[], choices=STAGES, metavar="STAGE", help="stages to run anyway")
-    parser.add_argument(
-        "--promote",
-        action=BooleanOptionalAction,
-        help="let the versions become champion; default: only in a run without other values",
-    )
+    add_common_options(parser)
 
 
 def parameters_of(options: Namespace) -> dict[str, Any]:
     """The parameters of the flow that a command line gives."""
-    settings = dict(setting(word) for word in options.set)
-    further = QuantizeOptions(settings=settings, promote=options.promote, name=options.name, force=options.force)
+    further = QuantizeOptions(
+        settings=settings_of(options), promote=options.promote, name=options.name, force=options.force
+    )
     given = {name: getattr(options, name) for name in ("model", "data", "benchmarks", "recipes", "schemes", "limit")}
     return {**given, "options": further}
 

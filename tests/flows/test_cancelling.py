@@ -51,6 +51,20 @@ def test_a_stage_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
     eventually(lambda: states(runs[0]) == {"slow": StateType.CANCELLED})
 
 
+def test_a_flow_that_ctrl_c_ends_is_cancelled_not_crashed(prefect_server: None) -> None:
+    runs: list[UUID] = []
+
+    @flow(**hooks.HOOKS)
+    def interrupted() -> None:
+        runs.append(flow_run_id())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(runs[0]).state_type == StateType.CANCELLED
+
+
 def test_the_hook_cancels_the_tasks_that_a_killed_process_left_behind(prefect_server: None) -> None:
     @task
     def work() -> None: ...

@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.utilities.callables import parameter_schema
 
 from flows import command, evaluate, names, parameters, quantize, sweep
-from flows.form import ROOT, STAGES, QuantizeOptions
+from flows.form import ROOT, STAGES, Options, QuantizeOptions
 from flows.parameters import ParametersError
 from tasks.config.params import ParamsError
 
@@ -102,6 +102,21 @@ def test_the_command_line_has_the_fields_of_the_form(monkeypatch: pytest.MonkeyP
         parser.parse_args(["--data", "coco"])
 
 
+def test_models_can_be_scored_again_from_the_command_line() -> None:
+    parser = ArgumentParser()
+    evaluate.add_options(parser)
+    words = ["demo-w3a16@champion", "--limit", "0", "--again", "--set", "evaluate.seed=1", "--no-promote"]
+    assert evaluate.parameters_of(parser.parse_args(words)) == {
+        "models": ("demo-w3a16@champion",),
+        "limit": 0,
+        "again": True,
+        "options": Options(settings={"evaluate.seed": 1}, promote=False),
+    }
+    plain = evaluate.parameters_of(parser.parse_args([]))
+    assert plain.pop("options") == Options()
+    assert not any(plain.values())
+
+
 def test_the_form_has_menus_of_presets() -> None:
     for flow in (quantize.quantize, sweep.sweep):
         fields = parameter_schema(flow.fn).properties
@@ -120,6 +135,18 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["quantize", "--set", "seed"])
     with pytest.raises(SystemExit, match="--set seed: must be NAME=VALUE"):
         command.main(flow, "", quantize.add_options, quantize.parameters_of)
+
+
+def test_ctrl_c_in_a_terminal_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def flow(**parameters: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["quantize"])
+    monkeypatch.setattr(command, "wait_for_prefect", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        command.main(flow, "")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == "interrupted; run the same command again to continue"
 
 
 def test_force_runs_exactly_the_stages_named(commands: Commands) -> None:
