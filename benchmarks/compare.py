@@ -221,10 +221,6 @@ def _line(metrics: Metrics, tasks: Sequence[str]) -> list[str]:
         *scores,
         mean.score_text,
         mean.retention_text or "-",
-        _number(mean.kl, 4),
-        _number(mean.nll, 4),
+        mean.kl_text or "-",
+        "-" if mean.nll is None else f"{mean.nll:.4f}",
     ]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

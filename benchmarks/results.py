@@ -102,6 +102,15 @@ class Comparison:
         return f"{retention:.1f} ± {(high - low) / 2:.1f}"
 
     @property
+    def kl_text(self) -> str | None:
+        """``0.0408 ± 0.0163``: KL and half of its interval; without an interval KL alone, None without KL."""
+        if self.kl is None:
+            return None
+        if self.kl_low is None or self.kl_high is None or self.kl_low == self.kl_high:
+            return f"{self.kl:.4f}"
+        return f"{self.kl:.4f} ± {(self.kl_high - self.kl_low) / 2:.4f}"
+
+    @property
     def kl_interval_text(self) -> str | None:
         """``0.0245 to 0.0571``: low and high end of the interval of KL; None without an interval."""
         if self.kl_low is None or self.kl_high is None:

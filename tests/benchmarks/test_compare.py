@@ -151,12 +151,14 @@ def test_table() -> None:
 
     full = Metrics("full", {"a": entry(600)}, replace(entry(600), nll=0.5, kl=0.0))
     retained = replace(entry(598), retention=98.0, retention_low=97.0, retention_high=99.0, kl=0.0123, nll=0.6)
+    retained = replace(retained, kl_low=0.0101, kl_high=0.0145)
     variant = Metrics("tlq-w3a16", {"a": entry(598)}, retained)
     lines = scores_table([variant, full]).splitlines()
     assert lines[0].split() == ["variant", "a", "mean", "retention", "%", "KL", "NLL"]
     assert lines[2].startswith("full")
     assert "71.2 ± 2.0 (598/600)" in lines[3]
     assert "98.0 ± 1.0" in lines[3]
-    assert lines[3].endswith("0.0123  0.6000")
+    assert lines[3].endswith("0.0123 ± 0.0022  0.6000")
+    assert lines[2].endswith(" 0.0000  0.5000")
     assert len({len(line) for line in lines}) == 1
     assert scores_table([]) == "no variants"
