@@ -245,9 +245,8 @@ def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
         linear: Any = skeleton.get_submodule(path)
         rows, width = int(linear.out_features), int(linear.in_features)
         groups = 1 if own.group_size is None else width // own.group_size
-        bits = 8 if own.activation_bits is not None else own.weight_bits  # integer kernels read whole bytes
         zero_points = 0 if own.symmetric else rows * groups * own.weight_bits // 8
-        total += rows * width * bits // 8 + rows * groups * model.checkpoint_dtype.itemsize + zero_points
+        total += rows * width * own.weight_bits // 8 + rows * groups * model.checkpoint_dtype.itemsize + zero_points
         total -= rows * width * model.checkpoint_dtype.itemsize
     return total
 

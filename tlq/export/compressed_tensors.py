@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
-from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
@@ -29,7 +28,7 @@ from compressed_tensors.quantization import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlq.models.architectures import Architecture, linear_paths
 from tlq.models.checkpoint import copy_processor_files, without_custom_code
@@ -95,7 +94,7 @@ def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     tensors = {"weight": weight.dequantize(), "weight_scale": weight.scale}
     if not scheme.symmetric:
         tensors["weight_zero_point"] = weight.zero_point
-    compressor = BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, group).value)
+    compressor = BaseCompressor.get_value_from_registry(_format(scheme).value)
     return {name: tensor.cpu().contiguous() for name, tensor in compressor.compress(tensors, group).items()}
 
 
@@ -227,7 +226,7 @@ def quantization_config(scheme: Scheme, architecture: Architecture, layers: int)
     groups = {"group_0": _config_group(scheme, [_TARGETS])}
     for number, (name, patterns) in enumerate(others.items(), 1):
         groups[f"group_{number}"] = _config_group(get_scheme(name), patterns)
-    formats = {infer_module_format(nn.Linear, group) for group in groups.values()}
+    formats = {CompressionFormat(group.format) for group in groups.values()}
     return QuantizationConfig(
         config_groups=groups,
         ignore=[*architecture.ignore, *kept],
@@ -255,5 +254,14 @@ def _config_group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
             dynamic=True,
         )
     group = QuantizationScheme(targets=targets, weights=weights, input_activations=activations)
-    group.format = infer_module_format(nn.Linear, group)
+    group.format = _format(scheme)
     return group
+
+
+def _format(scheme: Scheme) -> CompressionFormat:
+    """The layout of codes: bytes for 8 bits, packed into 32-bit words below.
+
+    compressed-tensors would choose bytes for W4A8 as well: twice the size, and vLLM 0.33 has no kernel for it on a GPU
+    (https://github.com/vllm-project/vllm/issues/38064). Packed, vLLM runs it on its 4-bit kernels.
+    """
+    return CompressionFormat.int_quantized if scheme.weight_bits == 8 else CompressionFormat.pack_quantized
