@@ -106,7 +106,9 @@ def check_module(module: str, options: list[str], place: str) -> None:
     assert find_spec(module) is not None, f"{place}: there is no module {module}"
     if module.split(".")[0] in PROJECT:
         text = source_of(module)
-        text += "".join(source_of(each) for each in re.findall(r"^from (tasks[\w.]+) import .*$", text, re.MULTILINE))
+        text += "".join(
+            source_of(each) for each in re.findall(r"^from ((?:tasks|flows)[\w.]+) import .*$", text, re.MULTILINE)
+        )
         absent = [option for option in options if f'"{option}"' not in text]
         assert not absent, f"{place}: {module} knows no {', '.join(absent)}"
 

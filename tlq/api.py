@@ -127,7 +127,7 @@ def quantize(
     scheme: str | Scheme = "w3a16",
     **options: Unpack[Options],
 ) -> QuantizationReport:
-    """Quantize the decoder of ``model`` and write a checkpoint that transformers and vLLM load to ``out``.
+    """Quantize the decoder of ``model`` and write a checkpoint to ``out``; ``tlq.export.engines`` says what loads it.
 
     Decoder layers are read from disk one at a time. After an interruption the same call continues.
 

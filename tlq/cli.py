@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tlq.samples import Sample
 
 RECIPES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "tlq", "tlq-c")
-SCHEMES = ("w2a16", "w3a16", "w4a16", "w4a8", "w8a8")
+SCHEMES = ("w2a16", "w3a16", "w4a16", "w4a16s", "w4a8", "w8a8")
+ENGINES = ("vllm", "vllm-cpu", "sglang", "transformers")
 
 logger = logging.getLogger("tlq")
 
@@ -56,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_job(plan)
     plan.set_defaults(run=_plan)
 
+    engines = commands.add_parser("engines", help="print which engine runs what", description=_engines.__doc__)
+    engines.add_argument(
+        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="folder of a quantized checkpoint"
+    )
+    engines.set_defaults(run=_engines)
+
     families = commands.add_parser("families", help="list the supported families", description=_families.__doc__)
     families.set_defaults(run=_families)
     return parser
@@ -66,6 +73,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory or Hugging Face hub id")
     parser.add_argument("--recipe", default="tlq", choices=RECIPES, help="method (default: %(default)s)")
     parser.add_argument("--scheme", default="w3a16", choices=SCHEMES, help="number format (default: %(default)s)")
+    parser.add_argument("--engine", choices=ENGINES, help="refuse a scheme that this engine does not run")
     parser.add_argument(
         "--data", type=Path, help="calibration samples: .json, .jsonl, .parquet or a folder of images; rtn needs none"
     )
@@ -109,9 +117,10 @@ def _samples(arguments: argparse.Namespace) -> list[Sample]:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    """Quantize the decoder of MODEL and write a checkpoint that transformers and vLLM load."""
+    """Quantize the decoder of MODEL and write a checkpoint; `tlq engines` says what loads it."""
     from tlq import quantize
 
+    _check_engine(arguments)
     report = quantize(arguments.model, arguments.out, _samples(arguments), **_options(arguments))
     sys.stdout.write(f"{report.folder}\n")
 
@@ -120,8 +129,31 @@ def _plan(arguments: argparse.Namespace) -> None:
     """Print the memory and disk that a job will need. No weight is read."""
     from tlq.api import plan
 
+    _check_engine(arguments)
     plans = plan(arguments.model, _samples(arguments), **_options(arguments))
     sys.stdout.write("".join(f"{line}\n" for each in plans for line in each.lines()))
+
+
+def _check_engine(arguments: argparse.Namespace) -> None:
+    """Refuse a scheme that the engine of ``--engine`` does not run, before any work."""
+    if arguments.engine is None:
+        return
+    from tlq.export.engines import check_engine
+    from tlq.quantization.formats import get_scheme
+
+    found = check_engine(arguments.engine, get_scheme(arguments.scheme))
+    logger.info(
+        "%s runs %s: %s%s", arguments.engine, arguments.scheme, found.runs, f" ({found.note})" if found.note else ""
+    )
+
+
+def _engines(arguments: argparse.Namespace) -> None:
+    """Print which inference engine runs which scheme (or the number formats of CHECKPOINT), how, and the source."""
+    from tlq.export.engines import schemes_of, table
+    from tlq.quantization.formats import SCHEMES
+
+    schemes = list(SCHEMES.values()) if arguments.checkpoint is None else schemes_of(arguments.checkpoint)
+    sys.stdout.write(table(schemes))
 
 
 def _families(arguments: argparse.Namespace) -> None:

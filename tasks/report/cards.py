@@ -26,15 +26,13 @@ from tasks.files import MODELS, REPORT
 from tasks.report.page import environment
 from tasks.report.results import Results, Variant, is_demo
 from tasks.report.tokens import TokenData
-from tlq.quantization.formats import Scheme
+from tlq.export.engines import ENGINES
 from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.report")
 
 _MADE_FOR = re.compile(r"^\| calibration\.json \| sha256 `([0-9a-f]{64})` \|$", re.M)
 
-#: Integer weights that vLLM's compressed-tensors loader has kernels for where activations stay in full precision.
-_VLLM_WEIGHT_ONLY_BITS = (4, 8)
 #: Families whose `generate` fails inside compressed-tensors 0.20 where weights are decompressed on the first call.
 _NEEDS_LOAD_MODEL = ("llava_next", "llava_onevision")
 
@@ -113,7 +111,7 @@ def metadata(variant: Variant, base: Base) -> ModelCardData:
     """Front matter for the Hugging Face hub."""
     scheme = variant.scheme
     tags = ["compressed-tensors", "quantized", f"{scheme.weight_bits}-bit", scheme.name, variant.recipe.name]
-    if in_vllm(scheme) == "yes":
+    if ENGINES["vllm"].of(scheme).runs != "refused":
         tags.append("vllm")
     return ModelCardData(
         base_model=base.hub_id,
@@ -126,14 +124,6 @@ def metadata(variant: Variant, base: Base) -> ModelCardData:
         pipeline_tag="image-text-to-text",
         tags=list(dict.fromkeys(tags)),
     )
-
-
-def in_vllm(scheme: Scheme) -> str:
-    """Whether vLLM can run the scheme: `yes`, `some` (depends on the hardware) or `no`."""
-    weight, activation = scheme.weight_bits, scheme.activation_bits
-    if activation is None:
-        return "yes" if weight in _VLLM_WEIGHT_ONLY_BITS else "no"
-    return {8: "yes", 4: "some"}.get(weight, "no")
 
 
 def render_card(variant: Variant, results: Results, base: Base, data: CalibrationData, checkpoint: Path) -> str:
@@ -155,7 +145,8 @@ def render_card(variant: Variant, results: Results, base: Base, data: Calibratio
             data=data if recipe.needs_data else None,
             groups=variant.groups,
             path=checkpoint.as_posix(),
-            vllm=in_vllm(variant.scheme),
+            engine=ENGINES["vllm"],
+            vllm=ENGINES["vllm"].of(variant.scheme),
             load_model=base.model_type in _NEEDS_LOAD_MODEL and variant.scheme.symmetric,
             digest=_sha256(checkpoint / "calibration.json"),
         )

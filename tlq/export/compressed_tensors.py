@@ -179,8 +179,9 @@ def _index(out: Path, shards: list[Path]) -> None:
 def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None:
     """Write the quantization into config.json, with two corrections of what compressed-tensors 0.20 writes.
 
-    The ignore list must hold module names. Asymmetric weights load only with ``dequantize``; symmetric schemes do not
-    set it, because it drops the quantization of activations.
+    The ignore list must hold module names. Asymmetric weights load only with ``dequantize``; symmetric ones are rounded
+    to the checkpoint's dtype with it, as engines do. Schemes that quantize activations do not set it, because it drops
+    that quantization.
     """
     layers = len(model.architecture.decoder_layers(model.skeleton))
     quantization = quantization_config(scheme, model.architecture, layers)
@@ -188,7 +189,7 @@ def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None
     ModelCompressor(quantization_config=quantization).update_config(str(out))
     path = out / "config.json"
     config = json.loads(path.read_text())
-    if not scheme.symmetric:
+    if scheme.activation_bits is None:
         config["quantization_config"]["dequantize"] = True
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -76,6 +76,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w2a16", weight_bits=2, group_size=64, symmetric=False),
         Scheme("w3a16", weight_bits=3, group_size=128, symmetric=False),
         Scheme("w4a16", weight_bits=4, group_size=128, symmetric=False),
+        Scheme("w4a16s", weight_bits=4, group_size=128, symmetric=True),
         Scheme("w4a8", weight_bits=4, group_size=None, symmetric=True, activation_bits=8),
         Scheme("w8a8", weight_bits=8, group_size=None, symmetric=True, activation_bits=8),
     )

@@ -15,9 +15,8 @@ from huggingface_hub import ModelCard
 from support.report_results import VARIANTS, write_metrics
 
 from tasks.config.params import VariantParams
-from tasks.report.cards import Base, CalibrationData, in_vllm, place_cards, read_base, render_card
+from tasks.report.cards import Base, CalibrationData, place_cards, read_base, render_card
 from tasks.report.results import read_results
-from tlq.quantization.formats import SCHEMES
 from tlq.runtime.digest import checkpoint_digest
 from tlq.samples import Sample
 
@@ -47,7 +46,7 @@ def test_metadata_for_the_hub(reported: Path, monkeypatch: pytest.MonkeyPatch) -
         "license_link": "https://example.org/license",
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["compressed-tensors", "quantized", "4-bit", "w4a8", "tlq"],
+        "tags": ["compressed-tensors", "quantized", "4-bit", "w4a8", "tlq", "vllm"],
     }
 
 
@@ -106,9 +105,11 @@ def test_real_benchmarks_are_not_called_demo(reported: Path, tmp_path: Path, mon
     assert "| textvqa_vlm |" in text
 
 
-def test_every_scheme_says_whether_vllm_runs_it() -> None:
-    verdicts = {name: in_vllm(scheme) for name, scheme in SCHEMES.items()}
-    assert verdicts == {"w2a16": "no", "w3a16": "no", "w4a16": "yes", "w4a8": "some", "w8a8": "yes"}
+def test_cards_say_how_vllm_runs_the_scheme(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(card(reported, monkeypatch, "tlq-w4a8").split())
+    assert (
+        "With vLLM 0.33 (4-bit weights, activations in 16 bits: Marlin or Machete; `--linear-backend humming`" in text
+    )
 
 
 # --- Their code ---------------------------------------------------------------------------------------------------

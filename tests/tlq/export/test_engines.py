@@ -1,0 +1,100 @@
+"""What engines run: the table, the refusal before any work, and checkpoints read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.quick_project import ROOT
+
+from tlq import cli, quantize
+from tlq.export.engines import ENGINES, check_engine, nearest, schemes_of, table
+from tlq.quantization.formats import SCHEMES, get_scheme
+
+
+def test_every_engine_has_an_answer_with_a_source_for_every_scheme() -> None:
+    for engine in ENGINES.values():
+        for scheme in SCHEMES.values():
+            found = engine.of(scheme)
+            assert found.source
+            assert found.note or found.runs == "dequantized"
+        assert engine.of(get_scheme("w4a16")).runs != "refused"
+
+
+def test_the_command_offers_the_engines_that_exist() -> None:
+    assert set(cli.ENGINES) == set(ENGINES)
+    assert set(cli.SCHEMES) == set(SCHEMES)
+
+
+@pytest.mark.parametrize(
+    ("engine", "scheme", "other"),
+    [("sglang", "w3a16", "w4a16"), ("vllm-cpu", "w2a16", "w4a16"), ("sglang", "w4a8", "w4a16s")],
+)
+def test_a_scheme_that_an_engine_refuses_is_refused_with_the_nearest(engine: str, scheme: str, other: str) -> None:
+    with pytest.raises(ValueError, match=f"does not run {scheme} .*; the nearest scheme that it runs is {other}$"):
+        check_engine(engine, get_scheme(scheme))
+    assert ENGINES[engine].of(nearest(ENGINES[engine], get_scheme(scheme))).runs != "refused"
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown engine 'ollama'; choose one of vllm, vllm-cpu"):
+        check_engine("ollama", get_scheme("w4a16"))
+
+
+def test_the_worst_part_of_a_mixed_scheme_counts() -> None:
+    mixed = get_scheme("w8a8").__class__("w8a8", 8, None, True, 8, (("*.layers.0.*", "w4a8"),))
+    assert ENGINES["vllm"].of(mixed).runs == "weight only"
+    with pytest.raises(ValueError, match="SGLang"):
+        check_engine("sglang", mixed)
+
+
+def test_the_command_refuses_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["quantize", "nowhere", "--recipe", "rtn", "--scheme", "w3a16", "--engine", "sglang"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 1
+    assert "does not run w3a16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["w3a16", "w4a16s", "w4a8", "w8a8"])
+def test_the_formats_of_a_checkpoint_are_read_back(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "out", [], recipe="rtn", scheme=name)
+    assert schemes_of(tmp_path / "out") == [get_scheme(name)]
+    assert cli.main(["engines", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == table([get_scheme(name)])
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({}, "names no quantization by compressed-tensors"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "names no quantization by compressed-tensors"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "has no config_groups"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"a": 7}}}, "cannot be read"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"a": {"weights": {"type": "float"}}},
+                }
+            },
+            "has weights of type float",
+        ),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=reason):
+        schemes_of(tmp_path)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="give the folder of a quantized checkpoint"):
+        schemes_of(tmp_path)
+
+
+def test_the_page_of_the_documentation_holds_the_table() -> None:
+    page = (ROOT / "docs/engines.md").read_text()
+    assert table(list(SCHEMES.values())) in page, "run `tlq engines` and put its table into docs/engines.md"
