@@ -147,7 +147,7 @@ def render_card(variant: Variant, results: Results, base: Base, data: Calibratio
             path=checkpoint.as_posix(),
             engine=ENGINES["vllm"],
             vllm=ENGINES["vllm"].of(variant.scheme),
-            load_model=base.model_type in _NEEDS_LOAD_MODEL and variant.scheme.symmetric,
+            load_model=base.model_type in _NEEDS_LOAD_MODEL and not variant.scheme.dequantized,
             digest=_sha256(checkpoint / "calibration.json"),
         )
     )

@@ -189,7 +189,7 @@ def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None
     ModelCompressor(quantization_config=quantization).update_config(str(out))
     path = out / "config.json"
     config = json.loads(path.read_text())
-    if scheme.activation_bits is None:
+    if scheme.dequantized:
         config["quantization_config"]["dequantize"] = True
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

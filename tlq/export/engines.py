@@ -7,12 +7,12 @@ from ``ENGINES``. Every row says where it was read, or that it was run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tlq.models.stored import read_json
-from tlq.quantization.formats import SCHEMES, Scheme
+from tlq.quantization.formats import FULL_PRECISION, SCHEMES, Scheme, get_scheme
 
 #: ``native``: kernels that compute on the codes, activations as the scheme says. ``weight only``: kernels that read the
 #: codes, while 8-bit activations stay in 16 bits. ``dequantized``: 16-bit weights in memory, made when it loads.
@@ -154,10 +154,8 @@ def nearest(engine: Engine, scheme: Scheme) -> Scheme:
 
 def parts_of(scheme: Scheme) -> Iterator[Scheme]:
     """The schemes of which a checkpoint consists, each without overrides."""
-    yield scheme.of("") or scheme
-    for pattern, _ in scheme.overrides:
-        if part := scheme.of(pattern):
-            yield part
+    yield replace(scheme, overrides=())
+    yield from (get_scheme(name) for _, name in scheme.overrides if name != FULL_PRECISION)
 
 
 def schemes_of(checkpoint: Path) -> list[Scheme]:
@@ -191,10 +189,8 @@ def _scheme_of(file: Path, group: Any) -> Scheme:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: its config_groups cannot be read ({error!r}); download it again") from error
-    known = (
-        each.name for each in SCHEMES.values() if (each.weight_bits, each.symmetric, each.activation_bits) == _form(own)
-    )
-    return Scheme(next(known, _kind(own)), own.weight_bits, own.group_size, own.symmetric, own.activation_bits)
+    name = next((each.name for each in SCHEMES.values() if _form(each) == _form(own)), _kind(own))
+    return replace(own, name=name)
 
 
 def _form(scheme: Scheme) -> tuple[int, bool, int | None]:

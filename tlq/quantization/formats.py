@@ -57,6 +57,11 @@ class Scheme:
         return replace(self, overrides=())
 
     @property
+    def dequantized(self) -> bool:
+        """Whether a checkpoint asks transformers to decompress its weights when it is loaded."""
+        return self.activation_bits is None
+
+    @property
     def code_range(self) -> tuple[int, int]:
         return code_range(self.weight_bits)
 

@@ -11,7 +11,7 @@ from support.quick_project import ROOT
 
 from tlq import cli, quantize
 from tlq.export.engines import ENGINES, check_engine, nearest, schemes_of, table
-from tlq.quantization.formats import SCHEMES, get_scheme
+from tlq.quantization.formats import SCHEMES, Scheme, get_scheme
 
 
 def test_every_engine_has_an_answer_with_a_source_for_every_scheme() -> None:
@@ -44,10 +44,12 @@ def test_an_unknown_engine_is_refused() -> None:
 
 
 def test_the_worst_part_of_a_mixed_scheme_counts() -> None:
-    mixed = get_scheme("w8a8").__class__("w8a8", 8, None, True, 8, (("*.layers.0.*", "w4a8"),))
+    mixed = Scheme("w8a8", 8, None, True, 8, (("*.layers.0.*", "w4a8"),))
     assert ENGINES["vllm"].of(mixed).runs == "weight only"
     with pytest.raises(ValueError, match="SGLang"):
         check_engine("sglang", mixed)
+    ranged = Scheme("w8a8", 8, None, True, 8, (("*.layers.[01].*", "w4a8"),))  # the pattern does not match itself
+    assert ENGINES["vllm"].of(ranged).runs == "weight only"
 
 
 def test_the_command_refuses_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

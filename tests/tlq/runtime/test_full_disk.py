@@ -1,4 +1,4 @@
-"""A full disk is told with the path and the next step, and leaves nothing half written."""
+"""An error of a full disk names the path and the next step, and nothing half written stays."""
 
 from __future__ import annotations
 
