@@ -32,6 +32,7 @@ from tlq.plan import Plan, plan_calibration, plan_importance, refuse_impossible
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.runtime.device import check_dtype, device_named
+from tlq.runtime.files import check_new_folder
 from tlq.runtime.resume import ResumeState
 from tlq.samples import Sample
 
@@ -145,10 +146,7 @@ def quantize(
     started = time.perf_counter()
     settings = CalibrationOptions(**options)
     folder = Path(out)
-    if any(each.exists() and not each.is_dir() for each in (folder, *folder.parents)):
-        raise NotADirectoryError(f"{folder}: a file is in its place; choose another folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: not empty; remove it or choose another folder")
+    check_new_folder(folder)
     recipe_row, scheme_row = _rows(recipe, scheme)
     streamed = settings.open_model(model)
     scoring = ResumeState(folder.with_name(f"{folder.name}-importance"))

@@ -1,4 +1,4 @@
-"""The command ``tlq``: quantize a checkpoint, plan the job, list the supported model families.
+"""The command ``tlq``: quantize a checkpoint, plan the job, convert the result, list the supported model families.
 
 Torch is imported in the functions that need it, so that help is printed at once.
 """
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from tlq.samples import Sample
 
 RECIPES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "tlq", "tlq-c")
-SCHEMES = ("w2a16", "w3a16", "w4a16", "w4a16s", "w4a8", "w8a8")
-ENGINES = ("vllm", "vllm-cpu", "sglang", "transformers")
+SCHEMES = ("w2a16", "w3a16", "w3a16s", "w4a16", "w4a16s", "w4a8", "w8a8", "q4_0", "q4_1", "q8_0")
+CONTAINERS = ("gguf", "mlx")
+ENGINES = ("vllm", "vllm-cpu", "sglang", "transformers", "llama.cpp", "mlx")
 
 logger = logging.getLogger("tlq")
 
@@ -56,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="print what a job will need", description=_plan.__doc__)
     _add_job(plan)
     plan.set_defaults(run=_plan)
+
+    convert = commands.add_parser(
+        "convert", help="carry a quantized checkpoint over to another engine", description=_convert.__doc__
+    )
+    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that `tlq quantize` wrote")
+    convert.add_argument("--to", required=True, choices=CONTAINERS, help="gguf for llama.cpp, mlx for Apple devices")
+    convert.add_argument("--out", type=Path, required=True, help="folder for the result")
+    convert.set_defaults(run=_convert)
 
     engines = commands.add_parser("engines", help="print which engine runs what", description=_engines.__doc__)
     engines.add_argument(
@@ -147,9 +156,18 @@ def _check_engine(arguments: argparse.Namespace) -> None:
     )
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    """Write a quantized checkpoint in the container of another engine, with exactly the same codes and scales."""
+    from tlq.export.convert import convert
+
+    for path in convert(arguments.checkpoint, arguments.to, arguments.out):
+        sys.stdout.write(f"{path}\n")
+
+
 def _engines(arguments: argparse.Namespace) -> None:
     """Print which inference engine runs which scheme (or the number formats of CHECKPOINT), how, and the source."""
-    from tlq.export.engines import schemes_of, table
+    from tlq.export.engines import table
+    from tlq.export.quantized import schemes_of
     from tlq.quantization.formats import SCHEMES
 
     schemes = list(SCHEMES.values()) if arguments.checkpoint is None else schemes_of(arguments.checkpoint)

@@ -24,7 +24,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from tasks.cluster.environment import positive
@@ -34,6 +34,10 @@ FLOW = "pool-worker"
 
 #: A run that has not yet sent a heartbeat may take this multiple of TLQ_POOL_SILENCE, because its process starts.
 _START_FACTOR = 4
+
+#: Waits of 2, 4, 8 and 16 seconds, for a server whose SQLite is busy answers 503. The default, 5, blocks the watch for
+#: a minute.
+_RETRIES = 4
 
 _BUSY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 _ALIVE = (StateType.SCHEDULED, *_BUSY)
@@ -96,12 +100,18 @@ class Pool:
         """
         if not os.environ.get("PREFECT_API_URL"):
             raise ValueError(f"TLQ_POOL is {name!r}, but PREFECT_API_URL names no server; set it, or unset TLQ_POOL")
-        # By default a client retries for a minute, which would block the watch.
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: _RETRIES}), get_client(sync_client=True) as client:
             try:
                 yield cls(name, client, cls._deployment_of(name, client))
             except httpx.TransportError as error:
                 raise ConnectionError(f"Prefect server {client.api_url} does not answer: {error}") from error
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code < 500:
+                    raise
+                raise ConnectionError(
+                    f"Prefect server {client.api_url} is too busy: {error.response.status_code} "
+                    f"{error.response.reason_phrase}; run the same command again"
+                ) from error
 
     @staticmethod
     def _deployment_of(name: str, client: SyncPrefectClient) -> UUID:

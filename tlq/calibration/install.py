@@ -46,7 +46,9 @@ class QuantizedLayer:
         name = f"{self.prefix}{group.fold}"
         before = get_linear(self.layer, group.fold)
         if name in self.weights:
-            self.weights[name] = self.weights[name].rescale_rows(1 / per_row)
+            own = self.quantizer.scheme.of(name)
+            assert own is not None
+            self.weights[name] = self.weights[name].rescale_rows(1 / per_row, own)
             before.weight.copy_(self.weights[name].dequantize(self.quantizer.compute_dtype))
         else:  # the linear stays in full precision
             before.weight.copy_((before.weight / per_row[:, None]).to(self.quantizer.scale_dtype))

@@ -12,11 +12,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -27,18 +24,18 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tlq.export.quantized import PARTS, unpacked
+from tlq.export.shards import index_shards, save_parts, save_shard
 from tlq.models.architectures import Architecture, linear_paths
 from tlq.models.checkpoint import copy_processor_files, without_custom_code
 from tlq.models.stored import read_tensor
 from tlq.models.streaming import StreamedModel
 from tlq.quantization.formats import QuantizedWeight, Scheme, get_scheme
-from tlq.runtime.files import link_or_copy, new_file
+from tlq.runtime.files import link_or_copy
 
 _TARGETS = "Linear"
-_SHARD_BYTES = 2 * 2**30
 
 
 def write_layer(
@@ -64,8 +61,7 @@ def write_layer(
         assert own is not None
         for local, tensor in _packed(weight, own).items():
             tensors[f"{_base(model, name)}.{local}"] = tensor
-    with new_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    save_shard(tensors, path)
 
 
 def read_layer(
@@ -75,12 +71,17 @@ def read_layer(
     weights, others = {}, {}
     linears = {f"{name}.weight": name for name in linear_paths(model.architecture, index)}
     with safe_open(path, "pt") as file:
+        held = set(file.keys())
         for name in model.layer_names(index):
             own = scheme.of(linears[name]) if name in linears else None
             if own is None:
                 others[name] = file.get_tensor(model.weight_map[name].key).clone()
             else:
-                weights[linears[name]] = _unpacked(file, _base(model, linears[name]), own)
+                base = _base(model, linears[name])
+                stored = {part: f"{base}.{part}" for part in PARTS if f"{base}.{part}" in held}
+                weights[linears[name]] = unpacked(
+                    {part: file.get_tensor(key).clone() for part, key in stored.items()}, own
+                )
     return weights, others
 
 
@@ -98,20 +99,6 @@ def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in compressor.compress(tensors, group).items()}
 
 
-def _unpacked(file: Any, base: str, scheme: Scheme) -> QuantizedWeight:
-    """The inverse of ``_packed``, read from an open shard."""
-    scale = file.get_tensor(f"{base}.weight_scale").clone()
-    if f"{base}.weight" in file.keys():  # noqa: SIM118
-        codes = file.get_tensor(f"{base}.weight").clone()
-    else:
-        shape = torch.Size(file.get_tensor(f"{base}.weight_shape").tolist())
-        codes = unpack_from_int32(file.get_tensor(f"{base}.weight_packed"), scheme.weight_bits, shape)
-    if scheme.symmetric:
-        return QuantizedWeight(codes, scale, torch.zeros_like(scale, dtype=torch.int8))
-    packed = file.get_tensor(f"{base}.weight_zero_point")
-    return QuantizedWeight(codes, scale, unpack_from_int32(packed, scheme.weight_bits, scale.shape, packed_dim=0))
-
-
 def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, scheme: Scheme) -> None:
     """Assemble a complete checkpoint in the empty directory ``out`` from the shards of all decoder layers.
 
@@ -122,11 +109,7 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
     for number, path in enumerate(layers):
         shards.append(out / f"layer-{number:05}.safetensors")
         link_or_copy(path, shards[-1])
-    for number, tensors in enumerate(_outside_parts(model)):
-        shards.append(out / f"outside-{number:05}.safetensors")
-        with new_file(shards[-1]) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    _index(out, shards)
+    index_shards(out, [*shards, *save_parts(_outside_tensors(model), out, "outside")])
     config = without_custom_code(json.loads((model.folder / "config.json").read_text()))
     config.pop("torch_dtype", None)
     config["dtype"] = str(model.checkpoint_dtype).removeprefix("torch.")
@@ -139,41 +122,16 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
     _write_quantization(out, model, scheme)
 
 
-def _outside_parts(model: StreamedModel) -> Iterator[dict[str, Tensor]]:
-    """Tensors of no decoder layer under their stored names, up to ``_SHARD_BYTES`` at a time.
+def _outside_tensors(model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of no decoder layer under their stored names.
 
     Those that the module tree does not name are carried over byte for byte, in the dtype in which they are stored.
     """
     by_key = {model.weight_map[name].key: name for name in model.outside_names}  # tied weights are stored once
-    unnamed = {place.key: place for place in model.unnamed.values()}
-    part: dict[str, Tensor] = {}
-    size = 0
-    for key in (*by_key, *unnamed):
-        if key in unnamed:
-            tensor = read_tensor(unnamed[key])
-        else:
-            tensor = model.read([by_key[key]], model.checkpoint_dtype)[by_key[key]].cpu()
-        needed = tensor.numel() * tensor.element_size()
-        if part and size + needed > _SHARD_BYTES:
-            yield part
-            part, size = {}, 0
-        part[key] = tensor
-        size += needed
-    yield part
-
-
-def _index(out: Path, shards: list[Path]) -> None:
-    """Give shards their final names, and write the index from tensor names to shards."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shard.rename(out / name)
-        with safe_open(out / name, "pt") as file:
-            weight_map |= dict.fromkeys(file.keys(), name)
-        total += (out / name).stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for key, name in by_key.items():
+        yield key, model.read([name], model.checkpoint_dtype)[name].cpu()
+    for place in model.unnamed.values():
+        yield place.key, read_tensor(place)
 
 
 def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None:
@@ -260,9 +218,10 @@ def _config_group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
 
 
 def _format(scheme: Scheme) -> CompressionFormat:
-    """The layout of codes: bytes for 8 bits, packed into 32-bit words below.
+    """The layout of codes: bytes for W8A8, packed into 32-bit words for the others.
 
     compressed-tensors would choose bytes for W4A8 as well: twice the size, and vLLM 0.33 has no kernel for it on a GPU
     (https://github.com/vllm-project/vllm/issues/38064). Packed, vLLM runs it on its 4-bit kernels.
     """
-    return CompressionFormat.int_quantized if scheme.weight_bits == 8 else CompressionFormat.pack_quantized
+    integer_kernels = scheme.weight_bits == 8 and scheme.activation_bits is not None
+    return CompressionFormat.int_quantized if integer_kernels else CompressionFormat.pack_quantized

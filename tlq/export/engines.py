@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from tlq.models.stored import read_json
+from tlq.export.containers import MLX_GROUPS, gguf_block, mlx_group
+from tlq.export.quantized import kind
 from tlq.quantization.formats import FULL_PRECISION, SCHEMES, Scheme, get_scheme
 
 #: ``native``: kernels that compute on the codes, activations as the scheme says. ``weight only``: kernels that read the
 #: codes, while 8-bit activations stay in 16 bits. ``dequantized``: 16-bit weights in memory, made when it loads.
 Runs = Literal["native", "weight only", "dequantized", "refused"]
+
+
+#: What `tlq quantize` writes.
+CHECKPOINT = "compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,13 @@ class Support:
     Attributes:
         note: kernels, conditions and flags.
         source: where that was read, or `run`.
+        needs: instructions of the CPU (in the words of /proc/cpuinfo) without which it refuses.
     """
 
     runs: Runs
     note: str
     source: str
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,14 @@ class Engine:
     """An engine on a class of devices.
 
     Attributes:
+        container: what it loads: the checkpoint as written, or what `tlq convert` makes of it.
         support: what it does with a scheme (without overrides).
     """
 
     name: str
     title: str
     version: str
+    container: str
     support: Callable[[Scheme], Support]
 
     def of(self, scheme: Scheme) -> Support:
@@ -52,14 +60,9 @@ class Engine:
         return max(parts, key=lambda part: ("native", "weight only", "dequantized", "refused").index(part.runs))
 
 
-def _kind(scheme: Scheme) -> str:
-    activations = 16 if scheme.activation_bits is None else scheme.activation_bits
-    return f"w{scheme.weight_bits}a{activations}"
-
-
 def _vllm(scheme: Scheme) -> Support:
     read = "vLLM 0.33.0, compressed_tensors/schemes"
-    match _kind(scheme):
+    match kind(scheme):
         case "w2a16" | "w3a16":
             return Support(
                 "native", "Humming kernels alone; they are compiled with nvcc when it loads (sm75 and newer)", read
@@ -73,34 +76,38 @@ def _vllm(scheme: Scheme) -> Support:
                 "Marlin or Machete; `--linear-backend humming` quantizes activations too",
                 f"{read}, vllm#38064",
             )
+        case "w8a16":
+            return Support("native", "Marlin", read)
         case "w8a8":
             return Support("native", "Cutlass", read)
-    return Support("refused", f"no kernel for {_kind(scheme)}", read)
+    return Support("refused", f"no kernel for {kind(scheme)}", read)
 
 
 def _vllm_cpu(scheme: Scheme) -> Support:
-    match _kind(scheme):
+    match kind(scheme):
         case "w2a16" | "w3a16":
             return Support(
                 "refused", "Failed to find a kernel that can implement the WNA16 linear layer", "run (0.32.0)"
             )
         case "w4a16":
-            return Support("native", "x86 with AVX-512; without it cpu_gemm_wna16 is missing", "run (0.32.0)")
+            return Support(
+                "native", "x86 with AVX-512; without it cpu_gemm_wna16 is missing", "run (0.32.0)", "avx512f"
+            )
         case "w4a8":
-            return Support("weight only", "x86 with AVX-512, as W4A16", "vLLM 0.33.0")
+            return Support("weight only", "x86 with AVX-512, as W4A16", "vLLM 0.33.0", "avx512f")
         case "w8a8":
             return Support("native", "same answers as transformers", "run (0.32.0)")
-    return Support("refused", f"no kernel for {_kind(scheme)}", "vLLM 0.33.0")
+    return Support("refused", f"no kernel for {kind(scheme)}", "vLLM 0.33.0")
 
 
 def _sglang(scheme: Scheme) -> Support:
     read = "SGLang 0.5.23, compressed_tensors"
-    match _kind(scheme):
-        case "w4a16":
+    match kind(scheme):
+        case "w4a16" | "w8a16":
             return Support("native", "Marlin (sm80 and newer)", read)
         case "w8a8":
             return Support("native", "Cutlass", read)
-    return Support("refused", f"no scheme for {_kind(scheme)}", read)
+    return Support("refused", f"no scheme for {kind(scheme)}", read)
 
 
 def _transformers(scheme: Scheme) -> Support:
@@ -108,13 +115,33 @@ def _transformers(scheme: Scheme) -> Support:
     return Support("dequantized", note, "run (5.23, compressed-tensors 0.20)")
 
 
+def _llama_cpp(scheme: Scheme) -> Support:
+    source = "run (2026.10)"
+    try:
+        block = gguf_block(scheme)
+    except ValueError as error:
+        return Support("refused", str(error).split(";")[0], source)
+    return Support("native", f"{block} blocks; it rounds activations to 8 bits in blocks of 32", source)
+
+
+def _mlx(scheme: Scheme) -> Support:
+    source = "run (0.32)"
+    try:
+        mlx_group(scheme, MLX_GROUPS[0])
+    except ValueError as error:
+        return Support("refused", str(error).split(";")[0], source)
+    return Support("native" if scheme.activation_bits is None else "weight only", "activations in float32", source)
+
+
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("vllm", "vLLM, NVIDIA", "0.33", _vllm),
-        Engine("vllm-cpu", "vLLM, CPU", "0.32", _vllm_cpu),
-        Engine("sglang", "SGLang, NVIDIA", "0.5.23", _sglang),
-        Engine("transformers", "transformers", "5.23", _transformers),
+        Engine("vllm", "vLLM, NVIDIA", "0.33", CHECKPOINT, _vllm),
+        Engine("vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu),
+        Engine("sglang", "SGLang, NVIDIA", "0.5.23", CHECKPOINT, _sglang),
+        Engine("transformers", "transformers", "5.23", CHECKPOINT, _transformers),
+        Engine("llama.cpp", "llama.cpp", "2026.10", "gguf", _llama_cpp),
+        Engine("mlx", "MLX", "0.32", "mlx", _mlx),
     )
 }
 
@@ -158,52 +185,12 @@ def parts_of(scheme: Scheme) -> Iterator[Scheme]:
     yield from (get_scheme(name) for _, name in scheme.overrides if name != FULL_PRECISION)
 
 
-def schemes_of(checkpoint: Path) -> list[Scheme]:
-    """The number formats of a compressed-tensors checkpoint, read from its config.
-
-    Raises:
-        FileNotFoundError: it has no config.json.
-        ValueError: it is not quantized with integers in the form of compressed-tensors.
-    """
-    file = checkpoint / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; give the folder of a quantized checkpoint")
-    stated = read_json(file).get("quantization_config")
-    if not isinstance(stated, dict) or stated.get("quant_method") != "compressed-tensors":
-        raise ValueError(
-            f"{file}: names no quantization by compressed-tensors; give the folder of a quantized checkpoint"
-        )
-    groups = stated.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise ValueError(f"{file}: quantization_config has no config_groups; download it again")
-    return list(dict.fromkeys(_scheme_of(file, group) for group in groups.values()))
-
-
-def _scheme_of(file: Path, group: Any) -> Scheme:
-    try:
-        weights, inputs = group["weights"], group.get("input_activations")
-        if weights["type"] != "int":
-            raise ValueError(f"{file}: has weights of type {weights['type']}; integers are known only")
-        own = Scheme(
-            "", weights["num_bits"], weights["group_size"], weights["symmetric"], inputs and inputs["num_bits"]
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: its config_groups cannot be read ({error!r}); download it again") from error
-    name = next((each.name for each in SCHEMES.values() if _form(each) == _form(own)), _kind(own))
-    return replace(own, name=name)
-
-
-def _form(scheme: Scheme) -> tuple[int, bool, int | None]:
-    return scheme.weight_bits, scheme.symmetric, scheme.activation_bits
-
-
 def table(schemes: list[Scheme]) -> str:
     """What every engine does with the schemes, as a table of markdown."""
-    lines = ["| scheme | engine | runs | how | source |", "|---|---|---|---|---|"]
+    lines = ["| scheme | engine | container | runs | how | source |", "|---|---|---|---|---|---|"]
     for scheme in schemes:
         for engine in ENGINES.values():
             found = engine.of(scheme)
-            lines.append(
-                f"| {scheme.name} | {engine.title} {engine.version} | {found.runs} | {found.note} | {found.source} |"
-            )
+            engine_cells = (f"{engine.title} {engine.version}", engine.container)
+            lines.append(f"| {' | '.join((scheme.name, *engine_cells, found.runs, found.note, found.source))} |")
     return "\n".join(lines) + "\n"

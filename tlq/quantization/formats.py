@@ -28,6 +28,8 @@ class Scheme:
         activation_bits: bits of dynamic per-token symmetric activations; None keeps them in full precision.
         overrides: (pattern, scheme name or `full_precision`); a linear whose module path matches a pattern (in shell
             style, ``*.layers.0.*``) takes that scheme instead. The first match counts.
+        scale_digits: significant binary digits of a scale, which a float16 then holds too; None keeps those of the
+            checkpoint's dtype.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Scheme:
     symmetric: bool
     activation_bits: int | None = None
     overrides: tuple[tuple[str, str], ...] = ()
+    scale_digits: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for an override that a loaded checkpoint would not apply."""
@@ -80,10 +83,15 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         Scheme("w2a16", weight_bits=2, group_size=64, symmetric=False),
         Scheme("w3a16", weight_bits=3, group_size=128, symmetric=False),
+        Scheme("w3a16s", weight_bits=3, group_size=128, symmetric=True),
         Scheme("w4a16", weight_bits=4, group_size=128, symmetric=False),
         Scheme("w4a16s", weight_bits=4, group_size=128, symmetric=True),
         Scheme("w4a8", weight_bits=4, group_size=None, symmetric=True, activation_bits=8),
         Scheme("w8a8", weight_bits=8, group_size=None, symmetric=True, activation_bits=8),
+        # The blocks of GGUF. Those of q4_1 hold scale * zero-point as a float16: 7 digits times 4 are exact in its 11.
+        Scheme("q4_0", weight_bits=4, group_size=32, symmetric=True, scale_digits=11),
+        Scheme("q4_1", weight_bits=4, group_size=32, symmetric=False, scale_digits=7),
+        Scheme("q8_0", weight_bits=8, group_size=32, symmetric=True, scale_digits=11),
     )
 }
 
@@ -129,14 +137,23 @@ class QuantizedWeight:
         parts = zip(*(getattr(self, field.name).split(list(rows)) for field in fields(self)), strict=True)
         return [QuantizedWeight(*part) for part in parts]
 
-    def rescale_rows(self, factor: Tensor) -> QuantizedWeight:
+    def rescale_rows(self, factor: Tensor, scheme: Scheme) -> QuantizedWeight:
         """The same codes with every output row multiplied by ``factor`` [out] (through the scales)."""
         scale = self.scale.float() * factor.float()[:, None]
-        return replace(self, scale=scale.to(self.scale.dtype))
+        return replace(self, scale=stored_scale(scale, scheme, self.scale.dtype))
 
 
 def code_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def stored_scale(scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """A float32 scale, rounded to what the scheme stores in a checkpoint of ``dtype``."""
+    if scheme.scale_digits is None:
+        return scale.to(dtype)
+    mantissa, exponent = torch.frexp(scale)
+    digits = scheme.scale_digits
+    return torch.ldexp(torch.round(mantissa * 2**digits), exponent - digits).half().to(dtype)
 
 
 def weight_qparams(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,11 +167,11 @@ def weight_qparams(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> 
     low, high = scheme.code_range
     groups = weight.float().unflatten(1, (-1, scheme.group_size or weight.shape[1]))
     if scheme.symmetric:
-        scale = _nonzero((groups.abs().amax(2) / ((high - low) / 2)).to(scale_dtype))
+        scale = _nonzero(stored_scale(groups.abs().amax(2) / ((high - low) / 2), scheme, scale_dtype))
         return scale, torch.zeros_like(scale, dtype=torch.int8)
     smallest = groups.amin(2).clamp(max=0)
     largest = groups.amax(2).clamp(min=0)
-    scale = _nonzero(((largest - smallest) / (high - low)).to(scale_dtype))
+    scale = _nonzero(stored_scale((largest - smallest) / (high - low), scheme, scale_dtype))
     zero_point = torch.round(low - smallest / scale.float()).clamp(low, high).to(torch.int8)
     return scale, zero_point
 

@@ -66,6 +66,14 @@ def _reach_disk(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raise FileExistsError or NotADirectoryError unless ``folder`` is empty, or can be made."""
+    if any(each.exists() and not each.is_dir() for each in (folder, *folder.parents)):
+        raise NotADirectoryError(f"{folder}: a file is in its place; choose another folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: not empty; remove it or choose another folder")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """An empty temporary directory; it replaces ``path`` when the block ends well and vanishes otherwise.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from support.listeners import listeners, tree
 from support.ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
 
 from flows.stages import REPRO
+from tasks.cluster import work_pool
 from tasks.cluster.work_pool import Pool
 
 WORKERS = 2
@@ -189,6 +192,27 @@ def test_a_pool_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     with pytest.raises(ConnectionError, match="does not answer"), Pool.connect("gpu"):
         pass
+
+
+def test_a_server_that_stays_busy_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers 503 to everything, as Prefect does while its SQLite is locked."""
+    monkeypatch.setattr(work_pool, "_RETRIES", 1)
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            """Nothing is logged."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}/api")
+        with pytest.raises(ConnectionError, match="too busy: 503 .*run the same command again"), Pool.connect("gpu"):
+            pass
+        server.shutdown()
 
 
 def test_a_stage_without_workers_ends_with_an_error(site: Site) -> None:

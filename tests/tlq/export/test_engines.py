@@ -10,7 +10,8 @@ import pytest
 from support.quick_project import ROOT
 
 from tlq import cli, quantize
-from tlq.export.engines import ENGINES, check_engine, nearest, schemes_of, table
+from tlq.export.engines import ENGINES, check_engine, nearest, table
+from tlq.export.quantized import schemes_of
 from tlq.quantization.formats import SCHEMES, Scheme, get_scheme
 
 
@@ -20,7 +21,7 @@ def test_every_engine_has_an_answer_with_a_source_for_every_scheme() -> None:
             found = engine.of(scheme)
             assert found.source
             assert found.note or found.runs == "dequantized"
-        assert engine.of(get_scheme("w4a16")).runs != "refused"
+        assert engine.of(get_scheme("w4a16s")).runs != "refused"
 
 
 def test_the_command_offers_the_engines_that_exist() -> None:
@@ -30,7 +31,12 @@ def test_the_command_offers_the_engines_that_exist() -> None:
 
 @pytest.mark.parametrize(
     ("engine", "scheme", "other"),
-    [("sglang", "w3a16", "w4a16"), ("vllm-cpu", "w2a16", "w4a16"), ("sglang", "w4a8", "w4a16s")],
+    [
+        ("sglang", "w3a16", "w4a16"),
+        ("vllm-cpu", "w2a16", "w4a16"),
+        ("sglang", "w4a8", "w4a16s"),
+        ("llama.cpp", "w3a16", "q4_1"),
+    ],
 )
 def test_a_scheme_that_an_engine_refuses_is_refused_with_the_nearest(engine: str, scheme: str, other: str) -> None:
     with pytest.raises(ValueError, match=f"does not run {scheme} .*; the nearest scheme that it runs is {other}$"):

@@ -86,7 +86,7 @@ def test_quantize_inverts_dequantize(weight: Tensor, scheme: Scheme, dtype: torc
 
 
 @settings(max_examples=60, deadline=None)
-@given(weights(), schemes)
+@given(weights(), st.sampled_from([scheme for scheme in SMALL if scheme.scale_digits is None]))
 def test_error_is_at_most_half_a_step(weight: Tensor, scheme: Scheme) -> None:
     """With exact scales no error exceeds half a step, except where a symmetric range is clipped."""
     result = WeightQuantizer(scheme, torch.float32).round_nearest(weight)
@@ -132,7 +132,7 @@ def test_qparams_are_those_of_compressed_tensors(weight: Tensor, scheme: Scheme)
         group_size=scheme.group_size,
     )
     theirs_scale, theirs_zero = calculate_qparams(groups.amin(2), groups.amax(2), args)
-    scale, zero_point = weight_qparams(weight, scheme, torch.float32)
+    scale, zero_point = weight_qparams(weight, dataclasses.replace(scheme, scale_digits=None), torch.float32)
     alive = groups.abs().amax(2) > 0
     torch.testing.assert_close(scale[alive], theirs_scale[alive], rtol=1e-6, atol=0)
     assert torch.equal(zero_point[alive], theirs_zero[alive].to(torch.int8))
@@ -162,9 +162,23 @@ def test_rescaled_rows_keep_their_codes() -> None:
     weight = torch.randn(4, 2 * GROUP, generator=torch.Generator().manual_seed(0))
     before = WeightQuantizer(scheme, torch.bfloat16).round_nearest(weight)
     factor = torch.tensor([0.5, 1.0, 2.0, 4.0])
-    after = before.rescale_rows(factor)
+    after = before.rescale_rows(factor, scheme)
     assert torch.equal(after.codes, before.codes)
     assert torch.equal(after.dequantize(), before.dequantize() * factor[:, None])  # powers of two are exact
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights(), st.sampled_from([get_scheme("q4_0"), get_scheme("q4_1"), get_scheme("q8_0")]), storages)
+def test_a_float16_holds_the_scales_and_offsets_of_blocks(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
+    weight = weight[:, : weight.shape[1] // 32 * 32]
+    small = dataclasses.replace(scheme, group_size=weight.shape[1] or None)
+    for result in (
+        WeightQuantizer(small, dtype).round_nearest(weight),
+        WeightQuantizer(small, dtype).round_nearest(weight).rescale_rows(torch.full((len(weight),), 0.3), small),
+    ):
+        offset = -result.scale.float() * (result.zero_point.float() + 8)
+        assert torch.equal(result.scale.half().float(), result.scale.float())
+        assert scheme.symmetric or torch.equal(offset.half().float(), offset)
 
 
 def test_indivisible_group_size_names_layer_and_next_step() -> None:
