@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml requirements.lock requirements-torch.lock
 lock: setup
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet 'uv==0.13.*'
-	$(BIN)/pip freeze --exclude-editable | grep -v '^\(torch\|triton\|nvidia-.*\|cuda-.*\)==' \
+	$(BIN)/pip freeze --all --exclude-editable | grep -v '^\(pip\|torch\|triton\|nvidia-.*\|cuda-.*\)==' \
 		| .venv-lock/bin/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --no-header - --output-file requirements.lock
 	rm -r .venv-lock
 

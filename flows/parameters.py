@@ -21,7 +21,7 @@ from prefect import get_run_logger
 from flows.form import FIELDS, PRESETS, Inputs, Options, QuantizeOptions, preset_names
 from flows.names import experiment_name
 from flows.stages import ROOT
-from tasks.config.consistency import check_gate, demo_inputs
+from tasks.config.consistency import check_gate, check_served, demo_inputs
 from tasks.config.editor import EditError, ParamsEditor
 from tlq.runtime.files import write_text
 
@@ -117,12 +117,13 @@ def check(text: str, values: Mapping[str, Any]) -> None:
         values: the overrides that are in ``text`` already.
 
     Raises:
-        ParamsError: no version can pass the gate.
+        ParamsError: no version can pass the gate, or the engine that will serve them does not run a scheme.
         ParametersError: the run names a real model and leaves it demo data or demo benchmarks. The same in params.yaml
             itself is a warning.
     """
     content = yaml.safe_load(text)
     check_gate(content)
+    check_served(content)
     presets = values.get(PRESET, {})
     inputs = {kind: what for kind, what in demo_inputs(content).items() if presets.get(kind) != DEMO}
     if not inputs:

@@ -1,12 +1,21 @@
-"""Checks between sections of params.yaml, for the first seconds of a run: the gate, and real models on demo inputs."""
+"""Checks between sections of params.yaml, for the first seconds of a run: gate, engine, real models on demo inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.config.params import EvaluateParams, ParamsError, RegisterParams, parse
+from tasks.config.params import (
+    CalibrateParams,
+    EvaluateParams,
+    ExportParams,
+    ParamsError,
+    RegisterParams,
+    VariantParams,
+    parse,
+)
+from tlq.export.engines import check_engine
 
 #: Folder of the demo's model, calibration data and benchmark files.
 DEMO_FOLDER = Path("data/demo")
@@ -50,6 +59,25 @@ def _check_limits(least: int, evaluate: EvaluateParams) -> None:
                 f"{name}: the limit is {limit} items, register.min_items needs at least {least}, so no version can "
                 "pass the gate; raise the limit, lower register.min_items, or set register.promote to false"
             )
+
+
+def check_served(content: Mapping[str, Any], schemes: Sequence[str] | None = None) -> None:
+    """Check that the engine of `export.engine`, if one is named, runs the schemes (by default those of the variants).
+
+    Raises:
+        ParamsError: it refuses one; the message names the nearest that it runs.
+    """
+    engine = parse("export", content.get("export") or {}, ExportParams).engine
+    if engine is None or "calibrate" not in content:
+        return
+    if schemes is None:
+        schemes = parse("variants", content["variants"], VariantParams).schemes if "variants" in content else ()
+    calibrate = parse("calibrate", content["calibrate"], CalibrateParams)
+    for name in schemes:
+        try:
+            check_engine(engine, calibrate.scheme(name))
+        except ValueError as error:
+            raise ParamsError(f"export.engine: {error}; change variants.schemes, or export.engine") from error
 
 
 def demo_inputs(content: Mapping[str, Any]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -13,13 +13,23 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from benchmarks.source import BenchmarkSource
 from tasks.config.mistakes import explain
+from tlq.export.engines import get_engine
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.weighting import LossName, Source, Weighting
-from tlq.quantization.formats import get_scheme
+from tlq.quantization.formats import Scheme, get_scheme
 from tlq.recipes import Recipe, get_recipe
 
 T = TypeVar("T")
@@ -155,6 +165,13 @@ class CalibrateParams(Section):
         description="scheme, or `full_precision`, by pattern of module paths; a linear takes the first match",
     )
 
+    def scheme(self, name: str) -> Scheme:
+        """Scheme ``name`` with the group size and overrides of this section."""
+        scheme = get_scheme(name)
+        if scheme.group_size is not None and self.group_size is not None:
+            scheme = replace(scheme, group_size=self.group_size)
+        return replace(scheme, overrides=tuple(self.overrides.items()))
+
 
 class VariantParams(Section):
     """The variants: every recipe with every scheme."""
@@ -174,6 +191,23 @@ class VariantParams(Section):
         for name in self.schemes:
             get_scheme(name)
         return self
+
+
+class ExportParams(Section):
+    """What the checkpoints are for."""
+
+    engine: str | None = Field(
+        default=None,
+        description="inference engine that will serve them, a name of docs/engines.md: a scheme that it does not run "
+        "is refused before any work; null refuses none",
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        if value is not None:
+            get_engine(value)
+        return value
 
 
 class EvaluateParams(Section):
@@ -342,6 +376,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "calibrate": CalibrateParams,
     "variants": VariantParams,
     "recipes": RecipesParams,
+    "export": ExportParams,
     "evaluate": EvaluateParams,
     "register": RegisterParams,
     "report": ReportParams,
@@ -449,7 +484,7 @@ def read(path: str | Path = PARAMS) -> dict[str, Any]:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ParamsError(f"{path}: must be a mapping of sections")
-    for name in content:
+    for name in content.keys() - SECTIONS.keys():
         if near := get_close_matches(str(name), SECTIONS.keys() - content.keys(), n=1, cutoff=0.8):
             raise ParamsError(f"{path}: section `{name}` is unknown, and `{near[0]}` is missing; rename it")
     return content

@@ -25,7 +25,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from ruamel.yaml.comments import CommentedMap
 
-from tasks.config.consistency import check_gate, demo_inputs
+from tasks.config.consistency import check_gate, check_served, demo_inputs
 from tasks.config.editor import ParamsEditor, round_trip, row
 from tasks.config.mistakes import reason_of
 from tasks.config.params import PARAMS, SECTIONS, Download, ParamsError, parse, repo_type
@@ -196,12 +196,16 @@ def _apply(preset: Preset, editor: ParamsEditor) -> None:
 
 
 def check(text: str) -> None:
-    """Raise ParamsError for parameters that a stage would refuse, and for a gate that no version can pass."""
+    """Raise ParamsError for parameters that a stage would refuse.
+
+    Also for a gate that no version can pass, and for a scheme that the engine to serve with does not run.
+    """
     content = yaml.safe_load(text)
     for name, values in content.items():
         if name in SECTIONS:
             parse(name, values, SECTIONS[name])
     check_gate(content)
+    check_served(content)
 
 
 def check_inputs(text: str, presets: Sequence[Preset]) -> None:

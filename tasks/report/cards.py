@@ -26,7 +26,7 @@ from tasks.files import MODELS, REPORT
 from tasks.report.page import environment
 from tasks.report.results import Results, Variant, is_demo
 from tasks.report.tokens import TokenData
-from tlq.export.engines import ENGINES
+from tlq.export.engines import ENGINES, serving
 from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.report")
@@ -126,8 +126,10 @@ def metadata(variant: Variant, base: Base) -> ModelCardData:
     )
 
 
-def render_card(variant: Variant, results: Results, base: Base, data: CalibrationData, checkpoint: Path) -> str:
-    """The card as markdown with front matter."""
+def render_card(
+    variant: Variant, results: Results, base: Base, data: CalibrationData, checkpoint: Path, backend: str = "hf"
+) -> str:
+    """The card as markdown with front matter; ``backend`` is the one that scores were measured with."""
     demo = [name for name in results.benchmarks if is_demo(name)]
     recipe = variant.recipe
     return (
@@ -145,7 +147,8 @@ def render_card(variant: Variant, results: Results, base: Base, data: Calibratio
             data=data if recipe.needs_data else None,
             groups=variant.groups,
             path=checkpoint.as_posix(),
-            engine=ENGINES["vllm"],
+            backend=backend,
+            serving=serving(variant.scheme, base.model_type, checkpoint.as_posix()),
             vllm=ENGINES["vllm"].of(variant.scheme),
             load_model=base.model_type in _NEEDS_LOAD_MODEL and not variant.scheme.dequantized,
             digest=_sha256(checkpoint / "calibration.json"),

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
 from tasks.command import command_line, device
-from tasks.config.params import CalibrateParams, CalibsetParams, ModelParams, ParamsError, recipe, section
+from tasks.config.consistency import check_served
+from tasks.config.params import CalibrateParams, CalibsetParams, ModelParams, ParamsError, read, recipe, section
 from tasks.files import (
     CALIBSET,
     IMPORTANCE,
@@ -35,7 +36,7 @@ from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan import plan_calibration
-from tlq.quantization.formats import SCHEMES, Scheme, WeightQuantizer, get_scheme
+from tlq.quantization.formats import SCHEMES, WeightQuantizer
 from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Sample
 
@@ -75,20 +76,13 @@ def main(recipe: str, scheme: str, dry_run: bool = False) -> None:
         on_ranks("tasks.stages.calibrate", words, lambda: quantize(recipe, scheme))
 
 
-def scheme_of(name: str, params: CalibrateParams) -> Scheme:
-    """Scheme ``name`` with the group size and overrides of section `calibrate`."""
-    scheme = get_scheme(name)
-    if scheme.group_size is not None and params.group_size is not None:
-        scheme = replace(scheme, group_size=params.group_size)
-    return replace(scheme, overrides=tuple(params.overrides.items()))
-
-
 def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
     """Compute this process's share of one variant, or only print the plan."""
     model_params = section("model", ModelParams)
     params = section("calibrate", CalibrateParams)
     row = recipe(recipe_name)
-    scheme = scheme_of(scheme_name, params)
+    scheme = params.scheme(scheme_name)
+    check_served(read(), [scheme_name])
     samples: list[Sample] = []
     longest = 0
     weights = PoolWeights.empty()

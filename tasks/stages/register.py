@@ -68,6 +68,7 @@ from tasks.registry.versions import (
     verdict_of,
     verdict_tag,
 )
+from tlq.export.engines import ENGINES
 from tlq.results import CalibrationReport
 from tlq.runtime.digest import checkpoint_digest
 from tlq.runtime.files import write_text
@@ -232,6 +233,8 @@ class Registrar:
         run_id = self._calibration_run(result.variant, result.identity[CHECKPOINT])
         score = result.metrics.mean.score
         tags = {VARIANT: result.variant, **({} if score is None else {SCORE: f"{score:.4g}"}), **verdict_tag(verdict)}
+        if result.calibration is not None:
+            tags |= {f"engine.{key}": engine.of(result.calibration.scheme).runs for key, engine in ENGINES.items()}
         withheld = {} if self.params.promote else {OUTCOME: WITHHELD}
         with running(self.client, run_id):
             self._log_calibration(run_id, result)

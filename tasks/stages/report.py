@@ -91,8 +91,9 @@ def write_pictures(results: Results, samples: list[SampleTokens], shares: pd.Dat
 def write_cards(results: Results, data: TokenData, params: ReportParams, model: str, folder: Path) -> None:
     base = read_base(model, params.base_model)
     calibration = CalibrationData.of(section("prepare", PrepareParams), data)
+    backend = section("evaluate", EvaluateParams).backend
     for variant in results.variants:
-        text = render_card(variant, results, base, calibration, MODELS / variant.name)
+        text = render_card(variant, results, base, calibration, MODELS / variant.name, backend)
         write_text(text, folder / f"{variant.name}.md")
 
 

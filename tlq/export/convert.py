@@ -30,14 +30,18 @@ def convert(checkpoint: str | Path, container: str, out: str | Path) -> list[Pat
     check_new_folder(folder)
     if container == "gguf" and importlib.util.find_spec("gguf") is None:
         raise ImportError("a GGUF file is written by the package gguf, which is missing; pip install 'tlq[gguf]'")
-    opened = QuantizedCheckpoint.open(Path(checkpoint))
-    with new_directory(folder) as temporary:
+    return write_container(QuantizedCheckpoint.open(Path(checkpoint)), container, folder)
+
+
+def write_container(checkpoint: QuantizedCheckpoint, container: str, out: Path) -> list[Path]:
+    """As ``convert``, of an open checkpoint."""
+    with new_directory(out) as temporary:
         if container == "gguf":
             from tlq.export.gguf import write_gguf
 
-            written = write_gguf(opened, temporary)
+            written = write_gguf(checkpoint, temporary)
         else:
             from tlq.export.mlx import write_mlx
 
-            written = write_mlx(opened, temporary)
-    return [folder / path.relative_to(temporary) for path in written]
+            written = write_mlx(checkpoint, temporary)
+    return [out / path.relative_to(temporary) for path in written]

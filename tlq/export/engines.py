@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tlq.export.containers import MLX_GROUPS, gguf_block, mlx_group
-from tlq.export.quantized import kind
+from tlq.export.containers import GGUF_FAMILIES, MLX_FAMILIES, MLX_GROUPS, gguf_block, mlx_group
 from tlq.quantization.formats import FULL_PRECISION, SCHEMES, Scheme, get_scheme
 
 #: ``native``: kernels that compute on the codes, activations as the scheme says. ``weight only``: kernels that read the
@@ -31,12 +30,19 @@ class Support:
         note: kernels, conditions and flags.
         source: where that was read, or `run`.
         needs: instructions of the CPU (in the words of /proc/cpuinfo) without which it refuses.
+        differs: why its numbers are not those of transformers, which computes as the scores were measured.
     """
 
     runs: Runs
     note: str
     source: str
     needs: str | None = None
+    differs: str = ""
+
+    @property
+    def how(self) -> str:
+        """Everything to know about it but the source."""
+        return "; ".join(part for part in (self.note, self.differs) if part)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Engine:
     Attributes:
         container: what it loads: the checkpoint as written, or what `tlq convert` makes of it.
         support: what it does with a scheme (without overrides).
+        command: how a folder is served, after ``{folder}``; empty where that takes a program.
+        families: those that its container has, by the ``model_type`` of config.json; None for every one.
     """
 
     name: str
@@ -53,6 +61,8 @@ class Engine:
     version: str
     container: str
     support: Callable[[Scheme], Support]
+    command: str = ""
+    families: tuple[str, ...] | None = None
 
     def of(self, scheme: Scheme) -> Support:
         """What it does with a checkpoint: what it does with its worst part."""
@@ -62,7 +72,7 @@ class Engine:
 
 def _vllm(scheme: Scheme) -> Support:
     read = "vLLM 0.33.0, compressed_tensors/schemes"
-    match kind(scheme):
+    match scheme.kind:
         case "w2a16" | "w3a16":
             return Support(
                 "native", "Humming kernels alone; they are compiled with nvcc when it loads (sm75 and newer)", read
@@ -75,16 +85,17 @@ def _vllm(scheme: Scheme) -> Support:
                 "weight only",
                 "Marlin or Machete; `--linear-backend humming` quantizes activations too",
                 f"{read}, vllm#38064",
+                differs="activations stay in 16 bits",
             )
         case "w8a16":
             return Support("native", "Marlin", read)
         case "w8a8":
             return Support("native", "Cutlass", read)
-    return Support("refused", f"no kernel for {kind(scheme)}", read)
+    return Support("refused", f"no kernel for {scheme.kind}", read)
 
 
 def _vllm_cpu(scheme: Scheme) -> Support:
-    match kind(scheme):
+    match scheme.kind:
         case "w2a16" | "w3a16":
             return Support(
                 "refused", "Failed to find a kernel that can implement the WNA16 linear layer", "run (0.32.0)"
@@ -94,20 +105,21 @@ def _vllm_cpu(scheme: Scheme) -> Support:
                 "native", "x86 with AVX-512; without it cpu_gemm_wna16 is missing", "run (0.32.0)", "avx512f"
             )
         case "w4a8":
-            return Support("weight only", "x86 with AVX-512, as W4A16", "vLLM 0.33.0", "avx512f")
+            differs = "activations stay in 16 bits"
+            return Support("weight only", "x86 with AVX-512, as W4A16", "vLLM 0.33.0", "avx512f", differs)
         case "w8a8":
             return Support("native", "same answers as transformers", "run (0.32.0)")
-    return Support("refused", f"no kernel for {kind(scheme)}", "vLLM 0.33.0")
+    return Support("refused", f"no kernel for {scheme.kind}", "vLLM 0.33.0")
 
 
 def _sglang(scheme: Scheme) -> Support:
     read = "SGLang 0.5.23, compressed_tensors"
-    match kind(scheme):
+    match scheme.kind:
         case "w4a16" | "w8a16":
             return Support("native", "Marlin (sm80 and newer)", read)
         case "w8a8":
             return Support("native", "Cutlass", read)
-    return Support("refused", f"no scheme for {kind(scheme)}", read)
+    return Support("refused", f"no scheme for {scheme.kind}", read)
 
 
 def _transformers(scheme: Scheme) -> Support:
@@ -121,7 +133,10 @@ def _llama_cpp(scheme: Scheme) -> Support:
         block = gguf_block(scheme)
     except ValueError as error:
         return Support("refused", str(error).split(";")[0], source)
-    return Support("native", f"{block} blocks; it rounds activations to 8 bits in blocks of 32", source)
+    differs = "rounds activations to 8 bits in blocks of 32"
+    if scheme.activation_bits is not None:
+        differs += ", not one scale per token"
+    return Support("native", f"{block} blocks", source, differs=differs)
 
 
 def _mlx(scheme: Scheme) -> Support:
@@ -130,18 +145,25 @@ def _mlx(scheme: Scheme) -> Support:
         mlx_group(scheme, MLX_GROUPS[0])
     except ValueError as error:
         return Support("refused", str(error).split(";")[0], source)
-    return Support("native" if scheme.activation_bits is None else "weight only", "activations in float32", source)
+    if scheme.activation_bits is None:
+        return Support("native", "activations in float32", source)
+    return Support("weight only", "activations in float32", source, differs="activations stay in 32 bits")
 
+
+_LLAMA_SERVER = "llama-server --model {folder}-gguf/model.gguf --mmproj {folder}-gguf/mmproj.gguf"
+_MLX_GENERATE = 'python -m mlx_vlm.generate --model {folder}-mlx --image picture.png --prompt "What is written here?"'
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("vllm", "vLLM, NVIDIA", "0.33", CHECKPOINT, _vllm),
-        Engine("vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu),
-        Engine("sglang", "SGLang, NVIDIA", "0.5.23", CHECKPOINT, _sglang),
+        Engine("vllm", "vLLM, NVIDIA", "0.33", CHECKPOINT, _vllm, "vllm serve {folder}"),
+        Engine("vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu, "vllm serve {folder}"),
+        Engine(
+            "sglang", "SGLang, NVIDIA", "0.5.23", CHECKPOINT, _sglang, "python -m sglang.launch_server --model {folder}"
+        ),
         Engine("transformers", "transformers", "5.23", CHECKPOINT, _transformers),
-        Engine("llama.cpp", "llama.cpp", "2026.10", "gguf", _llama_cpp),
-        Engine("mlx", "MLX", "0.32", "mlx", _mlx),
+        Engine("llama.cpp", "llama.cpp", "2026.10", "gguf", _llama_cpp, _LLAMA_SERVER, GGUF_FAMILIES),
+        Engine("mlx", "MLX", "0.32", "mlx", _mlx, _MLX_GENERATE, MLX_FAMILIES),
     )
 }
 
@@ -192,5 +214,27 @@ def table(schemes: list[Scheme]) -> str:
         for engine in ENGINES.values():
             found = engine.of(scheme)
             engine_cells = (f"{engine.title} {engine.version}", engine.container)
-            lines.append(f"| {' | '.join((scheme.name, *engine_cells, found.runs, found.note, found.source))} |")
+            lines.append(f"| {' | '.join((scheme.name, *engine_cells, found.runs, found.how, found.source))} |")
     return "\n".join(lines) + "\n"
+
+
+def serving(scheme: Scheme, family: str, folder: str) -> str:
+    """How engines serve a checkpoint, for its card: a table of markdown, and the commands.
+
+    Args:
+        family: ``model_type`` of the checkpoint's config.json.
+        folder: the checkpoint's folder, as the commands name it.
+    """
+    lines = ["| engine | runs | how |", "|---|---|---|"]
+    commands = []
+    for engine in ENGINES.values():
+        found = engine.of(scheme)
+        if engine.families is not None and family not in engine.families:
+            found = Support("refused", f"no {engine.container} of the family {family}", found.source)
+        lines.append(f"| {engine.title} {engine.version} | {found.runs} | {found.how} |")
+        if found.runs == "refused" or not engine.command:
+            continue
+        if engine.container != CHECKPOINT:
+            commands.append(f"tlq convert {folder} --to {engine.container} --out {folder}-{engine.container}")
+        commands.append(engine.command.format(folder=folder))
+    return "\n".join([*lines, "", "```bash", *dict.fromkeys(commands), "```"])

@@ -210,9 +210,8 @@ def _describe_decoder(writer: GGUFWriter, config: Any, checkpoint: QuantizedChec
 
 def _file_type(checkpoint: QuantizedCheckpoint) -> int:
     """What the file says that most of its weights are."""
-    types = [block_type(scheme) for scheme in checkpoint.schemes.values()]
-    most = max(set(types), key=types.count)
-    return int(gguf.LlamaFileType[f"MOSTLY_{most.name}"])
+    types = [block_type(scheme) for scheme in checkpoint.schemes.values()] or [GGMLQuantizationType.F16]
+    return int(gguf.LlamaFileType[f"MOSTLY_{max(types, key=types.count).name}"])
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:

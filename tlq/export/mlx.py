@@ -47,7 +47,9 @@ def write_mlx(checkpoint: QuantizedCheckpoint, out: Path) -> list[Path]:
     """
     check_convertible(checkpoint)
     index_shards(out, save_parts(_tensors(checkpoint), out, "part"))
-    config = {**_hub_config(checkpoint.config), "quantization": _quantization(checkpoint)}
+    config = _hub_config(checkpoint.config)
+    if checkpoint.schemes:
+        config["quantization"] = _quantization(checkpoint)
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_processor_files(checkpoint.folder, out)
     return [out]

@@ -10,6 +10,8 @@ import numpy as np
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tlq.export.engines import serving
+from tlq.models.stored import read_json
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.runtime.files import write_text
@@ -50,6 +52,7 @@ def write_card(
         scheme=scheme,
         samples=samples,
         errors=_mean_errors(groups),
+        serving=serving(scheme, read_json(folder / "config.json")["model_type"], folder.name),
     )
     write_text(text, folder / "README.md")
 

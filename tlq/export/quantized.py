@@ -65,6 +65,11 @@ class QuantizedCheckpoint:
             parts,
         )
 
+    @classmethod
+    def in_full_precision(cls, folder: Path) -> QuantizedCheckpoint:
+        """A checkpoint that is not quantized, to measure the others against in the same engine."""
+        return cls(folder, read_json(folder / "config.json"), {}, stored_tensors(folder), {})
+
     def shape(self, name: str) -> tuple[int, int]:
         """Output and input channels of a quantized linear."""
         parts = self._parts[name]
@@ -147,17 +152,11 @@ def _scheme_of(checkpoint: Path, group: Any) -> Scheme:
     )
     if known and known[0].group_size == own.group_size:
         return known[0]
-    return replace(own, name=known[0].name if known else kind(own))
+    return replace(own, name=known[0].name if known else own.kind)
 
 
 def _form(scheme: Scheme) -> tuple[int, bool, int | None]:
     return scheme.weight_bits, scheme.symmetric, scheme.activation_bits
-
-
-def kind(scheme: Scheme) -> str:
-    """Bits of weights and activations, ``w4a16`` for instance."""
-    activations = 16 if scheme.activation_bits is None else scheme.activation_bits
-    return f"w{scheme.weight_bits}a{activations}"
 
 
 def _scheme_of_linear(checkpoint: Path, name: str, groups: Mapping[str, Any]) -> Scheme:

@@ -65,6 +65,11 @@ class Scheme:
         return self.activation_bits is None
 
     @property
+    def kind(self) -> str:
+        """Bits of weights and activations: ``w4a16`` for instance."""
+        return f"w{self.weight_bits}a{self.activation_bits or 16}"
+
+    @property
     def code_range(self) -> tuple[int, int]:
         return code_range(self.weight_bits)
 

@@ -17,6 +17,8 @@ from support.report_results import VARIANTS, write_metrics
 from tasks.config.params import VariantParams
 from tasks.report.cards import Base, CalibrationData, place_cards, read_base, render_card
 from tasks.report.results import read_results
+from tlq.export.engines import serving
+from tlq.quantization.formats import get_scheme
 from tlq.runtime.digest import checkpoint_digest
 from tlq.samples import Sample
 
@@ -105,11 +107,12 @@ def test_real_benchmarks_are_not_called_demo(reported: Path, tmp_path: Path, mon
     assert "| textvqa_vlm |" in text
 
 
-def test_cards_say_how_vllm_runs_the_scheme(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = " ".join(card(reported, monkeypatch, "tlq-w4a8").split())
-    assert (
-        "With vLLM 0.33 (4-bit weights, activations in 16 bits: Marlin or Machete; `--linear-backend humming`" in text
-    )
+def test_cards_say_how_engines_run_the_scheme(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = card(reported, monkeypatch, "tlq-w4a8")
+    assert serving(get_scheme("w4a8"), "qwen2_vl", "models/tlq-w4a8") in text
+    assert "| vLLM, NVIDIA 0.33 | weight only | Marlin or Machete; `--linear-backend humming`" in text
+    assert "tlq convert models/tlq-w4a8 --to gguf --out models/tlq-w4a8-gguf\nllama-server --model" in text
+    assert "The scores above were measured with transformers" in text
 
 
 # --- Their code ---------------------------------------------------------------------------------------------------

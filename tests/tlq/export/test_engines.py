@@ -10,7 +10,7 @@ import pytest
 from support.quick_project import ROOT
 
 from tlq import cli, quantize
-from tlq.export.engines import ENGINES, check_engine, nearest, table
+from tlq.export.engines import ENGINES, check_engine, nearest, serving, table
 from tlq.export.quantized import schemes_of
 from tlq.quantization.formats import SCHEMES, Scheme, get_scheme
 
@@ -101,6 +101,24 @@ def test_a_config_that_is_not_ours_is_refused(tmp_path: Path, config: dict[str, 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="give the folder of a quantized checkpoint"):
         schemes_of(tmp_path)
+
+
+def test_a_card_names_the_commands_of_the_engines_that_take_it() -> None:
+    text = serving(get_scheme("q4_0"), "qwen2_vl", "out")
+    assert "vllm serve out\n" in text
+    assert "tlq convert out --to gguf --out out-gguf\nllama-server --model out-gguf/model.gguf" in text
+    assert "| llama.cpp 2026.10 | native | Q4_0 blocks; rounds activations to 8 bits in blocks of 32 |" in text
+    other = serving(get_scheme("q4_0"), "llava_onevision", "out")
+    assert "| llama.cpp 2026.10 | refused | no gguf of the family llava_onevision |" in other
+    assert "llama-server" not in other
+    assert "mlx_vlm.generate" in other
+    refused = serving(get_scheme("w3a16"), "qwen2_vl", "out")
+    assert "sglang.launch_server" not in refused
+
+
+def test_the_library_writes_the_engines_into_its_card(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    quantize(tiny_checkpoint, tmp_path / "out", [], recipe="rtn", scheme="w4a16s")
+    assert serving(get_scheme("w4a16s"), "qwen2_vl", "out") in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_page_of_the_documentation_holds_the_table() -> None:

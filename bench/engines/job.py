@@ -1,0 +1,68 @@
+"""What every script of an engine does: read a job, run it, write the result. The standard library alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Engine(Protocol):
+    """A loaded checkpoint."""
+
+    def reply(self, prompt: dict[str, Any]) -> str:
+        """The greedy reply to a prompt."""
+        ...
+
+    def log_probabilities(self, prompt: dict[str, Any]) -> list[list[float]]:
+        """Natural logarithms of the probabilities of every token, before each token of the prompt's answer."""
+        ...
+
+    def generate(self, prompt: dict[str, Any], tokens: int) -> None:
+        """Generate exactly so many tokens."""
+        ...
+
+
+def main(load: Callable[[dict[str, Any]], Engine]) -> None:
+    """Run the job of the first argument and write its result to the second.
+
+    A job has ``path``, ``prompts`` (``image``, ``text``, ``answer_ids``, ``pieces``), ``new_tokens`` and
+    ``vocabulary``. A result has the fields of ``_run``, or ``refused``: what the engine said.
+    """
+    job = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        result = _run(load, job)
+    except Exception as error:  # noqa: BLE001  whatever an engine raises is its answer, and goes into the table
+        traceback.print_exc()
+        result = {"refused": f"{type(error).__name__}: {error}"}
+    Path(sys.argv[2]).write_text(json.dumps(result))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the threads of some engines never end
+
+
+def _run(load: Callable[[dict[str, Any]], Engine], job: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    engine = load(job)
+    load_seconds = time.perf_counter() - start
+    prompts = job["prompts"]
+    replies = [engine.reply(prompt) for prompt in prompts]
+    log_probabilities = [engine.log_probabilities(prompt) for prompt in prompts]
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        engine.generate(prompts[0], job["new_tokens"])
+        seconds.append(time.perf_counter() - start)
+    return {
+        "load_seconds": load_seconds,
+        "replies": replies,
+        "log_probabilities": log_probabilities,
+        "tokens_per_second": job["new_tokens"] / min(seconds[1:]),  # the first is a warm-up
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
