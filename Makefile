@@ -15,7 +15,7 @@ export DO_NOT_TRACK ?= 1
 # Stages are processes that start often: without compiled modules each start takes a third longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup lock demo serve pool test soak check lint peers-env clean
+.PHONY: setup lock demo serve pool test soak check lint peers-env engines-env engines clean
 
 setup: $(STAMP)
 
@@ -54,7 +54,7 @@ lint: setup
 
 # Lint, types and the fast tests; tests/support/slow.py lists the slow ones.
 check: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not soak"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not soak and not engine"
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -71,6 +71,14 @@ peers-env: .venv-peers/.installed
 	.venv-peers/bin/pip install --quiet --no-compile --requirement requirements-torch.lock
 	.venv-peers/bin/pip install --quiet 'llmcompressor==0.14.*'
 	touch $@
+
+# Engines in environments of their own; the demo model's exports in all of them, see docs/engines.md.
+engines-env: setup
+	$(BIN)/python -m bench.engines.environments
+
+engines: engines-env
+	$(BIN)/dvc repro --quiet demo
+	$(BIN)/python -m bench.engines
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

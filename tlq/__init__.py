@@ -2,7 +2,7 @@
 
 from tlq import load_samples, quantize
 samples = load_samples("samples.json", image_root="images", limit=128)
-quantize("Qwen2-VL-2B-Instruct", "Qwen2-VL-2B-Instruct-w4a16", samples, recipe="tlq", scheme="w4a16")
+quantize("Qwen2-VL-2B-Instruct", "Qwen2-VL-2B-Instruct-w4a16", samples)
 """
 
 from __future__ import annotations

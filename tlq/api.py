@@ -124,8 +124,8 @@ def quantize(
     model: str | Path,
     out: str | Path,
     samples: Sequence[Sample] = (),
-    recipe: str | Recipe = "tlq",
-    scheme: str | Scheme = "w3a16",
+    recipe: str | Recipe = "tlq-c",
+    scheme: str | Scheme = "w4a16",
     **options: Unpack[Options],
 ) -> QuantizationReport:
     """Quantize the decoder of ``model`` and write a checkpoint to ``out``; ``tlq.export.engines`` says what loads it.
@@ -168,8 +168,8 @@ def quantize(
 def plan(
     model: str | Path,
     samples: Sequence[Sample] = (),
-    recipe: str | Recipe = "tlq",
-    scheme: str | Scheme = "w3a16",
+    recipe: str | Recipe = "tlq-c",
+    scheme: str | Scheme = "w4a16",
     **options: Unpack[Options],
 ) -> list[Plan]:
     """Plan ``quantize`` with the same arguments: one plan per part of the work. No weight is read.

@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_job(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a job."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory or Hugging Face hub id")
-    parser.add_argument("--recipe", default="tlq", choices=RECIPES, help="method (default: %(default)s)")
-    parser.add_argument("--scheme", default="w3a16", choices=SCHEMES, help="number format (default: %(default)s)")
+    parser.add_argument("--recipe", default="tlq-c", choices=RECIPES, help="method (default: %(default)s)")
+    parser.add_argument("--scheme", default="w4a16", choices=SCHEMES, help="number format (default: %(default)s)")
     parser.add_argument("--engine", choices=ENGINES, help="refuse a scheme that this engine does not run")
     parser.add_argument(
         "--data", type=Path, help="calibration samples: .json, .jsonl, .parquet or a folder of images; rtn needs none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ def test_every_engine_has_an_answer_with_a_source_for_every_scheme() -> None:
 def test_the_command_offers_the_engines_that_exist() -> None:
     assert set(cli.ENGINES) == set(ENGINES)
     assert set(cli.SCHEMES) == set(SCHEMES)
+
+
+def test_the_library_and_the_command_have_the_same_defaults_which_most_engines_run() -> None:
+    defaults = signature(quantize).parameters
+    words = cli._parser().parse_args(["quantize", "model", "--out", "out"])
+    assert (words.recipe, words.scheme) == (defaults["recipe"].default, defaults["scheme"].default)
+    assert [name for name, engine in ENGINES.items() if engine.of(get_scheme(words.scheme)).runs == "refused"] == [
+        "llama.cpp"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""The comparison of exports in engines: what counts as a contradiction, and one run in every engine that is here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.quick_project import ROOT
+
+from bench.engines import __main__ as runs
+from bench.engines import environments
+from bench.engines.__main__ import SCRIPTS, Result, contradiction
+from tlq.export.engines import ENGINES
+from tlq.quantization.formats import SCHEMES
+
+
+def test_a_result_that_the_table_bears_out_is_no_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "cpu_flags", lambda: {"avx512f"})
+    assert contradiction(Result("w4a16", "vllm-cpu", kl=1e-5)) is None
+    assert contradiction(Result("w3a16", "vllm-cpu", refused="no kernel")) is None
+    assert contradiction(Result("q4_0", "llama.cpp", kl=0.01)) is None  # it rounds activations, and the table says so
+    assert contradiction(Result("full", "mlx", kl=0.01)) is None
+
+
+def test_contradictions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "cpu_flags", lambda: {"avx512f"})
+    assert "the table says native" in str(contradiction(Result("w4a16", "vllm-cpu", refused="no kernel")))
+    assert "the table says refused" in str(contradiction(Result("w3a16", "vllm-cpu")))
+    assert "differs from transformers by 0.0" in str(contradiction(Result("w4a16", "mlx", kl=0.01)))
+    assert "refused: bad file" in str(contradiction(Result("full", "mlx", refused="bad file")))
+    monkeypatch.setattr(runs, "cpu_flags", lambda: {"avx2"})
+    assert contradiction(Result("w4a16", "vllm-cpu", refused="cpu_gemm_wna16")) is None
+    assert "it runs" in str(contradiction(Result("w4a16", "vllm-cpu")))
+
+
+def test_divergence_is_over_the_tokens_of_the_right_answers() -> None:
+    there, here = np.log([[0.5, 0.5], [0.25, 0.75]]), np.log([[0.25, 0.75], [0.25, 0.75]])
+
+    def found(rows: Any) -> dict[str, Any]:
+        measured = dict.fromkeys(("tokens_per_second", "load_seconds", "peak_mib"), 1.0)
+        return {"log_probabilities": [rows.tolist()], "replies": ["yes"], **measured}
+
+    result = runs._compared("w4a16", "mlx", found(here), found(there), [{"answer_ids": [0, 1]}], 1.0)
+    expected = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    assert result.most_kl == pytest.approx(expected)
+    assert result.kl == pytest.approx(expected / 2)
+    assert result.nll == pytest.approx(-(np.log(0.25) + np.log(0.75)) / 2)
+    assert (result.same_replies, result.prompts) == (1, 1)
+
+
+def test_the_page_has_every_engine_and_scheme_that_were_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "PAGE", tmp_path / "page.md")
+    full = Result("full", "mlx", tokens_per_second=50.0, prompts=8, same_replies=8)
+    runs.summarise([full, Result("w4a16", "mlx", tokens_per_second=100.0), Result("q4_0", "mlx", refused="a | b\nc")])
+    text = (tmp_path / "page.md").read_text()
+    assert "100 (2.00)" in text
+    assert "refuses: a \\| b c" in text
+
+
+def test_the_results_in_the_repository_agree_with_the_table() -> None:
+    results = [Result(**row) for row in json.loads((ROOT / runs.RESULTS).read_text())]
+    assert {(result.scheme, result.engine) for result in results} == {
+        (scheme, engine) for scheme in ["full", *SCHEMES] for engine in SCRIPTS
+    }
+    without_avx512 = [result for result in results if result.engine == "vllm-cpu"]
+    assert any("wna16" in result.refused for result in without_avx512)
+    wrong = [line for result in results if result not in without_avx512 and (line := contradiction(result))]
+    assert not wrong
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("engine", [name for name in SCRIPTS if name != "transformers"])
+def test_an_engine_answers_as_transformers(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    try:
+        environments.python(engine)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if not runs.WORLD.exists():
+        pytest.skip("the demo's data are missing: dvc repro demo")
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.json")
+    scheme = next(name for name in ("w4a16s", "w8a8") if ENGINES[engine].of(SCHEMES[name]).needs is None)
+    runs.measure([scheme], [engine], tmp_path)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert contradiction(Result(**row)) is None
+    assert row["same_replies"] == row["prompts"]
