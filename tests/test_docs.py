@@ -29,7 +29,23 @@ FOLDERS = (*PROJECT, "docs", "presets", "tests")
 NEVER_RUN = {"make": "builds an environment", "pip": "changes the environment"}
 
 #: Programs that documents call and that are not in the project's environment.
-OUTSIDE = {"aws", "cd", "curl", "docker", "export", "git", "kill", "mkdir", "nvidia-smi", "scp", "ssh", "unzip", "vllm"}
+OUTSIDE = {
+    "aws",
+    "cd",
+    "curl",
+    "docker",
+    "export",
+    "git",
+    "kill",
+    "llama-server",
+    "mkdir",
+    "mlx_vlm",
+    "nvidia-smi",
+    "scp",
+    "ssh",
+    "unzip",
+    "vllm",
+}
 
 
 def why_not_run(block: Block) -> str | None:
@@ -103,6 +119,8 @@ def check_command(words: list[str], place: str) -> None:
 
 
 def check_module(module: str, options: list[str], place: str) -> None:
+    if module.split(".")[0] in OUTSIDE:
+        return
     assert find_spec(module) is not None, f"{place}: there is no module {module}"
     if module.split(".")[0] in PROJECT:
         text = source_of(module)

@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from tlq.calibration.job import CalibrationJob
+from tlq.export.engines import check_engine
 from tlq.export.model_card import write_card
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_resumably
 from tlq.importance.pool import PoolWeights, TokenPool
@@ -51,6 +52,8 @@ class CalibrationOptions:
         max_tokens: longest sample allowed.
         dtype: dtype of the computation; ``auto`` is the checkpoint's dtype on a GPU and float32 on a CPU.
         device: compute device; None takes the GPU if there is one.
+        engine: inference engine that will serve the result (a name of ``tlq.export.engines``); a scheme that it does
+            not run is refused before any work.
     """
 
     weighting: Weighting = Weighting()
@@ -60,6 +63,7 @@ class CalibrationOptions:
     max_tokens: int = 4096
     dtype: torch.dtype | str = "auto"
     device: torch.device | str | None = None
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -95,6 +99,7 @@ class Options(TypedDict, total=False):
     max_tokens: int
     dtype: torch.dtype | str
     device: torch.device | str | None
+    engine: str | None
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ def quantize(
     Raises:
         FileExistsError, NotADirectoryError: ``out`` is not empty, or cannot be a folder.
         MemoryError, OSError: this machine is too small for the job (see ``tlq.plan``).
+        ValueError: ``engine`` does not run the scheme.
         ValueError, FloatingPointError: see ``calibrate_layers`` and ``tlq.samples.encode_batches``.
     """
     started = time.perf_counter()
@@ -148,6 +154,8 @@ def quantize(
     folder = Path(out)
     check_new_folder(folder)
     recipe_row, scheme_row = _rows(recipe, scheme)
+    if settings.engine is not None:
+        check_engine(settings.engine, scheme_row)
     streamed = settings.open_model(model)
     scoring = ResumeState(folder.with_name(f"{folder.name}-importance"))
 
@@ -179,6 +187,8 @@ def plan(
     """
     settings = CalibrationOptions(**options)
     recipe_row, scheme_row = _rows(recipe, scheme)
+    if settings.engine is not None:
+        check_engine(settings.engine, scheme_row)
     streamed = settings.open_model(model)
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
     plans = [plan_calibration(streamed, job, _counted(recipe_row, settings))]

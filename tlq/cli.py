@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RECIPES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "tlq", "tlq-c")
 SCHEMES = ("w2a16", "w3a16", "w3a16s", "w4a16", "w4a16s", "w4a8", "w8a8", "q4_0", "q4_1", "q8_0")
-CONTAINERS = ("gguf", "mlx")
+CONTAINERS = ("gguf", "mlx", "int8")
 ENGINES = ("vllm", "vllm-cpu", "sglang", "transformers", "llama.cpp", "mlx")
 
 logger = logging.getLogger("tlq")
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "convert", help="carry a quantized checkpoint over to another engine", description=_convert.__doc__
     )
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that `tlq quantize` wrote")
-    convert.add_argument("--to", required=True, choices=CONTAINERS, help="gguf for llama.cpp, mlx for Apple devices")
+    convert.add_argument(
+        "--to", required=True, choices=CONTAINERS, help="gguf for llama.cpp, mlx for Apple devices, int8 for Arm CPUs"
+    )
     convert.add_argument("--out", type=Path, required=True, help="folder for the result")
     convert.set_defaults(run=_convert)
 
@@ -111,6 +113,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "dtype": arguments.dtype,
         "device": arguments.device,
+        "engine": arguments.engine,
     }
 
 
@@ -129,7 +132,6 @@ def _quantize(arguments: argparse.Namespace) -> None:
     """Quantize the decoder of MODEL and write a checkpoint; `tlq engines` says what loads it."""
     from tlq import quantize
 
-    _check_engine(arguments)
     report = quantize(arguments.model, arguments.out, _samples(arguments), **_options(arguments))
     sys.stdout.write(f"{report.folder}\n")
 
@@ -138,22 +140,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     """Print the memory and disk that a job will need. No weight is read."""
     from tlq.api import plan
 
-    _check_engine(arguments)
     plans = plan(arguments.model, _samples(arguments), **_options(arguments))
     sys.stdout.write("".join(f"{line}\n" for each in plans for line in each.lines()))
-
-
-def _check_engine(arguments: argparse.Namespace) -> None:
-    """Refuse a scheme that the engine of ``--engine`` does not run, before any work."""
-    if arguments.engine is None:
-        return
-    from tlq.export.engines import check_engine
-    from tlq.quantization.formats import get_scheme
-
-    found = check_engine(arguments.engine, get_scheme(arguments.scheme))
-    logger.info(
-        "%s runs %s: %s%s", arguments.engine, arguments.scheme, found.runs, f" ({found.note})" if found.note else ""
-    )
 
 
 def _convert(arguments: argparse.Namespace) -> None:

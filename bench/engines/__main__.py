@@ -134,14 +134,14 @@ def _prompts(folder: Path) -> list[dict[str, Any]]:
     prompts = []
     for number, row in enumerate(pq.read_table(WORLD / "textvqa.parquet").to_pylist()):
         ids = [*tokenizer(row["answers"][0]).input_ids, tokenizer.eos_token_id]
-        pieces = [tokenizer.decode([token]) for token in ids]
+        pieces = [str(tokenizer.decode([token])) for token in ids]
         cut = [tokenizer("".join(pieces[:end])).input_ids for end in range(len(ids))]
         if any(cut[end] != ids[:end] for end in range(len(ids))):
             continue
         image = folder / f"{number}.png"
         image.write_bytes(row["image"]["bytes"])
         content = [{"type": "image"}, {"type": "text", "text": row["question"]}]
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompts.append(
             {"image": str(image), "image_text": image_text, "text": text, "answer_ids": ids, "pieces": pieces}

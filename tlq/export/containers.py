@@ -1,7 +1,7 @@
 """What each container can hold, and the families that its engine loads from it.
 
-``gguf`` is the container of llama.cpp, ``mlx`` that of MLX on Apple devices. A number format that a container cannot
-hold exactly is refused.
+``gguf`` is the container of llama.cpp, ``mlx`` that of MLX on Apple devices, ``int8`` a layout of compressed-tensors
+for Arm. A number format that a container cannot hold exactly is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from tlq.quantization.formats import Scheme
 
 #: Names of the containers that ``tlq convert`` writes, and what they are for.
-CONTAINERS = {"gguf": "llama.cpp", "mlx": "MLX on Apple devices"}
+CONTAINERS = {"gguf": "llama.cpp", "mlx": "MLX on Apple devices", "int8": "w4a8 in vLLM on Arm CPUs"}
 
 #: Weights of a block of GGUF.
 BLOCK = 32

@@ -40,8 +40,12 @@ def write_container(checkpoint: QuantizedCheckpoint, container: str, out: Path) 
             from tlq.export.gguf import write_gguf
 
             written = write_gguf(checkpoint, temporary)
-        else:
+        elif container == "mlx":
             from tlq.export.mlx import write_mlx
 
             written = write_mlx(checkpoint, temporary)
+        else:
+            from tlq.export.int8 import write_int8
+
+            written = write_int8(checkpoint, temporary)
     return [out / path.relative_to(temporary) for path in written]

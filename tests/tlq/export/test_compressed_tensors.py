@@ -80,7 +80,7 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
     found = loaded(**batch.encode()).logits[batch.valid]
     assert float((found - expected).abs().max()) < 1e-4
     original = tiny_model(**batch.encode()).logits[batch.valid]
-    least = 1e-3 if scheme == "w8a8" else 1e-2
+    least = 1e-3 if get_scheme(scheme).weight_bits == 8 else 1e-2
     assert float((found - original).abs().max()) > least  # it really is quantized
 
     prompt = {name: value[:1] for name, value in batch.encode().items() if name != "pixel_values"}

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from support.families import write_tiny_with_processor
 from support.quick_project import ROOT
+from transformers import AutoModelForImageTextToText
 
 import tlq.export.convert
 from tlq import cli, quantize
@@ -155,6 +156,21 @@ def test_mixed_schemes_keep_their_own_types(tmp_path: Path) -> None:
     assert types["blk.1.attn_q.weight"] == "F16"
 
 
+@torch.no_grad()
+def test_int8_computes_the_same_at_a_byte_for_each_code(exported: Exported, tmp_path: Path) -> None:
+    (folder,) = convert(exported("w4a8"), "int8", tmp_path / "out")
+    ids = torch.arange(40).view(2, 20)
+    logits = [
+        AutoModelForImageTextToText.from_pretrained(each, dtype=torch.float32)(input_ids=ids).logits
+        for each in (exported("w4a8"), folder)
+    ]
+    assert torch.equal(*logits)
+    weights = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    with pytest.raises(ValueError, match="w4a16s keeps activations in 16 bits"):
+        convert(exported("w4a16s"), "int8", tmp_path / "other")
+
+
 def test_what_a_block_cannot_hold_is_refused(exported: Exported, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no block that holds the codes of w3a16 \(3 bits, asymmetric\).*q4_1$"):
         convert(exported("w3a16"), "gguf", tmp_path / "out")
@@ -208,7 +224,7 @@ def test_a_missing_package_is_named(exported: Exported, tmp_path: Path, monkeypa
 def test_other_bad_input_of_the_command(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(cli.CONTAINERS) == set(CONTAINERS)
     assert set(MAPPINGS) == set(GGUF_FAMILIES)
-    with pytest.raises(ValueError, match="unknown container 'onnx'; choose one of gguf, mlx"):
+    with pytest.raises(ValueError, match="unknown container 'onnx'; choose one of gguf, mlx, int8"):
         convert(exported("q4_0"), "onnx", tmp_path / "out")
 
     def message(*words: str) -> str:
