@@ -242,7 +242,7 @@ def summarise() -> None:
     keys = zip(table["recipe"], table["factor"], table["level"], strict=True)
     table = table.assign(place=[order[key] for key in keys]).sort_values("place", kind="stable")
     spreads, seeds = table["spread"].to_numpy(float), table["seeds"].to_numpy(int)
-    table["half"] = [_half_width(float(spread), int(n)) for spread, n in zip(spreads, seeds, strict=True)]
+    table["half"] = [half_width(float(spread), int(n)) for spread, n in zip(spreads, seeds, strict=True)]
     lines = [
         "# Which choices matter",
         "",
@@ -287,7 +287,7 @@ def _log_ratios(runs: pd.DataFrame) -> pd.Series:
 def _ratio(row: Any) -> str:
     if row.factor == "default":
         return ""
-    half = _half_width(row.ratio_spread, row.seeds)
+    half = half_width(row.ratio_spread, row.seeds)
     interval = "" if np.isnan(half) else f" ({np.exp(row.ratio - half):.2f} to {np.exp(row.ratio + half):.2f})"
     return f"{np.exp(row.ratio):.2f}{interval}"
 
@@ -297,7 +297,8 @@ def _interval(half: Any) -> str:
     return "" if np.isnan(half) else f" ± {half:.4f}"
 
 
-def _half_width(spread: float, seeds: int) -> float:
+def half_width(spread: float, seeds: int) -> float:
+    """Half of the 95 % interval (Student's t) of a mean over ``seeds`` with this standard deviation; NaN for one seed."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, seeds - 1) * spread / seeds**0.5) if seeds > 1 else float("nan")
