@@ -298,7 +298,7 @@ def _interval(half: Any) -> str:
 
 
 def half_width(spread: float, seeds: int) -> float:
-    """Half of the 95 % interval (Student's t) of a mean over ``seeds`` with this standard deviation; NaN for one seed."""
+    """Half of the 95 % interval (Student's t) of a mean over ``seeds``; NaN for one seed."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, seeds - 1) * spread / seeds**0.5) if seeds > 1 else float("nan")
