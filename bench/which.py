@@ -36,7 +36,8 @@ def main() -> int:
     full = pd.read_csv(RESULTS).query("recipe == 'full'").iloc[0]
     explanation = (
         f"KL divergence from full precision in nats per answer token, mean and 95 % interval (Student's t) over "
-        f"{seeds} calibration seeds, on {items} held-out items of the demo model (full precision scores {full.score:.1f} %). "
+        f"{seeds} calibration seeds, on {items} held-out items of the demo model. Full precision "
+        f"scores {full.score:.1f} %. "
         "`rtn` uses no data, so its seeds are equal."
     )
     write_section(PAGE, "Error", [explanation, "", *table(rows)], "Which recipe, which scheme")

@@ -203,7 +203,8 @@ def _compared(
     kl, nll, reference_nll = [], [], []
     for number, prompt in enumerate(prompts):
         here, there = (np.array(each["log_probabilities"][number]) for each in (found, reference))
-        kl += list((np.exp(there) * (there - here)).sum(-1))
+        # Of numbers that need not sum to 1 exactly, this form is never negative.
+        kl += list((np.exp(there) * (there - here) - np.exp(there) + np.exp(here)).sum(-1))
         places = np.arange(len(here)), prompt["answer_ids"]
         nll += list(-here[places])
         reference_nll += list(-there[places])
