@@ -23,7 +23,7 @@ from tasks.stages import calibrate, calibset, evaluate, importance, prepare, reg
 from tlq import cli
 
 #: Recipe and scheme of the calibration.
-VARIANT = ("tlq", "w3a16")
+VARIANT = ("tlq-c", "w3a16")
 
 STAGES: dict[str, Callable[[], Any]] = {
     "params": lambda: [section(name, cls) for name, cls in SECTIONS.items() if name in read()],
@@ -62,6 +62,7 @@ def attempt(stage: str, folder: Path) -> None:
     sys.stdout = sys.stderr = log
     for handler in logging.root.handlers[:]:
         logging.root.removeHandler(handler)
+    os.environ["TLQ_DEVICE"] = "cpu"
     os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.set_num_threads(1)

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,17 +15,17 @@ from typing import Any
 import pytest
 import yaml
 from safetensors import SafetensorError
+from support.forked import Forked
+from support.forked_stages import attempt
 
 from tasks.files import IMPORTANCE
 from tasks.stages import calibrate, importance
 from tlq import job
-from tlq.export import compressed_tensors as export
+from tlq.export import shards as export
 from tlq.importance import gradients as scoring
 from tlq.runtime.resume import ResumeState
 
-ROOT = Path(__file__).resolve().parents[3]
 STAGES = ("importance", "calibrate")
-COMMANDS = {"importance": [], "calibrate": ["--recipe", "tlq-c", "--scheme", "w3a16"]}
 RESULTS = {"importance": Path("data/importance"), "calibrate": Path("models/tlq-c-w3a16")}
 WORK = {"importance": Path("data/.importance-answer.work"), "calibrate": Path("models/.tlq-c-w3a16.work")}
 
@@ -238,17 +237,17 @@ def test_a_signal_stops_the_command_and_the_same_command_continues(
     status: int,
 ) -> None:
     made = expected(stage)
-    command = [sys.executable, "-m", f"tasks.stages.{stage}", *COMMANDS[stage]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TLQ_DEVICE": "cpu"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = Forked(attempt, stage, Path.cwd())
+    process.start()
     deadline = time.monotonic() + 120
-    while not parts(stage) and process.poll() is None:
+    while not parts(stage) and process.is_alive():
         assert time.monotonic() < deadline, "no part within 120 s"
         time.sleep(0.005)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    if process.returncode:  # else it was quicker than the signal
-        assert process.returncode == status, errors
+    os.kill(process.pid, number)
+    process.join(120)
+    errors = Path("log.txt").read_text()
+    if process.exitcode:  # else it was quicker than the signal
+        assert process.exitcode == status, errors
         assert "Traceback" not in errors
         assert status < 0 or "interrupted; run the same command again to continue" in errors
         assert not RESULTS[stage].exists()
