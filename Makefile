@@ -59,7 +59,7 @@ check: lint
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# The long tests: kills of every process of a pool, all bad inputs, an installation from the index. It takes half an hour.
+# The long tests: kills of every process of a pool, attacks, PostgreSQL, all bad inputs, an installation from the index.
 soak: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m soak
 

@@ -95,6 +95,7 @@ def tables(url: str, schema: str) -> set[str]:
         engine.dispose()
 
 
+@pytest.mark.soak
 def test_both_servers_keep_their_data_in_postgresql(postgres_url: str, tmp_path: Path) -> None:
     folder = make_project(tmp_path)
     with serving(folder, {"TLQ_DATABASE_URL": postgres_url}) as services:

@@ -84,6 +84,7 @@ def test_every_group_has_another_number(stage: JobStore) -> None:
     assert numbers == ["1", "2"]
 
 
+@pytest.mark.soak
 def test_ranks_under_attack_give_the_same_bits_and_listen_on_loopback_only(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     process = start(job, "attacked", "mbq", "w3a16", {"TLQ_RANKS": "2"})
