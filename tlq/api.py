@@ -233,7 +233,7 @@ def _weights(
     pool = TokenPool.of(batches)
     if not _scores_gradients(recipe):
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
-        keys = [(layer, group.name) for layer in layers for group in model.architecture.groups]
+        keys = [(layer, group.name) for layer in layers for group in model.architecture.groups[layer]]
         return uniform_tokens(keys, pool)
     loss = BlockLoss(job.scheme, model.checkpoint_dtype) if loss_of(recipe.importance) == "block" else AnswerLoss()
     alone = Ranks(device=model.device)

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import check_shapes
@@ -115,7 +116,9 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
     streams = recipe.sees("full_precision", scheme) + exposed
     forward = 2 * sizes.layer + sizes.activations(batches, graph=False)
     solving = 2 * sizes.layer + max(
-        sizes.group(group, min(counted, own), recipe, scheme, streams) for group in model.architecture.groups
+        sizes.group(index, group, min(counted, own), recipe, scheme, streams)
+        for groups, index in model.architecture.kinds.items()
+        for group in groups
     )
     return Plan(
         work="calibration",
@@ -157,7 +160,7 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
         device=_RUNTIME + sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches)),
         hidden_states=max(largest * per_token, min(wave * per_token, host_budget())),
         budget=host_budget(),
-        disk=2 * losses * tokens * sizes.layers * len(model.architecture.groups) * _FLOAT,
+        disk=2 * losses * tokens * sum(map(len, model.architecture.groups)) * _FLOAT,
     )
 
 
@@ -180,10 +183,11 @@ class _Sizes:
 
     def activations(self, batches: Sequence[Batch], graph: bool) -> int:
         """Activations of a micro-batch inside a decoder layer; with a graph, also those of the backward pass."""
-        layer = self.model.architecture.decoder_layers(self.model.skeleton)[0]
-        linears = [get_linear(layer, path) for path in self.model.architecture.linears]
-        width = sum(linear.out_features + (linear.in_features if graph else 0) for linear in linears)
-        width += 8 * int(self.text.hidden_size)
+        architecture, widths = self.model.architecture, []
+        for index in architecture.kinds.values():
+            linears = [get_linear(self._layer(index), path) for path in architecture.linears(index)]
+            widths.append(sum(linear.out_features + (linear.in_features if graph else 0) for linear in linears))
+        width = max(widths) + 8 * int(self.text.hidden_size)
         return max((_all_tokens(batch) for batch in batches), default=0) * width * self.item * (1 + graph)
 
     def enter(self, batches: Sequence[Batch], own: int) -> int:
@@ -199,23 +203,25 @@ class _Sizes:
 
     def least_group(self, recipe: Recipe) -> int:
         """A decoder layer, a group's weights stacked in float32, and the tensors of its rounding."""
-        layer = self.model.architecture.decoder_layers(self.model.skeleton)[0]
         needed = []
-        for group in self.model.architecture.groups:
-            linears = [get_linear(layer, path) for path in group.linears]
-            width, rows = linears[0].in_features, sum(linear.out_features for linear in linears)
-            needed.append(rows * width * _FLOAT + recipe.rounding_method.bytes_needed(rows, width))
+        for groups, index in self.model.architecture.kinds.items():
+            for group in groups:
+                linears = [get_linear(self._layer(index), path) for path in group.linears]
+                width, rows = linears[0].in_features, sum(linear.out_features for linear in linears)
+                needed.append(rows * width * _FLOAT + recipe.rounding_method.bytes_needed(rows, width))
         return self.layer + max(needed)
 
-    def group(self, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, streams: int) -> int:
-        """Memory of solving a linear group, in addition to the layers.
+    def _layer(self, index: int) -> nn.Module:
+        return self.model.architecture.decoder_layers(self.model.skeleton)[index]
+
+    def group(self, index: int, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, streams: int) -> int:
+        """Memory of solving a linear group of layer ``index``, in addition to the layers.
 
         Args:
             own: tokens of this rank with a weight.
             streams: 2 if inputs of both streams are kept.
         """
-        architecture = self.model.architecture
-        layer = architecture.decoder_layers(self.model.skeleton)[0]
+        layer = self._layer(index)
         linears = [get_linear(layer, path) for path in group.linears]
         width, rows = linears[0].in_features, sum(linear.out_features for linear in linears)
         weights = _WEIGHTS * rows * width * _FLOAT
@@ -223,7 +229,7 @@ class _Sizes:
             return weights
         inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
         if streams == 2:  # one pass records the original inputs of all groups
-            widths = [get_linear(layer, each.linears[0]).in_features for each in architecture.groups]
+            widths = [get_linear(layer, each.linears[0]).in_features for each in self.model.architecture.groups[index]]
             inputs += own * sum(widths) * self.item
         if recipe.error_measure.parent_of(group) is not None:
             inputs += recipe.error_measure.bytes_needed(own, self.state)

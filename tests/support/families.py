@@ -175,6 +175,31 @@ TINY: dict[str, TinyFamily] = {
             "mm_token_type_ids",
         ),
         TinyFamily(
+            "qwen3_5",
+            {
+                "text_config": text(
+                    "qwen3_5_text",
+                    head_dim=64,
+                    layer_types=["linear_attention", "full_attention"],
+                    linear_num_key_heads=2,
+                    linear_num_value_heads=4,
+                    linear_key_head_dim=32,
+                    linear_value_head_dim=32,
+                    **mrope([4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
+                ),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "num_position_embeddings": 16,
+                },
+                **QWEN_IDS,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
             "llava_onevision",
             {
                 "text_config": text("qwen2"),

@@ -103,7 +103,7 @@ class GroupSolver:
             get_linear(layer, group.linears[0]).in_features,
             self.head_dim,
             self.job.quantizer.scale_dtype,
-            self.architecture.norm_offset,
+            self.architecture.norm_offset if group.gain is None else group.gain,
         )
 
     def _gather(

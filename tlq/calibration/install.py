@@ -40,6 +40,9 @@ class QuantizedLayer:
         per_row = fold.per_row(s)
         if bool((per_row == 1).all()):
             return
+        for path in group.kept:
+            kept = get_linear(self.layer, path)
+            kept.weight.copy_((kept.weight * s).to(self.quantizer.scale_dtype))
         if fold.is_norm:
             fold.weight.copy_(fold.folded_weight(per_row))
             return

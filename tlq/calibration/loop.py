@@ -123,7 +123,7 @@ class LayerLoop:
         with self.clock.phase("forward"):
             reference = self.streams.full_precision(index, layer)
         quantized = self._quantized(index, layer)
-        reports = [self._solve_group(quantized, group, reference) for group in self.architecture.groups]
+        reports = [self._solve_group(quantized, group, reference) for group in self.architecture.groups[index]]
         with self.clock.phase("forward"):
             self.streams.advance_exposed(index, layer)
         return LayerResult(index, quantized.weights, quantized.others(), reports)

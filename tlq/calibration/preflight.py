@@ -44,7 +44,7 @@ def check_shapes(model: nn.Module, architecture: Architecture, scheme: Scheme) -
     layers = architecture.decoder_layers(model)
     check_overrides(architecture, len(layers), scheme)
     for index, layer in enumerate(layers):
-        for group in architecture.groups:
+        for group in architecture.groups[index]:
             of_group = group_scheme(architecture, index, group, scheme)
             for path in group.linears:
                 if of_group is not None:
@@ -53,7 +53,7 @@ def check_shapes(model: nn.Module, architecture: Architecture, scheme: Scheme) -
 
 def check_weights(layer: nn.Module, architecture: Architecture, index: int) -> None:
     """Raise FloatingPointError if a weight of the layer is not finite."""
-    for path in architecture.linears:
+    for path in architecture.linears(index):
         if not torch.isfinite(get_linear(layer, path).weight).all():
             raise FloatingPointError(
                 f"{architecture.layers}.{index}.{path}: weight is not finite; the checkpoint is damaged"
@@ -96,7 +96,7 @@ def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch]
     if not batches:
         raise ValueError("no calibration samples; give some, or use the recipe rtn, which needs none")
     for layer in range(layers):
-        for group in architecture.groups:
+        for group in architecture.groups[layer]:
             parts = weights.get((layer, group.name), [])
             if len(parts) != len(batches) or not any(bool((part > 0).any()) for part in parts):
                 raise ValueError(

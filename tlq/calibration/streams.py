@@ -58,6 +58,7 @@ class Streams:
         self.full = self._activations(first if self.sees_full_precision else [])
         self.exposed = self._activations(first if self.sees_exposed else [])
         self._finished: dict[str, Activations] = {}
+        self._returns: dict[type, type] = {}
 
     def _activations(self, values: Sequence[Tensor] = ()) -> Activations:
         return Activations(self._memory, self._device, values)
@@ -72,7 +73,7 @@ class Streams:
         """Inputs of every group on the full-precision stream, advanced past ``layer``; None if the recipe uses none."""
         if not self.sees_full_precision:
             return None
-        groups = self.architecture.groups
+        groups = self.architecture.groups[index]
         modules = {group.name: _first_linear(layer, group) for group in groups}
         parents = {parent for group in groups if (parent := self._parent_of(group)) is not None}
         modules |= {parent: layer.get_submodule(parent) for parent in parents}
@@ -104,7 +105,7 @@ class Streams:
 
         Both are lists with one entry per micro-batch. From this call on, the modules before the group's own are final.
         """
-        order = [each.block for each in self.architecture.groups]
+        order = [each.block for each in self.architecture.groups[index]]
         for path in order[: order.index(group.block)]:
             self._finished.setdefault(path, self._activations())
         stop = _first_linear(layer, group)
@@ -150,7 +151,7 @@ class Streams:
     def _shortcuts(self, layer: nn.Module, number: int) -> Iterator[None]:
         with ExitStack() as stack:
             for path, outputs in self._finished.items():
-                stack.enter_context(_shortcut(layer.get_submodule(path), outputs, number))
+                stack.enter_context(_shortcut(layer.get_submodule(path), outputs, number, self._returns))
             yield
 
     # ------------------------------------------------------------------------------------------------------------
@@ -162,19 +163,21 @@ class Streams:
 
 
 @contextmanager
-def _shortcut(module: nn.Module, outputs: Activations, number: int) -> Iterator[None]:
+def _shortcut(module: nn.Module, outputs: Activations, number: int, returns: dict[type, type]) -> Iterator[None]:
     """Inside this context ``module``, whose output is final, returns its cached output for micro-batch ``number``.
 
     Args:
         outputs: cached outputs of the micro-batches so far; the next output is computed and appended.
+        returns: what a class of modules returns, noted here: attention a tuple, an MLP or a delta net a tensor.
     """
     compute = module.forward
 
     def forward(*args: Any, **named: Any) -> Any:
         if number < len(outputs):
-            return outputs[number], None
+            return (outputs[number], None) if returns[type(module)] is tuple else outputs[number]
         returned = compute(*args, **named)
-        outputs.append(returned[0])
+        returns[type(module)] = type(returned)
+        outputs.append(returned[0] if isinstance(returned, tuple) else returned)
         return returned
 
     module.forward = forward

@@ -173,7 +173,7 @@ def quantization_config(scheme: Scheme, architecture: Architecture, layers: int)
     Each scheme of an override becomes one config group. It lists its linears one by one, by the end of their paths,
     because inference engines put other prefixes before ``layers``.
     """
-    kept: list[str] = []
+    kept = [f"re:.*{re.escape(path)}$" for path in architecture.kept]
     others: dict[str, list[str]] = {}
     for path in (path for index in range(layers) for path in linear_paths(architecture, index)):
         own = scheme.of(path)

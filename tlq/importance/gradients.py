@@ -238,9 +238,9 @@ class ResidentBatches:
             its input, its output, and group name -> outputs of the group's linears.
         """
         hidden = self.inputs[index][position].detach().requires_grad_()
-        outputs: dict[str, list[Tensor]] = {group.name: [] for group in self.model.architecture.groups}
+        outputs: dict[str, list[Tensor]] = {group.name: [] for group in self.model.architecture.groups[index]}
         handles = []
-        for group in self.model.architecture.groups:
+        for group in self.model.architecture.groups[index]:
             for path in group.linears:
 
                 def keep(_module: nn.Module, _args: Any, output: Tensor, name: str = group.name) -> None:
@@ -315,7 +315,7 @@ class BlockLoss:
         architecture = resident.model.architecture
         for index, layer in resident.model.layers(resident.order):
             resident.forward(index, layer)
-            with torch.no_grad(), self._rounded([get_linear(layer, path) for path in architecture.linears]):
+            with torch.no_grad(), self._rounded([get_linear(layer, path) for path in architecture.linears(index)]):
                 for position, call in enumerate(resident.calls):
                     hidden, output, outputs = resident.recompute(index, position, layer)
                     difference = call.next_input(index, output.detach()) - resident.inputs[index + 1][position]

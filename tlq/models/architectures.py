@@ -24,6 +24,8 @@ class LinearGroup:
         fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows.
         parent: module whose output error AWQ and MBQ measure; None if they measure the linear itself.
         tokenwise: whether the module around the linears computes each token from its hidden state alone.
+        kept: linears that read the same input and stay in full precision; the group's scale goes into their columns.
+        gain: the gain of the norm ``fold`` is ``gain + weight``; None takes the decoder's ``norm_offset``.
     """
 
     name: str
@@ -31,6 +33,8 @@ class LinearGroup:
     fold: str
     parent: str | None = None
     tokenwise: bool = False
+    kept: tuple[str, ...] = ()
+    gain: float | None = None
 
     @property
     def block(self) -> str:
@@ -42,10 +46,24 @@ QKV = LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_p
 O_PROJ = LinearGroup("o_proj", ("self_attn.o_proj",), "self_attn.v_proj")
 GATE_UP = LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp")
 DOWN = LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", tokenwise=True)
+# A gated delta net: the input projections pass a convolution, so nothing folds into their rows; the gated norm before
+# the output projection has one gain for all heads.
+DELTA_IN = LinearGroup(
+    "delta_in",
+    ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    "input_layernorm",
+    "linear_attn",
+    kept=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+)
+DELTA_OUT = LinearGroup("delta_out", ("linear_attn.out_proj",), "linear_attn.norm", gain=0.0)
 
 
 #: Group name -> the group whose output is the output of the same attention or MLP; MBQ's ratio of modalities uses it.
-BLOCK_OUTPUT = {QKV.name: O_PROJ.name, O_PROJ.name: O_PROJ.name, GATE_UP.name: DOWN.name, DOWN.name: DOWN.name}
+BLOCK_OUTPUT = {
+    group.name: output.name
+    for output, groups in {O_PROJ: (QKV, O_PROJ), DOWN: (GATE_UP, DOWN), DELTA_OUT: (DELTA_IN, DELTA_OUT)}.items()
+    for group in groups
+}
 
 
 @dataclass(frozen=True)
@@ -58,14 +76,23 @@ class Decoder:
     Attributes:
         groups: linear groups in the order of computation.
         norm_offset: the gain of a norm is ``norm_offset + weight``.
+        kinds: the groups of layers of another kind, by their name in ``layer_types`` of the config.
     """
 
     groups: tuple[LinearGroup, ...] = (QKV, O_PROJ, GATE_UP, DOWN)
     norm_offset: float = 0.0
+    kinds: tuple[tuple[str, tuple[LinearGroup, ...]], ...] = ()
+
+    def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
+        """The groups of every layer of a decoder, from its config."""
+        kinds = dict(self.kinds)
+        stated = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
+        return tuple(kinds.get(kind, self.groups) for kind in stated)
 
 
 LLAMA = Decoder()
 GEMMA3 = Decoder(groups=(QKV, O_PROJ, replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN), norm_offset=1.0)
+QWEN3_5 = Decoder(norm_offset=1.0, kinds=(("linear_attention", (DELTA_IN, DELTA_OUT, GATE_UP, DOWN)),))
 
 #: By the ``model_type`` of the text config.
 DECODERS: dict[str, Decoder] = {
@@ -76,6 +103,7 @@ DECODERS: dict[str, Decoder] = {
     "qwen2_vl_text": LLAMA,
     "qwen2_5_vl_text": LLAMA,
     "qwen3_vl_text": LLAMA,
+    "qwen3_5_text": QWEN3_5,
     "gemma3_text": GEMMA3,
 }
 
@@ -87,6 +115,7 @@ UNSUPPORTED: dict[str, str] = {
     "qwen3_moe": "its mlp.experts is a mixture of experts",
     "gpt_oss": "its mlp.experts is a mixture of experts",
     "qwen3_vl_moe": "its mlp.experts is a mixture of experts",
+    "qwen3_5_moe": "its mlp.experts is a mixture of experts",
     "llama4": "its feed_forward.experts is a mixture of experts",
 }
 
@@ -113,6 +142,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,
     "qwen3_vl": QWEN_VL,
+    "qwen3_5": QWEN_VL,
     "llava_onevision": LLAVA,
     "llava_next": LLAVA,
     "llava": LLAVA,
@@ -125,18 +155,31 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The rows of a model's family and decoder together: everything that calibration and export need."""
+    """The rows of a model's family and decoder together: everything that calibration and export need.
+
+    Attributes:
+        groups: the linear groups of every decoder layer.
+    """
 
     model_type: str
     layers: str
-    groups: tuple[LinearGroup, ...]
+    groups: tuple[tuple[LinearGroup, ...], ...]
     norm_offset: float
     ignore: tuple[str, ...]
 
-    @property
-    def linears(self) -> list[str]:
+    def linears(self, layer: int) -> list[str]:
         """Paths of the linears inside a decoder layer, in group order."""
-        return [path for group in self.groups for path in group.linears]
+        return [path for group in self.groups[layer] for path in group.linears]
+
+    @property
+    def kinds(self) -> dict[tuple[LinearGroup, ...], int]:
+        """The kinds of layers by their groups, and the first layer of each."""
+        return {groups: self.groups.index(groups) for groups in self.groups}
+
+    @property
+    def kept(self) -> list[str]:
+        """Paths of the linears inside decoder layers that stay in full precision, each once."""
+        return list(dict.fromkeys(path for groups in self.kinds for group in groups for path in group.kept))
 
     @property
     def final_norm(self) -> str:
@@ -167,7 +210,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"choose a model whose decoder is one of: {', '.join(DECODERS)}, or add a row to DECODERS in "
             "tlq/models/architectures.py"
         )
-    return Architecture(config.model_type, family.layers, decoder.groups, decoder.norm_offset, family.ignore)
+    layers = decoder.layers(config.get_text_config())
+    return Architecture(config.model_type, family.layers, layers, decoder.norm_offset, family.ignore)
 
 
 def _because(model_type: str) -> str:
@@ -203,12 +247,12 @@ def check_linears(model: nn.Module, architecture: Architecture) -> None:
     for index, layer in enumerate(architecture.decoder_layers(model)):
         where = f"{architecture.layers}.{index}"
         try:
-            for path in architecture.linears:
+            for path in architecture.linears(index):
                 get_linear(layer, path)
         except ValueError as error:
             raise ValueError(f"{where}.{error}") from error
         for path, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and path not in architecture.linears:
+            if isinstance(module, nn.Linear) and path not in (*architecture.linears(index), *architecture.kept):
                 raise ValueError(
                     f"{where}.{path}: this Linear is in no linear group and would not be quantized; "
                     "add it to the groups of the decoder's row in tlq/models/architectures.py"
@@ -224,4 +268,4 @@ def head_dim_of(config: Any) -> int:
 def linear_paths(architecture: Architecture, layer: int) -> list[str]:
     """Full module paths of the linears of decoder layer ``layer``, in group order."""
     prefix = f"{architecture.layers}.{layer}"
-    return [f"{prefix}.{path}" for path in architecture.linears]
+    return [f"{prefix}.{path}" for path in architecture.linears(layer)]

@@ -87,7 +87,10 @@ class Fold:
         cls, module: nn.Module, in_features: int, head_dim: int, checkpoint_dtype: torch.dtype, offset: float = 0.0
     ) -> Fold:
         """The fold into ``module``. Raises ValueError if its output cannot be the input of ``in_features`` channels."""
-        rows = cast(Tensor, module.weight).shape[0]
+        weight = cast(Tensor, module.weight)
+        rows = weight.shape[0]
+        if weight.dim() == 1:  # a norm with one gain for all heads repeats as a whole
+            head_dim = rows
         if in_features % rows:
             raise ValueError(f"cannot fold the scales of {in_features} channels into a module of {rows} outputs")
         return cls(module, in_features // rows, head_dim, checkpoint_dtype, offset)

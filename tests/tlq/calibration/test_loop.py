@@ -89,7 +89,7 @@ def run(tiny_model: PreTrainedModel, batches: list[Batch], weights: TokenWeights
             layers = [loop.solve_layer(index, module) for index, module in resident.layers(range(2))]
         inputs: dict[Key, ChunkInputs] = {}
         scales: dict[Key, Tensor] = {}
-        keys = [(layer.index, group.name) for layer in layers for group in resident.architecture.groups]
+        keys = [(layer.index, group.name) for layer in layers for group in resident.architecture.groups[layer.index]]
         for key, (problem, solution) in zip(keys, solver.solved, strict=True):
             own = problem.inputs.own
             parts = ([part.x for part in own], [part.u for part in own], [part.w for part in own])
@@ -108,7 +108,7 @@ def inputs_by_hand(model: nn.Module, batches: list[Batch], weights: TokenWeights
     for number, batch in enumerate(batches):
         handles = []
         for index, layer in enumerate(architecture.decoder_layers(model)):
-            for group in architecture.groups:
+            for group in architecture.groups[0]:
                 key = (index, group.name)
 
                 def note(

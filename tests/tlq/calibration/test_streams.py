@@ -44,7 +44,7 @@ def few(tiny_model: PreTrainedModel, batches: list[Batch]) -> dict[tuple[int, st
     """Every third token counts."""
     found = {}
     for index in range(2):
-        for group in ResidentModel(tiny_model).architecture.groups:
+        for group in ResidentModel(tiny_model).architecture.groups[0]:
             marks = [torch.zeros(batch.valid.shape) for batch in batches]
             for mark, batch in zip(marks, batches, strict=True):
                 mark[:, ::3] = 1.0
@@ -85,7 +85,7 @@ def test_group_inputs_are_those_in_a_pass_through_the_whole_quantized_layer(
     streams = Streams(resident, job)
     for index, layer in resident.layers(range(2)):
         streams.full_precision(index, layer)
-        for group in resident.architecture.groups:
+        for group in resident.architecture.groups[0]:
             rows, _ = streams.exposed_inputs(index, layer, group)
             linear = layer.get_submodule(group.linears[0])
             for number, call in enumerate(streams.calls):
