@@ -113,6 +113,14 @@ def idefics_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     }
 
 
+def pixtral_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """4 x 4 patches per tile side by side, 2 x 2 of them one token."""
+    return 4 * tiles, {
+        "pixel_values": pixels(1, 3, 16, 16 * tiles, generator=generator),
+        "image_sizes": torch.tensor([[16, 16 * tiles]]),
+    }
+
+
 def mrope(sections: list[int], **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections, **more}}
 
@@ -124,6 +132,16 @@ QWEN_IDS = {
     "vision_end_token_id": VISION_END,
 }
 QWEN_TOWER = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+PIXTRAL_TOWER = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "image_size": 64,
+    "patch_size": 4,
+}
 PINPOINTS = [[16, 16], [16, 32], [16, 48]]
 
 TINY: dict[str, TinyFamily] = {
@@ -209,6 +227,26 @@ TINY: dict[str, TinyFamily] = {
                 "image_grid_pinpoints": PINPOINTS,
             },
             anyres_image,
+        ),
+        TinyFamily(
+            "mistral3",
+            {
+                "text_config": text("mistral", head_dim=32),
+                "vision_config": PIXTRAL_TOWER,
+                "image_token_index": IMAGE,
+                "spatial_merge_size": 2,
+            },
+            pixtral_image,
+        ),
+        TinyFamily(
+            "lighton_ocr",
+            {
+                "text_config": text("qwen3", head_dim=32),
+                "vision_config": PIXTRAL_TOWER,
+                "image_token_id": IMAGE,
+                "spatial_merge_size": 2,
+            },
+            pixtral_image,
         ),
         TinyFamily(
             "llava_next",

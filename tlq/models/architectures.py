@@ -135,6 +135,7 @@ class Family:
 
 QWEN_VL = Family(("lm_head", "re:.*visual.*"))
 LLAVA = Family(("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"))
+LIGHTON_OCR = Family(("lm_head", "re:.*vision_encoder.*", "re:.*vision_projection.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -147,6 +148,8 @@ FAMILIES: dict[str, Family] = {
     "llava_next": LLAVA,
     "llava": LLAVA,
     "internvl": LLAVA,
+    "mistral3": LLAVA,
+    "lighton_ocr": LIGHTON_OCR,
     "gemma3": LLAVA,
     "smolvlm": IDEFICS3,
     "idefics3": IDEFICS3,
