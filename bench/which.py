@@ -1,6 +1,6 @@
 """Which recipe, which scheme: the page docs/which.md, from the defaults' rows of bench/results/ablation.csv.
 
-python -m bench.ablation --only default --schemes w4a16 w4a16s w3a16 w3a16s w4a8 q4_0 --seeds 0 1 2
+python -m bench.ablation --only default --schemes w4a16 w4a16s --seeds 0 1 2
 python -m bench.which
 """
 
@@ -19,7 +19,8 @@ from tlq.quantization.formats import get_scheme
 from tlq.recipes import RECIPES
 
 PAGE = Path("docs/which.md")
-_SCHEMES = ("w4a16", "w4a16s", "q4_0", "w4a8", "w3a16", "w3a16s")
+_SCHEMES = ("w4a16", "w4a16s")
+_SERVED = ("w4a16", "w4a16s", "q4_0", "w4a8", "w8a8", "w3a16", "w2a16")
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def main() -> int:
             "bits per weight": f"{_bits(name):.2f}",
             **{engine.title: engine.of(get_scheme(name)).runs for engine in ENGINES.values()},
         }
-        for name in _SCHEMES
+        for name in _SERVED
     ]
     write_section(PAGE, "Size, and who runs it", table(served), "Which recipe, which scheme")
     return 0

@@ -24,19 +24,8 @@ NO_GGUF = {
     "llava_onevision": "llama.cpp has no projector that puts its image tiles together "
     "(https://github.com/ggml-org/llama.cpp/issues/8944)",
 }
-#: Families that mlx-vlm loads.
-MLX_FAMILIES = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "llava_onevision",
-    "llava_next",
-    "llava",
-    "internvl",
-    "gemma3",
-    "idefics3",
-    "smolvlm",
-)
+#: Families whose conversion mlx-vlm 0.7 loads, with the logits of transformers.
+MLX_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "smolvlm")
 
 #: Digits of a scale of an asymmetric block: times a zero-point of 4 digits they fit the 11 of a float16.
 _OFFSET_DIGITS = 7

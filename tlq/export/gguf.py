@@ -34,6 +34,8 @@ from tlq.quantization.formats import QuantizedWeight, Scheme
 
 logger = logging.getLogger(__name__)
 
+#: Pixels of an attention window of Qwen2.5-VL's vision tower, whatever the file says.
+_WINDOW = 112
 DECODER = "model.gguf"
 VISION = "mmproj.gguf"
 
@@ -316,6 +318,10 @@ def _describe_vision(writer: GGUFWriter, mapping: Mapping, config: Any, folder: 
     if mapping.projector == VisionProjectorType.QWEN25VL:
         writer.add_vision_use_silu(True)
         writer.add_vision_n_wa_pattern(_full_attention_period(vision.fullatt_block_indexes))
+        if vision.window_size != _WINDOW:
+            raise ValueError(
+                f"window_size is {vision.window_size}; llama.cpp attends in windows of {_WINDOW} pixels only"
+            )
         writer.add_vision_window_size(vision.window_size)
     if mapping.projector == VisionProjectorType.QWEN3VL:
         writer.add_vision_use_gelu(True)

@@ -32,7 +32,7 @@ def check_convertible(checkpoint: QuantizedCheckpoint) -> None:
     family = str(checkpoint.config.get("model_type"))
     if family not in MLX_FAMILIES:
         raise ValueError(
-            f"{checkpoint.folder}: model_type {family}: mlx-vlm does not load it; convert one of "
+            f"{checkpoint.folder}: model_type {family}: mlx-vlm does not load its conversion; convert one of "
             f"{', '.join(MLX_FAMILIES)}"
         )
     for name, scheme in checkpoint.schemes.items():

@@ -108,6 +108,11 @@ def test_gguf_has_a_name_for_every_tensor_of_a_family(family: str, decoder: str,
     source = write_tiny_with_processor(family, tmp_path / "source")
     quantize(source, tmp_path / "quantized", recipe="rtn", scheme="q4_0")
     shutil.copyfile(DEMO / "tokenizer.json", tmp_path / "quantized/tokenizer.json")
+    config = tmp_path / "quantized/config.json"
+    if family == "qwen2_5_vl":
+        with pytest.raises(ValueError, match="window_size is 16; llama.cpp attends in windows of 112 pixels only"):
+            convert(tmp_path / "quantized", "gguf", tmp_path / "out")
+        config.write_text(config.read_text().replace('"window_size": 16', '"window_size": 112'))
     files = convert(tmp_path / "quantized", "gguf", tmp_path / "out")
     assert gguf.GGUFReader(files[0]).fields["general.architecture"].contents() == decoder
     opened = QuantizedCheckpoint.open(tmp_path / "quantized")
@@ -196,7 +201,7 @@ def test_a_group_that_is_no_block_is_refused(tmp_path: Path) -> None:
     [
         ("llava_onevision", "gguf", "no projector that puts its image tiles together"),
         ("llava", "gguf", "no mapping to GGUF is known here"),
-        ("mllama", "mlx", "mlx-vlm does not load it"),
+        ("mllama", "mlx", "mlx-vlm does not load its conversion"),
     ],
 )
 def test_a_family_without_a_mapping_is_refused(
