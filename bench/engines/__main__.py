@@ -277,7 +277,7 @@ def summarise(results: Sequence[Result]) -> None:
             f"{result.same_replies}/{result.prompts}",
             f"{result.tokens_per_second:.0f}{ratio}",
             f"{result.load_seconds:.1f}",
-            f"{result.peak_mib:.0f}",
+            f"{result.peak_mib:.0f}" if result.peak_mib else "",
             f"{result.megabytes:.1f}",
         )
         kl = f"{result.kl:.1e} ({result.most_kl:.1e})"
