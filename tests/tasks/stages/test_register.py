@@ -24,6 +24,8 @@ from tasks.registry.layers import layer_metrics
 from tasks.registry.runs import CHECKPOINT, log_metrics, new_run
 from tasks.registry.versions import aliases, model_versions
 from tasks.stages.register import Registrar, main, register_all
+from tlq.export.engines import ENGINES
+from tlq.quantization.formats import get_scheme
 from tlq.results import LayerReport
 from tlq.runtime.digest import checkpoint_digest
 
@@ -106,7 +108,10 @@ def test_a_version_refers_to_its_checkpoint_and_shows_its_scores(workspace: Path
     assert (row["model"], row["version"], row["gate"]) == (NAME, 1, {"passed": True, "reasons": []})
     assert row["aliases"] == ["candidate", "champion"]
     version = connect().get_model_version(NAME, "1")
-    assert version.tags == {"variant": "rtn-w3a16", "score": "96", "gate": "passed", "outcome": "champion"}
+    engines = {f"engine.{name}": engine.of(get_scheme("w3a16")).runs for name, engine in ENGINES.items()}
+    assert engines["engine.vllm"] == "native"
+    own = {"variant": "rtn-w3a16", "score": "96", "gate": "passed", "outcome": "champion"}
+    assert version.tags == own | engines
     assert version.description.startswith("rtn-w3a16: score 96, retention 96, kl 0.1\n")
     assert "\n\n## Gate\n\nThe version passed.\n\n## Champion\n\n" in version.description
     model = mlflow.models.Model.load(version.source)
