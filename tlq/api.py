@@ -153,9 +153,7 @@ def quantize(
     settings = CalibrationOptions(**options)
     folder = Path(out)
     check_new_folder(folder)
-    recipe_row, scheme_row = _rows(recipe, scheme)
-    if settings.engine is not None:
-        check_engine(settings.engine, scheme_row)
+    recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
     streamed = settings.open_model(model)
     scoring = ResumeState(folder.with_name(f"{folder.name}-importance"))
 
@@ -186,9 +184,7 @@ def plan(
         ValueError: the scheme does not fit the model, or a sample cannot be encoded.
     """
     settings = CalibrationOptions(**options)
-    recipe_row, scheme_row = _rows(recipe, scheme)
-    if settings.engine is not None:
-        check_engine(settings.engine, scheme_row)
+    recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
     streamed = settings.open_model(model)
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
     plans = [plan_calibration(streamed, job, _counted(recipe_row, settings))]
@@ -205,11 +201,13 @@ def _job(
     return CalibrationJob(recipe, quantizer, batches, ranks=Ranks(device=model.device))
 
 
-def _rows(recipe: str | Recipe, scheme: str | Scheme) -> tuple[Recipe, Scheme]:
-    return (
-        get_recipe(recipe) if isinstance(recipe, str) else recipe,
-        get_scheme(scheme) if isinstance(scheme, str) else scheme,
-    )
+def _rows(recipe: str | Recipe, scheme: str | Scheme, engine: str | None) -> tuple[Recipe, Scheme]:
+    """The rows of a job. Raises ValueError if one is unknown, or if the engine does not run the scheme."""
+    recipe_row = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    scheme_row = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    if engine is not None:
+        check_engine(engine, scheme_row)
+    return recipe_row, scheme_row
 
 
 def _counted(recipe: Recipe, settings: CalibrationOptions) -> int | None:

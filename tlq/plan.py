@@ -206,13 +206,17 @@ class _Sizes:
         needed = []
         for groups, index in self.model.architecture.kinds.items():
             for group in groups:
-                linears = [get_linear(self._layer(index), path) for path in group.linears]
-                width, rows = linears[0].in_features, sum(linear.out_features for linear in linears)
+                width, rows = self._shape(index, group)
                 needed.append(rows * width * _FLOAT + recipe.rounding_method.bytes_needed(rows, width))
         return self.layer + max(needed)
 
     def _layer(self, index: int) -> nn.Module:
         return self.model.architecture.decoder_layers(self.model.skeleton)[index]
+
+    def _shape(self, index: int, group: LinearGroup) -> tuple[int, int]:
+        """Input channels of a group of layer ``index``, and output rows of all its linears."""
+        linears = [get_linear(self._layer(index), path) for path in group.linears]
+        return linears[0].in_features, sum(linear.out_features for linear in linears)
 
     def group(self, index: int, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, streams: int) -> int:
         """Memory of solving a linear group of layer ``index``, in addition to the layers.
@@ -221,15 +225,13 @@ class _Sizes:
             own: tokens of this rank with a weight.
             streams: 2 if inputs of both streams are kept.
         """
-        layer = self._layer(index)
-        linears = [get_linear(layer, path) for path in group.linears]
-        width, rows = linears[0].in_features, sum(linear.out_features for linear in linears)
+        width, rows = self._shape(index, group)
         weights = _WEIGHTS * rows * width * _FLOAT
         if not recipe.needs_data:
             return weights
         inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
         if streams == 2:  # one pass records the original inputs of all groups
-            widths = [get_linear(layer, each.linears[0]).in_features for each in self.model.architecture.groups[index]]
+            widths = [self._shape(index, each)[0] for each in self.model.architecture.groups[index]]
             inputs += own * sum(widths) * self.item
         if recipe.error_measure.parent_of(group) is not None:
             inputs += recipe.error_measure.bytes_needed(own, self.state)

@@ -146,8 +146,9 @@ def check_convertible(checkpoint: QuantizedCheckpoint) -> Mapping:
     for scheme in dict.fromkeys(checkpoint.schemes.values()):
         block_type(scheme)
     for name in checkpoint.schemes:
-        if checkpoint.shape(name)[1] % BLOCK:
-            raise ValueError(f"{name}: has {checkpoint.shape(name)[1]} input channels, no multiple of GGUF's {BLOCK}")
+        _, columns = checkpoint.shape(name)
+        if columns % BLOCK:
+            raise ValueError(f"{name}: has {columns} input channels, no multiple of GGUF's {BLOCK}")
     return MAPPINGS[family]
 
 
