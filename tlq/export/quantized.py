@@ -15,7 +15,7 @@ from torch import Tensor
 from tlq.models.stored import StoredTensor, read_json, read_tensor, stored_tensors
 from tlq.quantization.formats import SCHEMES, QuantizedWeight, Scheme
 
-#: Ends of the names of a quantized weight's tensors. ``weight`` alone belongs to one only beside a scale.
+#: Ends of the names of a quantized weight's tensors. ``weight`` belongs to one only if a scale has the same base name.
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 _GRID = ("weight_scale", "weight_zero_point")
 
