@@ -22,7 +22,7 @@ from benchmarks.data import BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import FOLDER, load_benchmarks, run_benchmarks
 from benchmarks.model import AnswerOptions
-from tlq.models.checkpoint import load_model
+from tlq.export.loading import load_model
 from tlq.models.processor import load_processor
 
 TASKS = ("textvqa", "chartqa", "ocrbench", "mmmu")

@@ -16,7 +16,7 @@ from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorde
 from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
 from benchmarks.model import AnswerOptions
 from tasks.command import device
-from tlq.models.checkpoint import load_model
+from tlq.export.loading import load_model
 from tlq.models.processor import load_processor
 
 MODEL = Path("data/demo/model")

@@ -40,7 +40,7 @@ from bench.sections import table, write_section
 from tasks.command import quiet_libraries
 from tasks.config.params import Columns, PrepareParams
 from tasks.stages.prepare import draw, read_table
-from tlq.models.checkpoint import load_model
+from tlq.export.loading import load_model
 from tlq.models.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
 
@@ -122,7 +122,7 @@ def run_contender(name: str, command: list[str]) -> tuple[dict[str, float], Path
 
 
 def load_dequantized(folder: Path) -> None:
-    """Let transformers load an asymmetric checkpoint written by llm-compressor (see tlq.models.checkpoint)."""
+    """Let transformers load an asymmetric checkpoint written by llm-compressor (see tlq.export.loading)."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"] |= {"dequantize": True, "ignore": ["lm_head", "re:.*visual.*"]}

@@ -19,9 +19,9 @@ from support.slow import SLOW
 from support.tiny import random_samples, write_tiny_qwen2_vl
 from transformers import PreTrainedModel
 
+from tlq.export.loading import load_model
 from tlq.importance.gradients import score_tokens
 from tlq.importance.pool import Importance
-from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.models.streaming import ResidentModel
 from tlq.samples import Batch, Sample, encode_batches, image_token_id

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tlq.api import CalibrationOptions, QuantizationReport, quantize
     from tlq.data import load_samples
+    from tlq.export.loading import load_model
     from tlq.importance.token_set import TokenBudget
     from tlq.importance.weighting import Weighting
-    from tlq.models.checkpoint import load_model
     from tlq.quantization.formats import Scheme
     from tlq.recipes import Recipe
     from tlq.samples import Sample
@@ -41,7 +41,7 @@ _MODULES = {
     "Scheme": "tlq.quantization.formats",
     "TokenBudget": "tlq.importance.token_set",
     "Weighting": "tlq.importance.weighting",
-    "load_model": "tlq.models.checkpoint",
+    "load_model": "tlq.export.loading",
     "load_samples": "tlq.data",
     "quantize": "tlq.api",
 }

@@ -8,6 +8,7 @@ expected peak is too large, one warning is logged. `python -m bench.memory` comp
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,10 +186,22 @@ class _Sizes:
         """Activations of a micro-batch inside a decoder layer; with a graph, also those of the backward pass."""
         architecture, widths = self.model.architecture, []
         for index in architecture.kinds.values():
-            linears = [get_linear(self._layer(index), path) for path in architecture.linears(index)]
-            widths.append(sum(linear.out_features + (linear.in_features if graph else 0) for linear in linears))
-        width = max(widths) + 8 * int(self.text.hidden_size)
+            widths.append(
+                sum(
+                    (linear.out_features + (linear.in_features if graph else 0)) * self._share(index, group)
+                    for group in architecture.groups[index]
+                    for linear in (get_linear(self._layer(index), path) for path in group.linears)
+                )
+            )
+        width = math.ceil(max(widths)) + 8 * int(self.text.hidden_size)
         return max((_all_tokens(batch) for batch in batches), default=0) * width * self.item * (1 + graph)
+
+    def _share(self, index: int, group: LinearGroup) -> float:
+        """The share of a layer's tokens that pass a group: those of an expert are routed to it."""
+        if group.experts is None:
+            return 1.0
+        experts: Any = self._layer(index).get_submodule(group.experts)
+        return float(self.text.num_experts_per_tok / len(experts))
 
     def enter(self, batches: Sequence[Batch], own: int) -> int:
         """Weights outside the decoder layers, activations of the vision tower, and the first hidden states."""
@@ -231,7 +244,7 @@ class _Sizes:
             return weights
         inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
         if streams == 2:  # one pass records the original inputs of all groups
-            widths = [self._shape(index, each)[0] for each in self.model.architecture.groups[index]]
+            widths = [self._shape(index, each)[0] for each in self.model.architecture.groups[index] if not each.experts]
             inputs += own * sum(widths) * self.item
         if recipe.error_measure.parent_of(group) is not None:
             inputs += recipe.error_measure.bytes_needed(own, self.state)

@@ -24,6 +24,8 @@ class GroupReport:
         alpha, duo: the exponent of the per-channel scales, and whether the weight magnitude was used.
         error_before, error_after: E(V) / sum_t w_t; "before" uses s = 1 and nearest rounding; None if not measured.
         tokens, effective_tokens: tokens whose error counted, and their effective sample size.
+        routed_effective_tokens: of an expert, the effective sample size of the tokens that the router sends to it.
+        further_tokens: of an expert with too few of them, the tokens that were added (``tlq.calibration.routing``).
         damping: fraction of the Hessian's mean diagonal that was added; None without compensated rounding.
         seconds: time to solve the group.
         peak_memory_bytes: memory peak of the process when the layer was finished.
@@ -40,6 +42,8 @@ class GroupReport:
     damping: float | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+    routed_effective_tokens: float | None = None
+    further_tokens: int = 0
 
 
 @dataclass(frozen=True)

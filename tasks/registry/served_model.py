@@ -20,9 +20,9 @@ from mlflow.pyfunc.model import PythonModel
 from PIL.Image import Image
 from transformers import BatchFeature
 
+from tlq.export.loading import load_model
 from tlq.inputs.chat import IMAGE_MARK, Message, encode, render_prompt
 from tlq.inputs.images import decode_image
-from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.runtime.digest import checkpoint_digest
 

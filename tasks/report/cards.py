@@ -9,7 +9,6 @@ and the checkpoint's digest leaves it out, so a card changes neither.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections import Counter
@@ -27,13 +26,15 @@ from tasks.report.page import environment
 from tasks.report.results import Results, Variant, is_demo
 from tasks.report.tokens import TokenData
 from tlq.export.engines import ENGINES, serving
+from tlq.models.architectures import architecture_of
+from tlq.models.checkpoint import load_config
 from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.report")
 
 _MADE_FOR = re.compile(r"^\| calibration\.json \| sha256 `([0-9a-f]{64})` \|$", re.M)
 
-#: Families whose `generate` fails inside compressed-tensors 0.20 where weights are decompressed on the first call.
+#: Families without experts whose `generate` fails inside compressed-tensors 0.20, which decompresses on the first call.
 _NEEDS_LOAD_MODEL = ("llava_next", "llava_onevision")
 
 
@@ -53,6 +54,7 @@ class Base:
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
+    has_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,11 @@ class CalibrationData:
 def read_base(path: str, hub_id: str | None) -> Base:
     """The base model, with license and language from its own card."""
     folder = Path(path)
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    config = load_config(folder)
     stated = _stated(folder / "README.md")
     names = ("language", "license", "license_name", "license_link")
-    return Base(path, hub_id, model_type, **{name: stated.get(name) for name in names})
+    experts = architecture_of(config).experts is not None
+    return Base(path, hub_id, config.model_type, has_experts=experts, **{name: stated.get(name) for name in names})
 
 
 def _stated(card: Path) -> dict[str, Any]:
@@ -148,9 +151,9 @@ def render_card(
             groups=variant.groups,
             path=checkpoint.as_posix(),
             backend=backend,
-            serving=serving(variant.scheme, base.model_type, checkpoint.as_posix()),
+            serving=serving(variant.scheme, base.model_type, checkpoint.as_posix(), base.has_experts),
             vllm=ENGINES["vllm"].of(variant.scheme),
-            load_model=base.model_type in _NEEDS_LOAD_MODEL and not variant.scheme.dequantized,
+            load_model=base.has_experts or (base.model_type in _NEEDS_LOAD_MODEL and not variant.scheme.dequantized),
             digest=_sha256(checkpoint / "calibration.json"),
         )
     )

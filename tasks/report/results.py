@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,9 +13,10 @@ from benchmarks.compare import FULL
 from benchmarks.results import Comparison, EvaluationRun, Metrics
 from tasks.config.params import VariantParams
 from tasks.files import EVALUATION, MODELS, existing
+from tlq.models.architectures import kind_of
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
-from tlq.results import CalibrationReport
+from tlq.results import CalibrationReport, GroupReport
 
 _MEASURED = ("error_before", "error_after", "effective_tokens", "seconds", "peak_memory_bytes")
 #: Fields of ``GroupReport`` that the report shows.
@@ -25,6 +27,35 @@ _DEMO = "demo_"
 
 
 @dataclass(frozen=True)
+class ExpertGroups:
+    """Linear groups of experts, and those of them that the router sends too few tokens.
+
+    Attributes:
+        count, few: numbers of groups.
+        least: the fewest effective tokens that the router sends to one of them.
+    """
+
+    count: int
+    few: int
+    least: float
+
+    @classmethod
+    def of(cls, groups: Sequence[GroupReport]) -> ExpertGroups | None:
+        """None without experts, and for a recipe that needs no data."""
+        routed = [group for group in groups if group.routed_effective_tokens is not None]
+        if not routed:
+            return None
+        least = min(group.routed_effective_tokens or 0.0 for group in routed)
+        return cls(len(routed), sum(group.further_tokens > 0 for group in routed), least)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.few} of {self.count} linear groups of experts got further tokens; the router sends one of them "
+            f"{self.least:.4g} effective tokens"
+        )
+
+
+@dataclass(frozen=True)
 class Variant:
     """One quantized model.
 
@@ -32,7 +63,8 @@ class Variant:
         name: <recipe>-<scheme>, the folder of its checkpoint.
         recipe, scheme: recipe and scheme that the variant was made with.
         metrics: evaluation/<name>/metrics.json.
-        groups: a row per layer and linear group, columns GROUP_COLUMNS; unmeasured values are missing.
+        groups: a row per layer and linear group, see ``group_table``; unmeasured values are missing.
+        experts: of a model with experts, how many groups of experts there are, and how many got further tokens.
         weight_bytes: size of the weight files.
         run: evaluation/<name>/run.json; None if an older version evaluated the variant.
     """
@@ -44,6 +76,7 @@ class Variant:
     groups: pd.DataFrame
     weight_bytes: int
     run: EvaluationRun | None = None
+    experts: ExpertGroups | None = None
 
     @property
     def mean(self) -> Comparison:
@@ -118,16 +151,32 @@ def read_results(variants: VariantParams, model: Path) -> Results:
 def read_variant(name: str) -> Variant:
     """Results of one variant. Raises: as ``read_results``."""
     report = read_calibration(name)
-    groups = pd.DataFrame([asdict(group) for group in report.groups], columns=list(GROUP_COLUMNS))
     return Variant(
         name=name,
         recipe=report.recipe,
         scheme=report.scheme,
         metrics=read_metrics(name),
-        groups=groups.astype(dict.fromkeys(_MEASURED, float)),
+        groups=group_table(report.groups),
         weight_bytes=weight_bytes(MODELS / name),
         run=read_run(name),
+        experts=ExpertGroups.of(report.groups),
     )
+
+
+def group_table(groups: Sequence[GroupReport]) -> pd.DataFrame:
+    """A row per layer and linear group, columns GROUP_COLUMNS; experts of a layer are one row for each of their groups.
+
+    Of experts: mean exponent, errors and effective tokens, the sum of tokens and seconds.
+    """
+    table = pd.DataFrame([asdict(group) for group in groups], columns=list(GROUP_COLUMNS))
+    table = table.astype(dict.fromkeys(_MEASURED, float))
+    kinds = table["group"].map(kind_of)
+    if (kinds == table["group"]).all():
+        return table
+    how = dict.fromkeys(GROUP_COLUMNS[2:], "mean")
+    how |= {"duo": "any", "tokens": "sum", "seconds": "sum", "peak_memory_bytes": "max"}
+    grouped = table.assign(group=kinds).groupby(["layer", "group"], sort=False, as_index=False)
+    return grouped.agg(how)[list(GROUP_COLUMNS)]
 
 
 def read_metrics(name: str) -> Metrics:

@@ -15,6 +15,7 @@ from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_po
 from tasks.files import read_tokens as read_token_set
 from tlq.importance.pool import Importance, TokenPool
 from tlq.inputs.images import decode_image
+from tlq.models.architectures import EXPERTS, is_expert
 from tlq.samples import Sample
 
 HEAT = "inferno"
@@ -83,19 +84,25 @@ def read_token_data() -> TokenData:
         samples=read_samples(PREPARED / "calibration.parquet", pool.samples),
         pool=pool,
         relative=relative_importance(scores, pool),
-        share=set_share(chosen, pool, len(scores)),
+        share=set_share(chosen, pool, sum(not is_expert(group) for _, group in scores)),
         shares=modality_shares(scores, chosen, pool),
     )
 
 
 def relative_importance(scores: Importance, pool: TokenPool) -> list[NDArray[np.float64]]:
-    """Per sample, importance over the mean of its layer and group, averaged over layers and groups, [tokens]."""
-    return pool.split(np.mean([values / values.mean(dtype=np.float64) for values in scores.values()], axis=0))
+    """Per sample, importance over the mean of its layer and group, averaged over layers and groups, [tokens].
+
+    The experts of a layer count together, by the importance of their common output.
+    """
+    together = [values for (_, group), values in scores.items() if not is_expert(group)]
+    return pool.split(np.mean([values / values.mean(dtype=np.float64) for values in together], axis=0))
 
 
 def set_share(chosen: pd.DataFrame, pool: TokenPool, sets: int) -> list[NDArray[np.float64]]:
     """Per sample, the share of the ``sets`` (one per layer and group) that each token is in, [tokens]."""
-    rows = chosen[["layer", "group", "sample", "position"]].drop_duplicates()
+    experts = chosen["group"].map(is_expert)
+    rows = chosen.assign(group=chosen["group"].mask(experts, EXPERTS))[["layer", "group", "sample", "position"]]
+    rows = rows.drop_duplicates()
     indices = pool.cu_seqlens[rows["sample"].to_numpy()] + rows["position"].to_numpy()
     return pool.split(np.bincount(indices, minlength=len(pool)) / sets)
 
@@ -108,11 +115,14 @@ def modality_shares(scores: Importance, chosen: pd.DataFrame, pool: TokenPool) -
     """
     is_image = pool.is_image
     of_set = {}
-    for key, part in chosen.groupby(["layer", "group"]):
+    groups = chosen["group"].mask(chosen["group"].map(is_expert), EXPERTS)
+    for key, part in chosen.groupby([chosen["layer"], groups]):
         weight = part["weight"].to_numpy(float)
         of_set[cast(tuple[int, str], key)] = 100 * weight[part["is_image"].to_numpy(bool)].sum() / weight.sum()
     rows = []
     for (layer, group), raw in scores.items():
+        if is_expert(group):
+            continue
         values = raw.astype(np.float64)
         rows.append(
             {

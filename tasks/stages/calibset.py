@@ -26,6 +26,7 @@ from tlq.importance.pool import Importance, TokenPool, WeightedTokens
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.token_weights import token_set
 from tlq.importance.weighting import loss_of
+from tlq.models.architectures import is_expert
 from tlq.recipes import RECIPES, Recipe
 from tlq.runtime.files import new_directory, write_text
 
@@ -70,7 +71,8 @@ def summarise(tokens: pd.DataFrame) -> pd.DataFrame:
 
 def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
     """Log every set with fewer effective tokens than required; floors, caps and the source can cause this."""
-    for row in summary[summary["effective_tokens"] < least_effective].to_dict("records"):
+    few = summary[(summary["effective_tokens"] < least_effective) & ~summary["group"].map(is_expert)]
+    for row in few.to_dict("records"):  # experts get further tokens when they are calibrated
         logger.warning(
             "layer %d, group %s: %.1f effective tokens, fewer than calibset.weighting.least_effective %d; raise "
             "calibset.budget.tokens_per_layer or importance.samples",

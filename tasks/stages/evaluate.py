@@ -39,7 +39,7 @@ from tasks.command import command_line, device
 from tasks.config.params import EvaluateParams, ModelParams, section
 from tasks.files import EVALUATION, MODELS, existing
 from tasks.registry.tracking import recorded_failure
-from tlq.models.checkpoint import load_model
+from tlq.export.loading import load_model
 from tlq.models.processor import load_processor
 from tlq.runtime.digest import kept_digests
 from tlq.runtime.files import link_or_copy, new_directory

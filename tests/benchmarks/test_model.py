@@ -17,8 +17,8 @@ from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks
 from benchmarks.model import AnswerOptions, Finished, VisionLM, Work
+from tlq.export.loading import load_model
 from tlq.inputs.chat import Message
-from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
 

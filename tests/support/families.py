@@ -131,6 +131,7 @@ QWEN_IDS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 QWEN_TOWER = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 PIXTRAL_TOWER = {
     "model_type": "pixtral",
@@ -213,6 +214,86 @@ TINY: dict[str, TinyFamily] = {
                     "num_position_embeddings": 16,
                 },
                 **QWEN_IDS,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "qwen3_vl_moe",
+            {
+                "text_config": text(
+                    "qwen3_vl_moe_text",
+                    head_dim=64,
+                    num_hidden_layers=2,
+                    mlp_only_layers=[1],
+                    **EXPERTS,
+                    **mrope([12, 10, 10], mrope_interleaved=True),
+                ),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "num_position_embeddings": 16,
+                    "deepstack_visual_indexes": [0],
+                },
+                **QWEN_IDS,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "qwen3_5_moe",
+            {
+                "text_config": text(
+                    "qwen3_5_moe_text",
+                    head_dim=64,
+                    layer_types=["linear_attention", "full_attention"],
+                    linear_num_key_heads=2,
+                    linear_num_value_heads=4,
+                    linear_key_head_dim=32,
+                    linear_value_head_dim=32,
+                    shared_expert_intermediate_size=128,
+                    **EXPERTS,
+                    **mrope([4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
+                ),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "num_position_embeddings": 16,
+                },
+                **QWEN_IDS,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "glm4v_moe",
+            {
+                "text_config": text(
+                    "glm4v_moe_text",
+                    head_dim=32,
+                    first_k_dense_replace=1,
+                    n_routed_experts=4,
+                    n_shared_experts=1,
+                    n_group=1,
+                    topk_group=1,
+                    num_experts_per_tok=2,
+                    moe_intermediate_size=128,
+                    **mrope([2, 3, 3], partial_rotary_factor=0.5),
+                ),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "image_size": 16,
+                },
+                **QWEN_IDS,
+                "image_start_token_id": VISION_START,
+                "image_end_token_id": VISION_END,
             },
             qwen_image,
             "mm_token_type_ids",
@@ -327,11 +408,11 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **{**TINY[model_type].config, **changes})
 
 
-def write_tiny(model_type: str, folder: Path) -> Path:
-    """A random checkpoint of the family in bfloat16."""
-    randomized(AutoModelForImageTextToText.from_config(tiny_config(model_type))).to(torch.bfloat16).save_pretrained(
-        folder
-    )
+def write_tiny(model_type: str, folder: Path, **text_changes: Any) -> Path:
+    """A random checkpoint of the family in bfloat16; ``text_changes`` are fields of its text config."""
+    text_config = {**TINY[model_type].config["text_config"], **text_changes}
+    config = tiny_config(model_type, text_config=text_config)
+    randomized(AutoModelForImageTextToText.from_config(config)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -345,7 +426,8 @@ def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         if "norm" in name and name.endswith("weight"):
             parameter.copy_(torch.exp(0.5 * values) - offset)
         elif parameter.dim() >= 2:
-            parameter.copy_(values / parameter[0].numel() ** 0.5)
+            inputs = parameter[0, 0] if ".experts." in name else parameter[0]
+            parameter.copy_(values / inputs.numel() ** 0.5)
         else:
             parameter.copy_(0.1 * values)
     return model.eval()

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import sys
 from pathlib import Path
+import tasks
 import torch
 import tlq.quantization.rounding
 from tasks.command import run

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 import tlq
 from tlq import CalibrationOptions, quantize
 from tlq.api import Options, plan
+from tlq.export.loading import load_model
 from tlq.importance.token_set import TokenBudget
-from tlq.models.checkpoint import load_model
 from tlq.quantization.equalization import Equalization
 from tlq.recipes import Recipe
 from tlq.samples import Sample

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tlq import quantize
+from tlq.export.loading import load_model
 from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_tokens
 from tlq.importance.token_set import TokenBudget
-from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme

@@ -1,15 +1,12 @@
-"""Results are bit-identical for any number of ranks and after crashes; mismatched state on disk is refused."""
+"""A calibration on ranks that are processes of their own: crashes change no bit, signals and errors end in one line."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ranked_job
+from support.exporting import read_tensors
+from support.forked_ranks import RESULT, quantize
 from support.ranked_job import assert_equal, finish, processes_of, wait_until_gone, write_job
 
+from tasks.files import read_samples
+from tlq.job import calibration_batches
+from tlq.models.streaming import StreamedModel
 from tlq.parallel import REDUCTION_CHUNKS, Ranks, chunk_ranges
+from tlq.quantization import rounding
+from tlq.recipes import get_recipe
 
 
 @given(batches=st.integers(0, 300), size=st.integers(1, 20))
@@ -40,52 +44,27 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(job: Path) -> Callable[[str, str], dict[str, torch.Tensor]]:
-    """Result of one rank for a recipe and a scheme, computed once."""
-
-    @cache
-    def made(recipe: str, scheme: str) -> dict[str, torch.Tensor]:
-        folder = job / f"{recipe}-{scheme}-1"
-        return finish(start(job, folder.name, 1, recipe, scheme), folder)
-
-    return made
+def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Result of this process alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    batches = calibration_batches(
+        StreamedModel(job / "model"), read_samples(job / "samples.parquet"), get_recipe("tlq-c"), 2, 512
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "_LEAST_ROWS", 32)
+        quantize(folder, job / "model", batches, "tlq-c", "w3a16")
+    return read_tensors(folder / RESULT)
 
 
 def start(job: Path, name: str, ranks: int, recipe: str, scheme: str) -> subprocess.Popen[str]:
     return ranked_job.start(job, name, recipe, scheme, {"TLQ_RANKS": str(ranks)})
 
 
-@pytest.mark.parametrize(
-    ("recipe", "scheme", "counts"),
-    [
-        ("tlq", "w4a8", (2,)),
-        pytest.param("tlq-c", "w3a16", (2, 3), marks=pytest.mark.soak),
-        pytest.param("mbq", "w3a16", (2,), marks=pytest.mark.soak),
-    ],
-)
-def test_any_number_of_ranks_gives_the_same_bits(
-    job: Path,
-    undisturbed: Callable[[str, str], dict[str, torch.Tensor]],
-    recipe: str,
-    scheme: str,
-    counts: tuple[int, ...],
-) -> None:
-    """Second moments, token by token, and through the parent module: every way that errors are added up."""
-    runs = {ranks: start(job, f"{recipe}-{scheme}-{ranks}", ranks, recipe, scheme) for ranks in counts}
-    expected = undisturbed(recipe, scheme)
-    assert len(expected) > 50
-    for ranks, process in runs.items():
-        assert_equal(finish(process, job / f"{recipe}-{scheme}-{ranks}"), expected)
-        report = json.loads((job / f"{recipe}-{scheme}-{ranks}" / "out/calibration.json").read_text())
-        assert {layer["ranks"] for layer in report["layers"]} == {ranks}
-
-
-def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str], dict[str, torch.Tensor]]) -> None:
+def test_random_kills_change_no_bit(job: Path, undisturbed: dict[str, torch.Tensor]) -> None:
     """SIGKILL hits ranks and the process that started them, at random moments of a run whose size changes.
 
     Twice here; ``TLQ_TEST_KILLS=20`` kills twenty times.
     """
-    expected = undisturbed("tlq-c", "w3a16")
     chance = random.Random(7)
     folder = job / "disturbed"
     kills = {"rank": 0, "stage": 0}
@@ -104,7 +83,7 @@ def test_random_kills_change_no_bit(job: Path, undisturbed: Callable[[str, str],
             process.communicate()
             wait_until_gone(folder)
             process = start(job, "disturbed", chance.choice([1, 2, 3]), "tlq-c", "w3a16")
-    assert_equal(finish(process, folder), expected)
+    assert_equal(finish(process, folder), undisturbed)
     assert sum(kills.values()) == wanted, kills
     wait_until_gone(folder)
     assert not [entry for entry in folder.iterdir() if entry.name.endswith(".work") and "out" in entry.name]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import group_quantizer
+from tlq.calibration.routing import ExpertTokens
 from tlq.calibration.streams import FullPrecision, Streams
 from tlq.models.architectures import LinearGroup, get_linear, head_dim_of
 from tlq.models.streaming import LayeredModel
@@ -33,14 +34,16 @@ class GroupProblem:
     Attributes:
         quantizer: quantizer of this group, with overrides applied.
         error: the group's weights stacked [out, in], its inputs, and E(V).
-        fold: the module that takes 1/s.
+        fold: the module that takes 1/s; None if the group has no scales.
         parent: calls of the module around the group; None unless the recipe's error measure needs them.
+        routed: for a group of an expert, the tokens that it is calibrated on.
     """
 
     quantizer: WeightQuantizer
     error: LinearsError
-    fold: Fold
+    fold: Fold | None
     parent: ParentCalls | None = None
+    routed: ExpertTokens | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -87,6 +90,10 @@ class GroupSolver:
         if quantizer is None:
             return None
         weight = torch.cat([get_linear(layer, path).weight.float() for path in group.linears])
+        routed = None
+        if group.experts is not None and self.job.recipe.needs_data:
+            with self.clock.phase("forward"):
+                routed = self.streams.prepare_expert(index, layer, group, reference)
         with self.clock.phase("search"):
             if self.job.recipe.needs_data:
                 inputs, parent = self._gather(index, layer, group, reference, weight.shape[1])
@@ -94,10 +101,12 @@ class GroupSolver:
                 no_tokens = torch.empty(0, device=weight.device)
                 inputs, parent = GroupInputs([], 0, no_tokens, weight.shape[1], True, self.job.ranks), None
         error = LinearsError(weight, inputs, quantizer, self.job.recipe.rounding_method.needs_statistics)
-        return GroupProblem(quantizer, error, self.fold(layer, group), parent)
+        return GroupProblem(quantizer, error, self.fold(layer, group), parent, routed)
 
-    def fold(self, layer: nn.Module, group: LinearGroup) -> Fold:
-        """The module of ``layer`` that takes 1/s of ``group``."""
+    def fold(self, layer: nn.Module, group: LinearGroup) -> Fold | None:
+        """The module of ``layer`` that takes 1/s of ``group``; None if there is none."""
+        if group.fold is None:
+            return None
         return Fold.into(
             layer.get_submodule(group.fold),
             get_linear(layer, group.linears[0]).in_features,
@@ -113,7 +122,7 @@ class GroupSolver:
         u_calls: list[Arguments] = []
         x_calls: list[Arguments] = []
         if reference is not None:
-            x = reference.inputs.pop(group.name)
+            x = self.streams.full_precision_inputs(index, layer, group, reference)
             x_calls = reference.parents.get(parent_path or "", [])
         if self.streams.sees_exposed:
             with self.clock.phase("forward"):
@@ -129,7 +138,7 @@ class GroupSolver:
             exposed = torch.cat(u_parts)
             w = torch.cat([part[part > 0] for part in w_parts])
             own.append(ChunkInputs(exposed if same else torch.cat(x_parts), exposed, w))
-        all_weights = torch.cat(self.job.counted_weights(index, group.name))
+        all_weights = torch.cat(self.streams.counted_weights(index, group))
         inputs = GroupInputs(own, len(self.job.chunks), all_weights, in_features, same, self.job.ranks)
         if parent_path is None:
             return inputs, None
@@ -146,7 +155,7 @@ class GroupSolver:
     def candidates(self, problem: GroupProblem) -> list[Candidate]:
         """Scales that the recipe tries, the neutral ones (s = 1) first."""
         method = self.job.recipe.equalization
-        if method.method == "none":
+        if method.method == "none" or problem.fold is None:
             return [_neutral(problem.weight)]
         magnitude = problem.inputs.magnitude(method.magnitude)
         return list(candidates(method, magnitude, problem.weight, problem.quantizer.scheme.group_size, problem.fold))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from tlq.models.architectures import Architecture, LinearGroup, get_linear
 from tlq.quantization.equalization import Fold
-from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, fake_quantize_activations
+from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, quantize_inputs
 
 
 @dataclass
@@ -31,12 +30,14 @@ class QuantizedLayer:
     def prefix(self) -> str:
         return f"{self.architecture.layers}.{self.index}."
 
-    def install(self, group: LinearGroup, rounded: QuantizedWeight, fold: Fold, s: Tensor) -> None:
+    def install(self, group: LinearGroup, rounded: QuantizedWeight, fold: Fold | None, s: Tensor) -> None:
         """Install 1/s and the codes of V diag(s), stacked over the linears of ``group``, in the layer."""
         rows = [get_linear(self.layer, path).out_features for path in group.linears]
         for path, part in zip(group.linears, rounded.split(rows), strict=True):
             self.weights[f"{self.prefix}{path}"] = part
             self._install_linear(path, part)
+        if fold is None or group.fold is None:
+            return
         per_row = fold.per_row(s)
         if bool((per_row == 1).all()):
             return
@@ -79,11 +80,4 @@ class QuantizedLayer:
         linear.weight.copy_(weight.dequantize(self.quantizer.compute_dtype))
         bits = self.quantizer.scheme.activation_bits  # an override never changes it
         if bits is not None:
-            linear.register_forward_pre_hook(_quantize_input(bits))
-
-
-def _quantize_input(bits: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (fake_quantize_activations(args[0], bits), *args[1:])
-
-    return hook
+            quantize_inputs(linear, bits)

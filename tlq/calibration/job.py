@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from torch import Tensor
-
 from tlq.importance.token_weights import TokenWeights
 from tlq.parallel import Ranks, chunk_ranges
 from tlq.quantization.formats import Scheme, WeightQuantizer
@@ -57,10 +55,6 @@ class CalibrationJob:
         """One value per micro-batch of this rank, grouped by chunk."""
         chunks, values = self.chunks, iter(parts)
         return [[next(values) for _ in chunks[chunk]] for chunk in self.ranks.own_chunks(len(chunks))]
-
-    def counted_weights(self, layer: int, group: str) -> list[Tensor]:
-        """Weights [tokens] of the tokens that count in a linear group, by micro-batch of all ranks."""
-        return [part[part > 0] for part in self.weights[layer, group]]
 
     def counted_tokens(self) -> int:
         """Maximum number of tokens with a weight in one linear group."""

@@ -124,6 +124,8 @@ class LayerLoop:
             reference = self.streams.full_precision(index, layer)
         quantized = self._quantized(index, layer)
         reports = [self._solve_group(quantized, group, reference) for group in self.architecture.groups[index]]
+        if reference is not None:
+            reference.clear()
         with self.clock.phase("forward"):
             self.streams.advance_exposed(index, layer)
         return LayerResult(index, quantized.weights, quantized.others(), reports)
@@ -157,7 +159,7 @@ def _kept_report(layer: int, group: str) -> GroupReport:
 def _group_report(
     layer: int, group: str, problem: GroupProblem, solution: GroupSolution, seconds: float
 ) -> GroupReport:
-    w = problem.inputs.w
+    w, routed = problem.inputs.w, problem.routed
     return GroupReport(
         layer=layer,
         group=group,
@@ -167,6 +169,8 @@ def _group_report(
         error_after=solution.error_after,
         tokens=len(w),
         effective_tokens=round(effective_sample_size(w.cpu().numpy()), 1) if len(w) else None,
+        routed_effective_tokens=None if routed is None else round(routed.effective, 1),
+        further_tokens=0 if routed is None else routed.further,
         damping=solution.damping,
         seconds=round(seconds, 3),
     )

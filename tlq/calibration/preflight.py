@@ -10,7 +10,7 @@ from torch import nn
 
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.token_weights import TokenWeights
-from tlq.models.architectures import Architecture, LinearGroup, check_linears, get_linear, linear_paths
+from tlq.models.architectures import EXPERTS, Architecture, LinearGroup, check_linears, get_linear, linear_paths
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.samples import Batch
@@ -96,8 +96,11 @@ def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch]
     if not batches:
         raise ValueError("no calibration samples; give some, or use the recipe rtn, which needs none")
     for layer in range(layers):
+        of_experts = next((key for key in weights if key[0] == layer and key[1].startswith(EXPERTS)), None)
         for group in architecture.groups[layer]:
-            parts = weights.get((layer, group.name), [])
+            # An expert that no token is routed to gets some, see ``tlq.calibration.routing``.
+            key = (layer, group.name) if group.experts is None else of_experts
+            parts = [] if key is None else weights.get(key, [])
             if len(parts) != len(batches) or not any(bool((part > 0).any()) for part in parts):
                 raise ValueError(
                     f"layer {layer}, group {group.name}: no token of the calibration data has a weight; "

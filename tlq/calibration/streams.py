@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tlq.calibration.job import CalibrationJob
-from tlq.models.architectures import LinearGroup
+from tlq.calibration.routing import LEAST_TOKENS, ExpertTokens, expert_tokens
+from tlq.models.architectures import EXPERTS, LinearGroup, get_linear
 from tlq.models.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.errors import Arguments
@@ -23,11 +24,32 @@ from tlq.runtime.activations import Activations
 
 
 @dataclass
+class Routed:
+    """The input of a layer's experts, by micro-batch.
+
+    Attributes:
+        hidden: [tokens, hidden], padding included.
+        routes: [tokens, k], numbers of the experts of every token.
+    """
+
+    hidden: Activations
+    routes: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
 class FullPrecision:
-    """One layer on the full-precision stream, by micro-batch: group inputs [tokens, in], parents' arguments."""
+    """One layer on the full-precision stream, by micro-batch: group inputs [tokens, in], parents' arguments.
+
+    The inputs of an expert's groups are computed from ``experts`` when they are needed.
+    """
 
     inputs: dict[str, list[Tensor]]
     parents: dict[str, list[Arguments]]
+    experts: Routed
+
+    def clear(self) -> None:
+        """Release the memory of the experts' input."""
+        self.experts.hidden.clear()
 
 
 class Streams:
@@ -44,7 +66,8 @@ class Streams:
     def __init__(self, model: LayeredModel, job: CalibrationJob) -> None:
         recipe = job.recipe
         self.architecture, self.numbers, self._weights = model.architecture, job.own_batches, job.weights
-        self._device, self._memory = model.device, job.memory
+        self._device, self._memory, self._ranks = model.device, job.memory, job.ranks
+        self._valid = [batch.valid for batch in job.batches]
         self._batches = [job.batches[number] for number in self.numbers]
         self._last = len(model.architecture.decoder_layers(model.skeleton)) - 1
         self._parent_of = recipe.error_measure.parent_of
@@ -59,13 +82,75 @@ class Streams:
         self.exposed = self._activations(first if self.sees_exposed else [])
         self._finished: dict[str, Activations] = {}
         self._returns: dict[type, type] = {}
+        self._routed: Routed | None = None  # on the stream whose routing decides
+        self._routes: Tensor | None = None
+        self._expert_tokens: dict[str, ExpertTokens] = {}
 
     def _activations(self, values: Sequence[Tensor] = ()) -> Activations:
         return Activations(self._memory, self._device, values)
 
     def weights_of(self, index: int, group: LinearGroup, number: int) -> Tensor:
         """Weights [batch, time] of this rank's micro-batch ``number``."""
-        return self._weights[index, group.name][self.numbers[number]].to(self._device)
+        return self._all_weights(index, group)[self.numbers[number]].to(self._device)
+
+    def counted_weights(self, index: int, group: LinearGroup) -> list[Tensor]:
+        """Weights [tokens] of the tokens that count in a linear group, by micro-batch of all ranks."""
+        return [part[part > 0] for part in self._all_weights(index, group)]
+
+    def _all_weights(self, index: int, group: LinearGroup) -> Sequence[Tensor]:
+        if group.experts is None:
+            return self._weights[index, group.name]
+        return self._expert_tokens[group.name].weights
+
+    def prepare_expert(
+        self, index: int, layer: nn.Module, group: LinearGroup, reference: FullPrecision | None
+    ) -> ExpertTokens:
+        """Decide which tokens count in a group of an expert, by the routing of the exposed stream if there is one.
+
+        All modules before the experts must be final.
+        """
+        if self._routed is None:
+            assert group.experts is not None
+            self._routed = self._enter_experts(index, layer, group) if reference is None or self.sees_exposed else None
+            if self._routed is None:
+                assert reference is not None
+                self._routed = reference.experts
+        if group.name not in self._expert_tokens:
+            shared = self._weights.get((index, EXPERTS))
+            if shared is None:
+                nothing = [torch.zeros(valid.shape) for valid in self._valid]  # no token is routed to the expert
+                own = self._weights.get((index, group.name), nothing)
+            else:
+                own = self._shares_of(group, shared)
+            least = LEAST_TOKENS * get_linear(layer, group.linears[0]).in_features
+            self._expert_tokens[group.name] = expert_tokens(own, self._valid, least)
+        return self._expert_tokens[group.name]
+
+    def _enter_experts(self, index: int, layer: nn.Module, group: LinearGroup) -> Routed:
+        """The input of the experts on the exposed stream."""
+        assert group.experts is not None
+        self._finish_before(index, group)
+        module, routed = layer.get_submodule(group.experts), Routed(self._activations())
+        for number in range(len(self.exposed)):
+            seen = self._observed(index, number, layer, {EXPERTS: module}, module)
+            _keep_routed(routed, seen[EXPERTS])
+        return routed
+
+    def _shares_of(self, group: LinearGroup, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The weights of the tokens that are routed to the group's expert, and 0 for all others."""
+        assert self._routed is not None
+        if self._routes is None:
+            own = iter(self._routed.routes)
+            k = self._routed.routes[0].shape[1] if self._routed.routes else 0
+            k = int(self._ranks.all_reduce_max(torch.tensor(k, device=self._device)))
+            mine = set(self.numbers)
+            parts = [
+                next(own) if number in mine else torch.zeros(valid.numel(), k, dtype=torch.int64)
+                for number, valid in enumerate(self._valid)
+            ]
+            self._routes = self._ranks.all_reduce(torch.cat(parts).to(self._device)).cpu()
+        sent = (self._routes == group.expert).any(1).split([valid.numel() for valid in self._valid])
+        return [part * mask.view(part.shape) for part, mask in zip(weights, sent, strict=True)]
 
     # -- full precision ------------------------------------------------------------------------------------------
 
@@ -73,23 +158,56 @@ class Streams:
         """Inputs of every group on the full-precision stream, advanced past ``layer``; None if the recipe uses none."""
         if not self.sees_full_precision:
             return None
-        groups = self.architecture.groups[index]
+        every = self.architecture.groups[index]
+        groups = [group for group in every if group.experts is None]
         modules = {group.name: _first_linear(layer, group) for group in groups}
+        experts = next((group.experts for group in every if group.experts is not None), None)
+        if experts is not None:
+            modules[EXPERTS] = layer.get_submodule(experts)
         parents = {parent for group in groups if (parent := self._parent_of(group)) is not None}
         modules |= {parent: layer.get_submodule(parent) for parent in parents}
-        stop = modules[groups[-1].name] if index == self._last else None
-        reference = FullPrecision({group.name: [] for group in groups}, {parent: [] for parent in parents})
+        # Shared experts come before the others in some families, after them in some.
+        stop = modules[groups[-1].name] if index == self._last and experts is None else None
+        inputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+        reference = FullPrecision(inputs, {parent: [] for parent in parents}, Routed(self._activations()))
         for number, call in enumerate(self.calls):
             seen, output = observe(layer, self.full[number], call.kwargs[index], modules, stop)
-            if output is not None:
+            if output is not None and index != self._last:
                 self._advance(self.full, index, number, output)
             for group in groups:
                 (hidden,), _ = seen[group.name]
                 counts = self.weights_of(index, group, number) > 0
-                reference.inputs[group.name].append(_finite(hidden[counts], index, group))
+                reference.inputs[group.name].append(_finite(_counted(hidden, counts), index, group))
+            if experts is not None:
+                _keep_routed(reference.experts, seen[EXPERTS])
             for parent in parents:
                 reference.parents[parent].append(seen[parent])
         return reference
+
+    def full_precision_inputs(
+        self, index: int, layer: nn.Module, group: LinearGroup, reference: FullPrecision
+    ) -> list[Tensor]:
+        """Take the inputs [tokens, in] of a group, by micro-batch, out of ``reference``.
+
+        An expert's are computed when its first group asks for them, with weights that are still the original ones.
+        """
+        if group.name not in reference.inputs:
+            block = layer.get_submodule(group.block)
+            for each in (each for each in self.architecture.groups[index] if each.block == group.block):
+                self.prepare_expert(index, layer, each, reference)
+                reference.inputs[each.name] = [
+                    self._expert_input(index, each, number, block, hidden)
+                    for number, hidden in enumerate(reference.experts.hidden)
+                ]
+        return reference.inputs.pop(group.name)
+
+    def _expert_input(self, index: int, group: LinearGroup, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Input [tokens, in] of a group of an expert, for the tokens that count in it."""
+        rows = _counted(hidden, self.weights_of(index, group, number) > 0)
+        first = block.get_submodule(group.linears[0].removeprefix(f"{group.block}."))
+        seen, _ = observe(block, rows, {}, {group.name: first}, first)
+        (counted,), _ = seen[group.name]
+        return _finite(counted, index, group)
 
     def advance_full_precision(self, index: int, layer: nn.Module) -> None:
         """Advance past ``layer``, which an earlier run solved and which still has its original weights."""
@@ -105,9 +223,11 @@ class Streams:
 
         Both are lists with one entry per micro-batch. From this call on, the modules before the group's own are final.
         """
-        order = [each.block for each in self.architecture.groups[index]]
-        for path in order[: order.index(group.block)]:
-            self._finished.setdefault(path, self._activations())
+        if group.experts is not None:
+            assert self._routed is not None
+            block, states = layer.get_submodule(group.block), enumerate(self._routed.hidden)
+            return [self._expert_input(index, group, number, block, hidden) for number, hidden in states], []
+        self._finish_before(index, group)
         stop = _first_linear(layer, group)
         modules, parent = {group.name: stop}, self._parent_of(group)
         if parent is not None:
@@ -118,12 +238,12 @@ class Streams:
             if group.tokenwise:
                 block = layer.get_submodule(group.block)
                 (hidden,), _ = self._observed(index, number, layer, {group.block: block}, block)[group.block]
-                seen, _ = observe(block, hidden[counts], {}, modules, stop)
+                seen, _ = observe(block, _counted(hidden, counts), {}, modules, stop)
                 (counted,), _ = seen[group.name]
             else:
                 seen = self._observed(index, number, layer, modules, stop)
                 (hidden,), _ = seen[group.name]
-                counted = hidden[counts]
+                counted = _counted(hidden, counts)
             rows.append(_finite(counted, index, group))
             if parent is not None:
                 parents.append(seen[parent])
@@ -139,6 +259,16 @@ class Streams:
         for outputs in self._finished.values():
             outputs.clear()
         self._finished.clear()
+        if self._routed is not None:
+            self._routed.hidden.clear()
+        self._routed = self._routes = None
+        self._expert_tokens.clear()
+
+    def _finish_before(self, index: int, group: LinearGroup) -> None:
+        """From now on the modules before the group's own are final: their outputs are kept."""
+        order = [each.experts or each.block for each in self.architecture.groups[index]]
+        for path in order[: order.index(group.experts or group.block)]:
+            self._finished.setdefault(path, self._activations())
 
     def _observed(
         self, index: int, number: int, layer: nn.Module, modules: dict[str, nn.Module], stop: nn.Module
@@ -185,6 +315,18 @@ def _shortcut(module: nn.Module, outputs: Activations, number: int, returns: dic
         yield
     finally:
         del module.forward
+
+
+def _keep_routed(routed: Routed, arguments: Arguments) -> None:
+    """Append the arguments of a call of the module of experts."""
+    (hidden, routes, *_), _ = arguments
+    routed.hidden.append(hidden)
+    routed.routes.append(routes.cpu())
+
+
+def _counted(hidden: Tensor, counts: Tensor) -> Tensor:
+    """The rows [tokens, width] of the tokens that count; some modules are called without the dimension of samples."""
+    return hidden.reshape(-1, hidden.shape[-1])[counts.flatten()]
 
 
 def _first_linear(layer: nn.Module, group: LinearGroup) -> nn.Module:

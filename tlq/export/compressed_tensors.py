@@ -55,7 +55,7 @@ def write_layer(
             f"{model.folder!s} is stored in {model.checkpoint_dtype}, but the scales have another dtype; quantize with "
             "the dtype from checkpoint_dtype_of"
         )
-    tensors = {model.weight_map[name].key: tensor.cpu().contiguous() for name, tensor in others.items()}
+    tensors = {model.weight_map[name].name: tensor.cpu().contiguous() for name, tensor in others.items()}
     for name, weight in weights.items():
         own = scheme.of(name)
         assert own is not None
@@ -75,7 +75,7 @@ def read_layer(
         for name in model.layer_names(index):
             own = scheme.of(linears[name]) if name in linears else None
             if own is None:
-                others[name] = file.get_tensor(model.weight_map[name].key).clone()
+                others[name] = file.get_tensor(model.weight_map[name].name).clone()
             else:
                 base = _base(model, linears[name])
                 stored = {part: f"{base}.{part}" for part in PARTS if f"{base}.{part}" in held}
@@ -86,7 +86,7 @@ def read_layer(
 
 
 def _base(model: StreamedModel, linear: str) -> str:
-    return model.weight_map[f"{linear}.weight"].key.removesuffix(".weight")
+    return model.weight_map[f"{linear}.weight"].name.removesuffix(".weight")
 
 
 def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:

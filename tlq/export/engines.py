@@ -54,6 +54,7 @@ class Engine:
         support: what it does with a scheme (without overrides).
         command: how a folder is served, after ``{folder}``; empty where that takes a program.
         families: those that its container has, by the ``model_type`` of config.json; None for every one.
+        experts: whether it loads quantized experts.
     """
 
     name: str
@@ -63,11 +64,21 @@ class Engine:
     support: Callable[[Scheme], Support]
     command: str = ""
     families: tuple[str, ...] | None = None
+    experts: bool = True
 
     def of(self, scheme: Scheme) -> Support:
         """What it does with a checkpoint: what it does with its worst part."""
         parts = [self.support(part) for part in parts_of(scheme)]
         return max(parts, key=lambda part: ("native", "weight only", "dequantized", "refused").index(part.runs))
+
+    def of_checkpoint(self, scheme: Scheme, family: str, experts: bool) -> Support:
+        """What it does with a checkpoint of a family, by its ``model_type``, that has experts or not."""
+        found = self.of(scheme)
+        if self.families is not None and family not in self.families:
+            return Support("refused", f"no {self.container} of the family {family}", found.source)
+        if experts and not self.experts:
+            return Support("refused", "does not load quantized experts; `tlq.load_model` does", found.source)
+        return found
 
 
 def _vllm(scheme: Scheme) -> Support:
@@ -161,7 +172,7 @@ ENGINES: dict[str, Engine] = {
         Engine(
             "sglang", "SGLang, NVIDIA", "0.5.23", CHECKPOINT, _sglang, "python -m sglang.launch_server --model {folder}"
         ),
-        Engine("transformers", "transformers", "5.23", CHECKPOINT, _transformers),
+        Engine("transformers", "transformers", "5.23", CHECKPOINT, _transformers, experts=False),
         Engine("llama.cpp", "llama.cpp", "2026.10", "gguf", _llama_cpp, _LLAMA_SERVER, GGUF_FAMILIES),
         Engine("mlx", "MLX", "0.32", "mlx", _mlx, _MLX_GENERATE, MLX_FAMILIES),
     )
@@ -218,19 +229,18 @@ def table(schemes: list[Scheme]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def serving(scheme: Scheme, family: str, folder: str) -> str:
+def serving(scheme: Scheme, family: str, folder: str, experts: bool = False) -> str:
     """How engines serve a checkpoint, for its card: a table of markdown, and the commands.
 
     Args:
         family: ``model_type`` of the checkpoint's config.json.
         folder: the checkpoint's folder, as the commands name it.
+        experts: whether it has a mixture of experts.
     """
     lines = ["| engine | runs | how |", "|---|---|---|"]
     commands = []
     for engine in ENGINES.values():
-        found = engine.of(scheme)
-        if engine.families is not None and family not in engine.families:
-            found = Support("refused", f"no {engine.container} of the family {family}", found.source)
+        found = engine.of_checkpoint(scheme, family, experts)
         lines.append(f"| {engine.title} {engine.version} | {found.runs} | {found.how} |")
         if found.runs == "refused" or not engine.command:
             continue

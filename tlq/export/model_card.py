@@ -11,7 +11,8 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tlq.export.engines import serving
-from tlq.models.stored import read_json
+from tlq.models.architectures import architecture_of, kind_of
+from tlq.models.checkpoint import load_config
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.runtime.files import write_text
@@ -44,6 +45,8 @@ def write_card(
     environment = Environment(
         loader=PackageLoader("tlq"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
+    config = load_config(folder)
+    experts = architecture_of(config).experts is not None
     text = environment.get_template("card.md.j2").render(
         metadata=metadata.to_yaml(),
         folder=folder.name,
@@ -52,16 +55,18 @@ def write_card(
         scheme=scheme,
         samples=samples,
         errors=_mean_errors(groups),
-        serving=serving(scheme, read_json(folder / "config.json")["model_type"], folder.name),
+        experts=experts,
+        further=[group for group in groups if group.get("further_tokens")],
+        serving=serving(scheme, config.model_type, folder.name, experts),
     )
     write_text(text, folder / "README.md")
 
 
 def _mean_errors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
-    """(group name, mean error before, mean error after) over the layers, for groups whose errors are measured."""
+    """(group name, mean error before, mean error after) over layers and experts, for groups with measured errors."""
     errors: dict[str, list[tuple[float, float]]] = {}
     for group in groups:
         if group["error_before"] is not None and group["error_after"] is not None:
-            errors.setdefault(group["group"], []).append((group["error_before"], group["error_after"]))
+            errors.setdefault(kind_of(group["group"]), []).append((group["error_before"], group["error_after"]))
     means = {name: np.mean(values, axis=0).tolist() for name, values in errors.items()}
     return [(name, before, after) for name, (before, after) in means.items()]

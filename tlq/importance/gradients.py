@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tlq.importance.pool import GroupKey, Importance, pool_indices
-from tlq.models.architectures import check_linears, get_linear
+from tlq.models.architectures import EXPERTS, check_linears, get_linear
 from tlq.models.decoder import LayerCalls, enter_decoder, run_layer
 from tlq.models.stored import source_digest
 from tlq.models.streaming import LayeredModel, StreamedModel
@@ -231,22 +231,31 @@ class ResidentBatches:
             )
         )
 
-    def recompute(self, index: int, position: int, layer: nn.Module) -> tuple[Tensor, Tensor, dict[str, list[Tensor]]]:
+    def recompute(self, index: int, position: int, layer: nn.Module) -> tuple[Tensor, Tensor, dict[str, GroupOutputs]]:
         """Layer ``index`` once more with an autograd graph, for the micro-batch at ``position``.
 
         Returns:
-            its input, its output, and group name -> outputs of the group's linears.
+            its input, its output, and group name -> outputs of the group's linears. ``EXPERTS`` is the name of the
+            output of all experts of the layer together.
         """
         hidden = self.inputs[index][position].detach().requires_grad_()
-        outputs: dict[str, list[Tensor]] = {group.name: [] for group in self.model.architecture.groups[index]}
+        outputs: dict[str, GroupOutputs] = {}
         handles = []
+
+        def observe(name: str, path: str, expert: Any = None) -> None:
+            own = outputs.setdefault(name, GroupOutputs([]))
+
+            def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+                own.outputs.append(output)
+                own.tokens = None if expert is None else expert.tokens
+
+            handles.append(layer.get_submodule(path).register_forward_hook(keep))
+
         for group in self.model.architecture.groups[index]:
+            if group.experts is not None and EXPERTS not in outputs:
+                observe(EXPERTS, group.experts)
             for path in group.linears:
-
-                def keep(_module: nn.Module, _args: Any, output: Tensor, name: str = group.name) -> None:
-                    outputs[name].append(output)
-
-                handles.append(layer.get_submodule(path).register_forward_hook(keep))
+                observe(group.name, path, layer.get_submodule(group.block) if group.experts else None)
         try:
             with torch.enable_grad(), _deterministic():
                 output = run_layer(layer, hidden, self.calls[position].kwargs[index])
@@ -260,6 +269,32 @@ class ResidentBatches:
         for states in self.inputs:
             states.clear()
         release_freed_memory()
+
+
+@dataclass
+class GroupOutputs:
+    """Outputs [tokens, out] of the linears of a group in a pass; none of an expert that no token was routed to.
+
+    Attributes:
+        tokens: which tokens of the micro-batch they are, for a group of an expert; None means all.
+    """
+
+    outputs: list[Tensor]
+    tokens: Tensor | None = None
+
+    def importance(self, gradients: Iterator[Tensor], shape: torch.Size) -> Tensor:
+        """g_t of every token, in the ``shape`` [batch, time] of the micro-batch; 0 for tokens that are not here.
+
+        Args:
+            gradients: those with respect to the outputs come first.
+        """
+        if not self.outputs:
+            return torch.zeros(shape)
+        total = torch.stack([next(gradients).float().abs().sum(-1) for _ in self.outputs]).sum(0)
+        mean = total / sum(each.shape[-1] for each in self.outputs)
+        if self.tokens is not None:
+            mean = torch.zeros(shape.numel(), device=mean.device).index_copy_(0, self.tokens, mean)
+        return mean.reshape(shape).cpu()
 
 
 #: What ``Loss.gradients`` yields: layer, position of the micro-batch in the pass, group name -> g_t [batch, time].
@@ -353,18 +388,14 @@ def _deterministic() -> Iterator[None]:
 
 
 def _gradients(
-    output: Tensor, output_gradient: Tensor, hidden: Tensor, outputs: dict[str, list[Tensor]]
+    output: Tensor, output_gradient: Tensor, hidden: Tensor, outputs: dict[str, GroupOutputs]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient with respect to ``hidden``, and g_t [batch, time] of every group: mean over channels of |dL/dy_t|."""
-    linear_outputs = [each for group in outputs.values() for each in group]
+    linear_outputs = [each for group in outputs.values() for each in group.outputs]
     with _deterministic():
         input_gradient, *rest = torch.autograd.grad(output, [hidden, *linear_outputs], output_gradient)
     gradients = iter(rest)
-    values = {}
-    for name, group in outputs.items():
-        total = torch.stack([next(gradients).float().abs().sum(-1) for _ in group]).sum(0)
-        values[name] = (total / sum(each.shape[-1] for each in group)).cpu()
-    return input_gradient, values
+    return input_gradient, {name: group.importance(gradients, hidden.shape[:-1]) for name, group in outputs.items()}
 
 
 def _answer_logits(model: LayeredModel, hidden: Tensor, batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ Whole sequences still run through a layer, since attention needs them; only the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -47,6 +47,12 @@ class TokenBudget:
             raise ValueError(f"TokenBudget.modality_floor is {self.modality_floor}, must be in [0, 0.5]")
         if not 0 < self.sample_cap <= 1:
             raise ValueError(f"TokenBudget.sample_cap is {self.sample_cap}, must be in (0, 1]; 1 caps nothing")
+
+    def within(self, is_image: NDArray[np.bool_], sample_of: NDArray[np.int64]) -> TokenBudget:
+        """The budget with a cap and a floor that these tokens can keep: they may come from few samples."""
+        cap = max(self.sample_cap, 1 / len(np.unique(sample_of)))
+        supplied = [cap * len(np.unique(sample_of[mask])) for mask in (is_image, ~is_image)]
+        return replace(self, sample_cap=cap, modality_floor=min(self.modality_floor, *supplied))
 
 
 def select_tokens(

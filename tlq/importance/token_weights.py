@@ -24,11 +24,25 @@ from tlq.importance.pool import (
 )
 from tlq.importance.token_set import TokenBudget, select_tokens
 from tlq.importance.weighting import Source, Weighting, even_out, importance_weights, modality_ratio, modality_weights
-from tlq.models.architectures import BLOCK_OUTPUT
+from tlq.models.architectures import BLOCK_OUTPUT, EXPERTS, is_expert
 from tlq.samples import Batch
 
 #: (layer, group name) -> weight of every token, one [batch, time] tensor per micro-batch; 0 leaves a token out.
+#: Experts have either weights of their own, or the weights of ``EXPERTS``, of which each takes its tokens' share.
 TokenWeights = Mapping[GroupKey, Sequence[Tensor]]
+
+
+def weight_keys(keys: Iterable[GroupKey], own_weights: bool) -> list[GroupKey]:
+    """The keys of token weights among those of raw importance, sorted.
+
+    Args:
+        own_weights: whether every expert weighs tokens by its own importance, or all of a layer share their weights.
+    """
+    every = sorted(set(keys))
+    shared = {(key[0], EXPERTS) for key in every if is_expert(key[1])}
+    if own_weights:
+        return [key for key in every if key not in shared]
+    return sorted({key for key in every if not is_expert(key[1])} | shared)
 
 
 def all_tokens(scores: Importance, pool: TokenPool, source: Source, weighting: Weighting) -> PoolWeights:
@@ -40,17 +54,17 @@ def all_tokens(scores: Importance, pool: TokenPool, source: Source, weighting: W
     """
     every = np.arange(len(pool))
     least = weighting.least_effective_of(source)
-    groups = _weights_of_groups(scores, pool, source, weighting)
-    return PoolWeights(
-        pool.cu_seqlens,
-        {key: WeightedTokens(every, even_out(weights, least).astype(np.float32)) for key, weights in groups},
-    )
+    groups: dict[GroupKey, WeightedTokens] = {}
+    for key, weights in _weights_of_groups(scores, pool, source, weighting):
+        indices, own, enough = (every, weights, least) if not is_expert(key[1]) else _of_expert(weights, least)
+        groups[key] = WeightedTokens(indices, even_out(own, enough).astype(np.float32))
+    return PoolWeights(pool.cu_seqlens, groups)
 
 
 def uniform_tokens(keys: Iterable[GroupKey], pool: TokenPool) -> PoolWeights:
     """Every token of the pool with weight 1, for the layers and groups ``keys``; needs no scores."""
     tokens = WeightedTokens(np.arange(len(pool)), np.ones(len(pool), np.float32))
-    return PoolWeights(pool.cu_seqlens, dict.fromkeys(keys, tokens))
+    return PoolWeights(pool.cu_seqlens, dict.fromkeys(weight_keys(keys, own_weights=False), tokens))
 
 
 def token_set(
@@ -66,8 +80,11 @@ def token_set(
     sample_of = pool.sample_of
     groups: dict[GroupKey, WeightedTokens] = {}
     for draw, (key, weights) in enumerate(_weights_of_groups(scores, pool, source, weighting)):
-        pool_weights = even_out(weights, least_in_pool).astype(np.float32)
         generator = np.random.default_rng([seed, draw])
+        if is_expert(key[1]):
+            groups[key] = _expert_set(weights, least_in_pool, pool, budget, generator)
+            continue
+        pool_weights = even_out(weights, least_in_pool).astype(np.float32)
         indices, set_weights = select_tokens(pool_weights, pool.is_image, sample_of, budget, generator)
         if budget.selection == "top":
             evened = even_out(set_weights.astype(np.float64), min(least, len(set_weights)))
@@ -75,6 +92,27 @@ def token_set(
         counted = set_weights > 0
         groups[key] = WeightedTokens(indices[counted], set_weights[counted])
     return PoolWeights(pool.cu_seqlens, groups)
+
+
+def _of_expert(weights: NDArray[np.float64], least: int) -> tuple[NDArray[np.int64], NDArray[np.float64], int]:
+    """The tokens of a pool that are routed to an expert, their weights with mean 1, and ``least`` or their number."""
+    indices = np.flatnonzero(weights)
+    own = weights[indices]
+    return indices, own / own.mean() if len(own) else own, min(least, len(own))
+
+
+def _expert_set(
+    weights: NDArray[np.float64], least: int, pool: TokenPool, budget: TokenBudget, generator: np.random.Generator
+) -> WeightedTokens:
+    """The token set of an expert, from the tokens routed to it; cap and floor give way where these are too few."""
+    indices, own, least = _of_expert(weights, least)
+    if not len(indices):
+        return WeightedTokens(indices, own.astype(np.float32))
+    is_image, sample_of = pool.is_image[indices], pool.sample_of[indices]
+    evened = even_out(own, least).astype(np.float32)
+    chosen, set_weights = select_tokens(evened, is_image, sample_of, budget.within(is_image, sample_of), generator)
+    counted = set_weights > 0
+    return WeightedTokens(indices[chosen[counted]], set_weights[counted])
 
 
 def _weights_of_groups(
@@ -85,12 +123,16 @@ def _weights_of_groups(
     `modality` weighs a group by the importance at the output of its attention or MLP, as MBQ does.
     """
     least_ratio = _median_ratios(scores, pool, weighting) if source == "modality" else {}
-    for layer, group in sorted(scores):
+    for layer, group in weight_keys(scores, own_weights=source in ("token", "block")):
         if source == "modality":
             block = BLOCK_OUTPUT[group]
             weights = modality_weights(scores[layer, block], pool, weighting.text, least_ratio[block])
         else:
-            weights = importance_weights(scores[layer, group], pool, source, weighting)
+            raw = scores[layer, group]
+            routed = raw > 0 if is_expert(group) else np.ones(len(pool), np.bool_)
+            weights = importance_weights(raw, pool, source, weighting) if routed.any() else np.zeros(len(pool))
+            if not routed.all():
+                weights = weights * routed
         yield (layer, group), weights
 
 

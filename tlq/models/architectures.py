@@ -7,7 +7,9 @@ A model is a family (``FAMILIES``: vision tower, connector, and where the decode
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 from torch import nn
@@ -21,25 +23,34 @@ class LinearGroup:
     Attributes:
         name: short name used in files and reports.
         linears: module paths inside the decoder layer.
-        fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows.
+        fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows; None if
+            others read the same input, so that the group has no scales.
         parent: module whose output error AWQ and MBQ measure; None if they measure the linear itself.
         tokenwise: whether the module around the linears computes each token from its hidden state alone.
         kept: linears that read the same input and stay in full precision; the group's scale goes into their columns.
         gain: the gain of the norm ``fold`` is ``gain + weight``; None takes the decoder's ``norm_offset``.
+        experts: for a group of an expert, the module that holds all experts; it is called with the hidden states
+            [tokens, hidden] and with the numbers of the experts [tokens, k] that each token is routed to.
     """
 
     name: str
     linears: tuple[str, ...]
-    fold: str
+    fold: str | None
     parent: str | None = None
     tokenwise: bool = False
     kept: tuple[str, ...] = ()
     gain: float | None = None
+    experts: str | None = None
 
     @property
     def block(self) -> str:
-        """Path of the module around the linears: the attention, or the MLP."""
+        """Path of the module around the linears: the attention, the MLP, or the expert."""
         return self.linears[0].rpartition(".")[0]
+
+    @property
+    def expert(self) -> int:
+        """Number of the expert among those of its layer. Raises ValueError if the group is of no expert."""
+        return int(self.block.rpartition(".")[2])
 
 
 QKV = LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn")
@@ -57,13 +68,50 @@ DELTA_IN = LinearGroup(
 )
 DELTA_OUT = LinearGroup("delta_out", ("linear_attn.out_proj",), "linear_attn.norm", gain=0.0)
 
+#: Name of the experts of a layer together, where one name stands for all of their groups.
+EXPERTS = "experts"
 
-#: Group name -> the group whose output is the output of the same attention or MLP; MBQ's ratio of modalities uses it.
-BLOCK_OUTPUT = {
-    group.name: output.name
-    for output, groups in {O_PROJ: (QKV, O_PROJ), DOWN: (GATE_UP, DOWN), DELTA_OUT: (DELTA_IN, DELTA_OUT)}.items()
-    for group in groups
-}
+
+def is_expert(group: str) -> bool:
+    """Whether a group, by its name, belongs to one expert."""
+    return group.startswith(f"{EXPERTS}.")
+
+
+def kind_of(group: str) -> str:
+    """The name of a group without the number of the expert: ``experts.down`` of ``experts.3.down``."""
+    return f"{EXPERTS}.{group.rpartition('.')[2]}" if is_expert(group) else group
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP. Router and shared experts read the same input: it has no scales.
+
+    Attributes:
+        path: the module that holds the experts (``tlq.models.experts``).
+        kept: router and gates, which stay in full precision.
+        shared: path of the MLP that every token passes, or None.
+        count: number of experts, from the config of the text decoder.
+        sparse: whether a layer has experts, from that config and its index; the others have a plain MLP.
+    """
+
+    path: str
+    kept: tuple[str, ...]
+    shared: str | None
+    count: Callable[[Any], int]
+    sparse: Callable[[Any, int], bool] = lambda _text, _index: True
+
+    def groups(self, count: int) -> tuple[LinearGroup, ...]:
+        """The linear groups of a layer with ``count`` experts."""
+        shared = () if self.shared is None else self._of("shared", self.shared, None)
+        experts = (self._of(f"{EXPERTS}.{number}", f"{self.path}.{number}", self.path) for number in range(count))
+        return (*shared, *(group for pair in experts for group in pair))
+
+    def _of(self, name: str, block: str, experts: str | None) -> tuple[LinearGroup, LinearGroup]:
+        gate_up = (f"{block}.gate_proj", f"{block}.up_proj")
+        return (
+            LinearGroup(f"{name}.gate_up", gate_up, None, kept=self.kept, experts=experts),
+            LinearGroup(f"{name}.down", (f"{block}.down_proj",), f"{block}.up_proj", tokenwise=True, experts=experts),
+        )
 
 
 @dataclass(frozen=True)
@@ -74,25 +122,73 @@ class Decoder:
     MLP output, which follow the last linear.
 
     Attributes:
-        groups: linear groups in the order of computation.
+        attention, mlp: linear groups in the order of computation.
         norm_offset: the gain of a norm is ``norm_offset + weight``.
-        kinds: the groups of layers of another kind, by their name in ``layer_types`` of the config.
+        kinds: what takes the place of attention in layers of another kind, by the name in ``layer_types`` of the
+            config.
+        experts: what takes the place of the MLP, in some layers or in all.
     """
 
-    groups: tuple[LinearGroup, ...] = (QKV, O_PROJ, GATE_UP, DOWN)
+    attention: tuple[LinearGroup, ...] = (QKV, O_PROJ)
+    mlp: tuple[LinearGroup, ...] = (GATE_UP, DOWN)
     norm_offset: float = 0.0
     kinds: tuple[tuple[str, tuple[LinearGroup, ...]], ...] = ()
+    experts: Experts | None = None
 
     def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
         """The groups of every layer of a decoder, from its config."""
         kinds = dict(self.kinds)
         stated = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
-        return tuple(kinds.get(kind, self.groups) for kind in stated)
+        sparse = () if self.experts is None else self.experts.groups(self.experts.count(text))
+
+        @cache
+        def groups(kind: str | None, has_experts: bool) -> tuple[LinearGroup, ...]:
+            return (*kinds.get(kind or "", self.attention), *(sparse if has_experts else self.mlp))
+
+        return tuple(
+            groups(kind, self.experts is not None and self.experts.sparse(text, index))
+            for index, kind in enumerate(stated)
+        )
 
 
+#: Group name -> the group whose output is the output of the same attention or MLP; MBQ's ratio of modalities uses it.
+BLOCK_OUTPUT = {
+    "qkv": "o_proj",
+    "o_proj": "o_proj",
+    "delta_in": "delta_out",
+    "delta_out": "delta_out",
+    "gate_up": "down",
+    "down": "down",
+    "shared.gate_up": "shared.down",
+    "shared.down": "shared.down",
+    EXPERTS: EXPERTS,
+}
+
+
+def _qwen_sparse(text: Any, index: int) -> bool:
+    return index not in text.mlp_only_layers and (index + 1) % text.decoder_sparse_step == 0
+
+
+DELTA_NET = (("linear_attention", (DELTA_IN, DELTA_OUT)),)
 LLAMA = Decoder()
-GEMMA3 = Decoder(groups=(QKV, O_PROJ, replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN), norm_offset=1.0)
-QWEN3_5 = Decoder(norm_offset=1.0, kinds=(("linear_attention", (DELTA_IN, DELTA_OUT, GATE_UP, DOWN)),))
+GEMMA3 = Decoder(mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN), norm_offset=1.0)
+QWEN3_5 = Decoder(norm_offset=1.0, kinds=DELTA_NET)
+QWEN3_MOE = Decoder(experts=Experts("mlp.experts", ("mlp.gate",), None, lambda text: text.num_experts, _qwen_sparse))
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    experts=Experts(
+        "mlp.experts", ("mlp.gate", "mlp.shared_expert_gate"), "mlp.shared_expert", lambda text: text.num_experts
+    ),
+)
+GLM4V_MOE = Decoder(
+    experts=Experts(
+        "mlp.experts",
+        ("mlp.gate",),
+        "mlp.shared_experts",
+        lambda text: text.n_routed_experts,
+        lambda text, index: index >= text.first_k_dense_replace,
+    )
+)
 
 #: By the ``model_type`` of the text config.
 DECODERS: dict[str, Decoder] = {
@@ -103,7 +199,11 @@ DECODERS: dict[str, Decoder] = {
     "qwen2_vl_text": LLAMA,
     "qwen2_5_vl_text": LLAMA,
     "qwen3_vl_text": LLAMA,
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_vl_moe_text": QWEN3_MOE,
     "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
+    "glm4v_moe_text": GLM4V_MOE,
     "gemma3_text": GEMMA3,
 }
 
@@ -112,11 +212,10 @@ UNSUPPORTED: dict[str, str] = {
     "phi3": "its self_attn.qkv_proj and mlp.gate_up_proj are fused linears",
     "mixtral": "its mlp.experts is a mixture of experts",
     "qwen2_moe": "its mlp.experts is a mixture of experts",
-    "qwen3_moe": "its mlp.experts is a mixture of experts",
     "gpt_oss": "its mlp.experts is a mixture of experts",
-    "qwen3_vl_moe": "its mlp.experts is a mixture of experts",
-    "qwen3_5_moe": "its mlp.experts is a mixture of experts",
-    "llama4": "its feed_forward.experts is a mixture of experts",
+    "ernie4_5_vl_moe": "its mlp has one mixture of experts for text and one for images",
+    "gemma4": "its decoder layers add inputs of their own and share keys and values",
+    "llama4": "its feed_forward.experts is a mixture of experts whose weights are stored transposed",
 }
 
 
@@ -143,7 +242,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,
     "qwen3_vl": QWEN_VL,
+    "qwen3_vl_moe": QWEN_VL,
     "qwen3_5": QWEN_VL,
+    "qwen3_5_moe": QWEN_VL,
+    "glm4v_moe": QWEN_VL,
     "llava_onevision": LLAVA,
     "llava_next": LLAVA,
     "llava": LLAVA,
@@ -181,8 +283,13 @@ class Architecture:
 
     @property
     def kept(self) -> list[str]:
-        """Paths of the linears inside decoder layers that stay in full precision, each once."""
+        """Paths of linears and routers inside decoder layers that stay in full precision, each once."""
         return list(dict.fromkeys(path for groups in self.kinds for group in groups for path in group.kept))
+
+    @property
+    def experts(self) -> str | None:
+        """Path inside a decoder layer of the module that holds experts; None if no layer has any."""
+        return next((group.experts for groups in self.kinds for group in groups if group.experts), None)
 
     @property
     def final_norm(self) -> str:
@@ -233,7 +340,8 @@ def get_linear(layer: nn.Module, path: str) -> nn.Linear:
             children = ", ".join(child for child, _ in module.named_children())
             raise ValueError(
                 f"{path}: there is no {name} in {type(module).__name__}, which has {children}; "
-                "fused linears and mixtures of experts are not supported, choose a model with one Linear per projection"
+                "fused linears, and experts without a row, are not supported; choose a model with one Linear per "
+                "projection"
             )
         module = module.get_submodule(name)
     if not isinstance(module, nn.Linear):

@@ -1,24 +1,22 @@
-"""Read a checkpoint: its config, the whole model as its user loads it, and the files of its processor.
+"""Read a checkpoint's config and the files of its processor.
 
-``tlq.export`` writes checkpoints, ``tlq.models.streaming`` reads one layer at a time.
+``tlq.models.streaming`` reads its weights one layer at a time, ``tlq.export.loading`` the whole model.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from copy import deepcopy
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
 from tlq.models.architectures import FAMILIES, architecture_of
-from tlq.models.stored import dtype_of_weights, read_json, refuse_quantized, stored_tensors
+from tlq.models.stored import dtype_of_weights, read_json
 
 _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 #: Files of the tokenizer, the processor and of generation. Adapters, optimizers and other leftovers are not copied.
@@ -75,7 +73,7 @@ def read_config(checkpoint: str | Path) -> Any:
         raise
     except StrictDataclassError as error:
         raise ValueError(
-            f"model {checkpoint!s}: its config.json has an impossible value ({_last_line(error)}); correct it, or "
+            f"model {checkpoint!s}: its config.json has an impossible value ({last_line(error)}); correct it, or "
             "download it again"
         ) from error
     except (ValueError, AttributeError, TypeError, KeyError) as error:
@@ -89,27 +87,8 @@ def read_config(checkpoint: str | Path) -> Any:
     return config
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip()
-
-
-def empty_model(config: Any, checkpoint: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The module tree that a config describes, in evaluation mode, its parameters without values (on ``meta``).
-
-    Raises:
-        ValueError: transformers cannot build it, for instance because a size is 0.
-    """
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-                deepcopy(config), dtype=dtype, trust_remote_code=False
-            )
-    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(
-            f"model {checkpoint!s}: transformers cannot build what its config.json describes ({type(error).__name__}: "
-            f"{_last_line(error)[:200]}); correct it, or download it again"
-        ) from error
-    return model.eval()
 
 
 def _refuse_foreign_attention(checkpoint: str | Path, stated: Any) -> None:
@@ -127,76 +106,6 @@ def _refuse_foreign_attention(checkpoint: str | Path, stated: Any) -> None:
     elif isinstance(stated, list):
         for each in stated:
             _refuse_foreign_attention(checkpoint, each)
-
-
-def load_model(
-    checkpoint: str | Path,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
-) -> PreTrainedModel:
-    """The model of a checkpoint in evaluation mode on ``device``, as its user loads it.
-
-    A quantized checkpoint is decompressed here, and the module wrappers of compressed-tensors are removed. Otherwise
-    compressed-tensors 0.20 decompresses during the first forward pass, and its wrappers turn a model output that is
-    passed to a module into a plain dict, which breaks ``generate`` of LLaVA-NeXT and LLaVA-OneVision.
-
-    Raises: as ``read_config``.
-    """
-    config = read_config(checkpoint)
-    if Path(checkpoint).is_dir():
-        stored = stored_tensors(Path(checkpoint))  # names a damaged file, which transformers does not
-        if getattr(config, "quantization_config", None) is None:
-            refuse_quantized(stored)
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint,
-            config=config,
-            dtype=dtype,
-            device_map=str(device),
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
-    except (ArithmeticError, AssertionError, LookupError, TypeError, RuntimeError):
-        empty_model(config, checkpoint, torch.float32)  # says what is wrong if the config is
-        raise
-    model, loading = loaded
-    _check_complete(checkpoint, model, loading)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.quantization_config.dequantize:
-        from compressed_tensors.offload.dispatch import remove_dispatch  # seconds, which stages without a model save
-
-        quantizer.compressor.decompress_model(model)
-        remove_dispatch(model, onload_tensors=True)
-    evaluated: PreTrainedModel = model.eval()
-    return evaluated
-
-
-def _check_complete(checkpoint: str | Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
-    """Refuse a model that does not have exactly the checkpoint's weights: transformers fills gaps at random.
-
-    Raises:
-        ValueError: weights are missing or have another shape.
-        FloatingPointError: a weight is not finite.
-    """
-    mismatched = sorted(loading["mismatched_keys"])
-    if mismatched:
-        name, stored, wanted = mismatched[0]
-        raise ValueError(
-            f"model {checkpoint!s}: {name} has shape {list(stored)}, the model of its config.json needs "
-            f"{list(wanted)}; download the checkpoint again"
-        )
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"model {checkpoint!s}: {len(missing)} weights are missing, the first is {missing[0]}; the checkpoint is "
-            "incomplete, download it again"
-        )
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and value.itemsize > 1 and not torch.isfinite(value).all():
-            raise FloatingPointError(
-                f"model {checkpoint!s}: {name} is not finite; the checkpoint is damaged, download it again"
-            )
 
 
 def load_config(checkpoint: str | Path) -> Any:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -35,8 +35,28 @@ WEIGHT_DTYPES = frozenset(_DTYPES.values())
 #: Beginnings of the names of element types of 8 bits and fewer.
 _SMALL = ("I8", "U8", "F8", "F6", "F4")
 
+#: Ends of the names of weights; the last two are those of all experts of a layer.
+_WEIGHTS = (".weight", ".gate_up_proj", ".down_proj")
+
 #: Ends of the names of what belongs to a quantized weight: compressed-tensors, float8 of DeepSeek and Qwen, AWQ, GPTQ.
 _QUANTIZED = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight", ".qzeros", ".scales")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A linear's weight within a tensor that holds all experts of a layer.
+
+    Attributes:
+        name: its name in place of the tensor's own: ``3.up_proj.weight``.
+        expert: index in the first dimension.
+        rows: first row of the weight, and the row after its last.
+        transposed: whether the tensor is [experts, in, out] and not [experts, out, in].
+    """
+
+    name: str
+    expert: int
+    rows: tuple[int, int]
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -45,12 +65,54 @@ class StoredTensor:
 
     Attributes:
         dtype: name of the element type in safetensors' words, ``BF16`` for instance.
+        part: the part of the stored tensor that this is; None if it is all of it.
     """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
+    part: Part | None = None
+
+    @property
+    def name(self) -> str:
+        """The name under which an export stores it: the key, or that of a linear of its own."""
+        return self.key if self.part is None else f"{self.key.rpartition('.')[0]}.{self.part.name}"
+
+    def of_experts(self, rows: Mapping[str, int], width: int) -> Iterator[tuple[str, StoredTensor]]:
+        """Names and places of the linears in a tensor that holds all experts of a layer.
+
+        Args:
+            rows: output channels of each linear of an expert that the tensor holds, in their order.
+            width: their input channels.
+
+        Raises:
+            ValueError: the tensor has another shape.
+        """
+        total = sum(rows.values())
+        plain, transposed = (total, width), (width, total)
+        if len(self.shape) != 3 or self.shape[1:] not in (plain, transposed):
+            raise ValueError(
+                f"{self.file}: {self.key} has shape {list(self.shape)}, the model of its config.json needs "
+                f"{total} x {width} for every expert; download the checkpoint again"
+            )
+        for expert in range(self.shape[0]):
+            start = 0
+            for linear, count in rows.items():
+                name = f"{expert}.{linear}.weight"
+                part = Part(name, expert, (start, start + count), self.shape[1:] != plain)
+                place = replace(self, shape=(count, width), part=part)
+                yield place.name, place
+                start += count
+
+    def read(self, opened: TensorFile) -> Tensor:
+        """The tensor from its open file; it may be mapped from the file."""
+        if self.part is None:
+            return opened.get_tensor(self.key)
+        whole, rows = opened.get_slice(self.key), slice(*self.part.rows)
+        if self.part.transposed:
+            return whole[self.part.expert, :, rows].t().contiguous()
+        return whole[self.part.expert, rows]
 
     @property
     def nbytes(self) -> int:
@@ -81,15 +143,18 @@ class _PickledTensors:
     def get_tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def get_slice(self, name: str) -> _Form:
-        return _Form(self._tensors[name])
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self._tensors[name])
 
 
-class _Form:
-    """Shape and dtype of a tensor, as a slice of safetensors states them."""
+class _Slice:
+    """Shape, dtype and parts of a tensor, as a slice of safetensors gives them."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._tensor[index]
 
     def get_shape(self) -> list[int]:
         return list(self._tensor.shape)
@@ -183,7 +248,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
     """Raise ValueError if weights have 8 bits or fewer, or have scales: a config need not say so."""
     for key, place in tensors.items():
-        small = key.endswith(".weight") and place.dtype.startswith(_SMALL)
+        small = key.endswith(_WEIGHTS) and place.dtype.startswith(_SMALL)
         if small or key.endswith(_QUANTIZED):
             raise ValueError(
                 f"{place.file}: {key} ({place.dtype}) is a part of a quantized weight, so the checkpoint is quantized "
@@ -206,7 +271,7 @@ def source_digest(folder: Path) -> str:
 def read_tensor(place: StoredTensor) -> Tensor:
     """A tensor as it is stored, in memory of its own."""
     with open_tensors(place.file) as opened:
-        return opened.get_tensor(place.key).clone()
+        return place.read(opened).clone()
 
 
 def dtype_of_weights(folder: Path) -> torch.dtype:

@@ -7,7 +7,7 @@ interface for a model in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from tlq.models.architectures import Architecture, architecture_of
-from tlq.models.checkpoint import checkpoint_dtype_of, empty_model, local_folder, read_config
+from tlq.models.architectures import Architecture, architecture_of, get_linear
+from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
+from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
+from tlq.models.skeleton import empty_model
 from tlq.models.stored import WEIGHT_DTYPES, StoredTensor, open_tensors, read_tensor, refuse_quantized, stored_tensors
 from tlq.runtime.memory import release_freed_memory
 
@@ -52,6 +54,32 @@ class LayeredModel(Protocol):
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index, decoder layer) in ``order``; each layer has its weights until the next one is yielded."""
         ...
+
+
+def names_of_stored(model: PreTrainedModel) -> Callable[[str], str]:
+    """The function from the key of a stored tensor to its name in the module tree, as transformers renames it.
+
+    It raises ValueError if transformers would also change the tensor's form, other than to put experts together.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [
+        each
+        for each in transforms
+        if isinstance(each, WeightConverter) and not all(".experts." in target for target in each.target_patterns)
+    ]
+    wanted: dict[str, Any] = model.state_dict()
+    for path, module in model.named_modules():
+        if isinstance(module, SeparateExperts):
+            wanted |= dict.fromkeys((f"{path}.{GATE_UP}", f"{path}.{DOWN}"))
+
+    def name_of(key: str) -> str:
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        if converter is not None:
+            raise ValueError(f"{key} is not stored in the form that the model uses; convert the checkpoint")
+        return key if name not in wanted and key in wanted else name
+
+    return name_of
 
 
 @dataclass
@@ -109,6 +137,9 @@ class StreamedModel:
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.skeleton = empty_model(self.config, checkpoint, self.dtype)
         self.skeleton.requires_grad_(False)
+        self._experts = {
+            path: module for path, module in self.skeleton.named_modules() if isinstance(module, SeparateExperts)
+        }
         for module in self.skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
@@ -117,23 +148,20 @@ class StreamedModel:
     def _find_tensors(self) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
         """Places of the tensors that the module tree names, and of those that it does not."""
         wanted = self.skeleton.state_dict()
-        transforms = get_model_conversion_mapping(self.skeleton)
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        rename = names_of_stored(self.skeleton)
         found: dict[str, StoredTensor] = {}
         unnamed: dict[str, StoredTensor] = {}
         stored = stored_tensors(self.folder)
         refuse_quantized(stored)
-        for key, place in stored.items():
-            name, converter = rename_source_key(key, renamings, converters, self.skeleton.base_model_prefix, wanted)
-            if converter is not None:
-                raise ValueError(
-                    f"{self.folder}: {key} is not stored in the form that the model uses; convert the checkpoint"
-                )
-            name = name if name in wanted or key not in wanted else key
-            if name in wanted:
-                self._check_form(place, wanted[name])
-            (found if name in wanted else unnamed)[name] = place
+        for key, whole in stored.items():
+            try:
+                name = rename(key)
+            except ValueError as error:
+                raise ValueError(f"{self.folder}: {error}") from error
+            for part, place in self._parts(name, whole):
+                if part in wanted:
+                    self._check_form(place, wanted[part])
+                (found if part in wanted else unnamed)[part] = place
         self.untied = self._tie(found)
         missing = [name for name, value in wanted.items() if name not in found and value.is_meta]
         if missing:
@@ -142,6 +170,24 @@ class StreamedModel:
                 "incomplete, download it again"
             )
         return found, unnamed
+
+    def _parts(self, name: str, place: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+        """The tensors of the module tree that a stored one holds, with their places: itself, or experts' linears."""
+        path, _, leaf = name.rpartition(".")
+        experts = self._experts.get(path)
+        if experts is None or leaf not in (GATE_UP, DOWN):
+            yield name, place
+            return
+        linears = ("gate_proj", "up_proj") if leaf == GATE_UP else ("down_proj",)
+        rows = {linear: get_linear(experts[0], linear).out_features for linear in linears}
+        width = get_linear(experts[0], linears[0]).in_features
+        if place.shape[:1] != (len(experts),):
+            raise ValueError(
+                f"{place.file}: {place.key} has {place.shape[0]} experts, the model of its config.json {len(experts)}; "
+                "download the checkpoint again"
+            )
+        for stored, part in place.of_experts(rows, width):
+            yield f"{path}{stored.removeprefix(place.key.rpartition('.')[0])}", part
 
     def _check_form(self, place: StoredTensor, wanted: Tensor) -> None:
         """Raise ValueError if a stored weight has another shape than the model's, or is no floating-point number."""
@@ -222,14 +268,15 @@ class StreamedModel:
         for name in names:
             by_file.setdefault(self.weight_map[name].file, []).append(name)
         tensors: dict[str, Tensor] = {}
+        read: dict[StoredTensor, str] = {}
         for file, part in by_file.items():
             with open_tensors(file) as opened:
                 for name in part:
-                    twin = next((each for each in tensors if self.weight_map[each] == self.weight_map[name]), None)
-                    if twin is not None:  # tied weights
+                    twin = read.setdefault(self.weight_map[name], name)
+                    if twin != name:  # tied weights
                         tensors[name] = tensors[twin]
                         continue
-                    tensor = opened.get_tensor(self.weight_map[name].key)
+                    tensor = self.weight_map[name].read(opened)
                     wanted = (dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
                     # Copy even if dtype and device stay: the file must not remain mapped.
                     tensors[name] = tensor.to(self.device, wanted, copy=True)

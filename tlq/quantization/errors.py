@@ -55,7 +55,7 @@ class GroupInputs:
         shape = (self.in_features,)
         if how == "max":
             largest = torch.zeros(shape, device=self.ranks.device)
-            for part in self.own:
+            for part in (part for part in self.own if len(part.u)):
                 largest = torch.maximum(largest, part.u.float().abs().amax(0))
             return self.ranks.all_reduce_max(largest)
         if how == "mean":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FULL_PRECISION = "full_precision"
 
@@ -256,6 +256,15 @@ def fake_quantize_activations(hidden_states: Tensor, bits: int) -> Tensor:
     low, high = code_range(bits)
     scale = _nonzero(hidden_states.abs().amax(-1, keepdim=True) / ((high - low) / 2))
     return torch.clamp(torch.round(hidden_states / scale), low, high) * scale
+
+
+def quantize_inputs(linear: nn.Module, bits: int) -> None:
+    """Make a linear quantize its input, as ``fake_quantize_activations``, at every call."""
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (fake_quantize_activations(args[0], bits), *args[1:])
+
+    linear.register_forward_pre_hook(hook)
 
 
 def _nonzero(scale: Tensor) -> Tensor:

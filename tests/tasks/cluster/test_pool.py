@@ -260,6 +260,7 @@ def test_kills_of_stage_worker_and_run_change_no_bit(workers: Site, expected: di
     assert {StateType.CRASHED, StateType.COMPLETED} <= set(states)
 
 
+@pytest.mark.soak
 def test_concurrent_variants_all_reach_dvc_lock(workers: Site, tmp_path: Path) -> None:
     """As in the flow's evaluations: each is a DVC stage here, and one flow run of the pool."""
     names = ["a", "b"]

@@ -24,9 +24,9 @@ from tlq import job
 from tlq.calibration import loop as calibration
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerResult
+from tlq.export.loading import load_model
 from tlq.importance.token_weights import all_tokens, to_batches
 from tlq.importance.weighting import Weighting
-from tlq.models.checkpoint import load_model
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.recipes import RECIPES

@@ -20,7 +20,7 @@ from benchmarks.model import VisionLM
 from benchmarks.results import EvaluationRun
 from tasks.config.params import EvaluateParams, ParamsError
 from tasks.stages import evaluate
-from tlq.models.checkpoint import load_model
+from tlq.export.loading import load_model
 from tlq.runtime.files import link_or_copy, new_directory
 from tlq.runtime.memory import peak_resident
 

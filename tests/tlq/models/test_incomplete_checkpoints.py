@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny import write_tiny_qwen2_vl
 from torch import Tensor
 
-from tlq.models.checkpoint import load_model
+from tlq.export.loading import load_model
 from tlq.models.stored import stored_tensors
 from tlq.models.streaming import StreamedModel
 

@@ -15,8 +15,8 @@ from support.families import PROCESSORS, tiny_config, write_tiny_with_processor
 from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 
+from tlq.export.loading import load_model
 from tlq.inputs.chat import Message
-from tlq.models.checkpoint import load_model
 from tlq.models.processor import image_only_class, load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
 

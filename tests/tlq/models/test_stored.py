@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from tlq import quantize
-from tlq.models.checkpoint import load_model
+from tlq.export.loading import load_model
 from tlq.models.streaming import StreamedModel
 from tlq.results import CalibrationReport
 

@@ -10,7 +10,8 @@ import pytest
 from support.tiny import write_tiny_qwen2_vl
 from transformers import AutoConfig
 
-from tlq.models.checkpoint import copy_processor_files, load_config, load_model, read_config
+from tlq.export.loading import load_model
+from tlq.models.checkpoint import copy_processor_files, load_config, read_config
 from tlq.models.processor import load_processor
 from tlq.models.stored import weight_files
 from tlq.models.streaming import StreamedModel

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlq.calibration.install import QuantizedLayer
-from tlq.models.architectures import DECODERS, LinearGroup, architecture_of, get_linear, head_dim_of
+from tlq.models.architectures import LLAMA, LinearGroup, architecture_of, get_linear, head_dim_of
 from tlq.models.decoder import enter_decoder, run_layer
 from tlq.quantization.equalization import Candidate, Equalization, Fold, candidates, weight_magnitude
 from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, get_scheme
@@ -125,7 +125,7 @@ def unquantized(weight: Tensor) -> QuantizedWeight:
     return QuantizedWeight(weight, torch.ones(len(weight), 1), torch.zeros(len(weight), 1))
 
 
-@pytest.mark.parametrize("group", DECODERS["qwen2_vl_text"].groups, ids=lambda group: group.name)
+@pytest.mark.parametrize("group", [*LLAMA.attention, *LLAMA.mlp], ids=lambda group: group.name)
 def test_folding_leaves_the_layer_function_unchanged(
     tiny_model: PreTrainedModel, batches: list[Batch], group: LinearGroup
 ) -> None:

@@ -1,0 +1,108 @@
+"""Experts as linears of their own: the same numbers as transformers' experts, from every form on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.families import batches_of, write_tiny
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from tlq.export.loading import load_model
+from tlq.models.architectures import architecture_of
+from tlq.models.experts import SeparateExperts
+from tlq.models.streaming import StreamedModel
+
+FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe")
+SHARED = "model.language_model.layers.0.mlp.experts"
+
+Forms = Callable[[str, Tensor], dict[str, Tensor]]
+
+
+def whole(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """[experts, out, in], as transformers keeps it in memory."""
+    return {name: tensor}
+
+
+def transposed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """[experts, in, out], as the first checkpoints of Qwen3-VL have it."""
+    return {name: tensor.transpose(1, 2).contiguous()}
+
+
+def separate(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A weight per linear, as most checkpoints with experts have it."""
+    path, _, leaf = name.rpartition(".")
+    if leaf == "down_proj":
+        return {f"{path}.{number}.down_proj.weight": weight.clone() for number, weight in enumerate(tensor)}
+    parts = {}
+    for number, weight in enumerate(tensor):
+        gate, up = weight.chunk(2)
+        parts |= {f"{path}.{number}.gate_proj.weight": gate.clone(), f"{path}.{number}.up_proj.weight": up.clone()}
+    return parts
+
+
+def written(folder: Path, form: Forms) -> Path:
+    """A checkpoint of Qwen3-VL with experts of 96 x 128 channels, stored in a form."""
+    write_tiny("qwen3_vl_moe", folder, moe_intermediate_size=96)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        experts = name.rpartition(".")[0] == SHARED
+        tensors |= form(name, tensor) if experts else {name: tensor.clone()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_separate_experts_compute_what_transformers_computes(tmp_path: Path, name: str) -> None:
+    write_tiny(name, tmp_path)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model = load_model(tmp_path)
+    path = architecture_of(model.config).experts
+    assert path is not None
+    layers = architecture_of(model.config).decoder_layers(model)
+    assert isinstance(layers[-1 if name == "glm4v_moe" else 0].get_submodule(path), SeparateExperts)
+    for batch in batches_of(name):
+        expected = plain(**batch.encode()).logits[batch.valid]
+        torch.testing.assert_close(model(**batch.encode()).logits[batch.valid], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [whole, transposed, separate])
+def test_experts_are_read_from_every_form(tmp_path: Path, form: Forms) -> None:
+    expected = load_model(write_tiny("qwen3_vl_moe", tmp_path / "plain", moe_intermediate_size=96)).state_dict()
+    model = StreamedModel(written(tmp_path / "stored", form))
+    found = model.read([name for index in range(2) for name in model.layer_names(index)])
+    assert f"{SHARED}.3.up_proj.weight" in found
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.is_contiguous()
+    assert not model.unnamed
+
+
+def test_experts_of_another_shape_or_number_are_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path, whole)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for change, message in (
+        (lambda tensor: tensor[:, 1:], r"gate_up_proj has shape \[4, 191, 128\], .* needs 192 x 128 for every expert"),
+        (lambda tensor: tensor[1:], "gate_up_proj has 3 experts, the model of its config.json 4"),
+    ):
+        name = f"{SHARED}.gate_up_proj"
+        save_file({**tensors, name: change(tensors[name]).contiguous()}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            StreamedModel(folder)
+
+
+def test_experts_of_8_bits_are_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path, whole)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = f"{SHARED}.down_proj"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"down_proj \(F8_E4M3\) is a part of a quantized weight"):
+        StreamedModel(folder)

@@ -1,0 +1,126 @@
+"""Load a checkpoint, quantized or not, as a whole model."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from tlq.export.quantized import QuantizedCheckpoint
+from tlq.models.architectures import architecture_of
+from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
+from tlq.models.experts import separate_experts
+from tlq.models.skeleton import empty_model
+from tlq.models.stored import read_tensor, refuse_quantized, stored_tensors
+from tlq.models.streaming import names_of_stored
+from tlq.quantization.formats import WeightQuantizer, quantize_inputs
+
+
+def load_model(
+    checkpoint: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The model of a checkpoint in evaluation mode on ``device``, as its user loads it.
+
+    A quantized checkpoint is decompressed here, and the module wrappers of compressed-tensors are removed. Otherwise
+    compressed-tensors 0.20 decompresses during the first forward pass, and its wrappers turn a model output that is
+    passed to a module into a plain dict, which breaks ``generate`` of LLaVA-NeXT and LLaVA-OneVision. Every expert has
+    linears of its own; transformers cannot load quantized experts, so they are read here.
+
+    Raises: as ``read_config``.
+    """
+    config = read_config(checkpoint)
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if Path(checkpoint).is_dir():
+        stored = stored_tensors(Path(checkpoint))  # names a damaged file, which transformers does not
+        if not is_quantized:
+            refuse_quantized(stored)
+    if is_quantized and architecture_of(config).experts is not None:
+        return _load_quantized_experts(checkpoint, config, dtype, torch.device(device))
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            checkpoint,
+            config=config,
+            dtype=dtype,
+            device_map=str(device),
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except (ArithmeticError, AssertionError, LookupError, TypeError, RuntimeError):
+        empty_model(config, checkpoint, torch.float32)  # says what is wrong if the config is
+        raise
+    model, loading = loaded
+    _check_complete(checkpoint, model, loading)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.quantization_config.dequantize:
+        from compressed_tensors.offload.dispatch import remove_dispatch  # seconds, which stages without a model save
+
+        quantizer.compressor.decompress_model(model)
+        remove_dispatch(model, onload_tensors=True)
+    separate_experts(model)
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
+
+
+def _load_quantized_experts(
+    checkpoint: str | Path, config: Any, dtype: torch.dtype | str, device: torch.device
+) -> PreTrainedModel:
+    """A quantized model with experts: weights as their codes represent them, activations quantized by hooks."""
+    folder = local_folder(checkpoint)
+    stored = QuantizedCheckpoint.open(folder)
+    plain = deepcopy(config)
+    quantization = plain.__dict__.pop("quantization_config")
+    wanted = checkpoint_dtype_of(config, folder) if dtype == "auto" else dtype
+    computed = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    model = empty_model(plain, checkpoint, computed)
+    name_of, wanted_names = names_of_stored(model), set(model.state_dict())
+    tensors = {name_of(key): read_tensor(place) for key, place in stored.others.items()}
+    for key, scheme in stored.schemes.items():
+        weight = stored.weight(key)
+        path = name_of(f"{key}.weight").removesuffix(".weight")
+        tensors[f"{path}.weight"] = weight.dequantize(WeightQuantizer(scheme, weight.scale.dtype).compute_dtype)
+        if scheme.activation_bits is not None and f"{path}.weight" in wanted_names:
+            quantize_inputs(model.get_submodule(path), scheme.activation_bits)
+    given = {
+        name: tensor.to(device, computed if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+        if name in wanted_names
+    }
+    loading = model.load_state_dict(given, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name in loading.missing_keys if model.state_dict()[name].is_meta]
+    _check_complete(checkpoint, model, {"mismatched_keys": [], "missing_keys": missing})
+    model.config.quantization_config = quantization
+    return model.requires_grad_(False).eval()
+
+
+def _check_complete(checkpoint: str | Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Refuse a model that does not have exactly the checkpoint's weights: transformers fills gaps at random.
+
+    Raises:
+        ValueError: weights are missing or have another shape.
+        FloatingPointError: a weight is not finite.
+    """
+    mismatched = sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise ValueError(
+            f"model {checkpoint!s}: {name} has shape {list(stored)}, the model of its config.json needs "
+            f"{list(wanted)}; download the checkpoint again"
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model {checkpoint!s}: {len(missing)} weights are missing, the first is {missing[0]}; the checkpoint is "
+            "incomplete, download it again"
+        )
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.itemsize > 1 and not torch.isfinite(value).all():
+            raise FloatingPointError(
+                f"model {checkpoint!s}: {name} is not finite; the checkpoint is damaged, download it again"
+            )

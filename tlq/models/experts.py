@@ -1,0 +1,88 @@
+"""Experts as linears of their own.
+
+transformers keeps the experts of a layer in three-dimensional parameters and multiplies them in groups, past every
+hook. ``separate_experts`` puts modules in their place that compute the same and whose linears can be observed, scored
+and quantized one by one, under the names that vLLM and llm-compressor use: ``experts.3.gate_proj``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Names of the three-dimensional parameters: [experts, 2 * width, hidden] and [experts, hidden, width].
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+
+class Expert(nn.Module):
+    """One expert: ``down(act(gate(x)) * up(x))``.
+
+    Attributes:
+        tokens: [n] int64, which tokens of the layer's last call it computed, in their order.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        width = gate_up.shape[0] // 2
+        self.gate_proj = _linear(gate_up[:width])
+        self.up_proj = _linear(gate_up[width:])
+        self.down_proj = _linear(down)
+        self._activation = activation
+        self.tokens = torch.empty(0, dtype=torch.int64)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Output [n, hidden] for ``hidden_states`` [n, hidden]."""
+        activated: Tensor = self._activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        output: Tensor = self.down_proj(activated)
+        return output
+
+
+class SeparateExperts(nn.ModuleList):
+    """The experts of a layer, called as transformers calls its own module of experts."""
+
+    def __init__(self, fused: Any) -> None:
+        """Takes the weights of transformers' module; they share its memory."""
+        gate_up, down = getattr(fused, GATE_UP), getattr(fused, DOWN)
+        super().__init__(Expert(gate_up[number], down[number], fused.act_fn) for number in range(len(down)))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the outputs of each token's experts.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            top_k_index, top_k_weights: [tokens, k], numbers and weights of the experts.
+        """
+        output = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self):
+            expert.tokens, place = torch.where(top_k_index == number)
+            if len(expert.tokens):
+                computed = expert(hidden_states[expert.tokens]) * top_k_weights[expert.tokens, place, None]
+                output.index_add_(0, expert.tokens, computed.to(output.dtype))
+        return output
+
+
+def separate_experts(model: nn.Module) -> None:
+    """Replace every module of experts that transformers keeps in three-dimensional parameters, in place.
+
+    Modules with transposed or interleaved weights, biases or norms stay as they are.
+    """
+    for path, module in list(model.named_modules()):
+        if _is_fused(module):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, SeparateExperts(module))
+
+
+def _is_fused(module: Any) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    plain = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
+    unusual = ("is_transposed", "has_bias", "has_post_expert_norm")
+    return own.keys() == {GATE_UP, DOWN} and plain and not any(getattr(module, name, False) for name in unusual)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
