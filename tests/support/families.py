@@ -89,6 +89,12 @@ def qwen_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     }
 
 
+def patch_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """As ``qwen_image``, the patches as pictures."""
+    count, inputs = qwen_image(tiles, generator)
+    return count, {**inputs, "pixel_values": pixels(16 * tiles, 3, 4, 4, generator=generator)}
+
+
 def llava_image(_tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     return 4, {"pixel_values": pixels(1, 3, 16, 16, generator=generator)}
 
@@ -118,6 +124,15 @@ def pixtral_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     return 4 * tiles, {
         "pixel_values": pixels(1, 3, 16, 16 * tiles, generator=generator),
         "image_sizes": torch.tensor([[16, 16 * tiles]]),
+    }
+
+
+def siglip2_image(_tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """4 x 4 patches, 2 x 2 of them one token."""
+    return 4, {
+        "pixel_values": pixels(1, 16, 3 * 4 * 4, generator=generator),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
     }
 
 
@@ -268,6 +283,142 @@ TINY: dict[str, TinyFamily] = {
             },
             qwen_image,
             "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "glm4v",
+            {
+                "text_config": text("glm4v_text", head_dim=32, **mrope([2, 3, 3], partial_rotary_factor=0.5)),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "image_size": 16,
+                },
+                **QWEN_IDS,
+                "image_start_token_id": VISION_START,
+                "image_end_token_id": VISION_END,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "glm46v",
+            {
+                "text_config": text("glm4v_text", head_dim=32, **mrope([2, 3, 3], partial_rotary_factor=0.5)),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "image_size": 16,
+                },
+                **QWEN_IDS,
+                "image_start_token_id": VISION_START,
+                "image_end_token_id": VISION_END,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "glm_ocr",
+            {
+                "text_config": text("glm_ocr_text", head_dim=32, **mrope([2, 3, 3], partial_rotary_factor=0.5)),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "image_size": 16,
+                },
+                **QWEN_IDS,
+                "image_start_token_id": VISION_START,
+                "image_end_token_id": VISION_END,
+            },
+            qwen_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "exaone4_5",
+            {
+                "text_config": text("exaone4", head_dim=32),
+                "vision_config": {
+                    **QWEN_TOWER,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "out_hidden_size": 128,
+                    "window_size": 16,
+                    "num_key_value_heads": 2,
+                    "fullatt_block_indexes": [0],
+                },
+                **QWEN_IDS,
+            },
+            qwen_image,
+        ),
+        TinyFamily(
+            "paddleocr_vl",
+            {
+                "text_config": text("paddleocr_vl_text", head_dim=32, **mrope([4, 6, 6])),
+                "vision_config": tower("paddleocr_vl_vision", 4),
+                **QWEN_IDS,
+            },
+            patch_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "ovis2",
+            {
+                "text_config": text("qwen2"),
+                "vision_config": tower(
+                    "ovis2_vision_model", 4, vocab_size=24, num_visual_indicator_tokens=5, hidden_stride=2
+                ),
+                "image_token_id": IMAGE,
+                "visual_indicator_token_ids": [85, 86, 87, 88, 89],
+                "vocab_size": VOCABULARY,
+                "hidden_size": 128,
+            },
+            tiled_image,
+        ),
+        TinyFamily(
+            "lfm2_vl",
+            {
+                "text_config": text(
+                    "lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, conv_L_cache=3
+                ),
+                "vision_config": tower("siglip2_vision_model", 4, num_patches=16, vision_use_head=False),
+                "image_token_id": IMAGE,
+                "projector_hidden_size": 64,
+            },
+            siglip2_image,
+        ),
+        TinyFamily(
+            "cohere2_vision",
+            {
+                "text_config": text("cohere2", sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+                "vision_config": tower("siglip_vision_model", 4, vision_use_head=False),
+                "image_token_id": IMAGE,
+                "alignment_intermediate_size": 64,
+            },
+            tiled_image,
+        ),
+        TinyFamily(
+            "aya_vision",
+            {
+                "text_config": text("cohere2", sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+                "vision_config": tower("siglip_vision_model", 4, vision_use_head=False),
+                "image_token_index": IMAGE,
+            },
+            tiled_image,
+        ),
+        TinyFamily(
+            "vipllava",
+            {
+                "text_config": text("llama"),
+                "vision_config": tower("clip_vision_model", 8, num_hidden_layers=2),
+                "image_token_index": IMAGE,
+                "vision_feature_layers": [-1, -2],
+            },
+            llava_image,
         ),
         TinyFamily(
             "glm4v_moe",

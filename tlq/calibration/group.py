@@ -113,6 +113,7 @@ class GroupSolver:
             self.head_dim,
             self.job.quantizer.scale_dtype,
             self.architecture.norm_offset if group.gain is None else group.gain,
+            group.fold_last,
         )
 
     def _gather(

@@ -47,6 +47,7 @@ class QuantizedLayer:
         if fold.is_norm:
             fold.weight.copy_(fold.folded_weight(per_row))
             return
+        per_row = fold.every_row(per_row)
         name = f"{self.prefix}{group.fold}"
         before = get_linear(self.layer, group.fold)
         if name in self.weights:

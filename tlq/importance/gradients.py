@@ -403,7 +403,10 @@ def _answer_logits(model: LayeredModel, hidden: Tensor, batch: Batch) -> Tensor:
     before_answer = batch.is_answer[:, 1:].to(hidden.device)
     normed = model.skeleton.get_submodule(model.architecture.final_norm)(hidden[:, :-1][before_answer])
     logits: Tensor = model.skeleton.get_output_embeddings()(normed)
-    cap = getattr(model.skeleton.config.get_text_config(), "final_logit_softcapping", None)
+    text = model.skeleton.config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
+    cap = getattr(text, "final_logit_softcapping", None)
+    logits = logits if scale == 1 else logits * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -25,6 +25,8 @@ class LinearGroup:
         linears: module paths inside the decoder layer.
         fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows; None if
             others read the same input, so that the group has no scales.
+        fold_last: whether only the last rows of the linear ``fold`` are the group's input: those of a projection that
+            is fused behind another one.
         parent: module whose output error AWQ and MBQ measure; None if they measure the linear itself.
         tokenwise: whether the module around the linears computes each token from its hidden state alone.
         kept: linears that read the same input and stay in full precision; the group's scale goes into their columns.
@@ -41,6 +43,7 @@ class LinearGroup:
     kept: tuple[str, ...] = ()
     gain: float | None = None
     experts: str | None = None
+    fold_last: bool = False
 
     @property
     def block(self) -> str:
@@ -127,6 +130,7 @@ class Decoder:
         kinds: what takes the place of attention in layers of another kind, by the name in ``layer_types`` of the
             config.
         experts: what takes the place of the MLP, in some layers or in all.
+        final_norm: name of the norm behind the last layer.
     """
 
     attention: tuple[LinearGroup, ...] = (QKV, O_PROJ)
@@ -134,6 +138,7 @@ class Decoder:
     norm_offset: float = 0.0
     kinds: tuple[tuple[str, tuple[LinearGroup, ...]], ...] = ()
     experts: Experts | None = None
+    final_norm: str = "norm"
 
     def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
         """The groups of every layer of a decoder, from its config."""
@@ -155,6 +160,8 @@ class Decoder:
 BLOCK_OUTPUT = {
     "qkv": "o_proj",
     "o_proj": "o_proj",
+    "conv_in": "conv_out",
+    "conv_out": "conv_out",
     "delta_in": "delta_out",
     "delta_out": "delta_out",
     "gate_up": "down",
@@ -169,6 +176,36 @@ def _qwen_sparse(text: Any, index: int) -> bool:
     return index not in text.mlp_only_layers and (index + 1) % text.decoder_sparse_step == 0
 
 
+#: Gate and up are rows of one linear, in this order; the norms behind attention and MLP take no scales.
+FUSED_MLP = (
+    LinearGroup("gate_up", ("mlp.gate_up_proj",), "post_attention_layernorm", "mlp"),
+    replace(DOWN, fold="mlp.gate_up_proj", fold_last=True),
+)
+#: Norms come only behind attention and MLP, so their inputs have no scales.
+POST_NORMS = Decoder(attention=(replace(QKV, fold=None), O_PROJ), mlp=(replace(GATE_UP, fold=None), DOWN))
+#: Attention and MLP read the same norm, so it takes no scales.
+PARALLEL = POST_NORMS
+LFM2 = Decoder(
+    attention=(
+        replace(QKV, fold="operator_norm"),
+        LinearGroup("o_proj", ("self_attn.out_proj",), "self_attn.v_proj"),
+    ),
+    mlp=(
+        LinearGroup("gate_up", ("feed_forward.w1", "feed_forward.w3"), "ffn_norm", "feed_forward"),
+        LinearGroup("down", ("feed_forward.w2",), "feed_forward.w3", tokenwise=True),
+    ),
+    # The convolution comes between a gate and the output projection, and may have a bias: nothing folds past it.
+    kinds=(
+        (
+            "conv",
+            (
+                LinearGroup("conv_in", ("conv.in_proj",), "operator_norm", "conv"),
+                LinearGroup("conv_out", ("conv.out_proj",), None),
+            ),
+        ),
+    ),
+    final_norm="embedding_norm",
+)
 DELTA_NET = (("linear_attention", (DELTA_IN, DELTA_OUT)),)
 LLAMA = Decoder()
 GEMMA3 = Decoder(mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN), norm_offset=1.0)
@@ -180,6 +217,7 @@ QWEN3_5_MOE = replace(
         "mlp.experts", ("mlp.gate", "mlp.shared_expert_gate"), "mlp.shared_expert", lambda text: text.num_experts
     ),
 )
+GLM4V = Decoder(mlp=FUSED_MLP)
 GLM4V_MOE = Decoder(
     experts=Experts(
         "mlp.experts",
@@ -199,6 +237,12 @@ DECODERS: dict[str, Decoder] = {
     "qwen2_vl_text": LLAMA,
     "qwen2_5_vl_text": LLAMA,
     "qwen3_vl_text": LLAMA,
+    "glm4v_text": GLM4V,
+    "glm_ocr_text": GLM4V,
+    "exaone4": POST_NORMS,
+    "cohere2": PARALLEL,
+    "lfm2": LFM2,
+    "paddleocr_vl_text": LLAMA,
     "qwen3_moe": QWEN3_MOE,
     "qwen3_vl_moe_text": QWEN3_MOE,
     "qwen3_5_text": QWEN3_5,
@@ -215,6 +259,8 @@ UNSUPPORTED: dict[str, str] = {
     "gpt_oss": "its mlp.experts is a mixture of experts",
     "ernie4_5_vl_moe": "its mlp has one mixture of experts for text and one for images",
     "gemma4": "its decoder layers add inputs of their own and share keys and values",
+    "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
+    "hunyuan_vl": "transformers 5.23 computes other logits for a sample in a batch than alone",
     "llama4": "its feed_forward.experts is a mixture of experts whose weights are stored transposed",
 }
 
@@ -235,6 +281,8 @@ class Family:
 QWEN_VL = Family(("lm_head", "re:.*visual.*"))
 LLAVA = Family(("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"))
 LIGHTON_OCR = Family(("lm_head", "re:.*vision_encoder.*", "re:.*vision_projection.*"))
+VISUAL_PROJECTOR = Family(("lm_head", "re:.*visual.*", "re:.*projector.*"))
+OVIS2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*visual_embeddings_table.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -245,7 +293,17 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": QWEN_VL,
     "qwen3_5": QWEN_VL,
     "qwen3_5_moe": QWEN_VL,
+    "glm4v": QWEN_VL,
+    "glm46v": QWEN_VL,
+    "glm_ocr": QWEN_VL,
     "glm4v_moe": QWEN_VL,
+    "exaone4_5": QWEN_VL,
+    "paddleocr_vl": VISUAL_PROJECTOR,
+    "ovis2": OVIS2,
+    "lfm2_vl": LLAVA,
+    "cohere2_vision": LLAVA,
+    "aya_vision": LLAVA,
+    "vipllava": LLAVA,
     "llava_onevision": LLAVA,
     "llava_next": LLAVA,
     "llava": LLAVA,
@@ -264,6 +322,7 @@ class Architecture:
 
     Attributes:
         groups: the linear groups of every decoder layer.
+        norm: name of the norm behind the last layer.
     """
 
     model_type: str
@@ -271,6 +330,7 @@ class Architecture:
     groups: tuple[tuple[LinearGroup, ...], ...]
     norm_offset: float
     ignore: tuple[str, ...]
+    norm: str = "norm"
 
     def linears(self, layer: int) -> list[str]:
         """Paths of the linears inside a decoder layer, in group order."""
@@ -294,7 +354,7 @@ class Architecture:
     @property
     def final_norm(self) -> str:
         """Module path of the norm after the last decoder layer."""
-        return self.layers.removesuffix("layers") + "norm"
+        return self.layers.removesuffix("layers") + self.norm
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         return cast(nn.ModuleList, model.get_submodule(self.layers))
@@ -321,7 +381,9 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             "tlq/models/architectures.py"
         )
     layers = decoder.layers(config.get_text_config())
-    return Architecture(config.model_type, family.layers, layers, decoder.norm_offset, family.ignore)
+    return Architecture(
+        config.model_type, family.layers, layers, decoder.norm_offset, family.ignore, decoder.final_norm
+    )
 
 
 def _because(model_type: str) -> str:

@@ -74,6 +74,7 @@ class Fold:
         head_dim: channels of a head, which repeat together.
         checkpoint_dtype: dtype of the checkpoint.
         offset: the gain of a norm is ``offset + weight`` (1 for Gemma's norms, else 0).
+        last: number of last rows of a linear that take the scales; None means all.
     """
 
     module: nn.Module
@@ -81,23 +82,36 @@ class Fold:
     head_dim: int
     checkpoint_dtype: torch.dtype
     offset: float = 0.0
+    last: int | None = None
 
     @classmethod
     def into(
-        cls, module: nn.Module, in_features: int, head_dim: int, checkpoint_dtype: torch.dtype, offset: float = 0.0
+        cls,
+        module: nn.Module,
+        in_features: int,
+        head_dim: int,
+        checkpoint_dtype: torch.dtype,
+        offset: float = 0.0,
+        only_last: bool = False,
     ) -> Fold:
-        """The fold into ``module``. Raises ValueError if its output cannot be the input of ``in_features`` channels."""
+        """The fold into ``module``, or only into its last ``in_features`` rows.
+
+        Raises:
+            ValueError: the module's output cannot be the input of ``in_features`` channels.
+        """
         weight = cast(Tensor, module.weight)
-        rows = weight.shape[0]
+        rows = in_features if only_last else weight.shape[0]
         if weight.dim() == 1:  # a norm with one gain for all heads repeats as a whole
             head_dim = rows
         if in_features % rows:
             raise ValueError(f"cannot fold the scales of {in_features} channels into a module of {rows} outputs")
-        return cls(module, in_features // rows, head_dim, checkpoint_dtype, offset)
+        return cls(module, in_features // rows, head_dim, checkpoint_dtype, offset, rows if only_last else None)
 
     @property
     def weight(self) -> Tensor:
-        return cast(Tensor, self.module.weight)
+        """The rows that take the scales, or the norm's weight."""
+        weight = cast(Tensor, self.module.weight)
+        return weight if self.last is None else weight[-self.last :]
 
     @property
     def is_norm(self) -> bool:
@@ -137,6 +151,13 @@ class Fold:
         if self.repeats == 1:
             return s
         return s.view(-1, self.repeats, self.head_dim)[:, 0].flatten()
+
+    def every_row(self, per_row: Tensor) -> Tensor:
+        """Scales for all rows of the linear: 1 for those that take none."""
+        if self.last is None:
+            return per_row
+        others = cast(Tensor, self.module.weight).shape[0] - self.last
+        return torch.cat([torch.ones(others, device=per_row.device, dtype=per_row.dtype), per_row])
 
 
 def candidates(

@@ -28,6 +28,7 @@ from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_weights import TokenWeights
 from tlq.models import architectures
 from tlq.models.architectures import (
+    DECODERS,
     EXPERTS,
     FAMILIES,
     Architecture,
@@ -47,12 +48,31 @@ from tlq.samples import Batch
 
 every_family = pytest.mark.parametrize("name", list(TINY))
 
-#: Every family with every recipe, every family with every scheme, and every recipe with every scheme.
-PAIRWISE = [
-    (name, list(RECIPES)[column % len(RECIPES)], list(SCHEMES)[(row + column) % len(SCHEMES)])
-    for row, name in enumerate(TINY)
-    for column in range(max(len(RECIPES), len(SCHEMES)))
-]
+DECODER_OF = {name: DECODERS[family.config["text_config"]["model_type"]] for name, family in TINY.items()}
+#: The first family with each decoder.
+FIRST = list({decoder: name for name, decoder in reversed(DECODER_OF.items())}.values())
+
+
+def _pairwise() -> list[tuple[str, str, str]]:
+    """Every decoder with every recipe, every decoder with every scheme, and every recipe with every scheme.
+
+    The first family of each decoder takes the first two; the others, which differ outside the decoder, share the rest.
+    """
+    recipes, schemes = list(RECIPES), list(SCHEMES)
+    columns = range(max(len(recipes), len(schemes)))
+    cases = [
+        (name, recipes[column % len(recipes)], schemes[(row + column) % len(schemes)])
+        for row, name in enumerate(FIRST)
+        for column in columns
+    ]
+    others = [name for name in TINY if name not in FIRST]
+    every = list(product(recipes, schemes))
+    rest = sorted(set(every) - {case[1:] for case in cases})
+    rest += every[::2][: max(0, 2 * len(others) - len(rest))]
+    return cases + [(others[number % len(others)], *pair) for number, pair in enumerate(rest)]
+
+
+PAIRWISE = _pairwise()
 
 
 @dataclass
@@ -108,10 +128,11 @@ def last_layer_inputs(built: Built, batch: Batch) -> Tensor:
     return seen[0]
 
 
-def test_every_family_is_tested_and_every_pair_of_family_recipe_and_scheme() -> None:
+def test_every_family_is_tested_and_every_pair_of_decoder_recipe_and_scheme() -> None:
     assert set(TINY) == set(FAMILIES)
-    assert {case[:2] for case in PAIRWISE} == set(product(TINY, RECIPES))
-    assert {case[::2] for case in PAIRWISE} == set(product(TINY, SCHEMES))
+    assert {name for name, _, _ in PAIRWISE} == set(TINY)
+    assert {(DECODER_OF[name], recipe) for name, recipe, _ in PAIRWISE} == set(product(DECODER_OF.values(), RECIPES))
+    assert {(DECODER_OF[name], scheme) for name, _, scheme in PAIRWISE} == set(product(DECODER_OF.values(), SCHEMES))
     assert {case[1:] for case in PAIRWISE} == set(product(RECIPES, SCHEMES))
 
 
@@ -180,7 +201,7 @@ def test_folded_scales_leave_every_layer_as_it_was(build: Builder, name: str) ->
                     continue
                 if not fold.is_norm:
                     path = f"{built.architecture.layers}.{index}.{group.fold}"
-                    quantized.weights[path] = unquantized(fold.weight.clone())
+                    quantized.weights[path] = unquantized(get_linear(layer, group.fold or "").weight.clone())
                 s = fold.expand(fold.realizable(torch.rand(len(fold.weight), generator=generator) + 0.5))
                 quantized.install(group, unquantized(weight * s), fold, s)
                 after = run_layer(layer, call.hidden_states, call.kwargs[index])
@@ -466,10 +487,10 @@ def test_a_linear_that_no_group_covers_is_refused(build: Builder) -> None:
 
 
 def test_one_row_adds_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """VipLLaVA, which is not among the families: its vision tower and connector are named as LLaVA's."""
-    monkeypatch.setitem(architectures.FAMILIES, "vipllava", Family(FAMILIES["llava"].ignore))
+    """LLaVA-NeXT-Video, which is not among the families: its vision tower and connector are named as LLaVA's."""
+    monkeypatch.setitem(architectures.FAMILIES, "llava_next_video", Family(FAMILIES["llava"].ignore))
     config = AutoConfig.for_model(
-        "vipllava", text_config=small_text("llama"), vision_config=TINY["llava"].config["vision_config"]
+        "llava_next_video", text_config=small_text("llama"), vision_config=TINY["llava"].config["vision_config"]
     )
     model = AutoModelForImageTextToText.from_config(config)
     found = calibrate(model, job_of(RECIPES["rtn"], get_scheme("w4a8")))
