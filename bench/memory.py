@@ -25,7 +25,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.models import SHAPES, Shape, demo_samples, write_random_model
+from bench.models import SHAPES, FamilyShape, Shape, demo_samples, write_random_model
 from bench.sections import table, write_section
 
 logger = logging.getLogger("bench.memory")
@@ -54,7 +54,7 @@ class Measured:
     seconds: float
 
 
-def measure(shape: Shape, jobs: Sequence[str], samples: int, recipe: str, folder: Path) -> list[Measured]:
+def measure(shape: Shape | FamilyShape, jobs: Sequence[str], samples: int, recipe: str, folder: Path) -> list[Measured]:
     """Write a checkpoint, run each job on it, remove it."""
     model = folder / "model"
     logger.info("%d layers", shape.layers)
@@ -79,13 +79,13 @@ def measure(shape: Shape, jobs: Sequence[str], samples: int, recipe: str, folder
     return measurements
 
 
-def report(measurements: Sequence[Measured], shape: Shape, samples: int, recipe: str, docs: Path) -> None:
+def report(measurements: Sequence[Measured], shape: Shape | FamilyShape, samples: int, recipe: str, docs: Path) -> None:
     """Write the section and the picture."""
     whole = [each for each in measurements if each.job == "quantize"]
     deepest, shallowest = max(whole, key=lambda each: each.layers), min(whole, key=lambda each: each.layers)
     lines = [
-        f"The models have Qwen2-VL's architecture with random weights, hidden size {shape.hidden} and intermediate "
-        f"size {shape.intermediate}, in bfloat16 on disk and float32 in computation. The jobs used {samples} samples, "
+        f"The models have {shape}, with random weights, in bfloat16 on disk and float32 in computation. The jobs used "
+        f"{samples} samples, "
         f"recipe {recipe}, scheme W3A16 and {HOST_MEMORY} GiB of host memory for hidden states; the rest of them was "
         f"on disk. Peak is the resident memory of the process, which has {deepest.start / _MIB:.0f} MiB before the "
         "work begins (Python, torch, transformers, the model without weights); expected is the estimate of the plan on "

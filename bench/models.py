@@ -1,14 +1,14 @@
 """Checkpoints with random weights for measurements, written layer by layer, and demo samples for their calibration.
 
-The architecture is Qwen2-VL and the processor is the demo model's: time and memory depend on shapes, not on the values
-of weights.
+The architecture is Qwen2-VL's or another family's, and the processor is the demo model's: time and memory depend on
+shapes, not on the values of weights.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2VLConfig
 
 from demo.make import calibration_rows
 from tlq.inputs.chat import IMAGE_MARK
@@ -58,23 +58,130 @@ class Shape:
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
+    def __str__(self) -> str:
+        return f"Qwen2-VL's architecture, hidden size {self.hidden} and intermediate size {self.intermediate}"
+
+    def config(self) -> Any:
+        """The config of the model."""
+        config: Any = Qwen2VLConfig.from_pretrained(MODEL)
+        text, vision = config.text_config, config.vision_config
+        text.vocab_size = self.vocabulary
+        text.hidden_size, text.intermediate_size, text.num_hidden_layers = self.hidden, self.intermediate, self.layers
+        text.num_attention_heads, text.num_key_value_heads = self.heads, self.key_value_heads
+        text.layer_types = ["full_attention"] * self.layers
+        text.rope_parameters = {**text.rope_parameters, "mrope_section": _ROTARY_SECTIONS[self.head_dim]}
+        text.max_position_embeddings = 32768
+        vision.depth, vision.embed_dim, vision.num_heads = self.vision_depth, self.vision_width, self.vision_heads
+        vision.patch_size, vision.hidden_size = self.patch, self.hidden
+        return config
+
+
+@dataclass(frozen=True)
+class FamilyShape:
+    """A model of another family: its config in the words of transformers, with the demo's tokens and picture size.
+
+    Attributes:
+        name: of the published model with these sizes.
+        text: fields of the text config; ``layer_types`` repeats.
+        vision: fields of the vision config.
+    """
+
+    name: str
+    model_type: str
+    layers: int
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    patch: int = 8
+    pixels: int = 256 * 256
+
+    def __str__(self) -> str:
+        return f"the architecture and sizes of {self.name}"
+
+    def config(self) -> Any:
+        """The config of the model."""
+        demo: Any = Qwen2VLConfig.from_pretrained(MODEL)
+        kinds = self.text.get("layer_types")
+        own = {} if kinds is None else {"layer_types": [kinds[number % len(kinds)] for number in range(self.layers)]}
+        special = {
+            name: getattr(demo, name)
+            for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        }
+        return AutoConfig.for_model(
+            self.model_type,
+            text_config={**self.text, **own, "num_hidden_layers": self.layers},
+            vision_config={**self.vision, "patch_size": self.patch},
+            **special,
+        )
+
 
 _REAL = {"vocabulary": 152064, "vision_depth": 32, "vision_width": 1280, "vision_heads": 16, "patch": 14}
 
-SHAPES: dict[str, Shape] = {
+_QWEN3_VISION = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "num_position_embeddings": 2304,
+}
+
+SHAPES: dict[str, Shape | FamilyShape] = {
     "tiny": Shape(128, 256, 2, heads=2, key_value_heads=1),
     "middle": Shape(1024, 4096, 8, heads=16, key_value_heads=4),
     "qwen2-vl-7b": Shape(3584, 18944, 28, heads=28, key_value_heads=4, pixels=12845056, **_REAL),
     "qwen2-vl-72b": Shape(8192, 29568, 80, heads=64, key_value_heads=8, pixels=12845056, **_REAL),
+    "qwen3-vl-30b-a3b": FamilyShape(
+        "Qwen3-VL-30B-A3B",
+        "qwen3_vl_moe",
+        48,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        {**_QWEN3_VISION, "out_hidden_size": 2048, "deepstack_visual_indexes": [8, 16, 24]},
+    ),
+    "qwen3.5-27b": FamilyShape(
+        "Qwen3.5-27B",
+        "qwen3_5",
+        64,
+        {
+            "vocab_size": 248320,
+            "hidden_size": 5120,
+            "intermediate_size": 17408,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 48,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        },
+        {**_QWEN3_VISION, "out_hidden_size": 5120},
+    ),
 }
 
 
-def write_random_model(folder: Path, shape: Shape, seed: int = 0) -> Path:
-    """Write a checkpoint with one safetensors file per decoder layer; at most one layer is in memory."""
+def write_random_model(folder: Path, shape: Shape | FamilyShape, seed: int = 0) -> Path:
+    """Write a checkpoint with one safetensors file per decoder layer; at most one layer is in memory.
+
+    A layer's experts are stored together, as transformers keeps them.
+    """
     folder.mkdir(parents=True)
-    config = _config(shape)
+    config = shape.config()
     with init_empty_weights():
-        model: Any = Qwen2VLForConditionalGeneration(config)
+        model: Any = AutoModelForImageTextToText.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     prefix = f"{architecture_of(config).layers}."
     by_file: dict[str, list[str]] = {}
@@ -87,25 +194,11 @@ def write_random_model(folder: Path, shape: Shape, seed: int = 0) -> Path:
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config.dtype = torch.bfloat16
+    config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]
     config.save_pretrained(folder)
     copy_processor_files(MODEL, folder)
     _set_picture_size(folder / "preprocessor_config.json", shape)
     return folder
-
-
-def _config(shape: Shape) -> Any:
-    config: Any = Qwen2VLConfig.from_pretrained(MODEL)
-    text, vision = config.text_config, config.vision_config
-    text.vocab_size = shape.vocabulary
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = shape.hidden, shape.intermediate, shape.layers
-    text.num_attention_heads, text.num_key_value_heads = shape.heads, shape.key_value_heads
-    text.layer_types = ["full_attention"] * shape.layers
-    text.rope_parameters = {**text.rope_parameters, "mrope_section": _ROTARY_SECTIONS[shape.head_dim]}
-    text.max_position_embeddings = 32768
-    vision.depth, vision.embed_dim, vision.num_heads = shape.vision_depth, shape.vision_width, shape.vision_heads
-    vision.patch_size, vision.hidden_size = shape.patch, shape.hidden
-    return config
 
 
 def _random(name: str, size: torch.Size, generator: torch.Generator) -> Tensor:
@@ -115,7 +208,7 @@ def _random(name: str, size: torch.Size, generator: torch.Generator) -> Tensor:
     return (_DEVIATION * torch.randn(size, generator=generator)).bfloat16()
 
 
-def _set_picture_size(path: Path, shape: Shape) -> None:
+def _set_picture_size(path: Path, shape: Shape | FamilyShape) -> None:
     """Set patch size and picture size of the image processor to the model's shape."""
     settings = json.loads(path.read_text())
     settings["patch_size"] = shape.patch

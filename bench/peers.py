@@ -237,7 +237,7 @@ def main() -> None:
             recipes = [recipe for recipe in OURS if recipe != "awq"]  # our `awq` takes minutes and is in no ratio
             setup = Setup(model, 3, 128, arguments.python, recipes, device)
             rows = compare(setup, samples, arguments.repeats, None)
-            title = f"Random weights, hidden size {shape.hidden}, {shape.layers} layers, W3A16 in groups of 128"
+            title = f"Random weights, {shape}, {shape.layers} layers, W3A16 in groups of 128"
             _write(title, conditions, rows)
 
 

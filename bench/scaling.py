@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.models import SHAPES, Shape, demo_samples, large_samples, write_random_model
+from bench.models import SHAPES, FamilyShape, Shape, demo_samples, large_samples, write_random_model
 from bench.sections import table, write_section
 from tasks.command import quiet_libraries
 from tlq.runtime.digest import checkpoint_digest
@@ -96,7 +96,7 @@ def run_job(arguments: argparse.Namespace, ranks: int, folder: Path) -> Run:
     return run
 
 
-def scaling_lines(runs: Sequence[Run], shape: Shape, conditions: str) -> list[str]:
+def scaling_lines(runs: Sequence[Run], shape: Shape | FamilyShape, conditions: str) -> list[str]:
     """Lines of the section on ranks.
 
     Raises:
@@ -127,7 +127,7 @@ def _phase_row(name: str, slow: Iterable[float], fast: Iterable[float]) -> tuple
     return name, f"{one:.2f}", f"{other:.2f}", f"{one / other:.2f}" if other > 0.005 and one > 0.005 else ""
 
 
-def device_lines(run: Run, shape: Shape, layers: int, memory: float, conditions: str) -> list[str]:
+def device_lines(run: Run, shape: Shape | FamilyShape, layers: int, memory: float, conditions: str) -> list[str]:
     """Lines of the section on one device with limited memory."""
     rows = [{"phase": name, "seconds": f"{run.phase(name):.1f}"} for name in PHASES]
     lines = [
@@ -166,7 +166,7 @@ def main(words: Sequence[str] | None = None) -> None:
     layers = arguments.layers or (shape.layers if alone else 3)
     samples = list(large_samples(arguments.samples)) if alone else demo_samples(arguments.samples)
     conditions = (
-        f"{arguments.shape}: hidden size {shape.hidden}, intermediate size {shape.intermediate}, {layers} layers with "
+        f"{arguments.shape}: {shape}, {layers} layers with "
         f"random weights; recipe {arguments.recipe}, W3A16, {arguments.samples} samples, {arguments.tokens} tokens per "
         "layer."
     )

@@ -163,7 +163,7 @@ def _engines(arguments: argparse.Namespace) -> None:
 
 
 def _families(arguments: argparse.Namespace) -> None:
-    """List the supported model families, by the model_type of config.json."""
-    from tlq.models.architectures import FAMILIES
+    """List the supported model families, by the model_type of config.json, and what loads their exports."""
+    from tlq.export.engines import families
 
-    sys.stdout.write("".join(f"{name}\n" for name in FAMILIES))
+    sys.stdout.write(families())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.token_weights import TokenWeights
@@ -96,13 +96,17 @@ def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch]
     if not batches:
         raise ValueError("no calibration samples; give some, or use the recipe rtn, which needs none")
     for layer in range(layers):
-        of_experts = next((key for key in weights if key[0] == layer and key[1].startswith(EXPERTS)), None)
+        # An expert that no token is routed to gets some (``tlq.calibration.routing``), if others have any.
+        of_experts = [key for key in weights if key[0] == layer and key[1].startswith(EXPERTS)]
         for group in architecture.groups[layer]:
-            # An expert that no token is routed to gets some, see ``tlq.calibration.routing``.
-            key = (layer, group.name) if group.experts is None else of_experts
-            parts = [] if key is None else weights.get(key, [])
-            if len(parts) != len(batches) or not any(bool((part > 0).any()) for part in parts):
+            keys = [(layer, group.name)] if group.experts is None else of_experts
+            if not any(_counts(weights.get(key, []), len(batches)) for key in keys):
                 raise ValueError(
                     f"layer {layer}, group {group.name}: no token of the calibration data has a weight; "
                     "compute the token weights again, for this model and these samples"
                 )
+
+
+def _counts(parts: Sequence[Tensor], batches: int) -> bool:
+    """Whether a token has a weight, in parts that are as many as there are micro-batches."""
+    return len(parts) == batches and any(bool((part > 0).any()) for part in parts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tlq.export.containers import GGUF_FAMILIES, MLX_FAMILIES, MLX_GROUPS, gguf_block, mlx_group
+from tlq.models.architectures import DECODERS, FAMILIES
 from tlq.quantization.formats import FULL_PRECISION, SCHEMES, Scheme, get_scheme
 
 #: ``native``: kernels that compute on the codes, activations as the scheme says. ``weight only``: kernels that read the
@@ -77,7 +78,7 @@ class Engine:
         if self.families is not None and family not in self.families:
             return Support("refused", f"no {self.container} of the family {family}", found.source)
         if experts and not self.experts:
-            return Support("refused", "does not load quantized experts; `tlq.load_model` does", found.source)
+            return Support("refused", "does not run quantized experts; `tlq.load_model` loads them", found.source)
         return found
 
 
@@ -168,7 +169,7 @@ ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
         Engine("vllm", "vLLM, NVIDIA", "0.33", CHECKPOINT, _vllm, "vllm serve {folder}"),
-        Engine("vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu, "vllm serve {folder}"),
+        Engine("vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu, "vllm serve {folder}", experts=False),
         Engine(
             "sglang", "SGLang, NVIDIA", "0.5.23", CHECKPOINT, _sglang, "python -m sglang.launch_server --model {folder}"
         ),
@@ -226,6 +227,18 @@ def table(schemes: list[Scheme]) -> str:
             found = engine.of(scheme)
             engine_cells = (f"{engine.title} {engine.version}", engine.container)
             lines.append(f"| {' | '.join((scheme.name, *engine_cells, found.runs, found.how, found.source))} |")
+    return "\n".join(lines) + "\n"
+
+
+def families() -> str:
+    """The supported families as lines of text: ``model_type``, what loads an export, targets of ``tlq convert``."""
+    lines = [f"{'family':<18}{'loaded by':<18}tlq convert --to"]
+    for name in FAMILIES:
+        decoder = DECODERS.get(f"{name}_text")
+        experts = decoder is not None and decoder.experts is not None
+        loader = "tlq.load_model" if experts else "transformers"
+        targets = [to for to, known in (("gguf", GGUF_FAMILIES), ("mlx", MLX_FAMILIES)) if name in known]
+        lines.append(f"{name:<18}{loader:<18}{' '.join(targets)}".rstrip())
     return "\n".join(lines) + "\n"
 
 
