@@ -68,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", type=Path, required=True, help="folder for the result")
     convert.set_defaults(run=_convert)
 
+    dequantize = commands.add_parser(
+        "dequantize", help="write a checkpoint of FP8 weights in bfloat16", description=_dequantize.__doc__
+    )
+    dequantize.add_argument("model", metavar="MODEL", help="checkpoint directory or Hugging Face hub id")
+    dequantize.add_argument("--out", type=Path, required=True, help="folder for the result")
+    dequantize.set_defaults(run=_dequantize)
+
     engines = commands.add_parser("engines", help="print which engine runs what", description=_engines.__doc__)
     engines.add_argument(
         "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="folder of a quantized checkpoint"
@@ -152,14 +159,27 @@ def _convert(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"{path}\n")
 
 
+def _dequantize(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint of FP8 weights in bfloat16, which `tlq quantize` and the pipeline take."""
+    from tlq.export.dequantize import dequantize
+
+    sys.stdout.write(f"{dequantize(arguments.model, arguments.out)}\n")
+
+
 def _engines(arguments: argparse.Namespace) -> None:
     """Print which inference engine runs which scheme (or the number formats of CHECKPOINT), how, and the source."""
     from tlq.export.engines import table
     from tlq.export.quantized import schemes_of
+    from tlq.models.architectures import architecture_of
+    from tlq.models.checkpoint import load_config
     from tlq.quantization.formats import SCHEMES
 
-    schemes = list(SCHEMES.values()) if arguments.checkpoint is None else schemes_of(arguments.checkpoint)
-    sys.stdout.write(table(schemes))
+    if arguments.checkpoint is None:
+        sys.stdout.write(table(list(SCHEMES.values())))
+        return
+    schemes = schemes_of(arguments.checkpoint)
+    architecture = architecture_of(load_config(arguments.checkpoint))
+    sys.stdout.write(table(schemes, architecture.model_type, architecture.experts is not None))
 
 
 def _families(arguments: argparse.Namespace) -> None:

@@ -219,12 +219,12 @@ def parts_of(scheme: Scheme) -> Iterator[Scheme]:
     yield from (get_scheme(name) for _, name in scheme.overrides if name != FULL_PRECISION)
 
 
-def table(schemes: list[Scheme]) -> str:
-    """What every engine does with the schemes, as a table of markdown."""
+def table(schemes: list[Scheme], family: str | None = None, experts: bool = False) -> str:
+    """What every engine does with the schemes, or with a checkpoint of a family, as a table of markdown."""
     lines = ["| scheme | engine | container | runs | how | source |", "|---|---|---|---|---|---|"]
     for scheme in schemes:
         for engine in ENGINES.values():
-            found = engine.of(scheme)
+            found = engine.of(scheme) if family is None else engine.of_checkpoint(scheme, family, experts)
             engine_cells = (f"{engine.title} {engine.version}", engine.container)
             lines.append(f"| {' | '.join((scheme.name, *engine_cells, found.runs, found.how, found.source))} |")
     return "\n".join(lines) + "\n"

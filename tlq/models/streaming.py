@@ -128,7 +128,7 @@ class StreamedModel:
             method = dict(quantized).get("quant_method", "of an unknown method")
             raise ValueError(
                 f"model {checkpoint!s}: it is quantized already ({method}); quantize the original, whose weights have "
-                "16 or 32 bits"
+                f"16 or 32 bits, or if its weights are FP8 the result of `tlq dequantize {checkpoint!s} --out FOLDER`"
             )
         self.folder = local_folder(checkpoint)
         self.checkpoint_dtype = checkpoint_dtype_of(self.config, self.folder)
