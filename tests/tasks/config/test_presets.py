@@ -267,7 +267,13 @@ def test_every_preset_is_usable(preset: module.Preset, tmp_path: Path) -> None:
 
 
 def test_every_model_preset_has_a_supported_family() -> None:
-    families = {"qwen2-vl": "qwen2_vl", "qwen2.5-vl": "qwen2_5_vl", "qwen3-vl": "qwen3_vl"}
+    families = {
+        "qwen2.5-vl": "qwen2_5_vl",
+        "qwen3-vl-30b": "qwen3_vl_moe",
+        "qwen3.5": "qwen3_5",
+        "qwen3.6": "qwen3_5",
+        "qwen3.6-35b": "qwen3_5_moe",
+    }
     for preset in ALL:
         if preset.kind == "model" and preset.name != "demo":
             family = preset.name.rsplit("-", 1)[0]
