@@ -154,7 +154,7 @@ def quantize(
     folder = Path(out)
     check_new_folder(folder)
     recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
-    streamed = settings.open_model(model)
+    streamed = _opened(model, scheme_row, settings)
     scoring = ResumeState(folder.with_name(f"{folder.name}-importance"))
 
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
@@ -185,7 +185,7 @@ def plan(
     """
     settings = CalibrationOptions(**options)
     recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
-    streamed = settings.open_model(model)
+    streamed = _opened(model, scheme_row, settings)
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
     plans = [plan_calibration(streamed, job, _counted(recipe_row, settings))]
     if _scores_gradients(recipe_row):
@@ -199,6 +199,14 @@ def _job(
     batches = calibration_batches(model, samples, recipe, settings.batch_size, settings.max_tokens)
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
     return CalibrationJob(recipe, quantizer, batches, ranks=Ranks(device=model.device))
+
+
+def _opened(model: str | Path, scheme: Scheme, settings: CalibrationOptions) -> StreamedModel:
+    """The checkpoint. Raises ValueError if it has experts, which the engine does not run."""
+    streamed = settings.open_model(model)
+    if settings.engine is not None:
+        check_engine(settings.engine, scheme, streamed.architecture.experts is not None)
+    return streamed
 
 
 def _rows(recipe: str | Recipe, scheme: str | Scheme, engine: str | None) -> tuple[Recipe, Scheme]:

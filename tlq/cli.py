@@ -178,7 +178,11 @@ def _engines(arguments: argparse.Namespace) -> None:
         sys.stdout.write(table(list(SCHEMES.values())))
         return
     schemes = schemes_of(arguments.checkpoint)
-    architecture = architecture_of(load_config(arguments.checkpoint))
+    try:
+        architecture = architecture_of(load_config(arguments.checkpoint))
+    except ValueError:  # another program quantized a family that has no row here
+        sys.stdout.write(table(schemes))
+        return
     sys.stdout.write(table(schemes, architecture.model_type, architecture.experts is not None))
 
 

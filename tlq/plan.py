@@ -55,6 +55,7 @@ class Plan:
         least: bytes of tensors that the compute device certainly holds at once, a lower bound of the peak.
         hidden_states: hidden states; they are kept in host memory up to ``budget``, the rest on disk.
         disk: the result, and the state that is kept next to it until it is complete.
+        scores: scores of all tokens in host memory, for every layer and linear group.
     """
 
     work: str
@@ -68,23 +69,29 @@ class Plan:
     hidden_states: int
     budget: int
     disk: int
+    scores: int = 0
 
     @property
-    def host(self) -> int:
+    def resident(self) -> int:
         """Hidden states in host memory."""
         return min(self.hidden_states, self.budget)
 
     @property
+    def host(self) -> int:
+        """Hidden states and scores in host memory."""
+        return self.resident + self.scores
+
+    @property
     def spilled(self) -> int:
         """Hidden states on disk."""
-        return self.hidden_states - self.host
+        return self.hidden_states - self.resident
 
     def lines(self) -> list[str]:
         """The plan as text."""
         return [
             f"{self.work}: {self.layers} decoder layers of up to {gib(self.layer)}, {gib(self.outside)} outside them",
             f"{self.tokens} tokens, up to {self.counted} of them counted in a linear group",
-            f"expected peak per rank: {gib(self.device)} on the device, {gib(self.host)} of hidden states in host "
+            f"expected peak per rank: {gib(self.device)} on the device, {gib(self.resident)} of hidden states in host "
             f"memory, {gib(self.spilled)} of them on disk",
             f"disk: {gib(self.disk)} for the result and the state next to it",
         ]
@@ -130,8 +137,8 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         counted=counted if recipe.needs_data else 0,
         least=max(sizes.least_group(recipe), sizes.outside if batches else 0),
         device=_RUNTIME + sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
-        # On the exposed stream, also the output of the current layer's attention.
-        hidden_states=own * sizes.state * (streams + exposed) if recipe.needs_data else 0,
+        # On the exposed stream, also the output of the current layer's attention. Experts: ``inside``.
+        hidden_states=own * sizes.state * (streams + exposed + sizes.inside(streams)) if recipe.needs_data else 0,
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
     )
@@ -162,6 +169,7 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
         hidden_states=max(largest * per_token, min(wave * per_token, host_budget())),
         budget=host_budget(),
         disk=2 * losses * tokens * sum(map(len, model.architecture.groups)) * _FLOAT,
+        scores=tokens * sum(map(len, model.architecture.groups)) * _FLOAT,
     )
 
 
@@ -176,6 +184,13 @@ class _Sizes:
         self.layer = max(_elements(model, model.layer_names(index)) for index in range(self.layers)) * self.item
         self.outside = _elements(model, model.outside_names) * self.item
         self.state = self.text.hidden_size * self.item
+
+    def inside(self, streams: int) -> int:
+        """Hidden states per token that a layer with experts keeps: their input, and the shared experts' output."""
+        if self.model.architecture.experts is None:
+            return 0
+        names = {group.name for groups in self.model.architecture.kinds for group in groups}
+        return streams + ("shared.down" in names)
 
     def calls(self, batches: Sequence[Batch], own: int) -> int:
         """Attention masks and rotary embeddings of all of this rank's micro-batches."""

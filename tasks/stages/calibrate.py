@@ -15,7 +15,15 @@ from pathlib import Path
 from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
 from tasks.command import command_line, device
 from tasks.config.consistency import check_served
-from tasks.config.params import CalibrateParams, CalibsetParams, ModelParams, ParamsError, read, recipe, section
+from tasks.config.params import (
+    CalibrateParams,
+    CalibsetParams,
+    ModelParams,
+    ParamsError,
+    read,
+    recipe,
+    section,
+)
 from tasks.files import (
     CALIBSET,
     IMPORTANCE,
@@ -92,6 +100,7 @@ def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
         weights = weights_of(row, section("calibset", CalibsetParams), pool, IMPORTANCE, CALIBSET / "tokens.parquet")
 
     model = StreamedModel(model_params.path, model_params.torch_dtype, device())
+    check_served(read(), [scheme_name], model.architecture.experts is not None)
     out = MODELS / f"{row.name}-{scheme.name}"
     batches = calibration_batches(model, samples, row, params.batch_size, longest)
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)

@@ -62,19 +62,23 @@ class QuantizedLayer:
 
     def restore(self, weights: dict[str, QuantizedWeight], others: dict[str, Tensor]) -> None:
         """Install the fields ``weights`` and ``others`` of the ``LayerResult`` of an earlier run."""
-        parameters = dict(self.layer.named_parameters())
+        tensors = self.layer.state_dict()
         for name, value in others.items():
-            parameters[name.removeprefix(self.prefix)].copy_(value)
+            tensors[name.removeprefix(self.prefix)].copy_(value)
         for name, weight in weights.items():
             self.weights[name] = weight
             self._install_linear(name.removeprefix(self.prefix), weight)
 
     def others(self) -> dict[str, Tensor]:
-        """Every other tensor of the layer by full name, in the dtype of the checkpoint."""
+        """Every other tensor of the layer by full name, in the dtype of the checkpoint; buffers in their own."""
         quantized = {f"{name}.weight" for name in self.weights}
         tensors = {f"{self.prefix}{name}": value for name, value in self.layer.state_dict().items()}
-        dtype = self.quantizer.scale_dtype
-        return {name: value.to(dtype) for name, value in tensors.items() if name not in quantized}
+        dtype, buffers = self.quantizer.scale_dtype, {f"{self.prefix}{name}" for name, _ in self.layer.named_buffers()}
+        return {
+            name: value if name in buffers else value.to(dtype)
+            for name, value in tensors.items()
+            if name not in quantized
+        }
 
     def _install_linear(self, path: str, weight: QuantizedWeight) -> None:
         linear = get_linear(self.layer, path)

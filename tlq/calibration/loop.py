@@ -145,6 +145,8 @@ class LayerLoop:
         started = time.perf_counter()
         problem = self.solver.problem(quantized.index, quantized.layer, group, reference)
         if problem is None:
+            if reference is not None:
+                reference.inputs.pop(group.name, None)
             return _kept_report(quantized.index, group.name)
         solution = self.solver.solve(problem)
         quantized.install(group, solution.rounded, problem.fold, solution.candidate.s)

@@ -44,6 +44,7 @@ def check_shapes(model: nn.Module, architecture: Architecture, scheme: Scheme) -
     layers = architecture.decoder_layers(model)
     check_overrides(architecture, len(layers), scheme)
     for index, layer in enumerate(layers):
+        check_experts(architecture, index, scheme)
         for group in architecture.groups[index]:
             of_group = group_scheme(architecture, index, group, scheme)
             for path in group.linears:
@@ -73,6 +74,16 @@ def group_scheme(architecture: Architecture, index: int, group: LinearGroup, sch
             "scheme; let the override match all of them or none"
         )
     return schemes.pop()
+
+
+def check_experts(architecture: Architecture, index: int, scheme: Scheme) -> None:
+    """Raise ValueError if linears of experts of a layer have different schemes: engines compute them together."""
+    paths = [path for group in architecture.groups[index] if group.experts for path in group.linears]
+    if len({scheme.of(f"{architecture.layers}.{index}.{path}") for path in paths}) > 1:
+        raise ValueError(
+            f"layer {index}: an override gives some linears of its experts another scheme, but engines compute all "
+            "experts of a layer together; let the override match all of them (*.experts.*) or none"
+        )
 
 
 def group_quantizer(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
@@ -55,13 +56,22 @@ def write_layer(
             f"{model.folder!s} is stored in {model.checkpoint_dtype}, but the scales have another dtype; quantize with "
             "the dtype from checkpoint_dtype_of"
         )
-    tensors = {model.weight_map[name].name: tensor.cpu().contiguous() for name, tensor in others.items()}
+    tensors = {model.weight_map[name].name: _as_stored(model, name, tensor) for name, tensor in others.items()}
     for name, weight in weights.items():
         own = scheme.of(name)
         assert own is not None
         for local, tensor in _packed(weight, own).items():
             tensors[f"{_base(model, name)}.{local}"] = tensor
     save_shard(tensors, path)
+
+
+def _as_stored(model: StreamedModel, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in host memory; one that has not changed is as wide as in the source checkpoint."""
+    place, tensor = model.weight_map[name], tensor.cpu().contiguous()
+    if place.dtype == "F32" and tensor.dtype != torch.float32:
+        original = read_tensor(place)
+        return original if torch.equal(original.to(tensor.dtype), tensor) else tensor
+    return tensor
 
 
 def read_layer(
@@ -173,18 +183,18 @@ def quantization_config(scheme: Scheme, architecture: Architecture, layers: int)
     Each scheme of an override becomes one config group. It lists its linears one by one, by the end of their paths,
     because inference engines put other prefixes before ``layers``.
     """
-    kept = [f"re:.*{re.escape(path)}$" for path in architecture.kept]
-    others: dict[str, list[str]] = {}
+    kept = {f"re:.*{re.escape(path)}$": None for path in architecture.kept}
+    others: dict[str, dict[str, None]] = {}
     for path in (path for index in range(layers) for path in linear_paths(architecture, index)):
         own = scheme.of(path)
-        pattern = f"re:.*{re.escape(path.removeprefix(architecture.layers.removesuffix('layers')))}$"
+        pattern = _pattern(path.removeprefix(architecture.layers.removesuffix("layers")))
         if own is None:
-            kept.append(pattern)
+            kept[pattern] = None
         elif own != replace(scheme, overrides=()):
-            others.setdefault(own.name, []).append(pattern)
+            others.setdefault(own.name, {})[pattern] = None
     groups = {"group_0": _config_group(scheme, [_TARGETS])}
     for number, (name, patterns) in enumerate(others.items(), 1):
-        groups[f"group_{number}"] = _config_group(get_scheme(name), patterns)
+        groups[f"group_{number}"] = _config_group(get_scheme(name), list(patterns))
     formats = {CompressionFormat(group.format) for group in groups.values()}
     return QuantizationConfig(
         config_groups=groups,
@@ -192,6 +202,11 @@ def quantization_config(scheme: Scheme, architecture: Architecture, layers: int)
         format=formats.pop().value if len(formats) == 1 else CompressionFormat.mixed_precision.value,
         quantization_status=QuantizationStatus.COMPRESSED,
     )
+
+
+def _pattern(path: str) -> str:
+    """The pattern of a linear, or of the same linear of all experts of a layer, which have one scheme."""
+    return "re:.*" + re.sub(r"(experts\\\.)[0-9]+", r"\1[0-9]+", re.escape(path)) + "$"
 
 
 def _config_group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:

@@ -70,11 +70,11 @@ def _block_of(folder: Path, quantization: object) -> tuple[int, int] | None:
         raise ValueError(f"{file}: weight_block_size is {size!r}, must be two whole numbers; download it again")
     groups = quantization.get("config_groups")
     if method == "compressed-tensors" and isinstance(groups, dict) and groups:
-        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
-        if all(
-            isinstance(each, dict) and each.get("type") == "float" and each.get("num_bits") == 8 for each in weights
-        ):
-            return None
+        weights = [group["weights"] for group in groups.values() if isinstance(group, dict) and group.get("weights")]
+        sizes = {tuple(each.get("block_structure") or ()) for each in weights}
+        if len(sizes) == 1 and all((each.get("type"), each.get("num_bits")) == ("float", 8) for each in weights):
+            size = sizes.pop()
+            return (size[0], size[1]) if len(size) == 2 else None
     raise ValueError(
         f"{file}: is quantized with {method}, not in FP8 with plain scales; quantize the original, whose weights have "
         "16 or 32 bits"

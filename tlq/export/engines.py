@@ -187,13 +187,18 @@ def get_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
-def check_engine(name: str, scheme: Scheme) -> Support:
-    """What the engine called ``name`` does with a scheme.
+def check_engine(name: str, scheme: Scheme, experts: bool = False) -> Support:
+    """What the engine called ``name`` does with a scheme, for a model that has experts or not.
 
     Raises:
         ValueError: there is no such engine, or it refuses the scheme; the message names the nearest that it runs.
     """
     engine = get_engine(name)
+    if experts and not engine.experts:
+        able = [each.name for each in ENGINES.values() if each.experts and each.container == CHECKPOINT]
+        raise ValueError(
+            f"{engine.title} {engine.version} does not run quantized experts; choose one of {', '.join(able)}"
+        )
     found = engine.of(scheme)
     if found.runs == "refused":
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
 from tlq.export.quantized import QuantizedCheckpoint
 from tlq.models.architectures import architecture_of
@@ -79,23 +79,28 @@ def _load_quantized_experts(
     computed = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     model = empty_model(plain, checkpoint, computed)
     name_of, wanted_names = names_of_stored(model), set(model.state_dict())
-    tensors = {name_of(key): read_tensor(place) for key, place in stored.others.items()}
+    buffers = {name for name, _ in model.named_buffers()}  # they keep the dtype in which they are stored
+    given: dict[str, torch.Tensor] = {}
+    for key, place in stored.others.items():
+        if (name := name_of(key)) in wanted_names:
+            tensor = read_tensor(place)
+            cast = tensor.is_floating_point() and name not in buffers
+            given[name] = tensor.to(device, computed if cast else tensor.dtype)
     for key, scheme in stored.schemes.items():
-        weight = stored.weight(key)
         path = name_of(f"{key}.weight").removesuffix(".weight")
-        tensors[f"{path}.weight"] = weight.dequantize(WeightQuantizer(scheme, weight.scale.dtype).compute_dtype)
-        if scheme.activation_bits is not None and f"{path}.weight" in wanted_names:
-            quantize_inputs(model.get_submodule(path), scheme.activation_bits)
-    given = {
-        name: tensor.to(device, computed if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in tensors.items()
-        if name in wanted_names
-    }
+        if f"{path}.weight" in wanted_names:
+            weight = stored.weight(key)
+            exact = weight.dequantize(WeightQuantizer(scheme, weight.scale.dtype).compute_dtype)
+            given[f"{path}.weight"] = exact.to(device, computed)
+            if scheme.activation_bits is not None:
+                quantize_inputs(model.get_submodule(path), scheme.activation_bits)
     loading = model.load_state_dict(given, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name in loading.missing_keys if model.state_dict()[name].is_meta]
     _check_complete(checkpoint, model, {"mismatched_keys": [], "missing_keys": missing})
     model.config.quantization_config = quantization
+    if (folder / "generation_config.json").exists():  # where replies stop
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()
 
 

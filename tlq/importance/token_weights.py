@@ -23,7 +23,15 @@ from tlq.importance.pool import (
     pool_indices,
 )
 from tlq.importance.token_set import TokenBudget, select_tokens
-from tlq.importance.weighting import Source, Weighting, even_out, importance_weights, modality_ratio, modality_weights
+from tlq.importance.weighting import (
+    Source,
+    Weighting,
+    even_out,
+    importance_weights,
+    modality_ratio,
+    modality_weights,
+    own_weights,
+)
 from tlq.models.architectures import BLOCK_OUTPUT, EXPERTS, is_expert
 from tlq.samples import Batch
 
@@ -94,6 +102,15 @@ def token_set(
     return PoolWeights(pool.cu_seqlens, groups)
 
 
+def _expert_weights(raw: NDArray[np.float32], pool: TokenPool, weighting: Weighting) -> NDArray[np.float64]:
+    """Weights of an expert's group: of the tokens routed to it, which alone have a gradient; 0 for the others."""
+    routed = np.flatnonzero(raw > 0)
+    weights = np.zeros(len(pool))
+    if len(routed):
+        weights[routed] = own_weights(raw[routed], pool.is_image[routed], weighting)
+    return weights
+
+
 def _of_expert(weights: NDArray[np.float64], least: int) -> tuple[NDArray[np.int64], NDArray[np.float64], int]:
     """The tokens of a pool that are routed to an expert, their weights with mean 1, and ``least`` or their number."""
     indices = np.flatnonzero(weights)
@@ -128,11 +145,8 @@ def _weights_of_groups(
             block = BLOCK_OUTPUT[group]
             weights = modality_weights(scores[layer, block], pool, weighting.text, least_ratio[block])
         else:
-            raw = scores[layer, group]
-            routed = raw > 0 if is_expert(group) else np.ones(len(pool), np.bool_)
-            weights = importance_weights(raw, pool, source, weighting) if routed.any() else np.zeros(len(pool))
-            if not routed.all():
-                weights = weights * routed
+            raw, own = scores[layer, group], is_expert(group)
+            weights = _expert_weights(raw, pool, weighting) if own else importance_weights(raw, pool, source, weighting)
         yield (layer, group), weights
 
 
@@ -178,10 +192,24 @@ def to_batches(weights: PoolWeights, batches: Sequence[Batch]) -> TokenWeights:
             f"micro-batches hold {len(cu_seqlens) - 1} samples of {cu_seqlens[-1]} tokens or of other lengths; weigh "
             "the tokens of the samples that calibration uses"
         )
-    indices = pool_indices(batches)
-    return {
-        key: _unflatten(tokens.dense(int(cu_seqlens[-1])), indices, batches) for key, tokens in weights.groups.items()
-    }
+    return _BatchWeights(weights, batches)
+
+
+class _BatchWeights(Mapping[GroupKey, Sequence[Tensor]]):
+    """Weights of micro-batches, made from the sparse ones at each access: experts have thousands of groups."""
+
+    def __init__(self, weights: PoolWeights, batches: Sequence[Batch]) -> None:
+        self._weights, self._batches, self._indices = weights, batches, pool_indices(batches)
+
+    def __getitem__(self, key: GroupKey) -> list[Tensor]:
+        tokens = int(self._weights.cu_seqlens[-1])
+        return _unflatten(self._weights.groups[key].dense(tokens), self._indices, self._batches)
+
+    def __iter__(self) -> Iterator[GroupKey]:
+        return iter(self._weights.groups)
+
+    def __len__(self) -> int:
+        return len(self._weights.groups)
 
 
 def _unflatten(

@@ -94,10 +94,19 @@ def importance_weights(
     if source == "modality":
         return modality_weights(raw, pool, weighting.text)
     if source in ("token", "block"):
-        values = _clipped(raw.astype(np.float64), weighting.clip_quantile) ** weighting.power
-        mean = _modality_mean(values, pool.is_image)
-        return _mean_one((1 - weighting.modality_mix) * values + weighting.modality_mix * mean)
+        return own_weights(raw, pool.is_image, weighting)
     raise ValueError(f"unknown importance source {source!r}; choose uniform, modality, token or block")
+
+
+def own_weights(raw: NDArray[np.float32], is_image: NDArray[np.bool_], weighting: Weighting) -> NDArray[np.float64]:
+    """Weights with mean 1 by each token's own importance, [tokens].
+
+    Raises:
+        FloatingPointError: no token has any importance.
+    """
+    values = _clipped(raw.astype(np.float64), weighting.clip_quantile) ** weighting.power
+    mean = _modality_mean(values, is_image)
+    return _mean_one((1 - weighting.modality_mix) * values + weighting.modality_mix * mean)
 
 
 def _clipped(values: NDArray[np.float64], quantile: float) -> NDArray[np.float64]:
@@ -163,6 +172,8 @@ def even_out(weights: NDArray[np.float64], least_effective: int) -> NDArray[np.f
             f"{least_effective} effective tokens are needed, the pool has {len(weights)} tokens; lower "
             "Weighting.least_effective, score more samples or, for draws, raise TokenBudget.tokens_per_layer"
         )
+    if not len(weights):
+        return weights
     variance = float(weights.var())
     if least_effective * (1 + variance) <= len(weights):
         return weights

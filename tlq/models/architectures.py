@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, cast
 
 from torch import nn
@@ -336,17 +336,17 @@ class Architecture:
         """Paths of the linears inside a decoder layer, in group order."""
         return [path for group in self.groups[layer] for path in group.linears]
 
-    @property
+    @cached_property
     def kinds(self) -> dict[tuple[LinearGroup, ...], int]:
         """The kinds of layers by their groups, and the first layer of each."""
         return {groups: self.groups.index(groups) for groups in self.groups}
 
-    @property
+    @cached_property
     def kept(self) -> list[str]:
         """Paths of linears and routers inside decoder layers that stay in full precision, each once."""
         return list(dict.fromkeys(path for groups in self.kinds for group in groups for path in group.kept))
 
-    @property
+    @cached_property
     def experts(self) -> str | None:
         """Path inside a decoder layer of the module that holds experts; None if no layer has any."""
         return next((group.experts for groups in self.kinds for group in groups if group.experts), None)
@@ -419,13 +419,14 @@ def check_linears(model: nn.Module, architecture: Architecture) -> None:
     """
     for index, layer in enumerate(architecture.decoder_layers(model)):
         where = f"{architecture.layers}.{index}"
+        covered = {*architecture.linears(index), *architecture.kept}
         try:
             for path in architecture.linears(index):
                 get_linear(layer, path)
         except ValueError as error:
             raise ValueError(f"{where}.{error}") from error
         for path, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and path not in (*architecture.linears(index), *architecture.kept):
+            if isinstance(module, nn.Linear) and path not in covered:
                 raise ValueError(
                     f"{where}.{path}: this Linear is in no linear group and would not be quantized; "
                     "add it to the groups of the decoder's row in tlq/models/architectures.py"

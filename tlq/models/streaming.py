@@ -71,7 +71,7 @@ def names_of_stored(model: PreTrainedModel) -> Callable[[str], str]:
     wanted: dict[str, Any] = model.state_dict()
     for path, module in model.named_modules():
         if isinstance(module, SeparateExperts):
-            wanted |= dict.fromkeys((f"{path}.{GATE_UP}", f"{path}.{DOWN}"))
+            wanted |= dict.fromkeys((f"{path}.{GATE_UP}", f"{path}.{DOWN}"), True)  # None would count as absent
 
     def name_of(key: str) -> str:
         name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
@@ -137,6 +137,8 @@ class StreamedModel:
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.skeleton = empty_model(self.config, checkpoint, self.dtype)
         self.skeleton.requires_grad_(False)
+        #: They keep the dtype in which they are stored, as in transformers: a router's bias decides between experts.
+        self._buffers = {name for name, _ in self.skeleton.named_buffers()}
         self._experts = {
             path: module for path, module in self.skeleton.named_modules() if isinstance(module, SeparateExperts)
         }
@@ -277,7 +279,8 @@ class StreamedModel:
                         tensors[name] = tensors[twin]
                         continue
                     tensor = self.weight_map[name].read(opened)
-                    wanted = (dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
+                    cast = tensor.is_floating_point() and name not in self._buffers
+                    wanted = (dtype or self.dtype) if cast else tensor.dtype
                     # Copy even if dtype and device stay: the file must not remain mapped.
                     tensors[name] = tensor.to(self.device, wanted, copy=True)
         return tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.families import batches_of, write_tiny
@@ -95,6 +96,17 @@ def test_experts_weigh_tokens_by_their_own_importance_or_share_one_set(scores: I
     assert (0, EXPERTS) in shared.groups
     assert not any(is_expert(group) for _, group in shared.groups)
     assert all_tokens(scores, pool, "modality", Weighting()).groups.keys() == shared.groups.keys()
+
+
+def test_an_expert_without_tokens_has_no_weights_and_modalities_are_mixed_among_its_own_tokens() -> None:
+    pool = TokenPool(np.array([0, 10]), np.zeros(10, np.int32), np.arange(10) < 8, np.arange(10) == 9)
+    raw = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1, 0], np.float32)  # half of the image tokens and of the text tokens
+    scores = {(0, "experts"): np.ones(10, np.float32), (0, "experts.0.down"): raw}
+    scores[0, "experts.1.down"] = np.zeros(10, np.float32)
+    weights = all_tokens(scores, pool, "token", Weighting(modality_mix=1.0)).groups
+    assert len(weights[0, "experts.1.down"].indices) == 0
+    assert weights[0, "experts.0.down"].indices.tolist() == [0, 1, 2, 3, 8]
+    assert weights[0, "experts.0.down"].weights == pytest.approx(1.0)
 
 
 def quantized(folder: Path, scores: Importance, recipe: str) -> Calibrated:

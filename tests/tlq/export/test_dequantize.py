@@ -79,6 +79,15 @@ def test_rows_have_scales_in_compressed_tensors(tmp_path: Path) -> None:
     assert torch.equal(after[name], expected.bfloat16())
 
 
+def test_blocks_of_compressed_tensors(tmp_path: Path) -> None:
+    weights = {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": list(BLOCK)}
+    stated = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    source = written("qwen3_vl", tmp_path / "fp8", by_block, "_scale", stated)
+    before, after = read_tensors(source), read_tensors(dequantize(source, tmp_path / "bf16"))
+    (name,) = [name for name in before if name.endswith("layers.1.mlp.up_proj.weight")]
+    assert after[name][97, 81] == (before[name].float()[97, 81] * before[f"{name}_scale"][1, 1]).bfloat16()
+
+
 def test_experts_of_a_layer_have_scales_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the command that the refusal names, and what comes out of it can be quantized."""
     source = written("qwen3_vl_moe", tmp_path / "fp8", by_block, "_scale_inv", FINE)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.exporting import read_tensors
 from support.families import batches_of, write_tiny
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from tlq.api import quantize
+from tlq.calibration.install import QuantizedLayer
 from tlq.export.loading import load_model
 from tlq.models.architectures import architecture_of
 from tlq.models.experts import SeparateExperts
 from tlq.models.streaming import StreamedModel
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe")
 SHARED = "model.language_model.layers.0.mlp.experts"
@@ -96,6 +101,67 @@ def test_experts_of_another_shape_or_number_are_refused(tmp_path: Path) -> None:
         save_file({**tensors, name: change(tensors[name]).contiguous()}, file, {"format": "pt"})
         with pytest.raises(ValueError, match=message):
             StreamedModel(folder)
+
+
+def test_a_routers_bias_keeps_its_dtype_and_survives_an_interruption(tmp_path: Path) -> None:
+    """GLM-4.5V chooses experts by a bias that is stored in 32 bits: rounded, other experts would be chosen."""
+    folder = write_tiny("glm4v_moe", tmp_path / "source")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    tensors[name] = torch.tensor([0.1, 0.2, 0.3, 1 / 3])
+    save_file(tensors, file, {"format": "pt"})
+    source = StreamedModel(folder, torch.bfloat16)
+    assert torch.equal(source.read([name])[name], tensors[name])
+    quantize(folder, tmp_path / "out", recipe="rtn", scheme="w8a8")
+    assert torch.equal(read_tensors(tmp_path / "out")[name], tensors[name])
+    loaded = load_model(tmp_path / "out", dtype=torch.bfloat16)
+    assert torch.equal(loaded.state_dict()[name], tensors[name])
+
+    layer = load_model(folder).get_submodule("model.language_model.layers.1")
+    architecture = architecture_of(load_model(folder).config)
+    quantized = QuantizedLayer(1, layer, architecture, WeightQuantizer(get_scheme("w8a8"), torch.bfloat16))
+    changed = {key: value + 1 for key, value in quantized.others().items()}
+    quantized.restore({}, changed)
+    assert torch.equal(layer.state_dict()["mlp.gate.e_score_correction_bias"], tensors[name] + 1)
+
+
+def test_tensors_that_do_not_change_are_exported_as_wide_as_they_were(tmp_path: Path) -> None:
+    folder = write_tiny("qwen3_5_moe", tmp_path / "source")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith("layers.0.linear_attn.A_log")]
+    tensors[name] = tensors[name].float() + 1e-4
+    save_file(tensors, file, {"format": "pt"})
+    quantize(folder, tmp_path / "out", recipe="rtn", scheme="w4a16")
+    assert torch.equal(read_tensors(tmp_path / "out")[name], tensors[name])
+
+
+def test_a_loaded_export_ends_its_replies_where_the_source_does(tmp_path: Path) -> None:
+    folder = write_tiny("qwen3_vl_moe", tmp_path / "source")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    quantize(folder, tmp_path / "out", recipe="rtn", scheme="w4a16")
+    assert load_model(tmp_path / "out").generation_config.eos_token_id == [7, 9]
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.1.*", "*.experts.*.down_proj"])
+def test_experts_of_a_layer_have_one_scheme(tmp_path: Path, pattern: str) -> None:
+    folder = write_tiny("qwen3_vl_moe", tmp_path / "source")
+    mixed = replace(get_scheme("w4a16"), overrides=((pattern, "full_precision"),))
+    with pytest.raises(ValueError, match="layer 0: an override gives some linears of its experts another scheme"):
+        quantize(folder, tmp_path / "out", recipe="rtn", scheme=mixed)
+    kept = replace(get_scheme("w4a16"), overrides=(("*.experts.*", "full_precision"),))
+    quantize(folder, tmp_path / "out", recipe="rtn", scheme=kept)
+    names = read_tensors(tmp_path / "out")
+    assert f"{SHARED}.3.up_proj.weight" in names
+    assert not any("experts" in name and "scale" in name for name in names)
+    load_model(tmp_path / "out")
+
+
+def test_an_engine_without_experts_is_refused_before_any_work(tmp_path: Path) -> None:
+    folder = write_tiny("qwen3_vl_moe", tmp_path / "source")
+    with pytest.raises(ValueError, match="transformers 5.23 does not run quantized experts; .* vllm, sglang"):
+        quantize(folder, tmp_path / "out", recipe="rtn", scheme="w4a16", engine="transformers")
 
 
 def test_experts_of_8_bits_are_refused(tmp_path: Path) -> None:
