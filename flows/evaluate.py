@@ -34,7 +34,7 @@ from tasks.config.params import VariantParams, section
 @flow(
     name="evaluate",
     flow_run_name=evaluation_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()),  # type: ignore[arg-type]
+    task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()),
     **HOOKS,
 )
 def evaluate(

@@ -41,7 +41,7 @@ from tlq.recipes import RECIPES
 @flow(
     name="quantize",
     flow_run_name=run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()),  # type: ignore[arg-type]
+    task_runner=ThreadPoolTaskRunner(max_workers=stages_at_once()),
     **HOOKS,
 )
 def quantize(
