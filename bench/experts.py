@@ -264,7 +264,8 @@ def summarise() -> None:
         "behind a router of clusters, so that full precision is the demo model's own, and every expert sees only its "
         f"tokens. It is no model whose experts were trained apart. {scheme}, {samples} calibration samples, token "
         f"sets of {BUDGET.tokens_per_layer}; means over {seeds} calibration seeds with 95 % intervals (Student's t). "
-        f"KL is in nats per answer token, on {items} held-out items; ratios are geometric means over the same seeds. "
+        f"KL is in nats per answer token, on {items} held-out items; ratios are geometric means over the same seeds, "
+        "and one whose interval contains 1 shows no difference. "
         "`python -m bench.experts` wrote this section."
     )
     write_section(PAGE, "Recipes", [text, "", *table(rows)], "Experts in figures")
