@@ -261,7 +261,7 @@ def summarise() -> None:
     scheme, samples = frame["scheme"].iloc[0].upper(), frame["samples"].iloc[0]
     text = (
         f"The trained demo model with {EXPERTS} experts in every layer, {ACTIVE} for each token: copies of its MLP "
-        "behind a router of clusters, so that full precision is the demo model's own, and every expert sees only its "
+        "after a router of clusters, so that full precision is the demo model's own, and every expert sees only its "
         f"tokens. It is no model whose experts were trained apart. {scheme}, {samples} calibration samples, token "
         f"sets of {BUDGET.tokens_per_layer}; means over {seeds} calibration seeds with 95 % intervals (Student's t). "
         f"KL is in nats per answer token, on {items} held-out items; ratios are geometric means over the same seeds, "

@@ -148,6 +148,14 @@ QWEN_IDS = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 QWEN_TOWER = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+QWEN3_TOWER = {**QWEN_TOWER, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128}
+DELTA_NETS = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 PIXTRAL_TOWER = {
     "model_type": "pixtral",
     "hidden_size": 32,
@@ -159,6 +167,25 @@ PIXTRAL_TOWER = {
     "patch_size": 4,
 }
 PINPOINTS = [[16, 16], [16, 32], [16, 48]]
+
+#: GLM's families with one description -> their decoder.
+GLM = {"glm4v": "glm4v_text", "glm46v": "glm4v_text", "glm_ocr": "glm_ocr_text"}
+
+
+def glm(model_type: str, text_type: str, **more: Any) -> TinyFamily:
+    return TinyFamily(
+        model_type,
+        {
+            "text_config": text(text_type, head_dim=32, **mrope([2, 3, 3], partial_rotary_factor=0.5), **more),
+            "vision_config": {**QWEN3_TOWER, "image_size": 16},
+            **QWEN_IDS,
+            "image_start_token_id": VISION_START,
+            "image_end_token_id": VISION_END,
+        },
+        qwen_image,
+        "mm_token_type_ids",
+    )
+
 
 TINY: dict[str, TinyFamily] = {
     family.model_type: family
@@ -178,10 +205,7 @@ TINY: dict[str, TinyFamily] = {
             {
                 "text_config": text("qwen2_5_vl_text", **mrope([4, 6, 6])),
                 "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
+                    **QWEN3_TOWER,
                     "window_size": 16,
                     "fullatt_block_indexes": [0],
                 },
@@ -196,10 +220,7 @@ TINY: dict[str, TinyFamily] = {
             {
                 "text_config": text("qwen3_vl_text", head_dim=64, **mrope([12, 10, 10], mrope_interleaved=True)),
                 "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
+                    **QWEN3_TOWER,
                     "num_position_embeddings": 16,
                     "deepstack_visual_indexes": [0],
                 },
@@ -214,18 +235,11 @@ TINY: dict[str, TinyFamily] = {
                 "text_config": text(
                     "qwen3_5_text",
                     head_dim=64,
-                    layer_types=["linear_attention", "full_attention"],
-                    linear_num_key_heads=2,
-                    linear_num_value_heads=4,
-                    linear_key_head_dim=32,
-                    linear_value_head_dim=32,
+                    **DELTA_NETS,
                     **mrope([4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
                 ),
                 "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
+                    **QWEN3_TOWER,
                     "num_position_embeddings": 16,
                 },
                 **QWEN_IDS,
@@ -245,10 +259,7 @@ TINY: dict[str, TinyFamily] = {
                     **mrope([12, 10, 10], mrope_interleaved=True),
                 ),
                 "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
+                    **QWEN3_TOWER,
                     "num_position_embeddings": 16,
                     "deepstack_visual_indexes": [0],
                 },
@@ -263,20 +274,13 @@ TINY: dict[str, TinyFamily] = {
                 "text_config": text(
                     "qwen3_5_moe_text",
                     head_dim=64,
-                    layer_types=["linear_attention", "full_attention"],
-                    linear_num_key_heads=2,
-                    linear_num_value_heads=4,
-                    linear_key_head_dim=32,
-                    linear_value_head_dim=32,
+                    **DELTA_NETS,
                     shared_expert_intermediate_size=128,
                     **EXPERTS,
                     **mrope([4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
                 ),
                 "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
+                    **QWEN3_TOWER,
                     "num_position_embeddings": 16,
                 },
                 **QWEN_IDS,
@@ -284,69 +288,13 @@ TINY: dict[str, TinyFamily] = {
             qwen_image,
             "mm_token_type_ids",
         ),
-        TinyFamily(
-            "glm4v",
-            {
-                "text_config": text("glm4v_text", head_dim=32, **mrope([2, 3, 3], partial_rotary_factor=0.5)),
-                "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
-                    "image_size": 16,
-                },
-                **QWEN_IDS,
-                "image_start_token_id": VISION_START,
-                "image_end_token_id": VISION_END,
-            },
-            qwen_image,
-            "mm_token_type_ids",
-        ),
-        TinyFamily(
-            "glm46v",
-            {
-                "text_config": text("glm4v_text", head_dim=32, **mrope([2, 3, 3], partial_rotary_factor=0.5)),
-                "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
-                    "image_size": 16,
-                },
-                **QWEN_IDS,
-                "image_start_token_id": VISION_START,
-                "image_end_token_id": VISION_END,
-            },
-            qwen_image,
-            "mm_token_type_ids",
-        ),
-        TinyFamily(
-            "glm_ocr",
-            {
-                "text_config": text("glm_ocr_text", head_dim=32, **mrope([2, 3, 3], partial_rotary_factor=0.5)),
-                "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
-                    "image_size": 16,
-                },
-                **QWEN_IDS,
-                "image_start_token_id": VISION_START,
-                "image_end_token_id": VISION_END,
-            },
-            qwen_image,
-            "mm_token_type_ids",
-        ),
+        *(glm(name, text_type) for name, text_type in GLM.items()),
         TinyFamily(
             "exaone4_5",
             {
                 "text_config": text("exaone4", head_dim=32),
                 "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
+                    **QWEN3_TOWER,
                     "window_size": 16,
                     "num_key_value_heads": 2,
                     "fullatt_block_indexes": [0],
@@ -420,34 +368,16 @@ TINY: dict[str, TinyFamily] = {
             },
             llava_image,
         ),
-        TinyFamily(
+        glm(
             "glm4v_moe",
-            {
-                "text_config": text(
-                    "glm4v_moe_text",
-                    head_dim=32,
-                    first_k_dense_replace=1,
-                    n_routed_experts=4,
-                    n_shared_experts=1,
-                    n_group=1,
-                    topk_group=1,
-                    num_experts_per_tok=2,
-                    moe_intermediate_size=128,
-                    **mrope([2, 3, 3], partial_rotary_factor=0.5),
-                ),
-                "vision_config": {
-                    **QWEN_TOWER,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "out_hidden_size": 128,
-                    "image_size": 16,
-                },
-                **QWEN_IDS,
-                "image_start_token_id": VISION_START,
-                "image_end_token_id": VISION_END,
-            },
-            qwen_image,
-            "mm_token_type_ids",
+            "glm4v_moe_text",
+            first_k_dense_replace=1,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
         ),
         TinyFamily(
             "llava_onevision",

@@ -107,7 +107,7 @@ def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch]
     if not batches:
         raise ValueError("no calibration samples; give some, or use the recipe rtn, which needs none")
     for layer in range(layers):
-        # An expert that no token is routed to gets some (``tlq.calibration.routing``), if others have any.
+        # An expert that no token is routed to gets further tokens (``tlq.calibration.routing``).
         of_experts = [key for key in weights if key[0] == layer and key[1].startswith(EXPERTS)]
         for group in architecture.groups[layer]:
             keys = [(layer, group.name)] if group.experts is None else of_experts
@@ -119,5 +119,5 @@ def check_data(architecture: Architecture, layers: int, batches: Sequence[Batch]
 
 
 def _counts(parts: Sequence[Tensor], batches: int) -> bool:
-    """Whether a token has a weight, in parts that are as many as there are micro-batches."""
+    """Whether every micro-batch has its weights, and a token has a weight above 0."""
     return len(parts) == batches and any(bool((part > 0).any()) for part in parts)

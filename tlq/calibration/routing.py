@@ -1,8 +1,7 @@
 """Which tokens an expert is calibrated on.
 
-An expert's tokens are those that its layer's router sends to it, with the weights that calibration gives them. An
-expert with too few of them would be rounded without data; it gets further tokens, evenly from the whole pool, at the
-least weight that is enough.
+The router of a layer sends tokens to an expert, and calibration gives them weights. An expert with too few tokens would
+be rounded without data; it gets further tokens, evenly from the whole pool, at the least weight that is enough.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class ExpertTokens:
 
 
 def expert_tokens(weights: Sequence[Tensor], valid: Sequence[Tensor], least: float) -> ExpertTokens:
-    """Add tokens until the weights have ``least`` effective tokens, or half as many as there are others.
+    """Add tokens until there are ``least`` effective tokens, or half the number of tokens without a weight.
 
     Args:
         weights: [batch, time] by micro-batch, 0 for tokens that are not routed to the expert.

@@ -110,10 +110,9 @@ class Streams:
         All modules before the experts must be final.
         """
         if self._routed is None:
-            assert group.experts is not None
-            self._routed = self._enter_experts(index, layer, group) if reference is None or self.sees_exposed else None
-            if self._routed is None:
-                assert reference is not None
+            if reference is None or self.sees_exposed:
+                self._routed = self._enter_experts(index, layer, group)
+            else:
                 self._routed = reference.experts
         if group.name not in self._expert_tokens:
             shared = self._weights.get((index, EXPERTS))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -196,12 +197,19 @@ def to_batches(weights: PoolWeights, batches: Sequence[Batch]) -> TokenWeights:
 
 
 class _BatchWeights(Mapping[GroupKey, Sequence[Tensor]]):
-    """Weights of micro-batches, made from the sparse ones at each access: experts have thousands of groups."""
+    """Weights of micro-batches, made from the sparse ones when they are read: experts have thousands of groups.
+
+    The last ones are kept, because a layer reads the weights of its few groups for one micro-batch after the other.
+    """
 
     def __init__(self, weights: PoolWeights, batches: Sequence[Batch]) -> None:
         self._weights, self._batches, self._indices = weights, batches, pool_indices(batches)
+        self._made = lru_cache(maxsize=16)(self._make)
 
     def __getitem__(self, key: GroupKey) -> list[Tensor]:
+        return self._made(key)
+
+    def _make(self, key: GroupKey) -> list[Tensor]:
         tokens = int(self._weights.cu_seqlens[-1])
         return _unflatten(self._weights.groups[key].dense(tokens), self._indices, self._batches)
 

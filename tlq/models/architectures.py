@@ -26,7 +26,7 @@ class LinearGroup:
         fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows; None if
             others read the same input, so that the group has no scales.
         fold_last: whether only the last rows of the linear ``fold`` are the group's input: those of a projection that
-            is fused behind another one.
+            follows another one in a fused linear.
         parent: module whose output error AWQ and MBQ measure; None if they measure the linear itself.
         tokenwise: whether the module around the linears computes each token from its hidden state alone.
         kept: linears that read the same input and stay in full precision; the group's scale goes into their columns.
@@ -130,7 +130,7 @@ class Decoder:
         kinds: what takes the place of attention in layers of another kind, by the name in ``layer_types`` of the
             config.
         experts: what takes the place of the MLP, in some layers or in all.
-        final_norm: name of the norm behind the last layer.
+        final_norm: name of the norm after the last layer.
     """
 
     attention: tuple[LinearGroup, ...] = (QKV, O_PROJ)
@@ -176,15 +176,13 @@ def _qwen_sparse(text: Any, index: int) -> bool:
     return index not in text.mlp_only_layers and (index + 1) % text.decoder_sparse_step == 0
 
 
-#: Gate and up are rows of one linear, in this order; the norms behind attention and MLP take no scales.
+#: Gate and up are rows of one linear, in this order; the norms after attention and MLP take no scales.
 FUSED_MLP = (
     LinearGroup("gate_up", ("mlp.gate_up_proj",), "post_attention_layernorm", "mlp"),
     replace(DOWN, fold="mlp.gate_up_proj", fold_last=True),
 )
-#: Norms come only behind attention and MLP, so their inputs have no scales.
-POST_NORMS = Decoder(attention=(replace(QKV, fold=None), O_PROJ), mlp=(replace(GATE_UP, fold=None), DOWN))
-#: Attention and MLP read the same norm, so it takes no scales.
-PARALLEL = POST_NORMS
+#: Norms come only after attention and MLP (EXAONE 4), or both read the same norm (Cohere 2): no scale folds into it.
+UNSCALED_INPUTS = Decoder(attention=(replace(QKV, fold=None), O_PROJ), mlp=(replace(GATE_UP, fold=None), DOWN))
 LFM2 = Decoder(
     attention=(
         replace(QKV, fold="operator_norm"),
@@ -239,8 +237,8 @@ DECODERS: dict[str, Decoder] = {
     "qwen3_vl_text": LLAMA,
     "glm4v_text": GLM4V,
     "glm_ocr_text": GLM4V,
-    "exaone4": POST_NORMS,
-    "cohere2": PARALLEL,
+    "exaone4": UNSCALED_INPUTS,
+    "cohere2": UNSCALED_INPUTS,
     "lfm2": LFM2,
     "paddleocr_vl_text": LLAMA,
     "qwen3_moe": QWEN3_MOE,
@@ -322,7 +320,7 @@ class Architecture:
 
     Attributes:
         groups: the linear groups of every decoder layer.
-        norm: name of the norm behind the last layer.
+        norm: name of the norm after the last layer.
     """
 
     model_type: str

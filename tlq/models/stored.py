@@ -79,8 +79,8 @@ class StoredTensor:
         """The name under which an export stores it: the key, or that of a linear of its own."""
         return self.key if self.part is None else f"{self.key.rpartition('.')[0]}.{self.part.name}"
 
-    def of_experts(self, rows: Mapping[str, int], width: int) -> Iterator[tuple[str, StoredTensor]]:
-        """Names and places of the linears in a tensor that holds all experts of a layer.
+    def of_experts(self, rows: Mapping[str, int], width: int) -> Iterator[StoredTensor]:
+        """Places of the linears in a tensor that holds all experts of a layer.
 
         Args:
             rows: output channels of each linear of an expert that the tensor holds, in their order.
@@ -99,10 +99,9 @@ class StoredTensor:
         for expert in range(self.shape[0]):
             start = 0
             for linear, count in rows.items():
-                name = f"{expert}.{linear}.weight"
-                part = Part(name, expert, (start, start + count), self.shape[1:] != plain)
-                place = replace(self, shape=(count, width), part=part)
-                yield place.name, place
+                rows_of = (start, start + count)
+                part = Part(f"{expert}.{linear}.weight", expert, rows_of, self.shape[1:] != plain)
+                yield replace(self, shape=(count, width), part=part)
                 start += count
 
     def read(self, opened: TensorFile) -> Tensor:

@@ -188,8 +188,9 @@ class StreamedModel:
                 f"{place.file}: {place.key} has {place.shape[0]} experts, the model of its config.json {len(experts)}; "
                 "download the checkpoint again"
             )
-        for stored, part in place.of_experts(rows, width):
-            yield f"{path}{stored.removeprefix(place.key.rpartition('.')[0])}", part
+        parent = place.key.rpartition(".")[0]
+        for linear in place.of_experts(rows, width):
+            yield f"{path}{linear.name.removeprefix(parent)}", linear
 
     def _check_form(self, place: StoredTensor, wanted: Tensor) -> None:
         """Raise ValueError if a stored weight has another shape than the model's, or is no floating-point number."""

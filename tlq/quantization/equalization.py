@@ -153,7 +153,7 @@ class Fold:
         return s.view(-1, self.repeats, self.head_dim)[:, 0].flatten()
 
     def every_row(self, per_row: Tensor) -> Tensor:
-        """Scales for all rows of the linear: 1 for those that take none."""
+        """Scales for all rows of the linear; rows before the last ones get 1."""
         if self.last is None:
             return per_row
         others = cast(Tensor, self.module.weight).shape[0] - self.last
