@@ -131,6 +131,9 @@ def run_command(
 ) -> None:
     """Run a command in ``folder`` and log its output; stop it when this process is interrupted.
 
+    The command gets a process group of its own. A worker that cancels a run, and Ctrl-C in a terminal, signal the
+    whole group of the flow's process: the command would end first, and look as if it had failed.
+
     Args:
         name: stage or check, for messages and for the progress artifact.
         forward: called with every line that is logged.
@@ -148,6 +151,7 @@ def run_command(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None

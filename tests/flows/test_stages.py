@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,6 +106,12 @@ def test_concurrent_stages_share_the_cores(caplog: pytest.LogCaptureFixture, mon
     assert logged(caplog, threads) == ["4"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's number of threads has precedence
     assert logged(caplog, threads) == ["7"]
+
+
+def test_a_stage_receives_no_signal_that_was_meant_for_its_flow(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that cancels a run signals its whole group; a stage that ended first would count as failed."""
+    groups = logged(caplog, "import os; print(os.getpgrp())")
+    assert groups != [str(os.getpgrp())]
 
 
 def test_a_stage_finds_the_python_of_its_flow(
