@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -22,8 +23,10 @@ T = TypeVar("T")
 #: Seconds within which a running store answers.
 ANSWER_SECONDS = 20
 
-_FAILURE, _FINISHED, _BEGUN, _STOPPED, _JOB, _LINES = (
-    f"tlq/{name}" for name in ("failure", "finished", "begun", "stopped", "job", "lines")
+_CLOCK_POLL_SECONDS = 0.1
+
+_FAILURE, _FINISHED, _BEGUN, _STOPPED, _JOB, _LINES, _CLOCK = (
+    f"tlq/{name}" for name in ("failure", "finished", "begun", "stopped", "job", "lines", "clock")
 )
 
 
@@ -136,6 +139,25 @@ class JobStore:
     def stopped(self, agent: str) -> bool:
         """Whether ``agent``, or every agent, is to end."""
         return self._has(_STOPPED) or self._has(_STOPPED + agent)
+
+    def show_clock(self) -> None:
+        """Let the agents read this machine's clock; the host calls this about every second."""
+        now = str(time.time())
+        self._request(lambda: self.signed.set(_CLOCK, now))
+
+    def clock_ahead(self) -> float:
+        """Seconds by which this machine's clock is ahead of the host's, to about the interval of ``show_clock``.
+
+        Raises:
+            StageGoneError: the host shows no time within ``ANSWER_SECONDS``.
+        """
+        until, first = time.monotonic() + ANSWER_SECONDS, self._read(_CLOCK)
+        while (shown := self._read(_CLOCK)) in (None, first):  # the first one may be old
+            if time.monotonic() > until:
+                raise StageGoneError(f"the stage is gone: {self.endpoint} answers but shows no time")
+            time.sleep(_CLOCK_POLL_SECONDS)
+        assert shown is not None
+        return time.time() - float(shown)
 
     def heartbeat(self, agent: str) -> None:
         """Send a heartbeat."""

@@ -72,6 +72,7 @@ class Watch:
             ValueError, NoWorkerError, ChildProcessError: see ``run_on_pool``.
         """
         while not self._store.finished():
+            self._store.show_clock()
             self._show_lines()
             self._store.raise_failure()
             self._refresh()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from torch.distributed import TCPStore
 
+from tasks.cluster import store as store_module
+from tasks.cluster.agent import WrongClockError, check_clock
 from tasks.cluster.authenticated import keep_secret, new_secret, read_secret
 from tasks.cluster.store import JobStore, StageGoneError
 
@@ -102,6 +107,41 @@ def test_one_agent_or_all_are_stopped() -> None:
     assert (agent.stopped("a"), agent.stopped("b")) == (True, False)
     stage.stop()
     assert agent.stopped("b")
+
+
+@pytest.mark.parametrize("ahead", [0.0, 30.0, -30.0])
+def test_a_machine_with_a_wrong_clock_is_told_so(ahead: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that is already there when an agent joins may be old and does not count."""
+    stage = JobStore.host("127.0.0.1", SECRET)
+    agent = JobStore.join(stage.endpoint, SECRET)
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() - 500)
+    stage.show_clock()
+    monkeypatch.undo()
+
+    def of_the_stage(now: Callable[[], float] = time.time) -> float:
+        return now() - (ahead if threading.current_thread().name == "stage" else 0)
+
+    monkeypatch.setattr(time, "time", of_the_stage)
+    later = threading.Timer(0.3, stage.show_clock)
+    later.name = "stage"
+    later.start()
+    try:
+        if ahead:
+            with pytest.raises(
+                WrongClockError, match=f"30 s {'ahead of' if ahead > 0 else 'behind'} that of the stage"
+            ):
+                check_clock(agent)
+        else:
+            check_clock(agent)
+    finally:
+        later.join()
+
+
+def test_an_agent_whose_stage_shows_no_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = JobStore.host("127.0.0.1", SECRET)
+    monkeypatch.setattr(store_module, "ANSWER_SECONDS", 1)
+    with pytest.raises(StageGoneError, match="shows no time"):
+        JobStore.join(stage.endpoint, SECRET, seconds=5).clock_ahead()
 
 
 def test_an_ended_stage_is_distinguished_from_a_silent_one() -> None:
