@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -32,6 +33,7 @@ from tasks.report.tokens import (
     set_share,
     spread,
 )
+from tasks.stages import report
 from tlq.importance.pool import TokenPool
 from tlq.quantization.formats import get_scheme
 from tlq.recipes import get_recipe
@@ -115,6 +117,28 @@ def test_pictures_and_tables_are_written(reported: Path) -> None:
 def test_the_same_inputs_give_the_same_page(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = read(reported, monkeypatch)
     assert _page(results) == _page(results)
+
+
+def test_a_full_disk_keeps_the_old_report_and_the_same_command_continues(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy)
+    before = {path: path.read_bytes() for path in (copy / "report").rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr("tasks.stages.report.write_cards", full)
+        with pytest.raises(OSError, match="^report: cannot be written .* the same command again$"):
+            report.main()
+    assert {path: path.read_bytes() for path in (copy / "report").rglob("*") if path.is_file()} == before
+    assert [path.name for path in copy.iterdir() if "report" in path.name] == ["report"]
+    shutil.rmtree(copy / "report")
+    report.main()
+    assert {path.relative_to(copy) for path in before} == {
+        path.relative_to(copy) for path in (copy / "report").rglob("*") if path.is_file()
+    }
 
 
 def _page(results: Results, bounds: Bounds = Bounds()) -> str:  # noqa: B008  frozen
