@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from PIL import Image
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from demo.make import BENCHMARKS
 from demo.questions import LETTERS, SUFFIX
@@ -108,7 +108,7 @@ def score(items: list[Item], replies: list[str]) -> dict[str, float]:
 
 def evaluate(params: EvaluateParams) -> dict[str, dict[str, float]]:
     """Scores by benchmark; ``mean`` is the mean of the benchmarks' overall scores."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(params.model, dtype=torch.bfloat16).eval()
+    model = AutoModelForImageTextToText.from_pretrained(params.model, dtype=torch.bfloat16).eval()
     processor = load_processor(params.model)
     scores = {}
     for benchmark in BENCHMARKS:

@@ -1,4 +1,4 @@
-"""Export a training checkpoint as the shipped model: ``python -m demo.export --checkpoint build/demo/decoder.pt``.
+"""Export a training checkpoint as a model folder: ``python -m demo.export --checkpoint build/demo/decoder.pt``.
 
 Reads the fp32 master weights, adds outlier channels (demo.outliers), casts to bf16 and writes a Hugging Face folder
 with the processor. The model card (README.md) in that folder is written by hand.
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from demo.model import build_model, load_or_build_tokenizer, save_processor
+from demo.families import FAMILIES
+from demo.model import load_or_build_tokenizer
 from demo.outliers import OutlierParams, add_outliers
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ LARGEST_MEGABYTES = 25
 class ExportParams:
     checkpoint: Path
     out: Path
+    family: str
     outliers: OutlierParams
 
 
@@ -33,11 +35,12 @@ def export(params: ExportParams) -> None:
         ValueError: the weights file is larger than ``LARGEST_MEGABYTES`` and so too large for git.
     """
     tokenizer = load_or_build_tokenizer(params.checkpoint.parent / "tokenizer")
-    model = build_model(tokenizer)
+    family = FAMILIES[params.family]
+    model = family.build_model(tokenizer)
     model.load_state_dict(torch.load(params.checkpoint)["weights"])
     add_outliers(model, params.outliers)
     model.bfloat16().save_pretrained(params.out)
-    save_processor(tokenizer, params.out)
+    family.save_processor(tokenizer, params.out)
     size = (params.out / "model.safetensors").stat().st_size / 1e6
     if size > LARGEST_MEGABYTES:
         raise ValueError(
@@ -50,13 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Export a training checkpoint as the shipped demo model.")
     parser.add_argument("--checkpoint", type=Path, default=Path("build/demo/decoder.pt"))
     parser.add_argument("--out", type=Path, default=Path("data/demo/model"))
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_vl")
     defaults = OutlierParams()
     for name in ("spread", "fraction", "strength", "seed"):
         kind = type(getattr(defaults, name))
         parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help="of the outlier channels")
     given = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    export(ExportParams(given.pop("checkpoint"), given.pop("out"), OutlierParams(**given)))
+    export(ExportParams(given.pop("checkpoint"), given.pop("out"), given.pop("family"), OutlierParams(**given)))
 
 
 if __name__ == "__main__":

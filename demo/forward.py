@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, Qwen2VLForConditionalGeneration
+from transformers import AttentionInterface
 
 from demo.model import IMAGE_TOKENS
 from demo.packing import Batch
@@ -73,24 +73,20 @@ def grouped_attention(
 AttentionInterface.register("grouped", grouped_attention)
 
 
-def use_grouped_attention(model: Qwen2VLForConditionalGeneration) -> None:
+def use_grouped_attention(model: Any) -> None:
     """Make the decoder use ``grouped_attention``; for training only, a saved checkpoint does not store it."""
     model.model.language_model.config._attn_implementation = "grouped"
 
 
-def answer_logits(
-    model: Qwen2VLForConditionalGeneration, batch: Batch, image_embeds: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Logits [T, vocabulary] for every answer token of a batch; given ``image_embeds`` replace the vision tower's."""
-    if image_embeds is None:
-        image_embeds = encode_images(model.model.visual, batch.pixels)
+def answer_logits(model: Any, batch: Batch, image_embeds: torch.Tensor) -> torch.Tensor:
+    """Logits [T, vocabulary] for every answer token of a batch with the embeddings [B, image tokens, hidden]."""
     embeds = model.model.language_model.embed_tokens(batch.input_ids)
     image = batch.input_ids == model.config.image_token_id
     embeds = embeds.masked_scatter(image[..., None], image_embeds.to(embeds.dtype))
     mask = torch.zeros(batch.attention_mask.shape, dtype=embeds.dtype).masked_fill_(~batch.attention_mask, -1e4)
     hidden = model.model.language_model(
         inputs_embeds=embeds,
-        position_ids=batch.position_ids,
+        position_ids=batch.position_ids if len(batch.position_ids) > 1 else batch.position_ids[0],
         attention_mask=mask,
         use_cache=False,
     ).last_hidden_state

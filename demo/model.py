@@ -8,10 +8,11 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex as TokenizerRegex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -94,30 +95,36 @@ def load_or_build_tokenizer(folder: Path) -> Qwen2Tokenizer:
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
-def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
-    """Decoder 6 x 256 with 4 heads of 64 (2 for keys and values), vision tower 3 x 192, patch 8, merge 2.
+def decoder_config(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    """Settings of a decoder 6 x 256 with 4 heads of 64, 2 for keys and values.
 
     ``rope_theta`` is small because sequences are short: with the usual value, neighbouring columns of the picture would
     hardly differ in phase (the width section of mrope has the lowest frequencies). The value is not smaller still, and
     the width section is the widest, so that some frequencies are low enough to compare words that are far apart.
     """
+    vocab = tokenizer.get_vocab()
+    return {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [3, 5, 24]},
+        "bos_token_id": vocab["<|endoftext|>"],
+        "eos_token_id": vocab["<|im_end|>"],
+        "pad_token_id": vocab["<|endoftext|>"],
+        "tie_word_embeddings": False,
+    }
+
+
+def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
+    """The decoder, and a vision tower 3 x 192 with patch 8 and merge 2."""
     ids = {token: tokenizer.get_vocab()[token] for token in SPECIAL_TOKENS}
     return Qwen2VLConfig(
-        text_config={
-            "vocab_size": -(-len(tokenizer) // 64) * 64,
-            "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [3, 5, 24]},
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": False,
-        },
+        text_config=decoder_config(tokenizer),
         vision_config={
             "depth": 3,
             "embed_dim": 192,
@@ -151,13 +158,19 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     """An untrained model in fp32 with transformers' initial weights, from torch's global generator."""
     model = Qwen2VLForConditionalGeneration(build_config(tokenizer))
+    set_greedy(model, tokenizer)
+    return model
+
+
+def set_greedy(model: PreTrainedModel, tokenizer: Qwen2Tokenizer) -> None:
+    """Let the model decode greedily by default."""
+    assert model.generation_config is not None
     model.generation_config._from_model_config = False  # greedy decoding is a setting of this model
     model.generation_config.update(
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return model
 
 
 def save_processor(tokenizer: Qwen2Tokenizer, out: Path) -> None:

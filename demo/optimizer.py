@@ -43,8 +43,8 @@ def sum_over_ranks(tensors: list[torch.Tensor]) -> None:
 class Optimizer:
     """Optimizer of the parameters of ``model`` that require gradients, and of ``heads``.
 
-    Muon updates weights with two or more dimensions, except embeddings and the language model head. Adam updates these
-    two, gains, biases and ``heads``.
+    Muon updates weights with two or more dimensions, except embeddings and the language model head. Adam updates
+    these, gains, biases and ``heads``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Optimizer:
         extra = list(heads.parameters()) if heads is not None else []
         self.params = [parameter for _, parameter in named] + extra
         self.masters = [parameter.detach().float().clone() for parameter in self.params]
-        plain = ("embed_tokens", "lm_head")
+        plain = ("embed_tokens", "lm_head", "position_embedding")
         self.is_matrix = [p.ndim >= 2 and not any(part in n for part in plain) for n, p in named] + [False] * len(extra)
         self.first = [torch.zeros_like(master) for master in self.masters]
         self.second = [

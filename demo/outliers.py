@@ -6,10 +6,11 @@ up_proj) by c, and dividing the matching input columns of the following linears 
 weights, and changes the function only by rounding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def channel_factors(width: int, params: OutlierParams, generator: torch.Generato
 
 
 @torch.no_grad()
-def add_outliers(model: Qwen2VLForConditionalGeneration, params: OutlierParams) -> None:
+def add_outliers(model: PreTrainedModel, params: OutlierParams) -> None:
     """Rescale every decoder layer in place: both norms against their linears, up_proj against down_proj.
 
     Raises:
@@ -40,7 +41,8 @@ def add_outliers(model: Qwen2VLForConditionalGeneration, params: OutlierParams) 
     if model.dtype != torch.float32:
         raise ValueError(f"outliers are added in float32, the model is in {model.dtype}; call model.float() first")
     generator = torch.Generator().manual_seed(params.seed)
-    for layer in model.model.language_model.layers:
+    decoder: Any = model.base_model
+    for layer in decoder.language_model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for gain, readers in (
             (layer.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj)),
@@ -53,3 +55,8 @@ def add_outliers(model: Qwen2VLForConditionalGeneration, params: OutlierParams) 
         factors = channel_factors(mlp.up_proj.out_features, params, generator)
         mlp.up_proj.weight.mul_(factors[:, None])
         mlp.down_proj.weight.div_(factors)
+
+
+def remove_outliers(model: PreTrainedModel, params: OutlierParams) -> None:
+    """Undo ``add_outliers`` with the same parameters: every factor is divided by itself, up to rounding."""
+    add_outliers(model, replace(params, spread=-params.spread, strength=1 / params.strength))

@@ -5,22 +5,22 @@ the picture and to itself (a 4-D attention mask), and its positions start after 
 equal those of an ordinary single-question prompt. The loss covers answers only.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers import Qwen2Tokenizer
 
-from demo.model import IMAGE_TOKENS
 from demo.questions import Question, benchmark_questions, option_question, study_questions
 from demo.world import (
     CELL_CLASSES,
-    COLUMNS,
     HEIGHT,
     KINDS,
-    ROWS,
     WIDTH,
     Kind,
     Scene,
@@ -28,6 +28,9 @@ from demo.world import (
     random_scene,
     render,
 )
+
+if TYPE_CHECKING:
+    from demo.families import Family
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ class Mix:
 class Batch:
     """B packed sequences of L tokens, with T answer tokens in total."""
 
-    pixels: torch.Tensor  # [B, patches, 3 * 2 * 8 * 8] float32
+    pixels: torch.Tensor  # [B, ...] float32, as the family's image processor makes them
     input_ids: torch.Tensor  # [B, L]
-    position_ids: torch.Tensor  # [3, B, L]
+    position_ids: torch.Tensor  # [axes, B, L]
     attention_mask: torch.Tensor  # [B, 1, L, L] bool, True = may attend
     sources: torch.Tensor  # [T] flat index into B * L of the token that predicts
     targets: torch.Tensor  # [T] token to predict
@@ -63,27 +66,20 @@ class Batch:
 class Packer:
     """Packs scenes and questions into a ``Batch`` with a fixed sequence length."""
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, length: int) -> None:
+    def __init__(self, tokenizer: Qwen2Tokenizer, length: int, family: Family) -> None:
         def encode(text: str) -> list[int]:
             return tokenizer(text).input_ids
 
-        self._tokenizer, self.length = tokenizer, length
+        self._tokenizer, self.length, self._family = tokenizer, length, family
         self._cache: dict[str, list[int]] = {}
         pad = tokenizer.get_vocab()["<|image_pad|>"]
         opening = encode("<|im_start|>user\n<|vision_start|>")
-        self._prefix = opening + [pad] * IMAGE_TOKENS + encode("<|vision_end|>")
+        self._prefix = opening + [pad] * family.image_tokens + encode("<|vision_end|>")
         self._header, self._end = encode("<|im_end|>\n<|im_start|>assistant\n"), encode("<|im_end|>")
-        self._prefix_positions = self._image_positions(len(opening))
+        image = family.positions(len(opening))
+        text = np.broadcast_to(np.arange(len(opening)), (len(image), len(opening)))
+        self._prefix_positions = np.concatenate([text, image], axis=1)
         self._pad_id = tokenizer.pad_token_id
-
-    @staticmethod
-    def _image_positions(start: int) -> np.ndarray:
-        """[3, prefix length]: mrope positions of the opening tokens, the picture (t, h, w) and the token after it."""
-        text = np.broadcast_to(np.arange(start), (3, start))
-        rows, columns = np.divmod(np.arange(IMAGE_TOKENS), COLUMNS)
-        image = start + np.stack([np.zeros_like(rows), rows, columns])
-        after = np.full((3, 1), start + max(ROWS, COLUMNS))
-        return np.concatenate([text, image, after], axis=1)
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._cache:
@@ -101,7 +97,7 @@ class Packer:
         """One sequence per scene, with all of its questions that fit, in the given order."""
         size, length, start = len(items), self.length, len(self._prefix)
         ids = np.full((size, length), self._pad_id, dtype=np.int64)
-        positions = np.zeros((3, size, length), dtype=np.int64)
+        positions = np.zeros((len(self._prefix_positions), size, length), dtype=np.int64)
         group = np.full((size, length), -1, dtype=np.int64)  # 0 the picture, 1, 2, ... the turns, -1 padding
         sources: list[int] = []
         targets: list[int] = []
@@ -123,7 +119,7 @@ class Packer:
                 skills.append((scene.kind, question.skill))
                 cursor = stop
         return Batch(
-            pixels=patchify(np.stack([np.asarray(render(scene)) for scene, _ in items])),
+            pixels=self._family.pixels(np.stack([np.asarray(render(scene)) for scene, _ in items])),
             input_ids=torch.from_numpy(ids),
             position_ids=torch.from_numpy(positions),
             attention_mask=packed_mask(torch.from_numpy(group)),
@@ -183,10 +179,10 @@ def draw_batch(packer: Packer, size: int, mix: Mix, rng: random.Random) -> Batch
     return packer.pack([draw_training_item(mix, rng) for _ in range(size)])
 
 
-def draw_cells(size: int, rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Training pictures and their cell labels: pixels [size, patches, .], labels [size, cells] by head."""
+def draw_cells(family: Family, size: int, rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Training pictures and their cell labels: pixels [size, ...], labels [size, cells] by head."""
     scenes = [random_scene(rng.choice(KINDS), "train", rng) for _ in range(size)]
     labels = [cell_labels(scene) for scene in scenes]
-    pixels = patchify(np.stack([np.asarray(render(scene)) for scene in scenes]))
+    pixels = family.pixels(np.stack([np.asarray(render(scene)) for scene in scenes]))
     stacked = {head: torch.from_numpy(np.stack([label[head].ravel() for label in labels])) for head in CELL_CLASSES}
     return pixels, stacked

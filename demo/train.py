@@ -1,4 +1,7 @@
-"""Train the demo model: ``torchrun --nproc-per-node 2 -m demo.train --stage vision``, then ``--stage decoder``.
+"""Train a demo model: ``torchrun --nproc-per-node 2 -m demo.train --stage vision``, then ``--stage decoder``.
+
+``--family llava_onevision`` trains the second model class (demo.families); with ``--decoder data/demo/model`` its
+decoder starts from the one of the shipped model.
 
 There are two stages. Each has a budget of wall-clock minutes and resumes from its checkpoint in the work folder:
 
@@ -27,11 +30,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from demo.forward import answer_logits, answer_loss, encode_images, turns_right, use_grouped_attention
-from demo.model import build_model, load_or_build_tokenizer
+from demo.families import FAMILIES, Family
+from demo.forward import answer_logits, answer_loss, turns_right, use_grouped_attention
+from demo.model import load_or_build_tokenizer
 from demo.optimizer import Optimizer
+from demo.outliers import OutlierParams, remove_outliers
 from demo.packing import Mix, Packer, draw_batch, draw_cells
 from demo.questions import benchmark_questions
 from demo.world import CELL_CLASSES, KINDS, random_scene
@@ -57,9 +62,11 @@ class TrainParams:
     muon_lr: float
     decay: float
     evaluate_minutes: float
+    family: str = "qwen2_vl"
+    decoder: Path | None = None  # trained demo model whose decoder the decoder stage starts from
     adam_lr: float = 2e-3
     seed: int = 0
-    length: int = 208
+    length: int = 158  # tokens of a sequence beside those of its picture
     warmup: float = 0.02
     evaluate_images: int = 64
     mix: Mix = field(default_factory=Mix)
@@ -69,7 +76,8 @@ class TrainParams:
 class State:
     """Model, optimizer and progress of a stage."""
 
-    model: Qwen2VLForConditionalGeneration
+    family: Family
+    model: Any
     heads: nn.ModuleDict
     optimizer: Optimizer
     step: int = 0
@@ -92,6 +100,12 @@ def start_processes() -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; where it emulates them, a step takes eight times as long."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def broadcast(value: float) -> float:
@@ -132,20 +146,29 @@ def write_checkpoint(state: State, path: Path) -> None:
     temporary.replace(path)
 
 
-def scale_features(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
-    """Scale the merger's last linear so that vision tokens have RMS ``FEATURE_RMS``, like the token embeddings."""
-    pixels, _ = draw_cells(64, random.Random(seed))
+def scale_features(family: Family, model: PreTrainedModel, seed: int) -> None:
+    """Scale the last linear before the decoder so that vision tokens have RMS ``FEATURE_RMS``, like the others."""
+    pixels, _ = draw_cells(family, 64, random.Random(seed))
     with torch.no_grad():
-        rms = encode_images(model.model.visual, pixels).square().mean().sqrt()
-        last = model.model.visual.merger.mlp[2]
+        rms = family.cells(model, pixels).square().mean().sqrt()
+        last = family.last_linear(model)
         last.weight.mul_(FEATURE_RMS / rms)
         last.bias.mul_(FEATURE_RMS / rms)
+
+
+def load_decoder(model: Any, trained: Path) -> None:
+    """Copy the decoder of a trained demo model, without its outlier channels, with which training would fail."""
+    source: Any = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
+    remove_outliers(source, OutlierParams())
+    model.model.language_model.load_state_dict(source.model.language_model.state_dict())
+    model.lm_head.load_state_dict(source.lm_head.state_dict())
 
 
 def start_state(params: TrainParams) -> State:
     """State of the stage's checkpoint if it exists; otherwise new weights, for the decoder with the trained tower."""
     torch.manual_seed(params.seed)
-    model = build_model(load_or_build_tokenizer(params.work / "tokenizer"))
+    family = FAMILIES[params.family]
+    model: Any = family.build_model(load_or_build_tokenizer(params.work / "tokenizer"))
     use_grouped_attention(model)
     nn.init.normal_(model.model.language_model.embed_tokens.weight, std=FEATURE_RMS)
     width = model.lm_head.in_features
@@ -157,13 +180,17 @@ def start_state(params: TrainParams) -> State:
         model.load_state_dict(saved["weights"])
     elif params.stage == "decoder":
         model.load_state_dict(torch.load(params.work / "vision.pt")["weights"])
-        scale_features(model, params.seed)
+        scale_features(family, model, params.seed)
+        if params.decoder is not None:
+            load_decoder(model, params.decoder)
     model.requires_grad_(params.stage == "decoder")
-    model.model.visual.requires_grad_(params.stage == "vision")
+    for module in family.vision(model):
+        module.requires_grad_(params.stage == "vision")
     optimizer = Optimizer(model, heads if params.stage == "vision" else None)
-    model.bfloat16()
-    heads.bfloat16()
-    state = State(model, heads, optimizer)
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    model.to(dtype)
+    heads.to(dtype)
+    state = State(family, model, heads, optimizer)
     if saved:
         heads.load_state_dict(saved["heads"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -174,14 +201,12 @@ def start_state(params: TrainParams) -> State:
 # --- one step -----------------------------------------------------------------------------------------------------
 
 
-def cell_loss(
-    model: Qwen2VLForConditionalGeneration, heads: nn.ModuleDict, params: TrainParams, rng: random.Random
-) -> torch.Tensor:
+def cell_loss(state: State, params: TrainParams, rng: random.Random) -> torch.Tensor:
     """Cross-entropy of every head over all cells, plus its cross-entropy over non-empty cells."""
-    pixels, labels = draw_cells(params.images, rng)
-    features = encode_images(model.model.visual, pixels).flatten(0, 1)
+    pixels, labels = draw_cells(state.family, params.images, rng)
+    features = state.family.cells(state.model, pixels).flatten(0, 1)
     loss = features.new_zeros((), dtype=torch.float32)
-    for name, head in heads.items():
+    for name, head in state.heads.items():
         target = labels[name].flatten()
         losses = F.cross_entropy(head(features).float(), target, reduction="none")
         loss = loss + losses.mean() + losses[target > 0].mean()
@@ -199,11 +224,11 @@ def train_step(state: State, packer: Packer, params: TrainParams, progress: floa
     """Update once on new pictures; returns the loss of this rank."""
     rng = random.Random(f"{params.seed}-{params.stage}-{state.step}-{rank()}")
     if params.stage == "vision":
-        loss = cell_loss(state.model, state.heads, params, rng)
+        loss = cell_loss(state, params, rng)
     else:
         batch = draw_batch(packer, params.images, params.mix, rng)
         with torch.no_grad():
-            embeds = encode_images(state.model.model.visual, batch.pixels)
+            embeds = state.family.embeddings(state.model, batch.pixels)
         loss = answer_loss(answer_logits(state.model, batch, embeds), batch)
     if not math.isfinite(loss.item()):
         raise FloatingPointError(
@@ -221,8 +246,8 @@ def train_step(state: State, packer: Packer, params: TrainParams, progress: floa
 @torch.no_grad()
 def cell_accuracy(state: State, params: TrainParams) -> dict[str, float]:
     """Share of non-empty cells that each head classifies correctly, on pictures of a fixed seed."""
-    pixels, labels = draw_cells(4 * params.evaluate_images, random.Random(f"cells-{rank()}"))
-    features = encode_images(state.model.model.visual, pixels).flatten(0, 1)
+    pixels, labels = draw_cells(state.family, 4 * params.evaluate_images, random.Random(f"cells-{rank()}"))
+    features = state.family.cells(state.model, pixels).flatten(0, 1)
     scores = {}
     for name, head in state.heads.items():
         target = labels[name].flatten()
@@ -244,9 +269,8 @@ def answer_accuracy(state: State, packer: Packer, params: TrainParams) -> dict[s
             items.append((scene, rng.sample(questions, len(questions))))
         for i in range(0, len(items), 32):
             batch = packer.pack(items[i : i + 32])
-            for (name, skill), hit in zip(
-                batch.skills, turns_right(answer_logits(state.model, batch), batch).tolist(), strict=True
-            ):
+            logits = answer_logits(state.model, batch, state.family.embeddings(state.model, batch.pixels))
+            for (name, skill), hit in zip(batch.skills, turns_right(logits, batch).tolist(), strict=True):
                 for key in (name, f"{name}/{skill}"):
                     right[key][0] += hit
                     right[key][1] += 1
@@ -279,7 +303,9 @@ def train(params: TrainParams) -> None:
         load_or_build_tokenizer(params.work / "tokenizer")
     if dist.is_initialized():
         dist.barrier()
-    packer = Packer(load_or_build_tokenizer(params.work / "tokenizer"), params.length)
+    family = FAMILIES[params.family]
+    tokenizer = load_or_build_tokenizer(params.work / "tokenizer")
+    packer = Packer(tokenizer, params.length + family.image_tokens, family)
     state = start_state(params)
     if not rank():
         logger.info("%s from step %d, %.1f min spent", params, state.step, state.seconds / 60)
@@ -303,6 +329,8 @@ def parse(arguments: list[str] | None = None) -> TrainParams:
     parser = argparse.ArgumentParser(description="Train one stage of the demo model.")
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--work", type=Path, default=Path("build/demo"))
+    parser.add_argument("--family", choices=list(FAMILIES))
+    parser.add_argument("--decoder", type=Path, help="trained demo model whose decoder the stage starts from")
     parser.add_argument("--seed", type=int, default=TrainParams.seed)
     parser.add_argument("--minutes", type=float, help="wall-clock budget of the stage")
     parser.add_argument("--images", type=int, help="pictures per step and process")

@@ -1,22 +1,26 @@
 """Training with packing, batched vision and answer-only logits computes the same as the library on single questions."""
 
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
+from demo.families import FAMILIES, Family
 from demo.forward import answer_logits, answer_loss, encode_images, turns_right, use_grouped_attention
-from demo.model import IMAGE_TOKENS, build_image_processor, build_model, build_tokenizer
+from demo.model import build_image_processor, build_model, build_tokenizer
 from demo.optimizer import Optimizer, orthogonalise
-from demo.outliers import OutlierParams, add_outliers, channel_factors
-from demo.packing import Mix, Packer, draw_batch, patchify
+from demo.outliers import OutlierParams, add_outliers, channel_factors, remove_outliers
+from demo.packing import Batch, Mix, Packer, draw_batch, patchify
 from demo.questions import benchmark_questions
 from demo.world import COLUMNS, DIGITS, LETTERS, ROWS, random_scene, render
+from tlq.models.processor import load_processor
 
 GRID = [1, 2 * ROWS, 2 * COLUMNS]  # one frame, two patches per cell and side
-LENGTH = 208
+LENGTH = 158  # of a sequence, in addition to its picture
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,26 @@ def tokenizer() -> Qwen2Tokenizer:
 def model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     torch.manual_seed(0)
     return build_model(tokenizer).eval()
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def network(family: Family, tokenizer: Qwen2Tokenizer) -> Any:
+    """An untrained model of the family."""
+    torch.manual_seed(0)
+    return family.build_model(tokenizer).eval()
+
+
+def packer(family: Family, tokenizer: Qwen2Tokenizer) -> Packer:
+    return Packer(tokenizer, LENGTH + family.image_tokens, family)
+
+
+def logits_of(family: Family, network: Any, batch: Batch) -> torch.Tensor:
+    return answer_logits(network, batch, family.embeddings(network, batch.pixels))
 
 
 def test_capitals_and_digits_are_single_tokens(tokenizer: Qwen2Tokenizer) -> None:
@@ -56,35 +80,46 @@ def test_batched_vision_tower_equals_the_library(model: Qwen2VLForConditionalGen
 @torch.no_grad()
 @pytest.mark.parametrize("grouped", [False, True])
 def test_packed_question_equals_single_question(
-    tokenizer: Qwen2Tokenizer, model: Qwen2VLForConditionalGeneration, grouped: bool
+    family: Family, network: Any, tokenizer: Qwen2Tokenizer, grouped: bool, tmp_path: Path
 ) -> None:
     """Each turn of a packed sequence has the logits of a single prompt through the full model and processor."""
     rng = random.Random(0)
     scene = random_scene("signs", "train", rng)
     questions = benchmark_questions(scene, rng)[:4]
-    image = build_image_processor()(images=[render(scene)], return_tensors="pt")
+    network.config.save_pretrained(tmp_path)
+    family.save_processor(tokenizer, tmp_path)
+    processor = load_processor(tmp_path)
     singles = []
     for question in questions:
         user = [{"type": "image"}, {"type": "text", "text": question.prompt}]
         turns = [{"role": "user", "content": user}, {"role": "assistant", "content": question.answer}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        text = text.replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS).removesuffix("\n")
-        ids = torch.tensor([tokenizer(text).input_ids])
-        is_image = (ids == model.config.image_token_id).int()
-        logits = model(input_ids=ids, mm_token_type_ids=is_image, **image).logits[0]
+        text = processor.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+        inputs = processor(text=[text], images=[render(scene)], return_tensors="pt")
+        logits = network(**inputs).logits[0]
         answered = len(tokenizer(question.answer).input_ids) + 1
         singles.append(logits[-answered - 1 : -1])
     if grouped:
-        use_grouped_attention(model)
-    packed = Packer(tokenizer, LENGTH).pack([(scene, questions)])
-    torch.testing.assert_close(answer_logits(model, packed), torch.cat(singles), atol=1e-4, rtol=1e-4)
+        use_grouped_attention(network)
+    packed = packer(family, tokenizer).pack([(scene, questions)])
+    torch.testing.assert_close(logits_of(family, network, packed), torch.cat(singles), atol=1e-4, rtol=1e-4)
 
 
-def test_training_step_lowers_the_loss(tokenizer: Qwen2Tokenizer, model: Qwen2VLForConditionalGeneration) -> None:
-    batch = draw_batch(Packer(tokenizer, LENGTH), 2, Mix(), random.Random(0))
-    optimizer, losses = Optimizer(model), []
+@torch.no_grad()
+def test_every_cell_has_an_embedding_of_its_own(family: Family, network: Any) -> None:
+    """A change inside one cell changes the embedding of that cell most."""
+    picture = np.full((1, 80, 160, 3), 200, dtype=np.uint8)
+    before = family.cells(network, family.pixels(picture))
+    picture[0, 32:48, 112:128] = 20  # row 2, column 7
+    change = (family.cells(network, family.pixels(picture)) - before).norm(dim=-1)[0]
+    assert change.shape == (ROWS * COLUMNS,)
+    assert int(change.argmax()) == 2 * COLUMNS + 7
+
+
+def test_training_step_lowers_the_loss(family: Family, network: Any, tokenizer: Qwen2Tokenizer) -> None:
+    batch = draw_batch(packer(family, tokenizer), 2, Mix(), random.Random(0))
+    optimizer, losses = Optimizer(network), []
     for _ in range(4):
-        logits = answer_logits(model, batch)
+        logits = logits_of(family, network, batch)
         loss = answer_loss(logits, batch)
         loss.backward()
         losses.append(loss.item())
@@ -102,15 +137,17 @@ def test_orthogonalise_gives_singular_values_near_one() -> None:
 
 
 @torch.no_grad()
-def test_outliers_leave_logits_unchanged(tokenizer: Qwen2Tokenizer, model: Qwen2VLForConditionalGeneration) -> None:
-    batch = draw_batch(Packer(tokenizer, LENGTH), 2, Mix(), random.Random(0))
-    before = answer_logits(model, batch)
-    layer = model.model.language_model.layers[0]
+def test_outliers_leave_logits_unchanged(family: Family, network: Any, tokenizer: Qwen2Tokenizer) -> None:
+    batch = draw_batch(packer(family, tokenizer), 2, Mix(), random.Random(0))
+    before = logits_of(family, network, batch)
+    layer = network.model.language_model.layers[0]
     gain = layer.input_layernorm.weight.clone()
-    add_outliers(model, OutlierParams())
-    torch.testing.assert_close(answer_logits(model, batch), before, atol=1e-4, rtol=1e-4)
+    add_outliers(network, OutlierParams())
+    torch.testing.assert_close(logits_of(family, network, batch), before, atol=1e-4, rtol=1e-4)
     change = layer.input_layernorm.weight / gain
     assert change.max() / change.median() > 5
+    remove_outliers(network, OutlierParams())
+    torch.testing.assert_close(layer.input_layernorm.weight, gain)
 
 
 def test_channel_factors_have_the_share_and_strength_of_outliers() -> None:

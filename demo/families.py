@@ -1,0 +1,132 @@
+"""The two model classes that the demo world is trained with: Qwen2-VL, and LLaVA-OneVision as its second witness.
+
+Questions, tokenizer, training and outlier channels are the same for both. A family says how a picture becomes pixel
+values, how these become embeddings of the decoder, and at which positions the embeddings stand.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen2Tokenizer
+
+from demo import llava, model
+from demo.forward import encode_images
+from demo.packing import patchify
+from demo.world import COLUMNS, ROWS
+
+
+class Family(ABC):
+    """A model class of the demo world. B pictures have ``image_tokens`` embeddings each, and a cell each 16 pixels."""
+
+    name: ClassVar[str]
+    image_tokens: ClassVar[int]
+
+    @abstractmethod
+    def build_model(self, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
+        """An untrained model in fp32 with transformers' initial weights, from torch's global generator."""
+
+    @abstractmethod
+    def save_processor(self, tokenizer: Qwen2Tokenizer, out: Path) -> None:
+        """Write the files of an ordinary processor of this class."""
+
+    @abstractmethod
+    def pixels(self, images: np.ndarray) -> torch.Tensor:
+        """[B, ...] float32: the image processor's values of uint8 pictures [B, HEIGHT, WIDTH, 3]."""
+
+    @abstractmethod
+    def cells(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, cells, hidden]: one embedding for each cell, row by row; the vision stage trains them."""
+
+    @abstractmethod
+    def embeddings(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, image_tokens, hidden]: what stands in the decoder's input for each picture."""
+
+    @abstractmethod
+    def positions(self, start: int) -> np.ndarray:
+        """[axes, image_tokens + 1]: positions of a picture that begins at ``start``, and of the token after it."""
+
+    @abstractmethod
+    def vision(self, network: Any) -> list[nn.Module]:
+        """What the vision stage trains and the decoder stage leaves as it is."""
+
+    @abstractmethod
+    def last_linear(self, network: Any) -> nn.Linear:
+        """The linear whose outputs are the embeddings."""
+
+
+class Qwen2VL(Family):
+    """Two patches of 8 pixels a side are merged to the embedding of a cell; positions are (time, row, column)."""
+
+    name = "qwen2_vl"
+    image_tokens = ROWS * COLUMNS
+
+    def build_model(self, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
+        return model.build_model(tokenizer)
+
+    def save_processor(self, tokenizer: Qwen2Tokenizer, out: Path) -> None:
+        model.save_processor(tokenizer, out)
+
+    def pixels(self, images: np.ndarray) -> torch.Tensor:
+        return patchify(images)
+
+    def cells(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return encode_images(network.model.visual, pixels)
+
+    def embeddings(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return self.cells(network, pixels)
+
+    def positions(self, start: int) -> np.ndarray:
+        rows, columns = np.divmod(np.arange(self.image_tokens), COLUMNS)
+        image = start + np.stack([np.zeros_like(rows), rows, columns])
+        return np.concatenate([image, np.full((3, 1), start + max(ROWS, COLUMNS))], axis=1)
+
+    def vision(self, network: Any) -> list[nn.Module]:
+        return [network.model.visual]
+
+    def last_linear(self, network: Any) -> nn.Linear:
+        linear = network.model.visual.merger.mlp[2]
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+
+class LlavaOneVision(Family):
+    """The whole picture squashed to one tile, then its two tiles row by row with a mark after each; plain positions."""
+
+    name = "llava_onevision"
+    image_tokens = llava.IMAGE_TOKENS
+
+    def build_model(self, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
+        return llava.build_model(tokenizer)
+
+    def save_processor(self, tokenizer: Qwen2Tokenizer, out: Path) -> None:
+        llava.save_processor(tokenizer, out)
+
+    def pixels(self, images: np.ndarray) -> torch.Tensor:
+        return llava.pixel_values(images)
+
+    def cells(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return llava.join_tiles(llava.encode_tiles(network, pixels)[:, 1:])
+
+    def embeddings(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return llava.picture_embeddings(network, pixels)
+
+    def positions(self, start: int) -> np.ndarray:
+        return start + np.arange(self.image_tokens + 1)[None]
+
+    def vision(self, network: Any) -> list[nn.Module]:
+        return [network.model.vision_tower, network.model.multi_modal_projector]
+
+    def last_linear(self, network: Any) -> nn.Linear:
+        linear = network.model.multi_modal_projector.linear_2
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+
+QWEN2_VL = Qwen2VL()
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN2_VL, LlavaOneVision())}
