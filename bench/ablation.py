@@ -19,8 +19,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -37,9 +38,11 @@ from tlq.importance.pool import Importance, PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import all_tokens, to_batches, token_set
 from tlq.importance.weighting import Weighting, loss_of
+from tlq.models.architectures import input_widths
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.streaming import ResidentModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
+from tlq.quantization.ranges import MINMAX, Ranges
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, encode_batches, image_token_id
 
@@ -53,6 +56,10 @@ _KEY = ("recipe", "factor", "level", "scheme", "seed")
 
 #: Schemes at which choices are varied; the recipes' defaults are compared at every scheme.
 _STUDIED = ("w3a16", "w2a16")
+
+
+#: Token budgets as multiples of the input width of every group.
+_WIDTHS = (0.25, 0.5, 1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,14 @@ class Choice:
 
 def choices(base: Recipe) -> list[Choice]:
     """The default of ``base``, and every studied deviation from it."""
-    scaling = base.equalization
+    scaling, uniform = base.equalization, replace(base, importance="uniform")
     budgets = [("1024", 1024), ("2048", 2048), ("8192", 8192), ("16384", 16384)]
     return [
         Choice("default", "", base),
         Choice("importance", "uniform, all tokens", replace(base, importance="uniform", tokens="all")),
         Choice("importance", "modality, all tokens", replace(base, importance="modality", tokens="all")),
         Choice("importance", "token, all tokens", replace(base, tokens="all")),
-        Choice("importance", "uniform, set", replace(base, importance="uniform")),
+        Choice("importance", "uniform, set", uniform),
         Choice("importance", "modality, set", replace(base, importance="modality")),
         Choice("importance", "block, set", replace(base, importance="block")),
         Choice("power", "0.5", base, Weighting(power=0.5)),
@@ -94,6 +101,11 @@ def choices(base: Recipe) -> list[Choice]:
         Choice("modality mix", "0.5", base, Weighting(modality_mix=0.5)),
         Choice("least effective", "1536", base, Weighting(least_effective=1536)),
         *(Choice("tokens per layer", level, base, budget=TokenBudget(size)) for level, size in budgets),
+        *(Choice("tokens by width", f"{size}", base, budget=TokenBudget(4096, per_width=size)) for size in _WIDTHS),
+        *(
+            Choice("tokens by width", f"{size}, uniform", uniform, budget=TokenBudget(4096, per_width=size))
+            for size in _WIDTHS
+        ),
         Choice("selection", "top", base, budget=TokenBudget(4096, "top")),
         Choice("sample cap", "0.01", base, budget=TokenBudget(4096, sample_cap=0.01)),
         Choice("pool", "64 samples", base, samples=64),
@@ -101,17 +113,25 @@ def choices(base: Recipe) -> list[Choice]:
         Choice("equalization", "exhaustive search", replace(base, equalization=replace(scaling, search="exhaustive"))),
         Choice("equalization", "no duo", replace(base, equalization=replace(scaling, duo=False))),
         Choice("equalization", "none", replace(base, equalization=replace(scaling, method="none"))),
+        *([] if base.rounding == "nearest" else [_ranges(base, by) for by in ("ones", "moments", "pivots")]),
         Choice("inputs", "full precision", replace(base, inputs="full_precision")),
         Choice("target", "exposed inputs", replace(base, target="exposed")),
     ]
 
 
+def _ranges(base: Recipe, channels: Literal["ones", "moments", "pivots"]) -> Choice:
+    return Choice("ranges", f"search, {channels}", replace(base, ranges=Ranges("search", channels)))
+
+
 def study() -> list[Choice]:
-    """Baselines with their defaults, ``tlq`` by source of importance, ``tlq-c`` with one choice changed at a time."""
+    """Baselines with their defaults, ``tlq`` by source of importance, ``tlq-c`` with one choice changed at a time.
+
+    The choices of ``tlq-c`` are varied around whole ranges at every number of bits.
+    """
     baselines = [Choice("default", "", get_recipe(name)) for name in ("rtn", "smoothquant", "awq", "gptq", "mbq")]
     baselines.append(Choice("text", "answers only", get_recipe("mbq"), Weighting(text="answer")))
     plain = [choice for choice in choices(get_recipe("tlq")) if choice.factor in ("default", "importance")]
-    return [*baselines, *plain, *choices(get_recipe("tlq-c"))]
+    return [*baselines, *plain, *choices(replace(get_recipe("tlq-c"), ranges=MINMAX))]
 
 
 def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, seed: int) -> dict[str, float]:
@@ -144,19 +164,25 @@ class Pool:
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )
         self.scores: Importance = score_tokens(ResidentModel(model), self.batches)
-        block = BlockLoss(get_scheme("w3a16"), checkpoint_dtype_of(read_config(MODEL), MODEL))
-        self.block_scores: Importance = score_tokens(ResidentModel(model), self.batches, block)
         self.tokens = TokenPool.of(self.batches)
+        self.widths = input_widths(model, ResidentModel(model).architecture)
+        self._model = model
+
+    @cached_property
+    def block_scores(self) -> Importance:
+        """Importance by the loss of each block, which one choice uses."""
+        block = BlockLoss(get_scheme("w3a16"), checkpoint_dtype_of(read_config(MODEL), MODEL))
+        return score_tokens(ResidentModel(self._model), self.batches, block)
 
     def weights(self, choice: Choice, seed: int) -> PoolWeights:
         source = choice.recipe.importance
         scores = self.scores if loss_of(source) == "answer" else self.block_scores
         if choice.recipe.tokens == "all":
             return all_tokens(scores, self.tokens, source, choice.weighting)
-        return token_set(scores, self.tokens, source, choice.weighting, choice.budget, seed)
+        return token_set(scores, self.tokens, source, choice.weighting, choice.budget, seed, self.widths)
 
 
-def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: str | None) -> None:
+def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: Sequence[str]) -> None:
     """Run every choice that has no result yet, and append its result."""
     done = finished_runs()
     with tempfile.TemporaryDirectory() as folder:
@@ -171,10 +197,10 @@ def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: st
 
 
 def remaining_runs(
-    seeds: Sequence[int], schemes: Sequence[str], done: set[tuple[Any, ...]], only: str | None
+    seeds: Sequence[int], schemes: Sequence[str], done: set[tuple[Any, ...]], only: Sequence[str]
 ) -> Iterator[tuple[int, int, list[tuple[Choice, str]]]]:
     """Yield (seed, pool size, runs without a result), so that importance is scored once per pool."""
-    rows = [choice for choice in study() if only is None or choice.recipe.name == only or only in choice.name]
+    rows = [choice for choice in study() if not only or any(_matches(choice, text) for text in only)]
     for seed in seeds:
         for size in sorted({choice.samples for choice in rows}, reverse=True):
             runs = [
@@ -187,6 +213,10 @@ def remaining_runs(
             ]
             if runs:
                 yield seed, size, runs
+
+
+def _matches(choice: Choice, text: str) -> bool:
+    return text == choice.recipe.name or text in choice.name
 
 
 def _key(choice: Choice, scheme: str, seed: int) -> dict[str, Any]:
@@ -331,7 +361,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="+", default=["w3a16", "w2a16", "w4a8"])
     parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
-    parser.add_argument("--only", help="run only this recipe, or the choices whose name contains this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="run only these recipes, or choices whose names contain these texts"
+    )
     parser.add_argument("--summarise", action="store_true", help="write the table and the picture without new runs")
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +53,9 @@ def existing(path: Path, stage: str) -> Path:
     return path
 
 
+#: Key of the input widths in the metadata of scores.parquet.
+_WIDTHS = b"input_widths"
+
 _SAMPLES = pa.schema(
     [
         ("id", pa.string()),
@@ -86,8 +90,14 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
     return [Sample(**row) for row in table.slice(0, limit).to_pylist()]
 
 
-def write_importance(scores: Mapping[LossName, Importance], pool: TokenPool, folder: Path) -> None:
-    """Write ``scores.parquet`` (loss, layer, group, sample, values) and ``sequences.parquet``, a row per sample."""
+def write_importance(
+    scores: Mapping[LossName, Importance], pool: TokenPool, folder: Path, widths: Mapping[GroupKey, int] | None = None
+) -> None:
+    """Write ``scores.parquet`` (loss, layer, group, sample, values) and ``sequences.parquet``, a row per sample.
+
+    Args:
+        widths: input channels of every layer and group, which ``scores.parquet`` holds as metadata.
+    """
     keys = [(loss, *key, sample) for loss in scores for key in scores[loss] for sample in range(pool.samples)]
     losses, layers, groups, samples = zip(*keys, strict=True)
     table = pa.table(
@@ -103,7 +113,9 @@ def write_importance(scores: Mapping[LossName, Importance], pool: TokenPool, fol
     )
     tokens = {name: _lists(getattr(pool, name), pool) for name in ("token_ids", "is_image", "is_answer")}
     with new_directory(folder) as temporary:
-        pq.write_table(table, temporary / "scores.parquet", compression="zstd")
+        by_group = json.dumps([[*key, width] for key, width in sorted((widths or {}).items())])
+        described = table.replace_schema_metadata({_WIDTHS: by_group})
+        pq.write_table(described, temporary / "scores.parquet", compression="zstd")
         pq.write_table(pa.table(tokens), temporary / "sequences.parquet", compression="zstd")
 
 
@@ -134,6 +146,12 @@ def read_importance(folder: Path, loss: LossName = "answer") -> Importance:
     rows = range(0, table.num_rows, samples)
     keys = [(table["layer"][row].as_py(), table["group"][row].as_py()) for row in rows]
     return {key: _flat(table["values"].slice(row, samples)) for key, row in zip(keys, rows, strict=True)}
+
+
+def read_widths(folder: Path) -> dict[GroupKey, int]:
+    """Input channels of every layer and group; none in files of older versions."""
+    metadata = pq.read_schema(existing(folder / "scores.parquet", "importance")).metadata or {}
+    return {(layer, group): width for layer, group, width in json.loads(metadata.get(_WIDTHS, b"[]"))}
 
 
 def _flat(lists: pa.ChunkedArray) -> NDArray[Any]:

@@ -26,6 +26,7 @@ from tlq.importance.token_weights import (
 )
 from tlq.importance.weighting import Weighting, loss_of
 from tlq.job import calibration_batches, quantize_checkpoint
+from tlq.models.architectures import input_widths
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
@@ -163,7 +164,7 @@ def quantize(
         return to_batches(_weights(streamed, job, settings, scoring), job.batches)
 
     with scoring.locked():
-        layers = quantize_checkpoint(streamed, folder, job, weigh, _counted(recipe_row, settings))
+        layers = quantize_checkpoint(streamed, folder, job, weigh, _counted(streamed, recipe_row, settings))
         scoring.remove()
     report = QuantizationReport(folder, layers, time.perf_counter() - started)
     write_card(folder, model, recipe_row, scheme_row, report.groups, len(samples))
@@ -187,7 +188,7 @@ def plan(
     recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
     streamed = _opened(model, scheme_row, settings)
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
-    plans = [plan_calibration(streamed, job, _counted(recipe_row, settings))]
+    plans = [plan_calibration(streamed, job, _counted(streamed, recipe_row, settings))]
     if _scores_gradients(recipe_row):
         plans.insert(0, plan_importance(streamed, job.batches, job.ranks))
     return plans
@@ -218,9 +219,12 @@ def _rows(recipe: str | Recipe, scheme: str | Scheme, engine: str | None) -> tup
     return recipe_row, scheme_row
 
 
-def _counted(recipe: Recipe, settings: CalibrationOptions) -> int | None:
+def _counted(model: StreamedModel, recipe: Recipe, settings: CalibrationOptions) -> int | None:
     """Maximum number of tokens whose error counts in a linear group; None means all tokens."""
-    return settings.budget.tokens_per_layer if recipe.tokens == "set" else None
+    if recipe.tokens != "set":
+        return None
+    widest = max(input_widths(model.skeleton, model.architecture).values())
+    return settings.budget.of(widest).tokens_per_layer
 
 
 def _scores_gradients(recipe: Recipe) -> bool:
@@ -247,5 +251,6 @@ def _weights(
     scores = score_resumably(model, batches, loss, scoring, alone)
     weighting, budget = settings.weighting, settings.budget
     if recipe.tokens == "set":
-        return token_set(scores, pool, recipe.importance, weighting, budget, settings.seed)
+        widths = input_widths(model.skeleton, model.architecture)
+        return token_set(scores, pool, recipe.importance, weighting, budget, settings.seed, widths)
     return all_tokens(scores, pool, recipe.importance, weighting)

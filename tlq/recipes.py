@@ -8,6 +8,7 @@
 |              | quantized before it                                                                 |
 | target       | inputs that its reference output is computed from, with the same values             |
 | equalization | choice of the per-channel scales s (AWQ's idea)                                     |
+| ranges       | scale and zero-point of a group: from `minmax`, or by `search`                      |
 | rounding     | `nearest`, or `compensated` by error feedback (GPTQ's idea)                         |
 """
 
@@ -21,6 +22,7 @@ from tlq.importance.weighting import Source
 from tlq.quantization.equalization import Equalization
 from tlq.quantization.errors import ERROR_MEASURES, ErrorMeasure
 from tlq.quantization.formats import Scheme
+from tlq.quantization.ranges import Ranges
 from tlq.quantization.rounding import ROUNDINGS, Rounding
 
 InputPath = Literal["full_precision", "exposed"]
@@ -43,6 +45,7 @@ class Recipe:
     target: InputPath = "full_precision"
     inputs_quantized_activations: InputPath | None = None
     equalization: Equalization = field(default_factory=Equalization)
+    ranges: Ranges = field(default_factory=Ranges)
     rounding: str = "nearest"
     damping: float = 0.01
 
@@ -57,7 +60,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether the recipe reads calibration data; plain round-to-nearest depends on the weights only."""
-        return self.equalization.method != "none" or self.rounding_method.needs_data
+        return self.equalization.method != "none" or self.rounding_method.needs_data or self.ranges.needs_data
 
     @property
     def rounding_method(self) -> Rounding:
@@ -120,6 +123,7 @@ RECIPES: dict[str, Recipe] = {
             importance="token",
             tokens="set",
             equalization=Equalization("grid", search="halving", duo=True, magnitude="weighted"),
+            ranges=Ranges("search", most_bits=2),
             rounding="compensated",
         ),
     )

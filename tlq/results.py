@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from tlq.quantization.formats import Scheme
+from tlq.quantization.ranges import Ranges
 from tlq.recipes import Equalization, Recipe
 from tlq.runtime.files import write_text
 
@@ -129,7 +130,8 @@ def _layers(groups: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, A
 
 def _recipe(values: Mapping[str, Any]) -> Recipe:
     equalization = _from_dict(Equalization, values.get("equalization", {}), "its equalization has")
-    return _from_dict(Recipe, {**values, "equalization": equalization}, "its recipe has")
+    ranges = _from_dict(Ranges, values.get("ranges", {}), "its ranges have")
+    return _from_dict(Recipe, {**values, "equalization": equalization, "ranges": ranges}, "its recipe has")
 
 
 def _scheme(values: Mapping[str, Any]) -> Scheme:

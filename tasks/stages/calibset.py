@@ -21,8 +21,8 @@ import pandas as pd
 
 from tasks.command import command_line
 from tasks.config.params import CalibsetParams, recipe, section
-from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, write_parquet
-from tlq.importance.pool import Importance, TokenPool, WeightedTokens
+from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, read_widths, write_parquet
+from tlq.importance.pool import GroupKey, Importance, TokenPool, WeightedTokens
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.token_weights import token_set
 from tlq.importance.weighting import loss_of
@@ -33,9 +33,11 @@ from tlq.runtime.files import new_directory, write_text
 logger = logging.getLogger("tlq.calibset")
 
 
-def build(scores: Importance, pool: TokenPool, params: CalibsetParams) -> pd.DataFrame:
+def build(
+    scores: Importance, pool: TokenPool, params: CalibsetParams, widths: Mapping[GroupKey, int] | None = None
+) -> pd.DataFrame:
     """The token-level calibration set of every layer and group, one row per chosen token."""
-    weights = token_set(scores, pool, params.source, params.weighting, params.budget, params.seed)
+    weights = token_set(scores, pool, params.source, params.weighting, params.budget, params.seed, widths)
     return pd.concat([_rows(*key, tokens, pool) for key, tokens in weights.groups.items()], ignore_index=True)
 
 
@@ -118,7 +120,8 @@ def digests_of(tokens: Path) -> dict[str, str]:
 
 def main() -> None:
     params = section("calibset", CalibsetParams)
-    tokens = build(read_importance(IMPORTANCE, loss_of(params.source)), read_pool(IMPORTANCE), params)
+    scores = read_importance(IMPORTANCE, loss_of(params.source))
+    tokens = build(scores, read_pool(IMPORTANCE), params, read_widths(IMPORTANCE))
     summary = summarise(tokens)
     warn_of_few(summary, params.weighting.least_effective)
     with new_directory(Path(CALIBSET)) as folder:

@@ -16,6 +16,7 @@ from tasks.planning import add_dry_run, show_plan
 from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_resumably
 from tlq.importance.pool import TokenPool
 from tlq.importance.weighting import LossName
+from tlq.models.architectures import input_widths
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
@@ -70,7 +71,8 @@ def score() -> None:
             for name, state in job.states.items()
         }
         if ranks.leads:
-            write_importance(scores, TokenPool.of(job.batches), Path(IMPORTANCE))
+            widths = input_widths(job.model.skeleton, job.model.architecture)
+            write_importance(scores, TokenPool.of(job.batches), Path(IMPORTANCE), widths)
             for state in job.states.values():
                 state.remove()
 

@@ -18,6 +18,7 @@ from tasks.files import (
     read_samples,
     read_token_weights,
     read_tokens,
+    read_widths,
     write_importance,
     write_parquet,
     write_samples,
@@ -172,6 +173,16 @@ def test_importance_survives_the_round_trip(tmp_path: Path) -> None:
     for name in ("cu_seqlens", "token_ids", "is_image", "is_answer"):
         before, after = getattr(pool, name), getattr(read_pool(tmp_path / "importance"), name)
         assert (before.dtype, before.tolist()) == (after.dtype, after.tolist())
+
+
+def test_input_widths_are_stored_with_the_scores(tmp_path: Path) -> None:
+    pool = pool_of([np.array([True, False])], token_ids=[np.array([5, 6], np.int32)])
+    scores = {(0, "qkv"): np.array([1, 2], np.float32)}
+    widths = {(1, "down"): 512, (0, "qkv"): 256}
+    write_importance({"answer": scores}, pool, tmp_path / "importance", widths)
+    assert read_widths(tmp_path / "importance") == widths
+    write_importance({"answer": scores}, pool, tmp_path / "importance")
+    assert read_widths(tmp_path / "importance") == {}
 
 
 def test_scores_are_stored_one_list_per_sample(tmp_path: Path) -> None:

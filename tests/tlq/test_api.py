@@ -17,6 +17,7 @@ from tlq import CalibrationOptions, quantize
 from tlq.api import Options, plan
 from tlq.export.loading import load_model
 from tlq.importance.token_set import TokenBudget
+from tlq.models.architectures import architecture_of, input_widths
 from tlq.quantization.equalization import Equalization
 from tlq.recipes import Recipe
 from tlq.samples import Sample
@@ -46,6 +47,18 @@ def test_a_checkpoint_is_quantized_in_one_call(
     quantized, original = (load_model(path).get_parameter(name) for path in (tmp_path / "out", tiny_checkpoint))
     assert 0 < float((quantized - original).norm() / original.norm()) < 0.5
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_budget_by_width_gives_wide_groups_more_tokens(
+    tiny_checkpoint: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    budget = TokenBudget(1, "top", per_width=0.125)
+    result = quantize(tiny_checkpoint, tmp_path / "out", samples, "tlq", "w3a16", budget=budget)
+    skeleton = load_model(tiny_checkpoint)
+    widths = input_widths(skeleton, architecture_of(skeleton.config))
+    assert len(set(widths.values())) > 1
+    for group in result.layers[0]["groups"]:  # in the last layer few tokens have a gradient
+        assert group["tokens"] == widths[0, group["group"]] // 8
 
 
 @pytest.mark.parametrize("recipe", ["mbq", "tlq-c"])

@@ -167,7 +167,7 @@ class GroupSolver:
         with self.clock.phase("search"):
             candidate = self._search(problem)
         with self.clock.phase("round"):
-            rounded = recipe.rounding_method.solve(error, candidate.s, recipe.damping)
+            rounded = recipe.rounding_method.solve(error, candidate.s, recipe.ranges, recipe.damping)
         if not recipe.needs_data:
             return GroupSolution(candidate, rounded.weight)
         with self.clock.phase("search"):

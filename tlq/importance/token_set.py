@@ -26,6 +26,8 @@ class TokenBudget:
 
     Attributes:
         tokens_per_layer: tokens chosen for each linear group of each layer.
+        per_width: multiple of a group's input width that is chosen in place of `tokens_per_layer`; None chooses
+            `tokens_per_layer` for every group.
         selection: `top` keeps the most important tokens with their importance as weight; `sample` draws in proportion
             to importance and weighs every draw 1, an unbiased estimate of the importance-weighted sum.
         modality_floor: least share of the set for image tokens, and for text tokens.
@@ -37,6 +39,7 @@ class TokenBudget:
     selection: Selection = "sample"
     modality_floor: float = 0.1
     sample_cap: float = 1.0
+    per_width: float | None = None
 
     def __post_init__(self) -> None:
         if self.tokens_per_layer < 1:
@@ -47,6 +50,16 @@ class TokenBudget:
             raise ValueError(f"TokenBudget.modality_floor is {self.modality_floor}, must be in [0, 0.5]")
         if not 0 < self.sample_cap <= 1:
             raise ValueError(f"TokenBudget.sample_cap is {self.sample_cap}, must be in (0, 1]; 1 caps nothing")
+        if self.per_width is not None and self.per_width <= 0:
+            raise ValueError(
+                f"TokenBudget.per_width is {self.per_width}, must be positive; null chooses tokens_per_layer tokens"
+            )
+
+    def of(self, width: int) -> TokenBudget:
+        """The budget of a group of ``width`` input channels, in tokens."""
+        if self.per_width is None:
+            return self
+        return replace(self, tokens_per_layer=max(1, round(self.per_width * width)), per_width=None)
 
     def within(self, is_image: NDArray[np.bool_], sample_of: NDArray[np.int64]) -> TokenBudget:
         """The budget with a cap and a floor that these tokens can keep: they may come from few samples."""

@@ -77,30 +77,61 @@ def uniform_tokens(keys: Iterable[GroupKey], pool: TokenPool) -> PoolWeights:
 
 
 def token_set(
-    scores: Importance, pool: TokenPool, source: Source, weighting: Weighting, budget: TokenBudget, seed: int
+    scores: Importance,
+    pool: TokenPool,
+    source: Source,
+    weighting: Weighting,
+    budget: TokenBudget,
+    seed: int,
+    widths: Mapping[GroupKey, int] | None = None,
 ) -> PoolWeights:
     """The token-level calibration set of every layer and group, drawn from the whole pool.
 
     ``weighting.least_effective`` refers to the set. For draws, the weights of the pool are evened out until draws from
     them reach it in expectation; for `top`, the weights of the chosen tokens are evened out as well.
+
+    Args:
+        widths: input channels of every layer and group (``tlq.models.architectures.input_widths``), which a budget by
+            width needs.
+
+    Raises:
+        ValueError: a budget by width without widths; or see ``select_tokens``.
     """
     least = weighting.least_effective_of(source)
-    least_in_pool = _least_effective_in_pool(least, budget)
     sample_of = pool.sample_of
     groups: dict[GroupKey, WeightedTokens] = {}
     for draw, (key, weights) in enumerate(_weights_of_groups(scores, pool, source, weighting)):
         generator = np.random.default_rng([seed, draw])
+        own_budget = budget_of(key, budget, widths)
+        least_in_pool = _least_effective_in_pool(least, own_budget)
         if is_expert(key[1]):
-            groups[key] = _expert_set(weights, least_in_pool, pool, budget, generator)
+            groups[key] = _expert_set(weights, least_in_pool, pool, own_budget, generator)
             continue
         pool_weights = even_out(weights, least_in_pool).astype(np.float32)
-        indices, set_weights = select_tokens(pool_weights, pool.is_image, sample_of, budget, generator)
+        indices, set_weights = select_tokens(pool_weights, pool.is_image, sample_of, own_budget, generator)
         if budget.selection == "top":
             evened = even_out(set_weights.astype(np.float64), min(least, len(set_weights)))
             set_weights = evened.astype(np.float32)
         counted = set_weights > 0
         groups[key] = WeightedTokens(indices[counted], set_weights[counted])
     return PoolWeights(pool.cu_seqlens, groups)
+
+
+def budget_of(key: GroupKey, budget: TokenBudget, widths: Mapping[GroupKey, int] | None) -> TokenBudget:
+    """The budget of a layer and group; experts of a layer that share their tokens need those of the widest."""
+    if budget.per_width is None:
+        return budget
+    layer, group = key
+    known = widths or {}
+    width = known.get(key, 0)
+    if group == EXPERTS:
+        width = max((known[each] for each in known if each[0] == layer and is_expert(each[1])), default=0)
+    if not width:
+        raise ValueError(
+            f"TokenBudget.per_width is {budget.per_width}, but the input width of layer {layer}, group {group} is not "
+            "known; score the tokens again, which records it"
+        )
+    return budget.of(width)
 
 
 def _expert_weights(raw: NDArray[np.float32], pool: TokenPool, weighting: Weighting) -> NDArray[np.float64]:

@@ -437,6 +437,15 @@ def head_dim_of(config: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
+def input_widths(model: nn.Module, architecture: Architecture) -> dict[tuple[int, str], int]:
+    """(layer, group name) -> input channels of the group; ``model`` may have no data."""
+    return {
+        (index, group.name): get_linear(layer, group.linears[0]).in_features
+        for index, layer in enumerate(architecture.decoder_layers(model))
+        for group in architecture.groups[index]
+    }
+
+
 def linear_paths(architecture: Architecture, layer: int) -> list[str]:
     """Full module paths of the linears of decoder layer ``layer``, in group order."""
     prefix = f"{architecture.layers}.{layer}"

@@ -64,6 +64,11 @@ class GroupInputs:
         parts = (part.w @ part.u.float().abs() for part in self.own)
         return self.ranks.ordered_sum(parts, shape) / float(self.w.sum())
 
+    def second_moments(self) -> Tensor:
+        """sum_t w_t u_t^2 of every channel, [in]."""
+        parts = (part.w @ part.u.float().square() for part in self.own)
+        return self.ranks.ordered_sum(parts, (self.in_features,))
+
     def statistics(self, weight: Tensor, transform: Callable[[ChunkInputs], ChunkInputs] | None = None) -> Statistics:
         """Second moments over all chunks, for W = ``weight`` [out, in].
 

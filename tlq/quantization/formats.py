@@ -172,11 +172,11 @@ def weight_qparams(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> 
     low, high = scheme.code_range
     groups = weight.float().unflatten(1, (-1, scheme.group_size or weight.shape[1]))
     if scheme.symmetric:
-        scale = _nonzero(stored_scale(groups.abs().amax(2) / ((high - low) / 2), scheme, scale_dtype))
+        scale = nonzero(stored_scale(groups.abs().amax(2) / ((high - low) / 2), scheme, scale_dtype))
         return scale, torch.zeros_like(scale, dtype=torch.int8)
     smallest = groups.amin(2).clamp(max=0)
     largest = groups.amax(2).clamp(min=0)
-    scale = _nonzero(stored_scale((largest - smallest) / (high - low), scheme, scale_dtype))
+    scale = nonzero(stored_scale((largest - smallest) / (high - low), scheme, scale_dtype))
     zero_point = torch.round(low - smallest / scale.float()).clamp(low, high).to(torch.int8)
     return scale, zero_point
 
@@ -254,7 +254,7 @@ def fake_quantize_activations(hidden_states: Tensor, bits: int) -> Tensor:
     the same numbers.
     """
     low, high = code_range(bits)
-    scale = _nonzero(hidden_states.abs().amax(-1, keepdim=True) / ((high - low) / 2))
+    scale = nonzero(hidden_states.abs().amax(-1, keepdim=True) / ((high - low) / 2))
     return torch.clamp(torch.round(hidden_states / scale), low, high) * scale
 
 
@@ -267,6 +267,6 @@ def quantize_inputs(linear: nn.Module, bits: int) -> None:
     linear.register_forward_pre_hook(hook)
 
 
-def _nonzero(scale: Tensor) -> Tensor:
+def nonzero(scale: Tensor) -> Tensor:
     """Replace a scale of 0 by 1, so that a group of zeros, or of values too small for the dtype, becomes exactly 0."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)

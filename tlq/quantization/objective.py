@@ -74,6 +74,10 @@ class Factor:
         diagonal = upper.diagonal().clone()
         return cls(upper.div_(diagonal), diagonal.square())
 
+    def diagonal(self) -> Tensor:
+        """The diagonal of H, [in]."""
+        return self.upper.square() @ self.pivots
+
     def solve(self, rows: Tensor) -> Tensor:
         """rows H^-1, for rows [rows, in]."""
         half = torch.linalg.solve_triangular(self.upper.T, rows, upper=False, left=False, unitriangular=True)

@@ -28,6 +28,7 @@ from tlq.parallel import Ranks
 from tlq.quantization.errors import LinearsError
 from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, code_range
 from tlq.quantization.objective import Factor
+from tlq.quantization.ranges import MINMAX, Ranges
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Rounding(Protocol):
         """Memory in addition to the weight [rows, in_features], its inputs and the statistics."""
         ...
 
-    def solve(self, error: LinearsError, s: Tensor, damping: float) -> Rounded:
+    def solve(self, error: LinearsError, s: Tensor, ranges: Ranges, damping: float) -> Rounded:
         """Codes of W diag(s), for the group whose weight and inputs ``error`` holds."""
         ...
 
@@ -75,8 +76,11 @@ class Nearest:
     def bytes_needed(self, rows: int, in_features: int) -> int:
         return 0
 
-    def solve(self, error: LinearsError, s: Tensor, damping: float) -> Rounded:
-        return Rounded(error.quantizer.round_nearest(error.weight * s))
+    def solve(self, error: LinearsError, s: Tensor, ranges: Ranges, damping: float) -> Rounded:
+        weight, quantizer = error.weight * s, error.quantizer
+        channels = error.inputs.second_moments() / s.square() if ranges.needs_data else None
+        scale, zero_point = ranges.qparams(weight, quantizer, channels)
+        return Rounded(QuantizedWeight(quantizer.quantize(weight, scale, zero_point), scale, zero_point))
 
 
 class Compensated:
@@ -89,7 +93,7 @@ class Compensated:
         """The damped Hessian and its Cholesky factor."""
         return 2 * in_features * in_features * _FLOAT
 
-    def solve(self, error: LinearsError, s: Tensor, damping: float) -> Rounded:
+    def solve(self, error: LinearsError, s: Tensor, ranges: Ranges, damping: float) -> Rounded:
         statistics, scales = error.statistics_for(s)
         factor, used = statistics.factor(damping, scales, keep=error.uses(statistics))
         if used > damping and error.inputs.ranks.leads:
@@ -98,11 +102,17 @@ class Compensated:
         def target(rows: slice) -> Tensor:
             return statistics.shifted_target(error.weight[rows] * s, factor, rows, scales)
 
-        return Rounded(round_on_ranks(target, error.weight.shape, factor, error.quantizer, error.inputs.ranks), used)
+        rounded = round_on_ranks(target, error.weight.shape, factor, error.quantizer, ranges, error.inputs.ranks)
+        return Rounded(rounded, used)
 
 
 def round_on_ranks(
-    target: Callable[[slice], Tensor], shape: torch.Size, factor: Factor, quantizer: WeightQuantizer, ranks: Ranks
+    target: Callable[[slice], Tensor],
+    shape: torch.Size,
+    factor: Factor,
+    quantizer: WeightQuantizer,
+    ranges: Ranges,
+    ranks: Ranks,
 ) -> QuantizedWeight:
     """Round all output rows of a target [out, in] with error feedback; each rank rounds some of the rows.
 
@@ -122,7 +132,7 @@ def round_on_ranks(
     for start in range(0, len(own), together):
         numbers = own[start : start + together]
         targets = (target(slice(number * rows, (number + 1) * rows)) for number in numbers)
-        rounded |= zip(numbers, round_compensated(targets, factor, quantizer), strict=True)
+        rounded |= zip(numbers, round_compensated(targets, factor, quantizer, ranges), strict=True)
     parts = [rounded.get(number) or quantizer.empty(rows, shape[1], factor.upper.device) for number in range(count)]
     for number, part in enumerate(parts):
         for tensor in (part.codes, part.scale, part.zero_point):
@@ -130,7 +140,9 @@ def round_on_ranks(
     return QuantizedWeight.stacked(parts)
 
 
-def round_compensated(targets: Iterable[Tensor], factor: Factor, quantizer: WeightQuantizer) -> list[QuantizedWeight]:
+def round_compensated(
+    targets: Iterable[Tensor], factor: Factor, quantizer: WeightQuantizer, ranges: Ranges = MINMAX
+) -> list[QuantizedWeight]:
     """Round every target to codes V that make tr((V - target) H (V - target)') small.
 
     Rows do not depend on each other. A column of all targets is rounded at once, but matrix products are computed for
@@ -146,20 +158,32 @@ def round_compensated(targets: Iterable[Tensor], factor: Factor, quantizer: Weig
     updated = original.clone()
     count, width, rows = original.shape
     block_size = scheme.group_size or _BLOCK
-    whole_row = quantizer.qparams(_stacked(original)) if scheme.group_size is None else None
+    channels = _channel_weights(factor, ranges)
+    whole_row = ranges.qparams(_stacked(original), quantizer, channels) if scheme.group_size is None else None
     qparams = []
     blocks = []
     for start in range(0, width, block_size):
         columns = slice(start, min(start + block_size, width))
         upper = factor.upper[columns]
         block = (updated[:, columns], original[:, columns], upper[:, columns])
-        qparams.append(whole_row or quantizer.qparams(_stacked(_with_pending_feedback(*block))))
+        qparams.append(
+            whole_row or ranges.qparams(_stacked(_with_pending_feedback(*block)), quantizer, channels[columns])
+        )
         codes, errors = _round_block(*block, *qparams[-1], scheme.weight_bits)
         _feed_back(updated[:, columns.stop :], upper[:, columns.stop :], errors)
         blocks.append(_stacked(codes))
     scales, zero_points = zip(*(qparams[:1] if whole_row else qparams), strict=True)
     together = QuantizedWeight(torch.cat(blocks, 1), torch.cat(scales, 1), torch.cat(zero_points, 1))
     return together.split([rows] * count)
+
+
+def _channel_weights(factor: Factor, ranges: Ranges) -> Tensor:
+    """Weights of the input channels [in] in the search for ranges."""
+    if ranges.channels == "pivots":
+        return factor.pivots
+    if ranges.channels == "moments":
+        return factor.diagonal()
+    return torch.ones_like(factor.pivots)
 
 
 def _stacked(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from support.pools import pool_of
 
 from tlq.importance.pool import Importance, PoolWeights, TokenPool, WeightedTokens
 from tlq.importance.token_set import TokenBudget, effective_sample_size, select_tokens
-from tlq.importance.token_weights import all_tokens, to_batches, token_set, uniform_tokens
+from tlq.importance.token_weights import all_tokens, budget_of, to_batches, token_set, uniform_tokens
 from tlq.importance.weighting import Source, Weighting, token_weights
 from tlq.samples import Batch
 
@@ -97,6 +97,32 @@ def test_a_set_by_modality_holds_answers_and_images_only() -> None:
     for tokens in chosen.groups.values():
         assert (pool.is_image | pool.is_answer)[tokens.indices].all()
         assert pool.is_answer[tokens.indices].any()
+
+
+def test_a_budget_by_width_draws_a_multiple_of_the_width_of_every_group() -> None:
+    """Nothing else changes: each set is the one that a budget of so many tokens draws."""
+    scores, pool = scored(8)
+    widths = {key: 8 if key[1] == "qkv" else 20 for key in scores}
+    budget = TokenBudget(1, "top", modality_floor=0.2, per_width=1.5)
+    chosen = token_set(scores, pool, "token", Weighting(1, 1), budget, 0, widths)
+    for key, tokens in chosen.groups.items():
+        size = 12 if key[1] == "qkv" else 30
+        expected = token_set(scores, pool, "token", Weighting(1, 1), TokenBudget(size, "top", 0.2), 0)
+        assert tokens.indices.tolist() == expected.groups[key].indices.tolist()
+        assert len(tokens.indices) == size
+
+
+def test_experts_that_share_their_tokens_have_a_budget_of_the_widest() -> None:
+    widths = {(0, "experts.0.gate_up"): 64, (0, "experts.0.down"): 96, (1, "experts.0.down"): 128, (0, "qkv"): 256}
+    budget = TokenBudget(1, per_width=2)
+    for key, size in [((0, "experts"), 192), ((0, "experts.0.gate_up"), 128), ((0, "qkv"), 512)]:
+        assert budget_of(key, budget, widths).tokens_per_layer == size
+
+
+def test_a_budget_by_width_needs_the_widths() -> None:
+    scores, pool = scored(8)
+    with pytest.raises(ValueError, match="input width of layer 0, group .* is not known; score the tokens again"):
+        token_set(scores, pool, "token", Weighting(), TokenBudget(1, per_width=2), 0)
 
 
 @pytest.mark.parametrize("selection", ["top", "sample"])
