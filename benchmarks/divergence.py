@@ -10,16 +10,18 @@ The tokens of an answer include the token that ends the turn, because stopping i
 run stores log p per answer token; variant runs read it, so that no process holds two models.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tlq.runtime.digest import update_with_tensor
 from tlq.runtime.files import new_file
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ class ReferenceRecorder:
     """Meter of the full-precision run: stores log p in one file per batch, each written to a temporary name first."""
 
     def __init__(self, folder: Path) -> None:
-        """Parts that an earlier process has written are kept; a damaged one is removed, with a warning."""
+        """What an earlier process has written is kept, except what does not match its digest, with a warning."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._names: set[str] = set()
@@ -91,7 +93,11 @@ class ReferenceRecorder:
             self._files = int(path.stem.removeprefix("part-")) + 1
             try:
                 with safe_open(path, "pt") as file:
-                    self._names |= set(file.keys())
+                    sound = {key for key in _items_in(file) if _read_item(file, key) is not None}
+                    damaged = len(_items_in(file)) - len(sound)
+                if damaged:
+                    logger.warning("%s: %d answers are damaged; they are asked again", path, damaged)
+                self._names |= {f"{key}/log_p" for key in sound}
             except SafetensorError as error:
                 logger.warning("%s is damaged (%s); its answers are asked again", path, error)
                 path.unlink()
@@ -104,20 +110,44 @@ class ReferenceRecorder:
         return True
 
     def measure(self, answers: Mapping[ItemKey, tuple[Sequence[int], torch.Tensor]]) -> dict[ItemKey, Divergence]:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
+        digests: dict[str, str] = {}
         for key, (tokens, log_p) in answers.items():
             dtype = torch.float32 if log_p.shape[-1] <= FLOAT32_VOCABULARY else torch.float16
             tensors[f"{key}/log_p"] = log_p.to("cpu", dtype)
             tensors[f"{key}/tokens"] = torch.tensor(tokens, dtype=torch.int32)
+            digests[str(key)] = _digest(tensors[f"{key}/log_p"], tensors[f"{key}/tokens"])
         if tensors:
             path = self._folder / f"part-{self._files:05d}.safetensors"
             with new_file(path) as temporary:
-                save_file(tensors, temporary)
+                save_file(tensors, temporary, metadata=digests)
             self._files += 1
             self._names |= tensors.keys()
         return {
             key: Divergence(len(tokens), nll_per_token(log_p, tokens), 0.0) for key, (tokens, log_p) in answers.items()
         }
+
+
+def _digest(log_p: torch.Tensor, tokens: torch.Tensor) -> str:
+    """SHA-256 of what the reference holds of one item; the file's metadata has it under the item's key."""
+    total = hashlib.sha256()
+    update_with_tensor(total, "log_p", log_p)
+    update_with_tensor(total, "tokens", tokens)
+    return total.hexdigest()
+
+
+def _items_in(file: Any) -> list[str]:
+    """Keys of the items in an open file of the reference."""
+    return [name.removesuffix("/log_p") for name in file.keys() if name.endswith("/log_p")]  # noqa: SIM118
+
+
+def _read_item(file: Any, key: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """log p and tokens of an item; None if they do not match their digest."""
+    names = set(file.keys())
+    if f"{key}/tokens" not in names:
+        return None
+    log_p, tokens = file.get_tensor(f"{key}/log_p"), file.get_tensor(f"{key}/tokens")
+    return (log_p, tokens) if (file.metadata() or {}).get(key) == _digest(log_p, tokens) else None
 
 
 class ReferenceReader:
@@ -144,8 +174,12 @@ class ReferenceReader:
         return {key: self._compare(key, tokens, log_q) for key, (tokens, log_q) in answers.items()}
 
     def _compare(self, key: ItemKey, tokens: Sequence[int], log_q: torch.Tensor) -> Divergence:
-        with safe_open(self._places[f"{key}/log_p"], "pt") as file:
-            log_p, reference_tokens = file.get_tensor(f"{key}/log_p"), file.get_tensor(f"{key}/tokens")
+        path = self._places[f"{key}/log_p"]
+        with safe_open(path, "pt") as file:
+            stored = _read_item(file, str(key))
+        if stored is None:
+            raise ValueError(f"{path}: the log-probabilities of {key} are damaged; evaluate `full` again")
+        log_p, reference_tokens = stored
         if reference_tokens.tolist() != list(tokens) or log_p.shape[-1] != log_q.shape[-1]:
             raise ValueError(
                 f"{key}: the full-precision run tokenized the answer differently or has another vocabulary "

@@ -86,3 +86,17 @@ def test_missing_and_damaged_references_are_refused(tmp_path: Path) -> None:
     (tmp_path / "part-00000.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="part-00000.safetensors is damaged"):
         ReferenceReader(tmp_path)
+
+
+def test_a_flipped_bit_of_the_reference_is_refused_by_item(tmp_path: Path) -> None:
+    """The items beside it are compared as before."""
+    other = ItemKey("demo_textvqa", "9")
+    ReferenceRecorder(tmp_path).measure({KEY: ([1, 2, 3], log_probs(0)), other: ([2], log_probs(1, 1))})
+    (part,) = tmp_path.iterdir()
+    content = part.read_bytes()
+    place = content.index(log_probs(0).numpy().tobytes()) + 5
+    part.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    reader = ReferenceReader(tmp_path)
+    assert reader.measure({other: ([2], log_probs(1, 1))})[other].kl == 0
+    with pytest.raises(ValueError, match=r"part-00000\.safetensors: .* of demo_textvqa/7/b are damaged; evaluate"):
+        reader.measure({KEY: ([1, 2, 3], log_probs(1))})

@@ -14,7 +14,7 @@ from tlq.models.architectures import architecture_of
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.experts import separate_experts
 from tlq.models.skeleton import empty_model
-from tlq.models.stored import read_tensor, refuse_quantized, stored_tensors
+from tlq.models.stored import read_tensor, refuse_foreign_quantization, refuse_quantized, stored_tensors
 from tlq.models.streaming import names_of_stored
 from tlq.quantization.formats import WeightQuantizer, quantize_inputs
 
@@ -31,9 +31,10 @@ def load_model(
     passed to a module into a plain dict, which breaks ``generate`` of LLaVA-NeXT and LLaVA-OneVision. Every expert has
     linears of its own; transformers cannot load quantized experts, so they are read here.
 
-    Raises: as ``read_config``.
+    Raises: as ``read_config``; ValueError if its weights are quantized in another form, missing or misshapen.
     """
     config = read_config(checkpoint)
+    refuse_foreign_quantization(config, checkpoint)
     is_quantized = getattr(config, "quantization_config", None) is not None
     if Path(checkpoint).is_dir():
         stored = stored_tensors(Path(checkpoint))  # names a damaged file, which transformers does not

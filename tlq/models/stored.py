@@ -244,6 +244,17 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def refuse_foreign_quantization(config: Any, checkpoint: str | Path) -> None:
+    """Raise ValueError if a config states a quantization that is not stored as compressed-tensors."""
+    stated = getattr(config, "quantization_config", None)
+    method = dict(stated).get("quant_method", "of an unknown method") if stated is not None else "compressed-tensors"
+    if method != "compressed-tensors":
+        raise ValueError(
+            f"model {checkpoint!s}: it is quantized ({method}); this program loads only checkpoints of "
+            "compressed-tensors, give one of those or the original, whose weights have 16 or 32 bits"
+        )
+
+
 def refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
     """Raise ValueError if weights have 8 bits or fewer, or have scales: a config need not say so."""
     for key, place in tensors.items():
@@ -255,13 +266,26 @@ def refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
             )
 
 
+def check_finite(file: Path) -> None:
+    """Raise FloatingPointError if a tensor of a weight file is not finite: an export would contain it as it is."""
+    with open_tensors(file) as opened:
+        for key in opened.keys():  # noqa: SIM118
+            tensor = opened.get_tensor(key)
+            if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"{file}: {key} is not finite; the checkpoint is damaged, download it again")
+
+
 def source_digest(folder: Path) -> str:
     """SHA-256 of a checkpoint's config and of every byte of its weight files.
 
     The digests of the files are kept in a hidden file next to the folder, so a large model is read for them once.
+
+    Raises:
+        FloatingPointError: see ``check_finite``.
     """
     total = hashlib.sha256((folder / "config.json").read_bytes())
-    digests = kept_digests(weight_files(folder), folder.with_name(f".{folder.resolve().name}.sha256.json"))
+    kept = folder.with_name(f".{folder.resolve().name}.sha256.json")
+    digests = kept_digests(weight_files(folder), kept, check_finite)
     for name, digest in sorted(digests.items()):
         total.update(f"{name} {digest} ".encode())
     return total.hexdigest()

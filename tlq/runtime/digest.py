@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,16 @@ def checkpoint_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def kept_digests(files: Iterable[Path], kept: Path) -> dict[str, str]:
+def kept_digests(files: Iterable[Path], kept: Path, check: Callable[[Path], None] | None = None) -> dict[str, str]:
     """SHA-256 of files by name, read from ``kept`` where a file's size, time and inode are still the same.
 
     ``kept`` is written again with what was read; if it cannot be, the files are read again the next time.
+
+    Args:
+        check: called for every file that it has not been called for; ``kept`` says which passed.
     """
     known = _known_digests(kept)
-    now = {file.name: _digest_of(file, known) for file in files}
+    now = {file.name: _digest_of(file, known, check) for file in files}
     if known | now != known:
         with suppress(OSError):
             write_text(json.dumps(known | now, indent=1) + "\n", kept)
@@ -44,14 +47,19 @@ def _known_digests(file: Path) -> dict[str, dict[str, Any]]:
     return known if isinstance(known, dict) else {}
 
 
-def _digest_of(file: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _digest_of(file: Path, known: Mapping[str, dict[str, Any]], check: Callable[[Path], None] | None) -> dict[str, Any]:
     """Size, time and inode of a file with its SHA-256, which is taken from ``known`` if they are the same."""
     status = file.stat()
     entry: dict[str, Any] = {"size": status.st_size, "time": status.st_mtime_ns, "inode": status.st_ino}
     old = known.get(file.name)
-    if isinstance(old, dict) and {**old, "sha256": None} == {**entry, "sha256": None}:
-        return old
-    return {**entry, "sha256": file_digest(file)}
+    if isinstance(old, dict) and "sha256" in old and entry.items() <= old.items():
+        entry = old
+    else:
+        entry["sha256"] = file_digest(file)
+    if check is not None and not entry.get("checked"):
+        check(file)
+        entry = {**entry, "checked": True}
+    return entry
 
 
 def file_digest(file: Path) -> str:

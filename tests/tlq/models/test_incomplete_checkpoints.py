@@ -16,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from support.tiny import write_tiny_qwen2_vl
 from torch import Tensor
 
+from tlq import quantize
 from tlq.export.loading import load_model
 from tlq.models.stored import stored_tensors
 from tlq.models.streaming import StreamedModel
+from tlq.runtime.digest import kept_digests
+from tlq.samples import Sample
 
 WEIGHT = "model.language_model.layers.1.mlp.up_proj.weight"
 BOTH = pytest.mark.parametrize("read", [load_model, StreamedModel])
@@ -75,11 +78,40 @@ def test_a_weight_that_is_not_finite_is_refused_before_it_is_scored(checkpoint: 
         load_model(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "ending", ["embed_tokens.weight", "visual.patch_embed.proj.weight", "layers.1.input_layernorm.weight", WEIGHT[-22:]]
+)
+def test_a_weight_that_is_not_finite_is_refused_before_any_work(
+    checkpoint: Path, tmp_path: Path, samples: list[Sample], ending: str
+) -> None:
+    """Wherever it is, and whatever was known of the file before; an export would contain it as it is."""
+    file = weights_of(checkpoint)
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith(ending)]
+    tensors[name].view(-1)[3] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    kept_digests([file], tmp_path / ".model.sha256.json")
+    for recipe in ("rtn", "tlq"):
+        for _ in range(2):
+            with pytest.raises(FloatingPointError, match=rf"{file}: {name} is not finite; the checkpoint is damaged"):
+                quantize(checkpoint, tmp_path / "out", samples if recipe == "tlq" else [], recipe, "w4a16")
+            assert not (tmp_path / "out").exists()
+
+
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_quantized_weights_are_refused(checkpoint: Path, dtype: torch.dtype) -> None:
+def test_quantized_weights_are_refused(checkpoint: Path, read: Read, dtype: torch.dtype) -> None:
     name = change(checkpoint, lambda weight: weight.to(dtype))
     with pytest.raises(ValueError, match=f"{name} .(F8_E4M3|I8). is a part of a quantized weight"):
-        StreamedModel(checkpoint)
+        read(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes", "something"])
+def test_a_quantization_of_another_form_is_not_scored(checkpoint: Path, method: str) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(ValueError, match=rf"it is quantized \({method}\); this program loads only"):
+        load_model(checkpoint)
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "compressed-tensors"])
