@@ -284,7 +284,8 @@ def summarise() -> None:
         "score is in percent, the mean of the four demo benchmarks. All figures are means over calibration seeds;",
         "KL has its 95 % interval (Student's t). The last column compares with the recipe's default on the same seeds:",
         "it is the geometric mean of the ratios of KL with its 95 % interval, and is below 1 where the choice is",
-        "better than the default. `python -m bench.ablation` wrote this page. Full precision has score "
+        "better than the default. Choices of `tlq-c` are varied around whole ranges; at two bits its own default is",
+        "`ranges search, moments`. `python -m bench.ablation` wrote this page. Full precision has score "
         f"{float(full['score']):.1f} and NLL {float(full['nll']):.4f}.",
     ]
     for scheme in _schemes(table):

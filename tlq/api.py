@@ -167,7 +167,7 @@ def quantize(
         layers = quantize_checkpoint(streamed, folder, job, weigh, _counted(streamed, recipe_row, settings))
         scoring.remove()
     report = QuantizationReport(folder, layers, time.perf_counter() - started)
-    write_card(folder, model, recipe_row, scheme_row, report.groups, len(samples))
+    write_card(folder, model, recipe_row, scheme_row, report.groups, len(samples), len(streamed.unnamed))
     logger.info("%s", report)
     return report
 

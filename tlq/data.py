@@ -329,7 +329,9 @@ def _question_and_answer(row: Mapping[str, Any], images: int, prompt: str) -> li
     if key is None:
         raise ValueError("it has no list of `conversations` or `messages`, and no `answer`")
     answer = as_text(row[key], f"its {key}")
-    question = as_text(row["question"], "its question") if row.get("question") is not None else prompt
+    question = as_text(row.get("question"), "its question") or prompt
+    if "question" in row and not question.strip():
+        raise ValueError("its question is empty")
     if IMAGE_MARK not in question:
         question = IMAGE_MARK * images + question
     return [Message(role="user", content=_tidy(question)), Message(role="assistant", content=answer)]

@@ -67,6 +67,7 @@ class Variant:
         experts: of a model with experts, how many groups of experts there are, and how many got further tokens.
         weight_bytes: size of the weight files.
         run: evaluation/<name>/run.json; None if an older version evaluated the variant.
+        carried_over: number of tensors that the model does not name, which the checkpoint has as they were.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Variant:
     weight_bytes: int
     run: EvaluationRun | None = None
     experts: ExpertGroups | None = None
+    carried_over: int = 0
 
     @property
     def mean(self) -> Comparison:
@@ -160,6 +162,7 @@ def read_variant(name: str) -> Variant:
         weight_bytes=weight_bytes(MODELS / name),
         run=read_run(name),
         experts=ExpertGroups.of(report.groups),
+        carried_over=len(report.carried_over),
     )
 
 

@@ -209,6 +209,22 @@ def test_other_cells_are_never_turned_into_text(folder: Path, cell: Any, reason:
 
 
 @pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ({"text": "Who?"}, "its question is a dict, must be text, a number, or a list of those"),
+        (b"Who?", "its question is a bytes, must be"),
+        (True, "its question is a bool, must be"),
+        ("  ", "its question is empty"),
+    ],
+)
+def test_a_question_is_text_or_its_row_is_refused(folder: Path, cell: Any, reason: str) -> None:
+    rows = [{"image": png(0), "question": cell, "answer": "net"}] * 2
+    pq.write_table(pa.Table.from_pylist(rows), folder / "table.parquet")
+    with pytest.raises(ValueError, match=f"the first is row 0: {re.escape(reason)}"):
+        load_samples(folder / "table.parquet")
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"video": "x.mp4"}, "it has a video; calibration takes texts and images"),

@@ -25,6 +25,7 @@ def write_card(
     scheme: Scheme,
     groups: Sequence[Mapping[str, Any]],
     samples: int,
+    carried_over: int = 0,
 ) -> None:
     """Write ``README.md``: how to load the checkpoint, how it was made, and the errors of its linear groups.
 
@@ -32,6 +33,7 @@ def write_card(
         base: the full-precision checkpoint, a directory or a hub id.
         groups: reports of linear groups, as in ``calibration.json``.
         samples: number of calibration samples.
+        carried_over: number of tensors that the model does not name, which the checkpoint has as they were.
     """
     hub_id = None if Path(base).exists() else str(base)
     tags = ["compressed-tensors", "quantized", f"{scheme.weight_bits}-bit", scheme.name, recipe.name, "tlq"]
@@ -56,6 +58,7 @@ def write_card(
         samples=samples,
         errors=_mean_errors(groups),
         experts=experts,
+        carried_over=carried_over,
         further=[group for group in groups if group.get("further_tokens")],
         serving=serving(scheme, config.model_type, folder.name, experts),
     )

@@ -53,6 +53,10 @@ class Ranges:
         if self.zero_points < 1 or self.zero_points % 2 == 0:
             raise ValueError(f"ranges.zero_points is {self.zero_points}, must be odd: as many below as above")
 
+    def searched(self, scheme: Scheme) -> bool:
+        """Whether weights of a scheme get searched ranges."""
+        return self.method == "search" and scheme.weight_bits <= self.most_bits
+
     @property
     def needs_data(self) -> bool:
         """Whether the ranges depend on calibration data."""
@@ -68,7 +72,7 @@ class Ranges:
             scale [out, groups] in the dtype of the checkpoint, and zero_point [out, groups] int8.
         """
         scale, zero_point = quantizer.qparams(weight)
-        if self.method == "minmax" or quantizer.scheme.weight_bits > self.most_bits:
+        if not self.searched(quantizer.scheme):
             return scale, zero_point
         if channels is None:
             channels = torch.ones(weight.shape[1], device=weight.device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -142,6 +144,31 @@ def test_an_agent_whose_stage_shows_no_time_ends(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(store_module, "ANSWER_SECONDS", 1)
     with pytest.raises(StageGoneError, match="shows no time"):
         JobStore.join(stage.endpoint, SECRET, seconds=5).clock_ahead()
+
+
+@pytest.mark.parametrize("trouble", ["clock", "gone"])
+def test_an_agent_that_cannot_join_ends_with_one_line(trouble: str, tmp_path: Path) -> None:
+    """As a worker of a pool runs it; the shown time is one that the stage's machine had a minute ago."""
+    secret = tmp_path / "secret"
+    keep_secret(SECRET, secret)
+    stage = JobStore.host("127.0.0.1", SECRET)
+    endpoint = stage.endpoint
+    if trouble == "gone":
+        del stage
+    command = [sys.executable, "-m", "tasks.cluster.agent", "--store", endpoint, "--secret", str(secret)]
+    agent = subprocess.Popen([*command, "--name", "a", "--agents", "1", "json"], stderr=subprocess.PIPE, text=True)
+    try:
+        while agent.poll() is None and trouble == "clock":
+            stage.signed.set("tlq/clock", str(time.time() - 60))
+            time.sleep(0.2)
+        _, said = agent.communicate(timeout=60)
+    finally:
+        agent.kill()
+    assert agent.returncode == 1
+    expected = {"clock": "s ahead of that of the stage's machine; set both right", "gone": "the stage has ended"}
+    lines = [line for line in said.splitlines() if expected[trouble] in line]
+    assert len(lines) == 1, said
+    assert "Traceback" not in said
 
 
 def test_an_ended_stage_is_distinguished_from_a_silent_one() -> None:

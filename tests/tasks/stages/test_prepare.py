@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -139,6 +140,42 @@ def test_unusable_rows_are_skipped_counted_and_listed(table: Table, tmp_path: Pa
     assert set(reasons) == {3, 7}
     assert "unreadable image" in reasons[3]
     assert "answer is empty" in reasons[7]
+
+
+@pytest.mark.parametrize("question", [None, "", "  "])
+def test_a_row_without_a_question_is_listed(table: Table, tmp_path: Path, question: str | None) -> None:
+    data = rows(10)
+    data[4]["question"] = question
+    _, rejected = run(table(data, samples=9), tmp_path)
+    assert rejected[["row", "reason"]].to_numpy().tolist() == [[4, "its question is empty"]]
+
+
+def test_the_list_of_unusable_rows_is_the_same_bytes_every_time(table: Table, tmp_path: Path) -> None:
+    """Errors of image libraries name the address of an object."""
+    data = rows(10)
+    data[2]["image"], data[5]["image"] = BROKEN, b"no picture at all"
+    params = table(data, samples=8, max_rejected=0.5)
+    for name in ("one", "two"):
+        prepare(params, tmp_path / name)
+    lists = [(tmp_path / name / "rejected.csv").read_bytes() for name in ("one", "two")]
+    assert lists[0] == lists[1]
+    assert lists[0].count(b"unreadable image") == 2
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_same_command_continues(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, params = tmp_path / "prepared", table(rows(10), samples=5)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.files.pq.write_table", full)
+        with pytest.raises(OSError, match=rf"^{tmp_path}/.?prepared.*: cannot be written .* run the same command again$"):
+            prepare(params, out)
+    assert not [path for path in tmp_path.iterdir() if "prepared" in path.name]
+    assert prepare(params, out)[0] == 5
 
 
 def test_too_many_unusable_rows_stop_the_stage(table: Table, tmp_path: Path) -> None:
