@@ -105,6 +105,19 @@ def test_every_release_of_the_lock_has_hashes() -> None:
         assert re.search(r" --hash=sha256:[0-9a-f]{64}", entry), entry
 
 
+def test_the_set_up_installs_nothing_without_its_hash() -> None:
+    """Except torch: which build is right depends on the machine."""
+    lines = [
+        line
+        for line in (ROOT / "Makefile").read_text().splitlines()
+        if "requirements" in line and "pip install" in line
+    ]
+    assert [("--require-hashes" in line, "torch" in line) for line in lines if ".venv-peers" not in line] == [
+        (True, False),
+        (False, True),
+    ]
+
+
 def test_places_of_slow_tests_exist() -> None:
     assert not [place for place in SLOW if not (ROOT / "tests" / place).exists()]
 

@@ -191,6 +191,33 @@ def test_item_with_a_damaged_image_is_skipped_and_listed(textvqa: Make, model: A
     assert "it cannot be encoded: image file is truncated" in result.skipped[0].reason
 
 
+def test_an_item_that_the_processor_refuses_is_skipped_and_listed(textvqa: Make, model: Any, processor: Any) -> None:
+    def lengthen(rows: list[dict[str, Any]]) -> None:
+        file = io.BytesIO()
+        Image.new("RGB", (4, 1000)).save(file, "PNG")
+        rows[1]["image"]["bytes"] = file.getvalue()
+
+    (result,) = run(load_benchmarks([textvqa(3, lengthen)], None, 0), model, processor)
+    assert [item.doc for item in result.items] == ["0", "2"]
+    assert [skip.doc for skip in result.skipped] == ["1"]
+    assert "absolute aspect ratio must be smaller than 200" in result.skipped[0].reason
+
+
+def test_an_item_that_the_template_refuses_is_skipped_and_listed(textvqa: Make, model: Any, processor: Any) -> None:
+    processor = copy.deepcopy(processor)
+    refuse = "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' and 'zzz' in p['text'] %}"
+    refuse += "{{ raise_exception('no such question') }}{% endfor %}{% endfor %}"
+    processor.chat_template = refuse + (processor.chat_template or processor.tokenizer.chat_template)
+
+    def forbid(rows: list[dict[str, Any]]) -> None:
+        rows[1]["question"] = "What is zzz?"
+
+    (result,) = run(load_benchmarks([textvqa(3, forbid)], None, 0), model, processor)
+    assert [item.doc for item in result.items] == ["0", "2"]
+    assert [skip.doc for skip in result.skipped] == ["1"]
+    assert "no such question" in result.skipped[0].reason
+
+
 def test_out_of_memory_halves_the_batch(
     benchmarks: dict[str, Benchmark], model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import runpy
@@ -36,6 +37,31 @@ def test_expected_errors_are_one_line_and_status_one(error: Exception, caplog: p
     (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert record.getMessage() == "two lines"
     assert record.exc_info is None
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_of_any_library_is_told_with_the_next_step(
+    wrapped: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library may raise an error of its own from it, and names no file."""
+    monkeypatch.chdir(tmp_path)
+
+    def full() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            if not wrapped:
+                raise
+            raise KeyError("cannot log") from error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(full)
+    assert stopped.value.code == 1
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    said = record.getMessage()
+    assert f"that of {tmp_path} or of temporary files" in said
+    assert said.endswith("free some space and run the same command again")
+    assert "\n" not in said
 
 
 def test_defects_keep_their_traceback() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -87,6 +88,33 @@ def test_random_kills_change_no_bit(job: Path, undisturbed: dict[str, torch.Tens
     assert sum(kills.values()) == wanted, kills
     wait_until_gone(folder)
     assert not [entry for entry in folder.iterdir() if entry.name.endswith(".work") and "out" in entry.name]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", [0, 3], ids=["layers", "export"])
+def test_kills_of_all_ranks_at_one_phase_change_no_bit(
+    job: Path, undisturbed: dict[str, torch.Tensor], part: int
+) -> None:
+    """Two or three ranks and the process that started them lose power at once: after the first layer, or the last."""
+    chance, kills = random.Random(part), 0
+    folder = job / f"phase-{part}"
+    while kills < 10:
+        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(chance.randint(1, 3)):
+            process = start(job, folder.name, chance.choice([2, 3]), "tlq-c", "w3a16")
+            until = time.monotonic() + 120
+            while not list(folder.glob(f".out*/part-{part:05d}.json")) and process.poll() is None:
+                assert time.monotonic() < until, sorted(folder.rglob("*"))
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.3))
+            for each in processes_of(folder):
+                each.send_signal(signal.SIGKILL)
+                kills += each.pid == process.pid
+            process.communicate()
+            wait_until_gone(folder)
+        assert_equal(finish(start(job, folder.name, 2, "tlq-c", "w3a16"), folder), undisturbed)
+        assert not [entry for entry in folder.iterdir() if entry.name.startswith(".out")]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,5 +1,6 @@
 """Stage `evaluate` from end to end on a tiny model: files, comparison, resuming, errors."""
 
+import errno
 import json
 import shutil
 import time
@@ -308,6 +309,27 @@ def test_a_kill_while_results_are_written_keeps_the_old_ones_and_the_answers(
     assert {path.name for path in (tmp_path / "full").iterdir()} == {path.name for path in (results / "full").iterdir()}
     assert metrics_of(tmp_path, "full") == metrics_of(results, "full")
     assert not list(tmp_path.glob(".working/*"))
+
+
+@pytest.mark.parametrize("place", ["benchmarks.divergence.save_file", "pandas.DataFrame.to_parquet"])
+def test_a_full_disk_is_told_in_one_line_and_the_same_command_continues(
+    place: str,
+    results: Path,
+    params: EvaluateParams,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        with pytest.raises(OSError, match=rf"^{tmp_path}/.*: cannot be written .* run the same command again$"):
+            evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
+    assert not (tmp_path / "full").exists()
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
+    assert metrics_of(tmp_path, "full") == metrics_of(results, "full")
 
 
 def flip_last_bit(file: Path) -> None:

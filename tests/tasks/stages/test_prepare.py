@@ -172,7 +172,9 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_continues(
 
     with monkeypatch.context() as patch:
         patch.setattr("tasks.files.pq.write_table", full)
-        with pytest.raises(OSError, match=rf"^{tmp_path}/.?prepared.*: cannot be written .* run the same command again$"):
+        with pytest.raises(
+            OSError, match=rf"^{tmp_path}/.?prepared.*: cannot be written .* run the same command again$"
+        ):
             prepare(params, out)
     assert not [path for path in tmp_path.iterdir() if "prepared" in path.name]
     assert prepare(params, out)[0] == 5
