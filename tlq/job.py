@@ -18,7 +18,7 @@ from tlq.calibration.loop import LayerResult, calibrate_layers
 from tlq.export.compressed_tensors import finish_checkpoint, read_layer, write_layer
 from tlq.importance.token_weights import TokenWeights
 from tlq.models.processor import load_processor
-from tlq.models.stored import source_digest
+from tlq.models.stored import check_finite, source_digest
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import plan_calibration, refuse_impossible
@@ -151,7 +151,7 @@ def _fingerprint(model: StreamedModel, job: CalibrationJob) -> dict[str, Any]:
     return {
         "recipe": asdict(job.recipe),
         "scheme": asdict(job.scheme),
-        "model": source_digest(model.folder),
+        "model": source_digest(model.folder, check_finite),
         "dtype": str(model.dtype),
         "checkpoint_dtype": str(job.quantizer.scale_dtype),
         "data": calibration_data_digest([batch.digest for batch in job.batches], job.weights),

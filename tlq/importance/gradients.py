@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tlq.importance.pool import GroupKey, Importance, pool_indices
 from tlq.models.architectures import EXPERTS, check_linears, get_linear
 from tlq.models.decoder import LayerCalls, enter_decoder, run_layer
-from tlq.models.stored import source_digest
+from tlq.models.stored import check_finite, source_digest
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.parallel import Ranks
 from tlq.quantization.formats import Scheme, WeightQuantizer
@@ -96,7 +96,7 @@ def score_resumably(
     if ranks.leads:
         state.begin(
             {
-                "model": source_digest(model.folder),
+                "model": source_digest(model.folder, check_finite),
                 "dtype": str(model.dtype),
                 "data": calibration_data_digest([batch.digest for batch in batches], {}),
                 "loss": repr(loss),

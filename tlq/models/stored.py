@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,17 +275,17 @@ def check_finite(file: Path) -> None:
                 raise FloatingPointError(f"{file}: {key} is not finite; the checkpoint is damaged, download it again")
 
 
-def source_digest(folder: Path) -> str:
+def source_digest(folder: Path, check: Callable[[Path], None] | None = None) -> str:
     """SHA-256 of a checkpoint's config and of every byte of its weight files.
 
     The digests of the files are kept in a hidden file next to the folder, so a large model is read for them once.
 
-    Raises:
-        FloatingPointError: see ``check_finite``.
+    Args:
+        check: called once for every weight file, ``check_finite`` for instance; the hidden file says which passed.
     """
     total = hashlib.sha256((folder / "config.json").read_bytes())
     kept = folder.with_name(f".{folder.resolve().name}.sha256.json")
-    digests = kept_digests(weight_files(folder), kept, check_finite)
+    digests = kept_digests(weight_files(folder), kept, check)
     for name, digest in sorted(digests.items()):
         total.update(f"{name} {digest} ".encode())
     return total.hexdigest()
