@@ -158,7 +158,7 @@ def round_compensated(
     updated = original.clone()
     count, width, rows = original.shape
     block_size = scheme.group_size or _BLOCK
-    channels = _channel_weights(factor, ranges)
+    channels = _channel_weights(factor, ranges) if ranges.searched(scheme) else factor.pivots  # pivots are not read
     whole_row = ranges.qparams(_stacked(original), quantizer, channels) if scheme.group_size is None else None
     qparams = []
     blocks = []
