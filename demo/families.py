@@ -45,7 +45,7 @@ class Family(ABC):
 
     @abstractmethod
     def embeddings(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, image_tokens, hidden]: what stands in the decoder's input for each picture."""
+        """[B, image_tokens, hidden]: the embeddings of each picture in the decoder's input."""
 
     @abstractmethod
     def positions(self, start: int) -> np.ndarray:

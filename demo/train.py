@@ -66,7 +66,7 @@ class TrainParams:
     decoder: Path | None = None  # trained demo model whose decoder the decoder stage starts from
     adam_lr: float = 2e-3
     seed: int = 0
-    length: int = 158  # tokens of a sequence beside those of its picture
+    length: int = 158  # tokens of a sequence, without those of its picture
     warmup: float = 0.02
     evaluate_images: int = 64
     mix: Mix = field(default_factory=Mix)

@@ -89,7 +89,7 @@ def test_missing_and_damaged_references_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_of_the_reference_is_refused_by_item(tmp_path: Path) -> None:
-    """The items beside it are compared as before."""
+    """Other items of the same file are compared as before."""
     other = ItemKey("demo_textvqa", "9")
     ReferenceRecorder(tmp_path).measure({KEY: ([1, 2, 3], log_probs(0)), other: ([2], log_probs(1, 1))})
     (part,) = tmp_path.iterdir()
