@@ -88,10 +88,14 @@ def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def load_or_build_tokenizer(folder: Path) -> Qwen2Tokenizer:
-    """The tokenizer of a work folder, built once and stored there, so that changed questions do not change it."""
+def load_or_build_tokenizer(folder: Path, trained: Path | None = None) -> Qwen2Tokenizer:
+    """The tokenizer of a work folder, stored there once so that changed questions do not change it.
+
+    A new folder gets the tokenizer of the model ``trained`` from which training starts, if there is one.
+    """
     if not folder.exists():
-        build_tokenizer().save_pretrained(folder)
+        tokenizer = Qwen2Tokenizer.from_pretrained(trained) if trained is not None else build_tokenizer()
+        tokenizer.save_pretrained(folder)
     return Qwen2Tokenizer.from_pretrained(folder)
 
 

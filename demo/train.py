@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2Tokenizer
 
 from demo.families import FAMILIES, Family
 from demo.forward import answer_logits, answer_loss, turns_right, use_grouped_attention
@@ -156,8 +156,14 @@ def scale_features(family: Family, model: PreTrainedModel, seed: int) -> None:
         last.bias.mul_(FEATURE_RMS / rms)
 
 
-def load_decoder(model: Any, trained: Path) -> None:
-    """Copy the decoder of a trained demo model, without its outlier channels, with which training would fail."""
+def load_decoder(model: Any, trained: Path, tokenizer: Qwen2Tokenizer) -> None:
+    """Copy the decoder of a trained demo model, without its outlier channels, with which training would fail.
+
+    Raises:
+        ValueError: the trained model's tokenizer is another one, so that its embeddings belong to other tokens.
+    """
+    if Qwen2Tokenizer.from_pretrained(trained).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{trained}: its tokens are not those of the work folder's tokenizer; use a new work folder")
     source: Any = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
     remove_outliers(source, OutlierParams())
     model.model.language_model.load_state_dict(source.model.language_model.state_dict())
@@ -168,7 +174,8 @@ def start_state(params: TrainParams) -> State:
     """State of the stage's checkpoint if it exists; otherwise new weights, for the decoder with the trained tower."""
     torch.manual_seed(params.seed)
     family = FAMILIES[params.family]
-    model: Any = family.build_model(load_or_build_tokenizer(params.work / "tokenizer"))
+    tokenizer = load_or_build_tokenizer(params.work / "tokenizer", params.decoder)
+    model: Any = family.build_model(tokenizer)
     use_grouped_attention(model)
     nn.init.normal_(model.model.language_model.embed_tokens.weight, std=FEATURE_RMS)
     width = model.lm_head.in_features
@@ -182,7 +189,7 @@ def start_state(params: TrainParams) -> State:
         model.load_state_dict(torch.load(params.work / "vision.pt")["weights"])
         scale_features(family, model, params.seed)
         if params.decoder is not None:
-            load_decoder(model, params.decoder)
+            load_decoder(model, params.decoder, tokenizer)
     model.requires_grad_(params.stage == "decoder")
     for module in family.vision(model):
         module.requires_grad_(params.stage == "vision")
@@ -300,7 +307,7 @@ def evaluate(state: State, packer: Packer, params: TrainParams, loss: float) -> 
 def train(params: TrainParams) -> None:
     """Run or resume one stage until the end of its budget."""
     if not rank():
-        load_or_build_tokenizer(params.work / "tokenizer")
+        load_or_build_tokenizer(params.work / "tokenizer", params.decoder)
     if dist.is_initialized():
         dist.barrier()
     family = FAMILIES[params.family]

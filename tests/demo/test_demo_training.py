@@ -1,5 +1,6 @@
 """Training with packing, batched vision and answer-only logits computes the same as the library on single questions."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
 from demo.families import FAMILIES, Family
 from demo.forward import answer_logits, answer_loss, encode_images, turns_right, use_grouped_attention
-from demo.model import build_image_processor, build_model, build_tokenizer
+from demo.model import SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer, load_or_build_tokenizer
 from demo.optimizer import Optimizer, orthogonalise
 from demo.outliers import OutlierParams, add_outliers, channel_factors, remove_outliers
 from demo.packing import Batch, Mix, Packer, draw_batch, patchify
 from demo.questions import benchmark_questions
+from demo.train import load_decoder
 from demo.world import COLUMNS, DIGITS, LETTERS, ROWS, random_scene, render
 from tlq.models.processor import load_processor
 
@@ -159,3 +161,26 @@ def test_channel_factors_have_the_share_and_strength_of_outliers() -> None:
 def test_outliers_refuse_half_precision(model: Qwen2VLForConditionalGeneration) -> None:
     with pytest.raises(ValueError, match="float32"):
         add_outliers(model.bfloat16(), OutlierParams())
+
+
+def test_training_that_starts_from_a_model_uses_its_tokenizer(tmp_path: Path) -> None:
+    shipped = Path("data/demo/model")
+    tokenizer = load_or_build_tokenizer(tmp_path / "tokenizer", shipped)
+    assert tokenizer.get_vocab() == Qwen2Tokenizer.from_pretrained(shipped).get_vocab()
+    network = FAMILIES["llava_onevision"].build_model(tokenizer)
+    load_decoder(network, shipped, tokenizer)
+    source: Any = Qwen2VLForConditionalGeneration.from_pretrained(shipped, dtype=torch.float32)
+    remove_outliers(source, OutlierParams())
+    assert torch.equal(network.lm_head.weight, source.lm_head.weight)
+
+
+def test_a_decoder_of_other_tokens_is_refused(tokenizer: Qwen2Tokenizer, tmp_path: Path) -> None:
+    words = [token for token in tokenizer.get_vocab() if token not in SPECIAL_TOKENS]
+    other = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = other["model"]["vocab"]
+    vocab[words[0]], vocab[words[1]] = vocab[words[1]], vocab[words[0]]
+    build_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="its tokens are not those"):
+        load_decoder(FAMILIES["llava_onevision"].build_model(tokenizer), tmp_path, tokenizer)
