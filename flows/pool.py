@@ -30,6 +30,7 @@ from prefect.states import Cancelled
 
 from flows.stages import ROOT, StageFailed, run_command
 from tasks.cluster.authenticated import read_secret
+from tasks.cluster.clock import WrongClockError, check_clock
 from tasks.cluster.store import JobStore, StageGoneError
 from tasks.cluster.work_pool import FLOW, fixed_job_template
 
@@ -55,12 +56,16 @@ def pool_worker(
     command += ["--name", name, "--agents", str(agents), module, *arguments]
     try:
         meeting = JobStore.join(store, read_secret(Path(secret)))
+        check_clock(meeting, name)
         try:
             run_command(command, module, Path(folder), meeting.send_line)
         except StageFailed:
             if not meeting.stopped(name):
                 raise
             return Cancelled(message="the stage no longer needs this worker")
+    except WrongClockError as error:  # Cancelled, not Failed: another run would go to the same idle worker
+        meeting.send_line(str(error))
+        return Cancelled(message=str(error))
     except (StageGoneError, FileNotFoundError) as error:
         return Cancelled(message=str(error))
     return None

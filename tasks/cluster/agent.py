@@ -13,7 +13,6 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -31,9 +30,6 @@ logger = logging.getLogger("tlq.agent")
 _HEARTBEAT_SECONDS = 1.0
 _KILL_SECONDS = 20
 
-#: Agents compare times of their own clocks, and count one without a heartbeat for 8 seconds as dead.
-_CLOCK_SECONDS = 3.0
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,26 +45,8 @@ def main() -> None:
     try:
         secret = read_secret(Path(arguments.secret))
         _serve(JobStore.join(arguments.store, secret), secret, arguments)
-    except (StageGoneError, WrongClockError, SignalException) as error:
+    except (StageGoneError, SignalException) as error:
         sys.exit(str(error))
-
-
-class WrongClockError(RuntimeError):
-    """The clock of this machine differs too much from that of the stage's machine."""
-
-
-def check_clock(store: JobStore) -> None:
-    """Refuse to join with a wrong clock: the other agents would seem dead to this one, or this one to them.
-
-    Raises:
-        WrongClockError: the clock differs from the stage's by more than ``_CLOCK_SECONDS``.
-    """
-    ahead = store.clock_ahead()
-    if abs(ahead) > _CLOCK_SECONDS:
-        raise WrongClockError(
-            f"the clock of {socket.gethostname()} is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that "
-            "of the stage's machine; set both right (NTP), then start this worker again"
-        )
 
 
 def _serve(store: JobStore, secret: str, arguments: argparse.Namespace) -> None:
@@ -76,10 +54,8 @@ def _serve(store: JobStore, secret: str, arguments: argparse.Namespace) -> None:
 
     Raises:
         StageGoneError: the store is gone before the group has formed.
-        WrongClockError: see ``check_clock``.
         SignalException: SIGTERM was received.
     """
-    check_clock(store)
     signal.signal(signal.SIGTERM, _raise_on_signal)
     leaving = threading.Event()
     heartbeat = threading.Thread(

@@ -46,10 +46,12 @@ def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
         settle_leftovers(pool, job)
         secret = new_secret()
         keep_secret(secret, job.secret_file)
-        watch = Watch(pool, job, JobStore.host(own_address(), secret, job.key))
+        store = JobStore.host(own_address(), secret, job.key)
+        watch = Watch(pool, job, store)
         try:
-            watch.submit(workers_wanted(pool, most))
-            watch.until_finished()
+            with store.shown_clock():
+                watch.submit(workers_wanted(pool, most))
+                watch.until_finished()
         finally:
             watch.end()
             job.secret_file.unlink(missing_ok=True)

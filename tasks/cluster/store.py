@@ -6,11 +6,13 @@ messages are signed with a secret that only the job's processes have, see ``Auth
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,12 +20,15 @@ from torch.distributed import TCPStore
 
 from tasks.cluster.authenticated import AuthenticatedStore
 
+logger = logging.getLogger("tlq.pool")
+
 T = TypeVar("T")
 
 #: Seconds within which a running store answers.
 ANSWER_SECONDS = 20
 
 _CLOCK_POLL_SECONDS = 0.1
+_SHOW_CLOCK_SECONDS = 1.0
 
 _FAILURE, _FINISHED, _BEGUN, _STOPPED, _JOB, _LINES, _CLOCK = (
     f"tlq/{name}" for name in ("failure", "finished", "begun", "stopped", "job", "lines", "clock")
@@ -141,18 +146,43 @@ class JobStore:
         return self._has(_STOPPED) or self._has(_STOPPED + agent)
 
     def show_clock(self) -> None:
-        """Let the agents read this machine's clock; the host calls this about every second."""
+        """Let the workers read this machine's clock."""
         now = str(time.time())
         self._request(lambda: self.signed.set(_CLOCK, now))
 
-    def clock_ahead(self) -> float:
-        """Seconds by which this machine's clock is ahead of the host's, to about the interval of ``show_clock``.
+    @contextmanager
+    def shown_clock(self) -> Iterator[None]:
+        """Show this machine's clock every second, in a thread: the host may be busy with other things for longer."""
+        leaving = threading.Event()
+
+        def show() -> None:
+            try:
+                while not leaving.wait(_SHOW_CLOCK_SECONDS):
+                    self.show_clock()
+            except StageGoneError as error:
+                logger.warning("the clock is no longer shown to new workers: %s", error)
+
+        self.show_clock()
+        thread = threading.Thread(target=show, daemon=True, name="clock")
+        thread.start()
+        try:
+            yield
+        finally:
+            leaving.set()
+            thread.join()
+
+    def clock_ahead(self, worker: str) -> float:
+        """Seconds by which this machine's clock is ahead of the host's, to about the interval of ``shown_clock``.
+
+        Returns 0 if the job no longer needs ``worker``, since the host may then show no time.
 
         Raises:
             StageGoneError: the host shows no time within ``ANSWER_SECONDS``.
         """
         until, first = time.monotonic() + ANSWER_SECONDS, self._read(_CLOCK)
         while (shown := self._read(_CLOCK)) in (None, first):  # the first one may be old
+            if self.finished() or self.stopped(worker):
+                return 0.0
             if time.monotonic() > until:
                 raise StageGoneError(f"the stage is gone: {self.endpoint} answers but shows no time")
             time.sleep(_CLOCK_POLL_SECONDS)

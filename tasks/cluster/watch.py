@@ -72,7 +72,6 @@ class Watch:
             ValueError, NoWorkerError, ChildProcessError: see ``run_on_pool``.
         """
         while not self._store.finished():
-            self._store.show_clock()
             self._show_lines()
             self._store.raise_failure()
             self._refresh()
@@ -107,7 +106,13 @@ class Watch:
         self._runs = self._unended
         cancelled = [run for run in lost if run.state == StateType.CANCELLED]
         if cancelled and not self._runs and len(cancelled) == len(lost):
-            raise ChildProcessError(f"{self._job.name}: its runs on pool {self._pool.name} were cancelled")
+            reasons = "; ".join(sorted({run.message for run in cancelled if run.message}))
+            raise ChildProcessError(
+                f"{self._job.name}: its runs on pool {self._pool.name} were cancelled"
+                + (f": {reasons}" if reasons else "")
+            )
+        for run in cancelled:
+            logger.warning("worker run %s was cancelled (%s); the others continue without it", run.name, run.message)
         for run in lost:
             if run.state != StateType.CANCELLED:
                 self._count_lost(run)

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect.client.schemas.objects import StateType
 from torch.distributed import TCPStore
 
+from flows.pool import pool_worker
 from tasks.cluster import store as store_module
-from tasks.cluster.agent import WrongClockError, check_clock
 from tasks.cluster.authenticated import keep_secret, new_secret, read_secret
+from tasks.cluster.clock import WrongClockError, check_clock
 from tasks.cluster.store import JobStore, StageGoneError
 
 SECRET = new_secret()
@@ -131,9 +133,9 @@ def test_a_machine_with_a_wrong_clock_is_told_so(ahead: float, monkeypatch: pyte
         if ahead:
             side = "ahead of" if ahead > 0 else "behind"
             with pytest.raises(WrongClockError, match=rf"(30|29)\d\d s {side} that of the stage"):
-                check_clock(agent)
+                check_clock(agent, "a")
         else:
-            check_clock(agent)
+            check_clock(agent, "a")
     finally:
         later.join()
 
@@ -142,30 +144,57 @@ def test_an_agent_whose_stage_shows_no_time_ends(monkeypatch: pytest.MonkeyPatch
     stage = JobStore.host("127.0.0.1", SECRET)
     monkeypatch.setattr(store_module, "ANSWER_SECONDS", 1)
     with pytest.raises(StageGoneError, match="shows no time"):
-        JobStore.join(stage.endpoint, SECRET, seconds=5).clock_ahead()
+        JobStore.join(stage.endpoint, SECRET, seconds=5).clock_ahead("a")
 
 
-@pytest.mark.parametrize("trouble", ["clock", "gone"])
-def test_an_agent_that_cannot_join_ends_with_one_line(trouble: str, tmp_path: Path) -> None:
-    """As a worker of a pool runs it; the shown time is one that the stage's machine had a minute ago."""
+@pytest.mark.parametrize("ends", ["finish", "stop"])
+def test_a_worker_that_is_no_longer_needed_waits_for_no_clock(ends: str) -> None:
+    stage = JobStore.host("127.0.0.1", SECRET)
+    getattr(stage, ends)()
+    assert JobStore.join(stage.endpoint, SECRET).clock_ahead("a") == 0
+
+
+def test_the_clock_is_shown_while_the_host_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_SHOW_CLOCK_SECONDS", 0.05)
+    stage = JobStore.host("127.0.0.1", SECRET)
+    worker = JobStore.join(stage.endpoint, SECRET)
+    with stage.shown_clock():
+        check_clock(worker, "a")
+        assert abs(worker.clock_ahead("a")) < 3
+    assert not any(thread.name == "clock" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("ahead", [60, -60])
+def test_a_worker_with_a_wrong_clock_ends_cancelled(
+    ahead: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not count as a failed start, which is tried again; the stage's log says why it has ended."""
+    keep_secret(SECRET, tmp_path / "secret")
+    stage = JobStore.host("127.0.0.1", SECRET)
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "a")
+    monkeypatch.setattr(JobStore, "clock_ahead", lambda _self, _worker: ahead)
+    state = pool_worker.fn(stage.endpoint, str(tmp_path / "secret"), 1, "json", [], str(tmp_path))
+    assert state is not None
+    assert state.type == StateType.CANCELLED
+    assert "set both right (NTP)" in (state.message or "")
+    assert stage.lines() == [state.message]
+
+
+def test_an_agent_without_a_stage_ends_with_one_line(tmp_path: Path) -> None:
+    """As a worker of a pool runs it."""
     secret = tmp_path / "secret"
     keep_secret(SECRET, secret)
     stage = JobStore.host("127.0.0.1", SECRET)
     endpoint = stage.endpoint
-    if trouble == "gone":
-        del stage
+    del stage
     command = [sys.executable, "-m", "tasks.cluster.agent", "--store", endpoint, "--secret", str(secret)]
     agent = subprocess.Popen([*command, "--name", "a", "--agents", "1", "json"], stderr=subprocess.PIPE, text=True)
     try:
-        while agent.poll() is None and trouble == "clock":
-            stage.signed.set("tlq/clock", str(time.time() - 60))
-            time.sleep(0.2)
         _, said = agent.communicate(timeout=60)
     finally:
         agent.kill()
     assert agent.returncode == 1
-    expected = {"clock": "s ahead of that of the stage's machine; set both right", "gone": "the stage has ended"}
-    lines = [line for line in said.splitlines() if expected[trouble] in line]
+    lines = [line for line in said.splitlines() if "the stage has ended" in line]
     assert len(lines) == 1, said
     assert "Traceback" not in said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -116,9 +117,20 @@ def test_a_silent_run_is_set_to_crashed_and_replaced(monkeypatch: pytest.MonkeyP
 
 
 def test_runs_cancelled_by_a_user_are_not_replaced() -> None:
-    pool = FakePool(lambda _number: Cancelled())
-    with pytest.raises(ChildProcessError, match="calibrate tlq: its runs on pool gpu were cancelled"):
+    pool = FakePool(lambda _number: Cancelled(message="the clock of a is 60 s behind"))
+    with pytest.raises(ChildProcessError, match="its runs on pool gpu were cancelled: the clock of a is 60 s behind$"):
         watching(pool, JobStore.host("127.0.0.1", SECRET)).until_finished()
+
+
+def test_the_stage_continues_without_a_cancelled_run(caplog: pytest.LogCaptureFixture) -> None:
+    """For example that of a worker with a wrong clock, to which each further run would go too."""
+    store = JobStore.host("127.0.0.1", SECRET)
+    pool = FakePool(lambda number: Running() if number else Cancelled(message="the clock of a is 60 s behind"))
+    watched = watching(pool, store, 2)
+    threading.Timer(0.3, store.finish).start()
+    watched.until_finished()
+    assert len(pool.states) == 2
+    assert "was cancelled (the clock of a is 60 s behind); the others continue without it" in caplog.text
 
 
 def test_a_stage_waits_while_workers_are_busy_but_not_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
