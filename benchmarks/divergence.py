@@ -12,6 +12,7 @@ run stores log p per answer token; variant runs read it, so that no process hold
 
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,13 +155,18 @@ class ReferenceReader:
     """Meter of a variant's run: compares with the log p that the full-precision run stored."""
 
     def __init__(self, folder: Path) -> None:
-        self._places: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        self._places: defaultdict[str, list[Path]] = defaultdict(list)
+        named: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors"), reverse=True):  # an answer asked again is in a later file
             try:
                 with safe_open(path, "pt") as file:
-                    self._places |= dict.fromkeys(file.keys(), path)
+                    named |= dict.fromkeys(file.metadata() or {}, path)
+                    for key in _items_in(file):
+                        self._places[key].append(path)
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); evaluate `full` again") from error
+        if lost := sorted(named.keys() - self._places.keys()):
+            raise ValueError(f"{named[lost[0]]}: holds no log-probabilities of {lost[0]}; evaluate `full` again")
         if not self._places:
             raise FileNotFoundError(
                 f"{folder}: no reference log-probabilities; "
@@ -168,18 +174,13 @@ class ReferenceReader:
             )
 
     def wants(self, key: ItemKey) -> bool:
-        return f"{key}/log_p" in self._places
+        return str(key) in self._places
 
     def measure(self, answers: Mapping[ItemKey, tuple[Sequence[int], torch.Tensor]]) -> dict[ItemKey, Divergence]:
         return {key: self._compare(key, tokens, log_q) for key, (tokens, log_q) in answers.items()}
 
     def _compare(self, key: ItemKey, tokens: Sequence[int], log_q: torch.Tensor) -> Divergence:
-        path = self._places[f"{key}/log_p"]
-        with safe_open(path, "pt") as file:
-            stored = _read_item(file, str(key))
-        if stored is None:
-            raise ValueError(f"{path}: the log-probabilities of {key} are damaged; evaluate `full` again")
-        log_p, reference_tokens = stored
+        log_p, reference_tokens = self._stored(str(key))
         if reference_tokens.tolist() != list(tokens) or log_p.shape[-1] != log_q.shape[-1]:
             raise ValueError(
                 f"{key}: the full-precision run tokenized the answer differently or has another vocabulary "
@@ -189,3 +190,11 @@ class ReferenceReader:
             log_p = log_p.float().log_softmax(-1)
         kl = kl_per_token(log_p.to(log_q.device), log_q)
         return Divergence(len(tokens), nll_per_token(log_q, tokens), kl)
+
+    def _stored(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p and tokens of an item, from the last file whose copy is sound."""
+        for path in self._places[key]:
+            with safe_open(path, "pt") as file:
+                if (stored := _read_item(file, key)) is not None:
+                    return stored
+        raise ValueError(f"{self._places[key][0]}: the log-probabilities of {key} are damaged; evaluate `full` again")

@@ -329,8 +329,11 @@ def _question_and_answer(row: Mapping[str, Any], images: int, prompt: str) -> li
     if key is None:
         raise ValueError("it has no list of `conversations` or `messages`, and no `answer`")
     answer = as_text(row[key], f"its {key}")
-    question = as_text(row.get("question"), "its question") or prompt
-    if "question" in row and not question.strip():
+    asked = row.get("question")
+    question = as_text(asked, "its question")
+    if not question and not isinstance(asked, str):  # no question, where an empty one would be a mistake
+        question = prompt
+    if not question.strip():
         raise ValueError("its question is empty")
     if IMAGE_MARK not in question:
         question = IMAGE_MARK * images + question

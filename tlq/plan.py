@@ -347,7 +347,7 @@ def refuse_impossible(needed: Plan, out: Path, device: torch.device, processes: 
         )
 
 
-_LEVERS = "batch_size, the number of samples or tokens_per_layer, or compute in bfloat16 (dtype)"
+_LEVERS = "batch_size, the number of samples or tokens_per_layer (per_width), or compute in bfloat16 (dtype)"
 _SMALLER_LAYERS = "compute in bfloat16 (dtype), or choose a device with more memory"
 
 

@@ -117,16 +117,19 @@ class PrepareParams(Section):
     )
     columns: Columns = Field(default_factory=lambda: Columns(), description="column names of a table of questions")
     prompt: str | None = Field(
-        default=None, description="one question for every image of a table that has captions and no questions"
+        default=None,
+        description="one question for every image of a table that has captions and no questions",
     )
     max_rejected: float = Field(
         default=0.1, ge=0, le=1, description="share of unusable rows, of all rows read, at which the stage stops"
     )
 
     @model_validator(mode="after")
-    def _has_an_image_folder(self) -> PrepareParams:
+    def _is_complete(self) -> PrepareParams:
         if self.kind == "llava_json" and self.image_root is None:
             raise ValueError("kind llava_json needs image_root, the folder of its images")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError(f"prompt is {self.prompt!r}, must be a question, or null to read the column of questions")
         return self
 
 

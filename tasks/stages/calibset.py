@@ -77,7 +77,7 @@ def warn_of_few(summary: pd.DataFrame, least_effective: int) -> None:
     for row in few.to_dict("records"):  # experts get further tokens when they are calibrated
         logger.warning(
             "layer %d, group %s: %.1f effective tokens, fewer than calibset.weighting.least_effective %d; raise "
-            "calibset.budget.tokens_per_layer or importance.samples",
+            "calibset.budget.tokens_per_layer (or per_width in its place) or importance.samples",
             row["layer"],
             row["group"],
             row["effective_tokens"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from bench import ablation
 from bench.peers import Setup, contenders, equal_length_inputs
 from bench.sections import table
+from tlq.quantization.ranges import MINMAX
+from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Sample
 
 Runs = list[tuple[str, str, int]]
@@ -34,10 +37,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     return made
 
 
-def test_choices_differ_from_the_base_in_one_field() -> None:
+@pytest.mark.parametrize("recipe", [get_recipe("tlq"), replace(get_recipe("tlq-c"), ranges=MINMAX)])
+def test_choices_differ_from_the_base_in_one_field(recipe: Recipe) -> None:
     names = [choice.name for choice in ablation.study()]
     assert len(names) == len(set(names))
-    base, *others = ablation.choices(ablation.get_recipe("tlq"))
+    base, *others = ablation.choices(recipe)
     for choice in others:
         fields = ("recipe", "weighting", "budget", "samples")
         changed = 2 if choice.level.endswith(", uniform") else 1  # at every budget by width, both importances

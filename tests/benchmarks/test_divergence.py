@@ -88,14 +88,36 @@ def test_missing_and_damaged_references_are_refused(tmp_path: Path) -> None:
         ReferenceReader(tmp_path)
 
 
+def flip(part: Path, value: torch.Tensor) -> None:
+    """Flip one bit of a tensor in a file."""
+    content = part.read_bytes()
+    place = content.index(value.numpy().tobytes()) + 5
+    part.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+@pytest.mark.parametrize("damaged", ["part-00000.safetensors", "part-00001.safetensors"])
+def test_one_sound_copy_of_an_answer_is_enough(damaged: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        ReferenceRecorder(tmp_path).measure({KEY: ([1, 2, 3], log_probs(0))})
+    flip(tmp_path / damaged, log_probs(0))
+    assert ReferenceReader(tmp_path).measure({KEY: ([1, 2, 3], log_probs(0))})[KEY].kl == 0
+
+
+def test_an_answer_that_the_reference_lost_is_not_left_out_silently(tmp_path: Path) -> None:
+    ReferenceRecorder(tmp_path).measure({KEY: ([1, 2, 3], log_probs(0))})
+    (part,) = tmp_path.iterdir()
+    content = part.read_bytes()
+    part.write_bytes(content.replace(f'"{KEY}/log_p"'.encode(), f'"{KEY}/log_q"'.encode()))
+    with pytest.raises(ValueError, match=r"part-00000\.safetensors: holds no log-probabilities of demo_textvqa/7/b"):
+        ReferenceReader(tmp_path)
+
+
 def test_a_flipped_bit_of_the_reference_is_refused_by_item(tmp_path: Path) -> None:
     """Other items of the same file are compared as before."""
     other = ItemKey("demo_textvqa", "9")
     ReferenceRecorder(tmp_path).measure({KEY: ([1, 2, 3], log_probs(0)), other: ([2], log_probs(1, 1))})
     (part,) = tmp_path.iterdir()
-    content = part.read_bytes()
-    place = content.index(log_probs(0).numpy().tobytes()) + 5
-    part.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    flip(part, log_probs(0))
     reader = ReferenceReader(tmp_path)
     assert reader.measure({other: ([2], log_probs(1, 1))})[other].kl == 0
     with pytest.raises(ValueError, match=r"part-00000\.safetensors: .* of demo_textvqa/7/b are damaged; evaluate"):

@@ -215,6 +215,7 @@ def test_other_cells_are_never_turned_into_text(folder: Path, cell: Any, reason:
         (b"Who?", "its question is a bytes, must be"),
         (True, "its question is a bool, must be"),
         ("  ", "its question is empty"),
+        ("", "its question is empty"),
     ],
 )
 def test_a_question_is_text_or_its_row_is_refused(folder: Path, cell: Any, reason: str) -> None:

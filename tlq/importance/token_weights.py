@@ -206,7 +206,7 @@ def _least_effective_in_pool(least_effective: int, budget: TokenBudget) -> int:
     if least_effective >= size:
         raise ValueError(
             f"Weighting.least_effective is {least_effective}, a set of {size} tokens cannot have as many; "
-            f"raise TokenBudget.tokens_per_layer to {2 * least_effective}"
+            f"raise TokenBudget.tokens_per_layer to {2 * least_effective}, or per_width in its place"
         )
     return math.ceil(least_effective * size / (size - least_effective))
 

@@ -170,7 +170,8 @@ def even_out(weights: NDArray[np.float64], least_effective: int) -> NDArray[np.f
     if least_effective > len(weights):
         raise ValueError(
             f"{least_effective} effective tokens are needed, the pool has {len(weights)} tokens; lower "
-            "Weighting.least_effective, score more samples or, for draws, raise TokenBudget.tokens_per_layer"
+            "Weighting.least_effective, score more samples or, for draws, raise TokenBudget.tokens_per_layer "
+            "(or per_width in its place)"
         )
     if not len(weights):
         return weights

@@ -77,11 +77,13 @@ class Ranges:
         if channels is None:
             channels = torch.ones(weight.shape[1], device=weight.device)
         size = quantizer.scheme.group_size or weight.shape[1]
-        groups = weight.float().unflatten(1, (-1, size)).split(max(1, _ELEMENTS // weight.shape[1]))
-        starts = zip(scale.split(len(groups[0])), zero_point.split(len(groups[0])), strict=True)
+        parts = -(-weight.numel() // _ELEMENTS)  # of equal sizes: the sum of a single long row may depend on threads
+        groups = weight.float().unflatten(1, (-1, size))
         found = [
-            self._search(rows, channels.view(-1, size), start, quantizer)
-            for rows, start in zip(groups, starts, strict=True)
+            self._search(rows, channels.view(-1, size), (row_scales, row_zeros), quantizer)
+            for rows, row_scales, row_zeros in zip(
+                *(values.tensor_split(parts) for values in (groups, scale, zero_point)), strict=True
+            )
         ]
         scales, zero_points = zip(*found, strict=True)
         return torch.cat(scales), torch.cat(zero_points)

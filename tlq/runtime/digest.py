@@ -32,10 +32,17 @@ def kept_digests(files: Iterable[Path], kept: Path, check: Callable[[Path], None
         check: called for every file that it has not been called for; ``kept`` says which passed.
     """
     known = _known_digests(kept)
-    now = {file.name: _digest_of(file, known, check) for file in files}
-    if known | now != known:
-        with suppress(OSError):
-            write_text(json.dumps(known | now, indent=1) + "\n", kept)
+    now: dict[str, dict[str, Any]] = {}
+    try:
+        for file in files:
+            now[file.name] = _digest_of(file, known)
+            if check is not None and not now[file.name].get("checked"):
+                check(file)
+                now[file.name] = {**now[file.name], "checked": True}
+    finally:  # a file that a check refuses costs no second reading of the others
+        if known | now != known:
+            with suppress(OSError):
+                write_text(json.dumps(known | now, indent=1) + "\n", kept)
     return {name: entry["sha256"] for name, entry in now.items()}
 
 
@@ -47,19 +54,14 @@ def _known_digests(file: Path) -> dict[str, dict[str, Any]]:
     return known if isinstance(known, dict) else {}
 
 
-def _digest_of(file: Path, known: Mapping[str, dict[str, Any]], check: Callable[[Path], None] | None) -> dict[str, Any]:
+def _digest_of(file: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Size, time and inode of a file with its SHA-256, which is taken from ``known`` if they are the same."""
     status = file.stat()
     entry: dict[str, Any] = {"size": status.st_size, "time": status.st_mtime_ns, "inode": status.st_ino}
     old = known.get(file.name)
     if isinstance(old, dict) and "sha256" in old and entry.items() <= old.items():
-        entry = old
-    else:
-        entry["sha256"] = file_digest(file)
-    if check is not None and not entry.get("checked"):
-        check(file)
-        entry = {**entry, "checked": True}
-    return entry
+        return old
+    return {**entry, "sha256": file_digest(file)}
 
 
 def file_digest(file: Path) -> str:

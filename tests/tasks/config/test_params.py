@@ -139,6 +139,14 @@ def test_prepare_refuses_conversations_without_an_image_folder(tmp_path: Path) -
         section("prepare", PrepareParams, path)
 
 
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_prepare_refuses_an_empty_prompt(prompt: str, tmp_path: Path) -> None:
+    """It would reject every row of the table."""
+    values = {"kind": "parquet", "path": "a.parquet", "samples": 3, "prompt": prompt}
+    with pytest.raises(ParamsError, match=f"prepare.prompt is '{prompt}', must be a question, or null"):
+        section("prepare", PrepareParams, write(tmp_path, {"prepare": values}))
+
+
 def test_an_override_changes_one_choice_and_keeps_the_rest(tmp_path: Path) -> None:
     path = write(tmp_path, {"recipes": {"tlq": {"equalization": {"duo": False}, "rounding": "compensated"}}})
     row = recipe("tlq", path)
