@@ -31,6 +31,7 @@ from bench.laboratory import MODEL, WORLD, Laboratory
 from tasks.command import quiet_libraries
 from tasks.config.params import Columns, PrepareParams
 from tasks.stages.prepare import draw, read_table
+from tlq.calibration.allocation import distributed, measure
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate
 from tlq.importance.gradients import BlockLoss, score_tokens
@@ -41,7 +42,8 @@ from tlq.importance.weighting import Weighting, loss_of
 from tlq.models.architectures import input_widths
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.streaming import ResidentModel
-from tlq.quantization.formats import WeightQuantizer, get_scheme
+from tlq.quantization.allocation import Unit
+from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.quantization.ranges import MINMAX, Ranges
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, encode_batches, image_token_id
@@ -131,7 +133,8 @@ def study() -> list[Choice]:
     baselines = [Choice("default", "", get_recipe(name)) for name in ("rtn", "smoothquant", "awq", "gptq", "mbq")]
     baselines.append(Choice("text", "answers only", get_recipe("mbq"), Weighting(text="answer")))
     plain = [choice for choice in choices(get_recipe("tlq")) if choice.factor in ("default", "importance")]
-    return [*baselines, *plain, *choices(replace(get_recipe("tlq-c"), ranges=MINMAX))]
+    shipped = Choice("shipped", "ranges searched at 2 bits", get_recipe("tlq-c"))
+    return [*baselines, *plain, *choices(replace(get_recipe("tlq-c"), ranges=MINMAX)), shipped]
 
 
 def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, seed: int) -> dict[str, float]:
@@ -141,7 +144,7 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     if choice.recipe.needs_data:
         weights = to_batches(pool.weights(choice, seed), pool.batches)
     started = time.perf_counter()
-    quantizer = WeightQuantizer(get_scheme(scheme), checkpoint_dtype_of(read_config(MODEL), MODEL))
+    quantizer = WeightQuantizer(pool.scheme(scheme), checkpoint_dtype_of(read_config(MODEL), MODEL))
     calibrate(model, CalibrationJob(choice.recipe, quantizer, pool.batches, weights))
     seconds = time.perf_counter() - started
     return laboratory.measure(model, laboratory.reader) | {"seconds": round(seconds, 2)}
@@ -167,12 +170,24 @@ class Pool:
         self.tokens = TokenPool.of(self.batches)
         self.widths = input_widths(model, ResidentModel(model).architecture)
         self._model = model
+        self._units: list[Unit] = []
 
     @cached_property
     def block_scores(self) -> Importance:
         """Importance by the loss of each block, which one choice uses."""
         block = BlockLoss(get_scheme("w3a16"), checkpoint_dtype_of(read_config(MODEL), MODEL))
         return score_tokens(ResidentModel(self._model), self.batches, block)
+
+    def scheme(self, name: str) -> Scheme:
+        """The scheme of this name; the budget of a mix is distributed by the importance of this pool."""
+        scheme = get_scheme(name)
+        if scheme.budget is None:
+            return scheme
+        if not self._units:
+            quantizer = WeightQuantizer(scheme, checkpoint_dtype_of(read_config(MODEL), MODEL))
+            job = CalibrationJob(get_recipe("rtn"), quantizer, self.batches)
+            self._units = measure(ResidentModel(self._model), job, self.scores)
+        return distributed(scheme, self._units, 0)
 
     def weights(self, choice: Choice, seed: int) -> PoolWeights:
         source = choice.recipe.importance
@@ -208,7 +223,7 @@ def remaining_runs(
                 for choice in rows
                 for scheme in schemes
                 if choice.samples == size
-                and (choice.factor == "default" or scheme in _STUDIED)
+                and (choice.factor in ("default", "shipped") or scheme in _STUDIED)
                 and tuple(_key(choice, scheme, seed).values()) not in done
             ]
             if runs:

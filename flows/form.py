@@ -26,9 +26,12 @@ def preset_names(kind: str) -> list[str]:
     return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
 
 
+#: Mixes in the menu; `variants.schemes` and the command take any size.
+_MIXES = ("mix2.5", "mix3", "mix3.5", "mix4.5")
+
 # Prefect's form shows an `enum` as a menu, and takes descriptions from the flow's docstring.
 RecipeName = Annotated[str, Field(json_schema_extra={"enum": [*RECIPES]})]
-SchemeName = Annotated[str, Field(json_schema_extra={"enum": [*SCHEMES]})]
+SchemeName = Annotated[str, Field(json_schema_extra={"enum": [*SCHEMES, *_MIXES]})]
 StageName = Annotated[str, Field(json_schema_extra={"enum": [*STAGES]})]
 DataName = Annotated[str, Field(json_schema_extra={"enum": ["", *preset_names("calibration")]})]
 BenchmarksName = Annotated[str, Field(json_schema_extra={"enum": ["", *preset_names("benchmarks")]})]

@@ -34,7 +34,6 @@ from flows.hooks import HOOKS
 from flows.names import experiment_name, run_name
 from flows.stages import LAST, check_tracking, following, report_and_register, run_stage, stage, stages_at_once
 from tasks.config.params import VariantParams, section
-from tlq.quantization.formats import SCHEMES
 from tlq.recipes import RECIPES
 
 
@@ -81,7 +80,7 @@ def stages_of(variants: Sequence[str]) -> list[str]:
     """All stages of a run, in order."""
     downloads = [f"fetch@{name}" for name in section("fetch", dict, parameters.PARAMS)]
     made = [f"{kind}@{variant}" for kind in ("calibrate", "evaluate") for variant in variants]
-    return ["demo", *downloads, "baseline", "prepare", "importance", "calibset", *made, *LAST]
+    return ["demo", *downloads, "baseline", "prepare", "importance", "calibset", "allocate", *made, *LAST]
 
 
 def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
@@ -98,7 +97,7 @@ def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
     for name in section("fetch", dict, parameters.PARAMS):
         run_stage(f"fetch@{name}", "fetch" in force)
     baseline = stage.submit("baseline", "baseline" in force)
-    for name in ("prepare", "importance", "calibset"):
+    for name in ("prepare", "importance", "calibset", "allocate"):
         run_stage(name, name in force)
     calibrated = [stage.submit(f"calibrate@{variant}", "calibrate" in force) for variant in variants]
     scored = [
@@ -116,7 +115,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--data", default="", choices=preset_names("calibration"), help="calibration data")
     parser.add_argument("--benchmarks", default="", choices=preset_names("benchmarks"), help="benchmarks")
     parser.add_argument("--recipes", nargs="+", default=[], choices=[*RECIPES], metavar="RECIPE", help="methods")
-    parser.add_argument("--schemes", nargs="+", default=[], choices=[*SCHEMES], metavar="SCHEME", help="number formats")
+    parser.add_argument("--schemes", nargs="+", default=[], metavar="SCHEME", help="number formats, mix3.5 too")
     parser.add_argument("--name", default="", help="registered models are called NAME-SCHEME")
     parser.add_argument("--force", nargs="+", default=[], choices=STAGES, metavar="STAGE", help="stages to run anyway")
     add_common_options(parser)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from tlq.importance.pool import GroupKey, Importance, PoolWeights, TokenPool, WeightedTokens
 from tlq.importance.weighting import LossName
+from tlq.quantization.formats import Scheme
 from tlq.runtime.files import new_directory, new_file
 from tlq.samples import Sample
 
 PREPARED = Path("data/prepared")
 IMPORTANCE = Path("data/importance")
 CALIBSET = Path("data/calibset")
+ALLOCATION = Path("data/allocation")
 MODELS = Path("models")
 EVALUATION = Path("evaluation")
 REPORT = Path("report")
@@ -157,6 +159,14 @@ def read_widths(folder: Path) -> dict[GroupKey, int]:
 def _flat(lists: pa.ChunkedArray) -> NDArray[Any]:
     """A column of lists as one flat array."""
     return pc.list_flatten(lists).to_numpy()
+
+
+def read_allocation(scheme: Scheme, folder: Path) -> Scheme:
+    """A scheme with its budget, if it has one, distributed as stage `allocate` has chosen."""
+    if scheme.budget is None:
+        return scheme
+    path = existing(folder / f"{scheme.name}.json", "allocate")
+    return replace(scheme, budget=None, overrides=tuple(json.loads(path.read_text())["overrides"].items()))
 
 
 def read_tokens(path: Path) -> pd.DataFrame:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
 
+from tlq.calibration.allocation import MEASURED, distributed, measure
 from tlq.calibration.job import CalibrationJob
-from tlq.export.engines import check_engine
+from tlq.export.engines import check_engine, mixed_by
 from tlq.export.model_card import write_card
 from tlq.importance.gradients import AnswerLoss, BlockLoss, score_resumably
-from tlq.importance.pool import PoolWeights, TokenPool
+from tlq.importance.pool import Importance, PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import (
     TokenWeights,
@@ -24,13 +25,13 @@ from tlq.importance.token_weights import (
     token_set,
     uniform_tokens,
 )
-from tlq.importance.weighting import Weighting, loss_of
+from tlq.importance.weighting import LossName, Weighting, loss_of
 from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.architectures import input_widths
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan import Plan, plan_calibration, plan_importance, refuse_impossible
+from tlq.plan import Plan, outside_bytes, plan_calibration, plan_importance, refuse_impossible
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.runtime.device import check_dtype, device_named
@@ -158,16 +159,19 @@ def quantize(
     streamed = _opened(model, scheme_row, settings)
     scoring = ResumeState(folder.with_name(f"{folder.name}-importance"))
 
-    job = _job(streamed, samples, recipe_row, scheme_row, settings)
+    job, counted = _job(streamed, samples, recipe_row, scheme_row, settings), _counted(streamed, recipe_row, settings)
 
     def weigh() -> TokenWeights:
         return to_batches(_weights(streamed, job, settings, scoring), job.batches)
 
     with scoring.locked():
-        layers = quantize_checkpoint(streamed, folder, job, weigh, _counted(streamed, recipe_row, settings))
+        if scheme_row.budget is not None:
+            refuse_impossible(plan_calibration(streamed, job, counted), folder, streamed.device, 1)
+            job = _distributed(streamed, job, settings, scoring)
+        layers = quantize_checkpoint(streamed, folder, job, weigh, counted)
         scoring.remove()
     report = QuantizationReport(folder, layers, time.perf_counter() - started)
-    write_card(folder, model, recipe_row, scheme_row, report.groups, len(samples), len(streamed.unnamed))
+    write_card(folder, model, recipe_row, job.scheme, report.groups, len(samples), len(streamed.unnamed))
     logger.info("%s", report)
     return report
 
@@ -197,7 +201,10 @@ def plan(
 def _job(
     model: StreamedModel, samples: Sequence[Sample], recipe: Recipe, scheme: Scheme, settings: CalibrationOptions
 ) -> CalibrationJob:
-    batches = calibration_batches(model, samples, recipe, settings.batch_size, settings.max_tokens)
+    if scheme.budget is not None and not samples:
+        raise ValueError(f"scheme {scheme.name} distributes its bits by token importance; give calibration samples")
+    reader = recipe if scheme.budget is None else MEASURED
+    batches = calibration_batches(model, samples, reader, settings.batch_size, settings.max_tokens)
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
     return CalibrationJob(recipe, quantizer, batches, ranks=Ranks(device=model.device))
 
@@ -231,6 +238,34 @@ def _scores_gradients(recipe: Recipe) -> bool:
     return recipe.needs_data and not (recipe.importance == "uniform" and recipe.tokens == "all")
 
 
+def _distributed(
+    model: StreamedModel, job: CalibrationJob, settings: CalibrationOptions, scoring: ResumeState
+) -> CalibrationJob:
+    """The job with the budget of its scheme distributed over the linear groups, by the gradients of the answer's loss.
+
+    Args:
+        scoring: keeps these scores, unless the recipe needs those of another loss.
+    """
+    if loss_of(job.recipe.importance) == "answer":
+        scores = _scores(model, job, scoring, "answer")
+    else:
+        own = ResumeState(scoring.folder.with_name(f"{scoring.folder.name.strip('.')}-allocation"))
+        with own.locked():
+            scores = _scores(model, job, own, "answer")
+            own.remove()
+    units = measure(model, job, scores, mixed_by(settings.engine))
+    scheme = distributed(job.scheme, units, outside_bytes(model))
+    return replace(job, quantizer=replace(job.quantizer, scheme=scheme))
+
+
+def _scores(model: StreamedModel, job: CalibrationJob, scoring: ResumeState, loss: LossName) -> Importance:
+    """Raw importance of every token by the gradients of a loss; ``scoring`` keeps what is finished."""
+    alone = Ranks(device=model.device)
+    refuse_impossible(plan_importance(model, job.batches, alone), scoring.folder, alone.device, 1, scoring.size())
+    chosen = BlockLoss(job.scheme, model.checkpoint_dtype) if loss == "block" else AnswerLoss()
+    return score_resumably(model, job.batches, chosen, scoring, alone)
+
+
 def _weights(
     model: StreamedModel, job: CalibrationJob, settings: CalibrationOptions, scoring: ResumeState
 ) -> PoolWeights:
@@ -245,10 +280,7 @@ def _weights(
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups[layer]]
         return uniform_tokens(keys, pool)
-    loss = BlockLoss(job.scheme, model.checkpoint_dtype) if loss_of(recipe.importance) == "block" else AnswerLoss()
-    alone = Ranks(device=model.device)
-    refuse_impossible(plan_importance(model, batches, alone), scoring.folder, alone.device, 1, scoring.size())
-    scores = score_resumably(model, batches, loss, scoring, alone)
+    scores = _scores(model, job, scoring, loss_of(recipe.importance))
     weighting, budget = settings.weighting, settings.budget
     if recipe.tokens == "set":
         widths = input_widths(model.skeleton, model.architecture)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from tlq.samples import Sample
 
 RECIPES = ("rtn", "smoothquant", "awq", "gptq", "mbq", "tlq", "tlq-c")
-SCHEMES = ("w2a16", "w3a16", "w3a16s", "w4a16", "w4a16s", "w4a8", "w8a8", "q4_0", "q4_1", "q8_0")
+SCHEMES = (
+    *("w2a16", "w2a16s", "w3a16", "w3a16s", "w4a16", "w4a16s", "w8a16s", "w4a8", "w8a8"),
+    *("q4_0", "q4_1", "q8_0"),
+)
 CONTAINERS = ("gguf", "mlx", "int8")
 ENGINES = ("vllm", "vllm-cpu", "sglang", "transformers", "llama.cpp", "mlx")
 
@@ -90,7 +93,14 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a job."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory or Hugging Face hub id")
     parser.add_argument("--recipe", default="tlq-c", choices=RECIPES, help="method (default: %(default)s)")
-    parser.add_argument("--scheme", default="w4a16", choices=SCHEMES, help="number format (default: %(default)s)")
+    parser.add_argument(
+        "--scheme",
+        default="w4a16",
+        type=_scheme,
+        metavar="SCHEME",
+        help=f"number format: {', '.join(SCHEMES)}; or a mix of them for a size, mix3.5 for 3.5 bits a weight, "
+        "mix4.2gb for a checkpoint of 4.2 GB (default: %(default)s)",
+    )
     parser.add_argument("--engine", choices=ENGINES, help="refuse a scheme that this engine does not run")
     parser.add_argument(
         "--data", type=Path, help="calibration samples: .json, .jsonl, .parquet or a folder of images; rtn needs none"
@@ -105,6 +115,17 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", help="dtype to compute in (default: float32 on a CPU, the checkpoint's on a GPU)"
     )
+
+
+def _scheme(name: str) -> str:
+    """The name of a scheme or of a mix. Raises argparse's error for another one."""
+    from tlq.quantization.budget import Budget
+
+    if name not in SCHEMES and Budget.of_name(name) is None:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no scheme; choose one of {', '.join(SCHEMES)}, or a mix such as mix3.5"
+        )
+    return name
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -270,21 +270,34 @@ class _Sizes:
 
 def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
     """Size of the result's weights, also of those carried over; the state next to it consists of the same files."""
-    skeleton, architecture = model.skeleton, model.architecture
-    layers = range(len(architecture.decoder_layers(skeleton)))
-    total = _elements(model, list(model.weight_map)) * model.checkpoint_dtype.itemsize
-    total += sum(place.nbytes for place in model.unnamed.values())
-    for path in (path for index in layers for path in linear_paths(architecture, index)):
+    outside, dtype = outside_bytes(model), model.checkpoint_dtype
+    shapes = _linear_shapes(model)
+    if scheme.budget is not None:
+        weights = sum(rows * width for rows, width in shapes.values())
+        return outside + scheme.budget.bytes_for(weights, outside)
+    total = outside
+    for path, (rows, width) in shapes.items():
         own = scheme.of(path)
-        if own is None:
-            continue
-        linear: Any = skeleton.get_submodule(path)
-        rows, width = int(linear.out_features), int(linear.in_features)
-        groups = 1 if own.group_size is None else width // own.group_size
-        zero_points = 0 if own.symmetric else rows * groups * own.weight_bits // 8
-        total += rows * width * own.weight_bits // 8 + rows * groups * model.checkpoint_dtype.itemsize + zero_points
-        total -= rows * width * model.checkpoint_dtype.itemsize
+        total += rows * width * dtype.itemsize if own is None else own.bytes_of(rows, width, dtype)
     return total
+
+
+def outside_bytes(model: StreamedModel) -> int:
+    """Size of all tensors in the result other than the decoder's linears."""
+    linears = sum(rows * width for rows, width in _linear_shapes(model).values())
+    elements = _elements(model, list(model.weight_map)) - linears
+    return elements * model.checkpoint_dtype.itemsize + sum(place.nbytes for place in model.unnamed.values())
+
+
+def _linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
+    """Output and input channels of every linear of the decoder, by module path."""
+    skeleton, architecture = model.skeleton, model.architecture
+    shapes = {}
+    for index in range(len(architecture.decoder_layers(skeleton))):
+        for path in linear_paths(architecture, index):
+            linear: Any = skeleton.get_submodule(path)
+            shapes[path] = int(linear.out_features), int(linear.in_features)
+    return shapes
 
 
 def _elements(model: StreamedModel, names: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,19 @@ from bench.engines import environments
 from bench.laboratory import MODEL, WORLD
 from bench.sections import table, write_section
 from tasks.command import quiet_libraries
-from tlq import quantize
+from tlq import load_samples, quantize
 from tlq.export.convert import write_container
 from tlq.export.engines import CHECKPOINT, ENGINES, Support
 from tlq.export.quantized import QuantizedCheckpoint
-from tlq.quantization.formats import SCHEMES, get_scheme
+from tlq.quantization.formats import MIXED, SCHEMES, get_scheme
 
 logger = logging.getLogger("bench.engines")
 
 RESULTS = Path("bench/results/engines.json")
 PAGE = Path("docs/engines.md")
 FULL = "full"
+MIX = "mix3.5"
+ROWS = [FULL, *SCHEMES, MIX]
 REFERENCE = "transformers"
 #: Engines that run on a CPU, and the script of each.
 SCRIPTS = {
@@ -55,13 +57,15 @@ SCRIPTS = {
 MOST_KL = 1e-3
 
 _PROMPTS = 8
+#: Calibration samples by which the bits of the mix are distributed.
+_SAMPLES = 32
 _NEW_TOKENS = 128
 _SECONDS = 600
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Load exports in engines and compare them with transformers.")
-    parser.add_argument("--schemes", nargs="+", default=[FULL, *SCHEMES], choices=[FULL, *SCHEMES])
+    parser.add_argument("--schemes", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--engines", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--summarise", action="store_true", help="write the table of the page from the results")
     arguments = parser.parse_args()
@@ -113,7 +117,8 @@ def measure(schemes: Sequence[str], engines: Sequence[str], folder: Path) -> Non
         exported = MODEL
         if scheme != FULL:
             exported = folder / scheme
-            quantize(MODEL, exported, recipe="rtn", scheme=scheme)
+            samples = load_samples(WORLD / "calibration.parquet", limit=_SAMPLES) if scheme == MIX else []
+            quantize(MODEL, exported, samples, "rtn", scheme)
         reference = _run(REFERENCE, exported, prompts, folder)
         if "refused" in reference:
             raise RuntimeError(f"{scheme} in {REFERENCE}, the reference: {reference['refused']}")
@@ -230,14 +235,16 @@ def _keep(result: Result) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     rows = [row for row in rows if (row["scheme"], row["engine"]) != (result.scheme, result.engine)]
     rows.append(vars(result))
-    order = [FULL, *SCHEMES]
-    rows.sort(key=lambda row: (order.index(row["scheme"]), list(SCRIPTS).index(row["engine"])))
+    rows.sort(key=lambda row: (ROWS.index(row["scheme"]), list(SCRIPTS).index(row["engine"])))
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     logger.info("%s in %s: %s", result.scheme, result.engine, result.refused or f"KL {result.kl:.2g}")
 
 
 def _stated(result: Result) -> Support:
-    return ENGINES[result.engine].of(get_scheme(result.scheme))
+    scheme = get_scheme(result.scheme)
+    if scheme.budget is not None:  # it was exported for no engine, so every part may be in it
+        scheme = replace(scheme, budget=None, overrides=tuple((name, name) for name in MIXED))
+    return ENGINES[result.engine].of(scheme)
 
 
 def contradiction(result: Result) -> str | None:

@@ -29,6 +29,7 @@ from tasks.config.mistakes import explain
 from tlq.export.engines import get_engine
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.weighting import LossName, Source, Weighting
+from tlq.quantization.budget import Budget
 from tlq.quantization.formats import Scheme, get_scheme
 from tlq.recipes import Recipe, get_recipe
 
@@ -170,7 +171,7 @@ class CalibrateParams(Section):
 
     def scheme(self, name: str) -> Scheme:
         """Scheme ``name`` with the group size and overrides of this section."""
-        scheme = get_scheme(name)
+        scheme = get_scheme(name, self.group_size) if Budget.of_name(name) else get_scheme(name)
         if scheme.group_size is not None and self.group_size is not None:
             scheme = replace(scheme, group_size=self.group_size)
         return replace(scheme, overrides=tuple(self.overrides.items()))
@@ -180,7 +181,9 @@ class VariantParams(Section):
     """The variants: every recipe with every scheme."""
 
     recipes: tuple[str, ...] = Field(min_length=1, description="quantization methods")
-    schemes: tuple[str, ...] = Field(min_length=1, description="number formats, each combined with every recipe")
+    schemes: tuple[str, ...] = Field(
+        min_length=1, description="number formats, each combined with every recipe; `mix3.5` for 3.5 bits a weight"
+    )
 
     @property
     def names(self) -> list[str]:

@@ -1,8 +1,8 @@
 """Stage `calibrate`: quantize the decoder with one recipe and scheme, and export the checkpoint.
 
-Reads data/prepared, data/importance and data/calibset. Writes models/<recipe>-<scheme>/, a Hugging Face checkpoint in
-compressed-tensors format with its processor. Its file calibration.json holds per layer and group the chosen exponent,
-errors before and after, tokens and seconds.
+Reads data/prepared, data/importance, data/calibset and data/allocation. Writes models/<recipe>-<scheme>/, a Hugging
+Face checkpoint in compressed-tensors format with its processor. Its file calibration.json holds per layer and group the
+chosen exponent, errors before and after, tokens and seconds.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from tasks.config.params import (
     section,
 )
 from tasks.files import (
+    ALLOCATION,
     CALIBSET,
     IMPORTANCE,
     MODELS,
     PREPARED,
+    read_allocation,
     read_importance,
     read_pool,
     read_samples,
@@ -72,7 +74,7 @@ def weights_of(
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, help=f"quantization method: {', '.join(RECIPES)}")
-    parser.add_argument("--scheme", required=True, help=f"number format: {', '.join(SCHEMES)}")
+    parser.add_argument("--scheme", required=True, help=f"number format: {', '.join(SCHEMES)}, or a mix: mix3.5")
     add_dry_run(parser)
 
 
@@ -89,7 +91,7 @@ def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
     model_params = section("model", ModelParams)
     params = section("calibrate", CalibrateParams)
     row = recipe(recipe_name)
-    scheme = params.scheme(scheme_name)
+    scheme = read_allocation(params.scheme(scheme_name), ALLOCATION)
     check_served(read(), [scheme_name])
     samples: list[Sample] = []
     longest = 0

@@ -180,7 +180,7 @@ def test_a_run_is_named_by_its_variants_and_day_and_shows_that_every_stage_is_do
     name, progress = run(quantize.quantize)
     assert name == f"rtn+tlq w3a16 {date.today().isoformat()}"
     assert progress["data"] == 100
-    assert progress["description"] == "12 of 12 stages done; nothing left"
+    assert progress["description"] == "13 of 13 stages done; nothing left"
 
 
 def test_the_log_numbers_the_stages_of_a_run(commands: Commands, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from support.benchmark_rows import textvqa_rows, write_rows
 from tasks.command import run
 from tasks.config.params import read, section
 from tasks.config.presets import SECTIONS
-from tasks.stages import calibrate, calibset, evaluate, importance, prepare, register
+from tasks.stages import allocate, calibrate, calibset, evaluate, importance, prepare, register
 from tlq import cli
 
 #: Recipe and scheme of the calibration.
@@ -30,6 +30,7 @@ STAGES: dict[str, Callable[[], Any]] = {
     "prepare": prepare.main,
     "importance": importance.main,
     "calibset": calibset.main,
+    "allocate": allocate.main,
     "calibrate": lambda: calibrate.main(*VARIANT),
     "evaluate": lambda: evaluate.main("full"),
     "register": register.main,

@@ -53,6 +53,12 @@ def calibset() -> None:
         write(f"data/calibset/recipes/{recipe}.json", [*used, scores] if recipe != "rtn" else [])
 
 
+def allocate() -> None:
+    scores = Path("data/importance/scores.parquet").read_text()
+    for scheme in PARAMS["variants"]["schemes"]:
+        write(f"data/allocation/{scheme}.json", scores if scheme.startswith("mix") else "")
+
+
 def calibrate() -> None:
     recipe, scheme = option("recipe"), option("scheme")
     tokens = Path("data/calibset/tokens.parquet").read_text() if recipe == "tlq" else ""

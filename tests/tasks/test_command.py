@@ -123,7 +123,7 @@ def test_a_stage_started_in_the_wrong_folder_ends_with_one_line(tmp_path: Path) 
     assert done.stderr == "ERROR tlq: params.yaml: not found; run from the project's top folder\n"
 
 
-STAGES = ("fetch", "prepare", "importance", "calibset", "calibrate", "evaluate", "report", "register")
+STAGES = ("fetch", "prepare", "importance", "calibset", "allocate", "calibrate", "evaluate", "report", "register")
 
 
 @pytest.mark.parametrize("module", [*(f"tasks.stages.{stage}" for stage in STAGES), "tasks.preset"])

@@ -180,21 +180,24 @@ def unnamed_modules(model: StreamedModel) -> list[str]:
 def quantization_config(scheme: Scheme, architecture: Architecture, layers: int) -> QuantizationConfig:
     """Translate the scheme into a compressed-tensors config, for a decoder of ``layers`` layers.
 
-    Each scheme of an override becomes one config group. It lists its linears one by one, by the end of their paths,
-    because inference engines put other prefixes before ``layers``.
+    Each scheme of an override becomes one config group, which lists its linears one by one, by the end of their paths,
+    because inference engines put other prefixes before ``layers``. Without overrides the only group has all linears.
     """
     kept = {f"re:.*{re.escape(path)}$": None for path in architecture.kept}
+    own_patterns: dict[str, None] = {}
     others: dict[str, dict[str, None]] = {}
     for path in (path for index in range(layers) for path in linear_paths(architecture, index)):
         own = scheme.of(path)
         pattern = _pattern(path.removeprefix(architecture.layers.removesuffix("layers")))
         if own is None:
             kept[pattern] = None
-        elif own != replace(scheme, overrides=()):
+        elif replace(own, name=scheme.name) != replace(scheme, overrides=()):
             others.setdefault(own.name, {})[pattern] = None
-    groups = {"group_0": _config_group(scheme, [_TARGETS])}
-    for number, (name, patterns) in enumerate(others.items(), 1):
-        groups[f"group_{number}"] = _config_group(get_scheme(name), list(patterns))
+        else:
+            own_patterns[pattern] = None
+    rows = {scheme: [_TARGETS]} if not others else {scheme: [*own_patterns]} if own_patterns else {}
+    rows |= {get_scheme(name): [*patterns] for name, patterns in others.items()}
+    groups = {f"group_{number}": _config_group(row, targets) for number, (row, targets) in enumerate(rows.items())}
     formats = {CompressionFormat(group.format) for group in groups.values()}
     return QuantizationConfig(
         config_groups=groups,

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tlq.export.containers import GGUF_FAMILIES, MLX_FAMILIES, MLX_GROUPS, gguf_block, mlx_group
 from tlq.models.architectures import DECODERS, FAMILIES
-from tlq.quantization.formats import FULL_PRECISION, SCHEMES, Scheme, get_scheme
+from tlq.quantization.formats import FULL_PRECISION, MIXED, SCHEMES, Scheme, get_scheme
 
 #: ``native``: kernels that compute on the codes, activations as the scheme says. ``weight only``: kernels that read the
 #: codes, while 8-bit activations stay in 16 bits. ``dequantized``: 16-bit weights in memory, made when it loads.
@@ -70,6 +70,8 @@ class Engine:
     def of(self, scheme: Scheme) -> Support:
         """What it does with a checkpoint: what it does with its worst part."""
         parts = [self.support(part) for part in parts_of(scheme)]
+        if scheme.budget is not None:  # it will consist of those that run
+            parts = [part for part in parts if part.runs != "refused"] or parts
         return max(parts, key=lambda part: ("native", "weight only", "dequantized", "refused").index(part.runs))
 
     def of_checkpoint(self, scheme: Scheme, family: str, experts: bool) -> Support:
@@ -208,6 +210,14 @@ def check_engine(name: str, scheme: Scheme, experts: bool = False) -> Support:
     return found
 
 
+def mixed_by(name: str | None) -> tuple[str, ...]:
+    """The schemes that a budget may be distributed to if the engine called ``name`` is to run them; None for any."""
+    if name is None:
+        return MIXED
+    engine = get_engine(name)
+    return tuple(each for each in MIXED if each == FULL_PRECISION or engine.of(get_scheme(each)).runs != "refused")
+
+
 def nearest(engine: Engine, scheme: Scheme) -> Scheme:
     """The scheme that an engine runs whose weights, then activations, have the nearest number of bits."""
 
@@ -219,8 +229,11 @@ def nearest(engine: Engine, scheme: Scheme) -> Scheme:
 
 
 def parts_of(scheme: Scheme) -> Iterator[Scheme]:
-    """The schemes of which a checkpoint consists, each without overrides."""
-    yield replace(scheme, overrides=())
+    """The schemes of which a checkpoint consists, each without overrides; for a mix, those that it will consist of."""
+    if scheme.budget is not None:
+        yield from (get_scheme(name) for name in MIXED if name != FULL_PRECISION)
+    else:
+        yield replace(scheme, overrides=())
     yield from (get_scheme(name) for _, name in scheme.overrides if name != FULL_PRECISION)
 
 

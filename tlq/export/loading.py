@@ -61,11 +61,22 @@ def load_model(
     if quantizer is not None and not quantizer.quantization_config.dequantize:
         from compressed_tensors.offload.dispatch import remove_dispatch  # seconds, which stages without a model save
 
+        weight_only = _weight_only_linears(model)
         quantizer.compressor.decompress_model(model)
         remove_dispatch(model, onload_tensors=True)
+        stored_dtype = checkpoint_dtype_of(config, local_folder(checkpoint))
+        for path in weight_only:  # engines multiply in this dtype, for which the codes were calibrated
+            weight = model.get_parameter(f"{path}.weight")
+            weight.data = weight.data.to(stored_dtype).to(weight.dtype)
     separate_experts(model)
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+def _weight_only_linears(model: PreTrainedModel) -> list[str]:
+    """Module paths of the compressed linears whose activations stay in full precision."""
+    schemes = {path: getattr(module, "quantization_scheme", None) for path, module in model.named_modules()}
+    return [path for path, scheme in schemes.items() if scheme is not None and scheme.input_activations is None]
 
 
 def _load_quantized_experts(

@@ -76,6 +76,21 @@ def uniform_tokens(keys: Iterable[GroupKey], pool: TokenPool) -> PoolWeights:
     return PoolWeights(pool.cu_seqlens, dict.fromkeys(weight_keys(keys, own_weights=False), tokens))
 
 
+def squared_scores(scores: Importance, pool: TokenPool) -> PoolWeights:
+    """g_t^2 of every token, layer and group, all in units of the largest one.
+
+    An error d on the output of token t changes the loss by the product of d and the gradient. For an error of no
+    preferred direction the expected square is g_t^2 ||d||^2, but for a constant factor, at any width.
+    """
+    largest = max(float(raw.max()) for raw in scores.values()) or 1.0
+    groups = {}
+    for key, raw in sorted(scores.items()):
+        squares = np.square(raw.astype(np.float64) / largest).astype(np.float32)
+        indices = np.flatnonzero(squares)
+        groups[key] = WeightedTokens(indices, squares[indices])
+    return PoolWeights(pool.cu_seqlens, groups)
+
+
 def token_set(
     scores: Importance,
     pool: TokenPool,

@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from tlq.quantization.budget import Budget
+
 FULL_PRECISION = "full_precision"
 
 
@@ -30,6 +32,8 @@ class Scheme:
             style, ``*.layers.0.*``) takes that scheme instead. The first match counts.
         scale_digits: significant binary digits of a scale, which a float16 then holds too; None keeps those of the
             checkpoint's dtype.
+        budget: size for which the schemes ``MIXED`` are still to be distributed over the linears (see
+            ``tlq.calibration.allocation``); None once they are, as overrides, and for every other scheme.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Scheme:
     activation_bits: int | None = None
     overrides: tuple[tuple[str, str], ...] = ()
     scale_digits: int | None = None
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for an override that a loaded checkpoint would not apply."""
@@ -55,14 +60,29 @@ class Scheme:
     def of(self, path: str) -> Scheme | None:
         """The scheme of the linear at module path ``path``; None if it stays in full precision."""
         for pattern, name in self.overrides:
-            if fnmatchcase(path, pattern):
+            if path == pattern or fnmatchcase(path, pattern):
                 return None if name == FULL_PRECISION else get_scheme(name)
         return replace(self, overrides=())
 
+    def bytes_of(self, out_features: int, in_features: int, scale_dtype: torch.dtype) -> int:
+        """Size of a weight's codes, scales and zero-points in a checkpoint."""
+        groups = out_features * (1 if self.group_size is None else in_features // self.group_size)
+        codes = out_features * in_features * self.weight_bits
+        zero_points = 0 if self.symmetric else groups * self.weight_bits
+        return (codes + zero_points) // 8 + groups * scale_dtype.itemsize
+
     @property
     def dequantized(self) -> bool:
-        """Whether a checkpoint asks transformers to decompress its weights when it is loaded."""
-        return self.activation_bits is None
+        """Whether a checkpoint asks transformers to decompress its weights when it is loaded.
+
+        It would drop the quantization of activations, and would take one number of bits for all linears.
+        """
+        return self.activation_bits is None and not self.mixed
+
+    @property
+    def mixed(self) -> bool:
+        """Whether linears have different numbers of bits; full precision is none of them."""
+        return self.budget is not None or any(name != FULL_PRECISION for _, name in self.overrides)
 
     @property
     def kind(self) -> str:
@@ -87,10 +107,12 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("w2a16", weight_bits=2, group_size=64, symmetric=False),
+        Scheme("w2a16s", weight_bits=2, group_size=64, symmetric=True),
         Scheme("w3a16", weight_bits=3, group_size=128, symmetric=False),
         Scheme("w3a16s", weight_bits=3, group_size=128, symmetric=True),
         Scheme("w4a16", weight_bits=4, group_size=128, symmetric=False),
         Scheme("w4a16s", weight_bits=4, group_size=128, symmetric=True),
+        Scheme("w8a16s", weight_bits=8, group_size=128, symmetric=True),
         Scheme("w4a8", weight_bits=4, group_size=None, symmetric=True, activation_bits=8),
         Scheme("w8a8", weight_bits=8, group_size=None, symmetric=True, activation_bits=8),
         # The blocks of GGUF. Those of q4_1 hold scale * zero-point as a float16: 7 digits times 4 are exact in its 11.
@@ -101,14 +123,27 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+#: Schemes that a budget is distributed to. They are symmetric, because mixed asymmetric ones load wrongly.
+MIXED = ("w2a16s", "w3a16s", "w4a16s", "w8a16s", FULL_PRECISION)
+
+
 def get_scheme(name: str, group_size: int | None = None) -> Scheme:
     """The scheme called ``name``, with another ``group_size`` if one is given.
+
+    ``mix3.5`` and ``mix4.2gb`` are mixes for a budget of 3.5 bits a weight and of 4.2 GB (see ``Budget``).
 
     Raises:
         ValueError: the scheme is unknown, or scales whole output channels and takes no group size.
     """
+    if (budget := Budget.of_name(name)) is not None:
+        if group_size is not None:
+            raise ValueError(f"scheme {name} has the groups of its parts; remove group_size: {group_size}")
+        return replace(SCHEMES["w4a16s"], name=budget.name, budget=budget)
     if name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}; choose one of {', '.join(SCHEMES)}")
+        raise ValueError(
+            f"unknown scheme {name!r}; choose one of {', '.join(SCHEMES)}, or a mix for a number of bits a weight, for "
+            "example mix3.5"
+        )
     scheme = SCHEMES[name]
     if group_size is None or group_size == scheme.group_size:
         return scheme
