@@ -1,12 +1,13 @@
 """Ablation: change one choice of TLQ at a time and measure it on held-out items of the demo, over calibration seeds.
 
     python -m bench.ablation --seeds 0 1 2
-    python -m bench.ablation --summarise
+    python -m bench.ablation_page
 
 Every run calibrates the model on samples drawn with its seed and measures, on the same held-out items, the KL
 divergence from full precision, the NLL of the reference answers, and the score. Each result is appended to
-bench/results/ablation.csv when its run ends; a run with a result is not repeated, so an interrupted study continues.
-``--summarise`` writes docs/ablation.md and docs/ablation.png from the results.
+a file of bench/results when its run ends; a run with a result is not repeated, so an interrupted study continues.
+``bench.ablation_page`` writes docs/ablation.md from the results. ``--subject llava_onevision`` studies the second
+model.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from bench.laboratory import MODEL, WORLD, Laboratory
 from tasks.command import quiet_libraries
@@ -40,7 +39,6 @@ from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import all_tokens, to_batches, token_set
 from tlq.importance.weighting import Weighting, loss_of
 from tlq.models.architectures import input_widths
-from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.streaming import ResidentModel
 from tlq.quantization.allocation import Unit
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
@@ -50,14 +48,41 @@ from tlq.samples import Batch, encode_batches, image_token_id
 
 logger = logging.getLogger("bench.ablation")
 
-RESULTS = Path("bench/results/ablation.csv")
-DOCS = Path("docs")
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that the study is made on.
+
+    Attributes:
+        model: its folder.
+        results: file of the results.
+        title: heading of its page.
+    """
+
+    name: str
+    model: Path
+    results: Path
+    title: str
+
+
+SUBJECTS: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject("qwen2_vl", MODEL, Path("bench/results/ablation.csv"), "Which choices matter"),
+        Subject(
+            "llava_onevision",
+            Path("data/demo/llava_onevision"),
+            Path("bench/results/ablation-llava_onevision.csv"),
+            "Which choices matter: the second family",
+        ),
+    )
+}
 
 #: Columns that identify a run.
-_KEY = ("recipe", "factor", "level", "scheme", "seed")
+KEY = ("recipe", "factor", "level", "scheme", "seed")
 
 #: Schemes at which choices are varied; the recipes' defaults are compared at every scheme.
-_STUDIED = ("w3a16", "w2a16")
+STUDIED = ("w3a16", "w2a16")
 
 
 #: Token budgets as multiples of the input width of every group.
@@ -144,7 +169,7 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     if choice.recipe.needs_data:
         weights = to_batches(pool.weights(choice, seed), pool.batches)
     started = time.perf_counter()
-    quantizer = WeightQuantizer(pool.scheme(scheme), checkpoint_dtype_of(read_config(MODEL), MODEL))
+    quantizer = WeightQuantizer(pool.scheme(scheme), laboratory.checkpoint_dtype)
     calibrate(model, CalibrationJob(choice.recipe, quantizer, pool.batches, weights))
     seconds = time.perf_counter() - started
     return laboratory.measure(model, laboratory.reader) | {"seconds": round(seconds, 2)}
@@ -169,13 +194,13 @@ class Pool:
         self.scores: Importance = score_tokens(ResidentModel(model), self.batches)
         self.tokens = TokenPool.of(self.batches)
         self.widths = input_widths(model, ResidentModel(model).architecture)
-        self._model = model
+        self._model, self._dtype = model, laboratory.checkpoint_dtype
         self._units: list[Unit] = []
 
     @cached_property
     def block_scores(self) -> Importance:
         """Importance by the loss of each block, which one choice uses."""
-        block = BlockLoss(get_scheme("w3a16"), checkpoint_dtype_of(read_config(MODEL), MODEL))
+        block = BlockLoss(get_scheme("w3a16"), self._dtype)
         return score_tokens(ResidentModel(self._model), self.batches, block)
 
     def scheme(self, name: str) -> Scheme:
@@ -184,7 +209,7 @@ class Pool:
         if scheme.budget is None:
             return scheme
         if not self._units:
-            quantizer = WeightQuantizer(scheme, checkpoint_dtype_of(read_config(MODEL), MODEL))
+            quantizer = WeightQuantizer(scheme, self._dtype)
             job = CalibrationJob(get_recipe("rtn"), quantizer, self.batches)
             self._units = measure(ResidentModel(self._model), job, self.scores)
         return distributed(scheme, self._units, 0)
@@ -197,18 +222,19 @@ class Pool:
         return token_set(scores, self.tokens, source, choice.weighting, choice.budget, seed, self.widths)
 
 
-def run_study(seeds: Sequence[int], schemes: Sequence[str], items: int, only: Sequence[str]) -> None:
+def run_study(subject: Subject, seeds: Sequence[int], schemes: Sequence[str], items: int, only: Sequence[str]) -> None:
     """Run every choice that has no result yet, and append its result."""
-    done = finished_runs()
+    done = finished_runs(subject)
+    full = {"recipe": "full", "factor": "", "level": "", "scheme": "", "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
-        laboratory = Laboratory(items, Path(folder))
-        append_result({"recipe": "full", "factor": "", "level": "", "scheme": "", "seed": 0, **laboratory.full}, done)
+        laboratory = Laboratory(items, Path(folder), subject.model)
+        append_result(subject, {**full, **laboratory.full}, done)
         for seed, size, runs in remaining_runs(seeds, schemes, done, only):
             pool = Pool(laboratory, size, seed)
             for choice, scheme in runs:
                 logger.info("%s, %s, seed %d", choice.name, scheme, seed)
                 measured = run_choice(laboratory, choice, scheme, pool, seed)
-                append_result({**_key(choice, scheme, seed), **measured}, done)
+                append_result(subject, {**_key(choice, scheme, seed), **measured}, done)
 
 
 def remaining_runs(
@@ -223,7 +249,7 @@ def remaining_runs(
                 for choice in rows
                 for scheme in schemes
                 if choice.samples == size
-                and (choice.factor in ("default", "shipped") or scheme in _STUDIED)
+                and (choice.factor in ("default", "shipped") or scheme in STUDIED)
                 and tuple(_key(choice, scheme, seed).values()) not in done
             ]
             if runs:
@@ -244,149 +270,40 @@ def _key(choice: Choice, scheme: str, seed: int) -> dict[str, Any]:
     }
 
 
-def finished_runs() -> set[tuple[Any, ...]]:
+def finished_runs(subject: Subject) -> set[tuple[Any, ...]]:
     """Keys of the runs that have a result."""
-    if not RESULTS.exists():
+    if not subject.results.exists():
         return set()
-    frame = pd.read_csv(RESULTS, keep_default_na=False)
-    return set(frame[list(_KEY)].itertuples(index=False, name=None))
+    frame = pd.read_csv(subject.results, keep_default_na=False)
+    return set(frame[list(KEY)].itertuples(index=False, name=None))
 
 
-def append_result(row: dict[str, Any], done: set[tuple[Any, ...]]) -> None:
+def append_result(subject: Subject, row: dict[str, Any], done: set[tuple[Any, ...]]) -> None:
     """Append the result of a run to the file and its key to ``done``; skip a run that has a result."""
-    key = tuple(row[name] for name in _KEY)
+    key = tuple(row[name] for name in KEY)
     if key in done:
         return
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    columns = [*_KEY, "score", "nll", "kl", "items", "seconds"]
+    subject.results.parent.mkdir(parents=True, exist_ok=True)
+    columns = [*KEY, "score", "nll", "kl", "items", "seconds"]
     frame = pd.DataFrame([row]).reindex(columns=columns)
-    frame.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False, float_format="%.6g")
+    header = not subject.results.exists()
+    frame.to_csv(subject.results, mode="a", header=header, index=False, float_format="%.6g")
     done.add(key)
-
-
-def summarise() -> None:
-    """Write docs/ablation.md and docs/ablation.png: means over seeds with 95 % intervals (Student's t)."""
-    frame = pd.read_csv(RESULTS, keep_default_na=False).drop_duplicates(list(_KEY), keep="last")
-    full, runs = frame[frame["recipe"] == "full"].iloc[0], frame[frame["recipe"] != "full"]
-    runs = runs.astype({"kl": float, "nll": float, "score": float})
-    table = (
-        runs.assign(log_ratio=_log_ratios(runs))
-        .groupby(["scheme", "recipe", "factor", "level"], sort=False)
-        .agg(
-            kl=("kl", "mean"),
-            spread=("kl", "std"),
-            ratio=("log_ratio", "mean"),
-            ratio_spread=("log_ratio", "std"),
-            nll=("nll", "mean"),
-            score=("score", "mean"),
-            seeds=("seed", "size"),
-        )
-        .reset_index()
-    )
-    order = {(choice.recipe.name, choice.factor, choice.level): place for place, choice in enumerate(study())}
-    keys = zip(table["recipe"], table["factor"], table["level"], strict=True)
-    table = table.assign(place=[order[key] for key in keys]).sort_values("place", kind="stable")
-    spreads, seeds = table["spread"].to_numpy(float), table["seeds"].to_numpy(int)
-    table["half"] = [half_width(float(spread), int(n)) for spread, n in zip(spreads, seeds, strict=True)]
-    lines = [
-        "# Which choices matter",
-        "",
-        "[All pages](README.md)",
-        "",
-        "The study changes one choice at a time on the demo model. KL is the divergence from full precision and NLL",
-        "the negative log-likelihood of the reference answers, both in nats per answer token on "
-        f"{int(full['items'])} held-out items. The",
-        "score is in percent, the mean of the four demo benchmarks. All figures are means over calibration seeds;",
-        "KL has its 95 % interval (Student's t). The last column compares with the recipe's default on the same seeds:",
-        "it is the geometric mean of the ratios of KL with its 95 % interval, and is below 1 where the choice is",
-        "better than the default. Choices of `tlq-c` are varied around whole ranges; at two bits its own default is",
-        "`ranges search, moments`. `python -m bench.ablation` wrote this page. Full precision has score "
-        f"{float(full['score']):.1f} and NLL {float(full['nll']):.4f}.",
-    ]
-    for scheme in _schemes(table):
-        lines += ["", f"## {scheme.upper()}", "", "| recipe | choice | KL | NLL | score | seeds | x default |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        for row in table[table["scheme"] == scheme].itertuples():
-            choice = f"{row.factor} {row.level}".strip()
-            lines.append(
-                f"| {row.recipe} | {choice} | {row.kl:.4f}{_interval(row.half)} | {row.nll:.4f} | {row.score:.1f} "
-                f"| {row.seeds} | {_ratio(row)} |"
-            )
-    DOCS.mkdir(exist_ok=True)
-    (DOCS / "ablation.md").write_text("\n".join([*lines, "", "![KL by choice](ablation.png)", ""]))
-    _draw(table).savefig(DOCS / "ablation.png", dpi=100, metadata={"Software": None})
-
-
-def _schemes(table: pd.DataFrame) -> list[str]:
-    """The schemes of a table; those with varied choices come first."""
-    schemes = set(table["scheme"])
-    return [*(name for name in _STUDIED if name in schemes), *sorted(schemes - set(_STUDIED))]
-
-
-def _log_ratios(runs: pd.DataFrame) -> pd.Series:
-    """log(KL of a run / KL of its recipe's default with the same scheme and seed)."""
-    by = ["recipe", "scheme", "seed"]
-    defaults = runs[runs["factor"] == "default"].set_index(by)["kl"].rename("default")
-    return (runs["kl"] / runs.join(defaults, on=by)["default"]).map(np.log)
-
-
-def _ratio(row: Any) -> str:
-    if row.factor == "default":
-        return ""
-    half = half_width(row.ratio_spread, row.seeds)
-    interval = "" if np.isnan(half) else f" ({np.exp(row.ratio - half):.2f} to {np.exp(row.ratio + half):.2f})"
-    return f"{np.exp(row.ratio):.2f}{interval}"
-
-
-def _interval(half: Any) -> str:
-    """Half width of an interval as text; empty for a single seed."""
-    return "" if np.isnan(half) else f" ± {half:.4f}"
-
-
-def half_width(spread: float, seeds: int) -> float:
-    """Half of the 95 % interval (Student's t) of a mean over ``seeds``; NaN for one seed."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, seeds - 1) * spread / seeds**0.5) if seeds > 1 else float("nan")
-
-
-def _draw(table: pd.DataFrame) -> Figure:
-    schemes = _schemes(table)
-    names = list(dict.fromkeys(_label(row) for row in table.itertuples()))
-    figure = Figure(figsize=(4.2 * len(schemes) + 2, 0.24 * len(names) + 1), layout="constrained")
-    panels = figure.subplots(1, len(schemes), sharey=True, squeeze=False)[0]
-    for axes, scheme in zip(panels, schemes, strict=True):
-        part = table[table["scheme"] == scheme]
-        places = [names.index(_label(row)) for row in part.itertuples()]
-        axes.errorbar(part["kl"], places, xerr=part["half"].fillna(0), fmt="o", markersize=4, capsize=2)
-        axes.set_xscale("log")
-        axes.set_title(str(scheme).upper())
-        axes.set_xlabel("KL to full precision, nats per token")
-        axes.grid(alpha=0.3)
-    panels[0].set_yticks(np.arange(len(names)), names, fontsize=7)
-    panels[0].invert_yaxis()
-    return figure
-
-
-def _label(row: Any) -> str:
-    return f"{row.recipe} {row.factor} {row.level}".replace("default ", "").strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", choices=list(SUBJECTS), default="qwen2_vl", help="the model that is studied")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="+", default=["w3a16", "w2a16", "w4a8"])
     parser.add_argument("--items", type=int, default=100, help="held-out items per benchmark")
     parser.add_argument(
         "--only", nargs="+", default=[], help="run only these recipes, or choices whose names contain these texts"
     )
-    parser.add_argument("--summarise", action="store_true", help="write the table and the picture without new runs")
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     quiet_libraries()
-    if not arguments.summarise:
-        run_study(arguments.seeds, arguments.schemes, arguments.items, arguments.only)
-    summarise()
+    run_study(SUBJECTS[arguments.subject], arguments.seeds, arguments.schemes, arguments.items, arguments.only)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bench.ablation import half_width
+from bench.ablation_page import half_width
 from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.sections import table, write_section
 from tasks.command import quiet_libraries

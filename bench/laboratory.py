@@ -17,6 +17,7 @@ from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
 from benchmarks.model import AnswerOptions
 from tasks.command import device
 from tlq.export.loading import load_model
+from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.processor import load_processor
 
 MODEL = Path("data/demo/model")
@@ -27,12 +28,14 @@ class Laboratory:
     """The full-precision demo model, its held-out items, and its answers to them.
 
     Attributes:
+        checkpoint_dtype: dtype of the stored weights.
         full: score, NLL, KL and number of items of full precision.
     """
 
-    def __init__(self, items: int, folder: Path) -> None:
-        self.model = load_model(MODEL, torch.float32, device())
-        self.processor = load_processor(MODEL)
+    def __init__(self, items: int, folder: Path, model: Path = MODEL) -> None:
+        self.model = load_model(model, torch.float32, device())
+        self.processor = load_processor(model)
+        self.checkpoint_dtype = checkpoint_dtype_of(read_config(model), model)
         sources = [
             BenchmarkSource(f"demo_{name}", str(WORLD / f"{name}.parquet"))
             for name in ("textvqa", "chartqa", "ocrbench", "mmmu")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bench.ablation import RESULTS, half_width
+from bench.ablation import SUBJECTS
+from bench.ablation_page import half_width
 from bench.sections import table, write_section
 from tlq.export.engines import ENGINES
 from tlq.quantization.formats import get_scheme
@@ -24,7 +25,7 @@ _SERVED = ("w4a16", "w4a16s", "q4_0", "w4a8", "w8a8", "w3a16", "w2a16")
 
 
 def main() -> int:
-    runs = pd.read_csv(RESULTS)
+    runs = pd.read_csv(SUBJECTS["qwen2_vl"].results)
     runs = runs[(runs["factor"] == "default") & runs["scheme"].isin(_SCHEMES)]
     rows = []
     for recipe in RECIPES:
@@ -34,7 +35,7 @@ def main() -> int:
             row[scheme] = f"{kl.mean():.4f} ± {half_width(kl.std(ddof=1), len(kl)):.4f}" if len(kl) else ""
         rows.append(row)
     seeds, items = runs.groupby(["recipe", "scheme"])["seed"].nunique().min(), int(runs["items"].iloc[0])
-    full = pd.read_csv(RESULTS).query("recipe == 'full'").iloc[0]
+    full = pd.read_csv(SUBJECTS["qwen2_vl"].results).query("recipe == 'full'").iloc[0]
     explanation = (
         f"KL divergence from full precision in nats per answer token, mean and 95 % interval (Student's t) over "
         f"{seeds} calibration seeds, on {items} held-out items of the demo model. Full precision "

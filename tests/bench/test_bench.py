@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from bench import ablation
+from bench import ablation, ablation_page
+from bench.ablation_page import Claim, Variant
 from bench.peers import Setup, contenders, equal_length_inputs
 from bench.sections import table
 from tlq.quantization.ranges import MINMAX
@@ -20,7 +23,7 @@ Runs = list[tuple[str, str, int]]
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """The quantizations that a study makes: choice, scheme, seed. Each only returns numbers, at once."""
     made: Runs = []
 
@@ -29,11 +32,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
         return {"score": 90.0, "nll": 0.1, "kl": 0.1 * (seed + 1), "items": 400, "seconds": 1.0}
 
     full = {"score": 91.0, "nll": 0.1, "kl": 0.0, "items": 400, "seconds": 1.0}
-    monkeypatch.setattr(ablation, "Laboratory", lambda items, folder: SimpleNamespace(full=full))
+    monkeypatch.setattr(ablation, "Laboratory", lambda items, folder, model: SimpleNamespace(full=full))
     monkeypatch.setattr(ablation, "Pool", lambda *arguments: None)
     monkeypatch.setattr(ablation, "run_choice", run_choice)
-    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "results.csv")
-    monkeypatch.setattr(ablation, "DOCS", tmp_path / "docs")
     return made
 
 
@@ -48,18 +49,48 @@ def test_choices_differ_from_the_base_in_one_field(recipe: Recipe) -> None:
         assert sum(getattr(choice, field) != getattr(base, field) for field in fields) == changed, choice.name
 
 
-def test_a_study_started_again_runs_only_the_missing_seeds(runs: Runs) -> None:
-    ablation.run_study([0], ["w3a16"], 400, ["mbq: default"])
-    ablation.run_study([0, 1], ["w3a16"], 400, ["mbq: default"])
+@pytest.fixture
+def subject(tmp_path: Path) -> ablation.Subject:
+    return ablation.Subject("tiny", tmp_path / "model", tmp_path / "results.csv", "Choices")
+
+
+def test_a_study_started_again_runs_only_the_missing_seeds(runs: Runs, subject: ablation.Subject) -> None:
+    ablation.run_study(subject, [0], ["w3a16"], 400, ["mbq: default"])
+    ablation.run_study(subject, [0, 1], ["w3a16"], 400, ["mbq: default"])
     assert runs == [("mbq: default", "w3a16", 0), ("mbq: default", "w3a16", 1)]
 
 
-def test_the_summary_has_means_over_seeds_with_intervals(runs: Runs, tmp_path: Path) -> None:
-    ablation.run_study([0, 1, 2], ["w3a16"], 400, ["mbq: default"])
-    ablation.summarise()
-    text = (tmp_path / "docs/ablation.md").read_text()
+def test_the_summary_has_means_over_seeds_with_intervals(runs: Runs, subject: ablation.Subject, tmp_path: Path) -> None:
+    ablation.run_study(subject, [0, 1, 2], ["w3a16"], 400, ["mbq: default"])
+    frame = ablation_page.results_of(subject)
+    assert frame is not None
+    ablation_page.summarise(subject, frame, ["", "claims"], tmp_path / "docs")
+    text = (tmp_path / "docs/results.md").read_text()
     assert "| mbq | default | 0.2000 ± 0.2484 | 0.1000 | 90.0 | 3 |" in text
-    assert (tmp_path / "docs/ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert "\nclaims\n" in text
+    assert (tmp_path / "docs/results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_claim_compares_the_seeds_that_both_variants_have() -> None:
+    """The ratios are 0.5, 0.5 and 0.125; the seed that one of them lacks does not count."""
+    rows = [("tlq", seed, kl) for seed, kl in enumerate((1.0, 2.0, 0.5))]
+    rows += [("mbq", seed, kl) for seed, kl in enumerate((2.0, 4.0, 4.0, 9.0))]
+    frame = pd.DataFrame(rows, columns=["recipe", "seed", "kl"]).assign(scheme="w3a16", factor="default", level="")
+    claim = Claim("", Variant("tlq", "w3a16"), Variant("mbq", "w3a16"))
+    found = ablation_page.ratio(frame, claim)
+    assert found is not None
+    assert found[0] == pytest.approx((0.5 * 0.5 * 0.125) ** (1 / 3))
+    spread = float(np.log([0.5, 0.5, 0.125]).std(ddof=1))
+    assert found[2] / found[0] == pytest.approx(np.exp(4.302653 * spread / 3**0.5), rel=1e-6)
+    assert found[3] == 3
+    assert ablation_page.ratio(frame, Claim("", Variant("awq", "w3a16"), Variant("mbq", "w3a16"))) is None
+
+
+def test_every_claim_is_about_choices_of_the_study() -> None:
+    names = {(choice.recipe.name, choice.factor, choice.level) for choice in ablation.study()}
+    for claim in ablation_page.claims():
+        for variant in (claim.first, claim.second):
+            assert (variant.recipe, variant.factor, variant.level) in names, claim.words
 
 
 def test_peer_inputs_have_no_padding(tiny_processor: Any, samples: list[Sample]) -> None:

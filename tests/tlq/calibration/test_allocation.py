@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.exporting import write_export
 from support.families import batches_of, write_tiny
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tlq.api import plan, quantize
 from tlq.calibration.allocation import distributed, measure
 from tlq.calibration.job import CalibrationJob
+from tlq.calibration.loop import calibrate
 from tlq.export.loading import load_model
 from tlq.export.quantized import QuantizedCheckpoint
 from tlq.importance.gradients import score_tokens
@@ -185,3 +187,18 @@ def test_the_experts_of_a_layer_have_one_scheme(tmp_path: Path) -> None:
     assert experts.weights == sum(model.skeleton.get_submodule(path).weight.numel() for path in own)
     assert len({scheme.of(path) for path in own}) == 1
     assert 0 < experts.losses["w4a16s"] < experts.losses["w2a16s"]
+
+
+@torch.no_grad()
+def test_a_mix_of_a_model_with_experts_is_loaded_as_it_was_calibrated(tmp_path: Path) -> None:
+    folder = write_tiny("qwen3_vl_moe", tmp_path / "model")
+    model, batches = load_model(folder), batches_of("qwen3_vl_moe")
+    job = job_of(batches, "mix4")
+    units = measure(ResidentModel(model), job, score_tokens(ResidentModel(model), batches))
+    scheme = distributed(job.scheme, units, 0)
+    calibrated = calibrate(model, CalibrationJob(job.recipe, WeightQuantizer(scheme, torch.bfloat16)))
+    assert len({len(weight.codes.unique()) for weight in calibrated.weights.values()}) > 1
+    write_export(folder, calibrated, scheme, tmp_path / "out")
+    loaded = load_model(tmp_path / "out")
+    for path in calibrated.weights:
+        assert torch.equal(loaded.get_parameter(f"{path}.weight"), model.get_parameter(f"{path}.weight")), path
