@@ -28,6 +28,7 @@ from tasks.report.tokens import TokenData
 from tlq.export.engines import ENGINES, serving
 from tlq.models.architectures import architecture_of
 from tlq.models.checkpoint import load_config
+from tlq.quantization.formats import Scheme
 from tlq.runtime.files import write_text
 
 logger = logging.getLogger("tlq.report")
@@ -153,10 +154,15 @@ def render_card(
             backend=backend,
             serving=serving(variant.scheme, base.model_type, checkpoint.as_posix(), base.has_experts),
             vllm=ENGINES["vllm"].of(variant.scheme),
-            load_model=base.has_experts or (base.model_type in _NEEDS_LOAD_MODEL and not variant.scheme.dequantized),
+            load_model=_needs_load_model(base, variant.scheme),
             digest=_sha256(checkpoint / "calibration.json"),
         )
     )
+
+
+def _needs_load_model(base: Base, scheme: Scheme) -> bool:
+    """Whether the card's snippet uses the package: for experts, and where transformers decompresses at every call."""
+    return base.has_experts or scheme.mixed or (base.model_type in _NEEDS_LOAD_MODEL and not scheme.dequantized)
 
 
 def place_cards(cards: Path = REPORT / "cards", models: Path = MODELS) -> list[Path]:
