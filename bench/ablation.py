@@ -28,7 +28,7 @@ import pandas as pd
 
 from bench.laboratory import MODEL, WORLD, Laboratory
 from tasks.command import quiet_libraries
-from tasks.config.params import Columns, PrepareParams
+from tasks.config.sections import Columns, PrepareParams
 from tasks.stages.prepare import draw, read_table
 from tlq.calibration.allocation import distributed, measure
 from tlq.calibration.job import CalibrationJob

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from tasks.config.params import ModelParams, section
+from tasks.config.params import section
+from tasks.config.sections import ModelParams
 from tasks.files import IMPORTANCE, MODELS, read_importance
 from tasks.report.charts import GROUPS, INK, MUTED, SERIES, STYLE, draw_importance, new_figure
 from tasks.report.tokens import read_token_data, show_samples

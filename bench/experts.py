@@ -34,7 +34,7 @@ from bench.ablation_page import half_width
 from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.sections import table, write_section
 from tasks.command import quiet_libraries
-from tasks.config.params import Columns, PrepareParams
+from tasks.config.sections import Columns, PrepareParams
 from tasks.stages.prepare import draw, read_table
 from tlq.calibration import streams
 from tlq.calibration.job import CalibrationJob

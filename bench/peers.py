@@ -38,7 +38,7 @@ from bench.laboratory import MODEL, WORLD, Laboratory
 from bench.models import SHAPES, large_samples, write_random_model
 from bench.sections import table, write_section
 from tasks.command import quiet_libraries
-from tasks.config.params import Columns, PrepareParams
+from tasks.config.sections import Columns, PrepareParams
 from tasks.stages.prepare import draw, read_table
 from tlq.export.loading import load_model
 from tlq.models.processor import load_processor

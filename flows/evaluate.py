@@ -28,7 +28,8 @@ from flows.stages import (
     stage,
     stages_at_once,
 )
-from tasks.config.params import VariantParams, section
+from tasks.config.params import section
+from tasks.config.sections import VariantParams
 
 
 @flow(

@@ -11,7 +11,8 @@ from typing import Any
 from prefect.runtime import flow_run
 
 from services.processes import ROOT
-from tasks.config.params import ParamsError, VariantParams, section
+from tasks.config.params import ParamsError, section
+from tasks.config.sections import VariantParams
 
 #: A longer list is named by its length: `7 recipes`.
 _MOST = 4

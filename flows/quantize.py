@@ -33,7 +33,8 @@ from flows.form import (
 from flows.hooks import HOOKS
 from flows.names import experiment_name, run_name
 from flows.stages import LAST, check_tracking, following, report_and_register, run_stage, stage, stages_at_once
-from tasks.config.params import VariantParams, section
+from tasks.config.params import section
+from tasks.config.sections import VariantParams
 from tlq.recipes import RECIPES
 
 

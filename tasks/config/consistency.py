@@ -6,15 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.config.params import (
-    CalibrateParams,
-    EvaluateParams,
-    ExportParams,
-    ParamsError,
-    RegisterParams,
-    VariantParams,
-    parse,
-)
+from tasks.config.params import ParamsError, parse
+from tasks.config.sections import CalibrateParams, EvaluateParams, ExportParams, RegisterParams, VariantParams
 from tlq.export.engines import check_engine
 
 #: Folder of the demo's model, calibration data and benchmark files.

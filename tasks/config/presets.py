@@ -28,7 +28,8 @@ from ruamel.yaml.comments import CommentedMap
 from tasks.config.consistency import check_gate, check_served, demo_inputs
 from tasks.config.editor import ParamsEditor, round_trip, row
 from tasks.config.mistakes import reason_of
-from tasks.config.params import PARAMS, SECTIONS, Download, ParamsError, parse, repo_type
+from tasks.config.params import PARAMS, ParamsError, parse
+from tasks.config.sections import SECTIONS, Download, repo_type
 from tlq.runtime.files import write_text
 
 PRESETS = Path("presets")

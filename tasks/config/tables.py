@@ -17,13 +17,13 @@ from pydantic_core import PydanticUndefined
 
 from tasks.config.environment import VARIABLES
 from tasks.config.mistakes import types_of
-from tasks.config.params import SECTIONS, Download
+from tasks.config.sections import SECTIONS, Download
 
 _TOP = """# Parameters
 
 [All pages](README.md)
 
-This page is generated from `tasks/config/params.py` and `tasks/config/environment.py`: change them, then run
+This page is generated from `tasks/config/sections.py` and `tasks/config/environment.py`: change them, then run
 `python -m tasks.config.tables > docs/parameters.md`.
 
 `params.yaml` holds every value that decides a result. An unknown key is refused.

@@ -17,7 +17,7 @@ import pandas as pd
 
 from benchmarks.compare import INTERVAL, resampled_means
 from benchmarks.results import Comparison, Metrics
-from tasks.config.params import Bounds
+from tasks.config.sections import Bounds
 
 RESAMPLES = 2000
 

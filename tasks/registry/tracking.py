@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tasks.config.params import PARAMS, RegisterParams, section
+from tasks.config.params import PARAMS, section
+from tasks.config.sections import RegisterParams
 from tasks.registry.connection import connect, first_line
 from tasks.registry.layers import layer_metrics
 from tasks.registry.lineage import locked_outputs

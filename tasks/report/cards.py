@@ -20,7 +20,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from tasks.command import run
-from tasks.config.params import PrepareParams
+from tasks.config.sections import PrepareParams
 from tasks.files import MODELS, REPORT
 from tasks.report.page import environment
 from tasks.report.results import Results, Variant, is_demo

@@ -12,7 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tasks.config.params import Bounds
+from tasks.config.sections import Bounds
 from tasks.registry.gate import Verdict, judge
 from tasks.registry.lineage import Lineage
 from tasks.report.answers import ChangedAnswer

@@ -11,7 +11,7 @@ import pandas as pd
 
 from benchmarks.compare import FULL
 from benchmarks.results import Comparison, EvaluationRun, Metrics
-from tasks.config.params import VariantParams
+from tasks.config.sections import VariantParams
 from tasks.files import EVALUATION, MODELS, existing
 from tlq.models.architectures import kind_of
 from tlq.quantization.budget import Budget

@@ -16,7 +16,8 @@ import pandas as pd
 
 from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
 from tasks.command import command_line, device
-from tasks.config.params import CalibrateParams, ExportParams, ModelParams, VariantParams, read, section
+from tasks.config.params import read, section
+from tasks.config.sections import CalibrateParams, ExportParams, ModelParams, VariantParams
 from tasks.files import ALLOCATION, IMPORTANCE, PREPARED, read_importance, read_pool, read_samples
 from tasks.planning import add_dry_run, show_plan
 from tlq.calibration.allocation import MEASURED, distributed, measure

@@ -15,15 +15,8 @@ from pathlib import Path
 from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
 from tasks.command import command_line, device
 from tasks.config.consistency import check_served
-from tasks.config.params import (
-    CalibrateParams,
-    CalibsetParams,
-    ModelParams,
-    ParamsError,
-    read,
-    recipe,
-    section,
-)
+from tasks.config.params import ParamsError, read, recipe, section
+from tasks.config.sections import CalibrateParams, CalibsetParams, ModelParams
 from tasks.files import (
     ALLOCATION,
     CALIBSET,

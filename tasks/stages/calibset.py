@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from tasks.command import command_line
-from tasks.config.params import CalibsetParams, recipe, section
+from tasks.config.params import recipe, section
+from tasks.config.sections import CalibsetParams
 from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, read_widths, write_parquet
 from tlq.importance.pool import GroupKey, Importance, TokenPool, WeightedTokens
 from tlq.importance.token_set import effective_sample_size

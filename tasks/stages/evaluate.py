@@ -36,7 +36,8 @@ from benchmarks.results import BenchmarkMetrics, Comparison, EvaluationRun, Metr
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cluster.launch import on_ranks
 from tasks.command import command_line, device
-from tasks.config.params import EvaluateParams, ModelParams, section
+from tasks.config.params import section
+from tasks.config.sections import EvaluateParams, ModelParams
 from tasks.files import EVALUATION, MODELS, existing
 from tasks.registry.tracking import recorded_failure
 from tlq.export.loading import load_model

@@ -20,7 +20,8 @@ from huggingface_hub.errors import HTTPError
 
 from tasks.command import command_line
 from tasks.config.mistakes import reason_of
-from tasks.config.params import Download, parse
+from tasks.config.params import parse
+from tasks.config.sections import Download
 from tlq.models.checkpoint import read_config
 from tlq.runtime.files import new_directory
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
 from tasks.command import command_line, device
-from tasks.config.params import ImportanceParams, ModelParams, section
+from tasks.config.params import section
+from tasks.config.sections import ImportanceParams, ModelParams
 from tasks.files import IMPORTANCE, PREPARED, read_samples, write_importance
 from tasks.planning import add_dry_run, show_plan
 from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_resumably

@@ -17,7 +17,8 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from tasks.command import command_line
-from tasks.config.params import ImportanceParams, ModelParams, PrepareParams, section
+from tasks.config.params import section
+from tasks.config.sections import ImportanceParams, ModelParams, PrepareParams
 from tasks.files import PREPARED, write_samples
 from tlq.data import Rejected, draw_usable, image_entries, read_json_list, sample_of
 from tlq.models.checkpoint import local_folder

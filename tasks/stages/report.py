@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.compare import scores_table
 from tasks.command import command_line
-from tasks.config.params import (
+from tasks.config.params import section
+from tasks.config.sections import (
     EvaluateParams,
     ModelParams,
     PrepareParams,
     RegisterParams,
     ReportParams,
     VariantParams,
-    section,
 )
 from tasks.files import EVALUATION, MODELS, REPORT
 from tasks.registry.lineage import read_lineage

@@ -15,7 +15,7 @@ from benchmarks.divergence import ItemKey
 from benchmarks.harness import load_benchmarks, namer, run_on
 from benchmarks.model import Finished
 from benchmarks.vllm import WrappedLM, load_vllm
-from tasks.config.params import EvaluateParams
+from tasks.config.sections import EvaluateParams
 from tasks.stages.evaluate import evaluate_variant
 
 Make = Callable[..., BenchmarkSource]

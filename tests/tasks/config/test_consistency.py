@@ -10,8 +10,9 @@ import yaml
 from support.quick_project import ROOT
 
 from tasks.config.consistency import check_served
-from tasks.config.params import ExportParams, ParamsError, parse, read
+from tasks.config.params import ParamsError, parse, read
 from tasks.config.presets import check
+from tasks.config.sections import ExportParams
 from tasks.stages.calibrate import main
 
 SHIPPED: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -9,18 +9,8 @@ import pytest
 import torch
 import yaml
 
-from tasks.config.params import (
-    SECTIONS,
-    CalibsetParams,
-    EvaluateParams,
-    ModelParams,
-    ParamsError,
-    PrepareParams,
-    VariantParams,
-    read,
-    recipe,
-    section,
-)
+from tasks.config.params import ParamsError, read, recipe, section
+from tasks.config.sections import SECTIONS, CalibsetParams, EvaluateParams, ModelParams, PrepareParams, VariantParams
 from tlq.recipes import RECIPES
 
 SHIPPED = Path(__file__).parents[3] / "params.yaml"

@@ -13,8 +13,9 @@ import yaml
 
 from benchmarks.harness import FOLDER
 from tasks.config import presets as module
-from tasks.config.params import Download, ParamsError, PrepareParams, RegisterParams, section
+from tasks.config.params import ParamsError, section
 from tasks.config.presets import KINDS, PRESETS, applied, available, check, main, named, pin
+from tasks.config.sections import Download, PrepareParams, RegisterParams
 from tlq.models.architectures import FAMILIES
 
 ROOT = Path(__file__).parents[3]

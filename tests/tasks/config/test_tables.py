@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from tasks.config.params import SECTIONS
+from tasks.config.sections import SECTIONS
 from tasks.config.tables import page
 
 ROOT = Path(__file__).parents[3]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.results import BenchmarkMetrics, Comparison, Metrics
-from tasks.config.params import Bounds, ParamsError, parse
+from tasks.config.params import ParamsError, parse
+from tasks.config.sections import Bounds
 from tasks.registry.gate import (
     CannotCompare,
     Contender,

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from support.forked import FORK, run_together
 from support.registry_results import answers, write_project, write_variant
 
-from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
+from tasks.config.params import section
+from tasks.config.sections import EvaluateParams, ModelParams, RegisterParams
 from tasks.registry.connection import connect
 from tasks.registry.gate import Verdict
 from tasks.registry.promotion import ITEM_SCORES, promote

@@ -16,7 +16,8 @@ from support.registry_results import write_project, write_variant
 from support.servers import wait_until_ready
 from support.tiny_project import free_port
 
-from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, section
+from tasks.config.params import section
+from tasks.config.sections import EvaluateParams, ModelParams, RegisterParams
 from tasks.registry.connection import connect
 from tasks.stages.register import Registrar, register_all
 

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 from support.report_results import VARIANTS, write_metrics
 
-from tasks.config.params import VariantParams
+from tasks.config.sections import VariantParams
 from tasks.report.cards import Base, CalibrationData, place_cards, read_base, render_card
 from tasks.report.results import read_results
 from tlq.export.engines import serving

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from support.report_results import VARIANTS, metrics, write_metrics
 
-from tasks.config.params import Bounds, VariantParams
+from tasks.config.sections import Bounds, VariantParams
 from tasks.files import VariantName
 from tasks.registry.lineage import Lineage, locked_outputs
 from tasks.report import charts, page

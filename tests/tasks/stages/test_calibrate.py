@@ -16,7 +16,8 @@ import yaml
 from support.exporting import read_tensors
 from transformers import AutoModelForImageTextToText
 
-from tasks.config.params import CalibsetParams, ParamsError, section
+from tasks.config.params import ParamsError, section
+from tasks.config.sections import CalibsetParams
 from tasks.files import CALIBSET, IMPORTANCE, read_importance, read_pool
 from tasks.stages import calibrate
 from tasks.stages.calibrate import weights_of

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from support.pools import pool_of
 
-from tasks.config.params import CalibsetParams
+from tasks.config.sections import CalibsetParams
 from tasks.files import IMPORTANCE, PREPARED, write_importance
 from tasks.stages import calibset
 from tasks.stages.calibset import build, summarise

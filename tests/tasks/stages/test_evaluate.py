@@ -19,7 +19,8 @@ from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.harness import load_benchmarks
 from benchmarks.model import VisionLM
 from benchmarks.results import EvaluationRun
-from tasks.config.params import EvaluateParams, ParamsError
+from tasks.config.params import ParamsError
+from tasks.config.sections import EvaluateParams
 from tasks.stages import evaluate
 from tlq.export.loading import load_model
 from tlq.runtime.files import link_or_copy, new_directory

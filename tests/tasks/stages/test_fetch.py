@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from support.stand_in_hub import COMMIT, Hub, hub_of
 from support.tiny import png
 
-from tasks.config.params import Columns, Download, PrepareParams
 from tasks.config.presets import newest_commit
+from tasks.config.sections import Columns, Download, PrepareParams
 from tasks.stages import fetch as module
 from tasks.stages.fetch import fetch
 from tasks.stages.prepare import prepare

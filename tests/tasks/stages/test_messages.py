@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tasks.config.params import SECTIONS, ParamsError, parse
+from tasks.config.params import ParamsError, parse
+from tasks.config.sections import SECTIONS
 from tasks.config.tables import page
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.weighting import Weighting

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
 
-from tasks.config.params import Columns, PrepareParams
+from tasks.config.sections import Columns, PrepareParams
 from tasks.files import read_samples
 from tasks.stages.prepare import prepare, usable_by
 from tlq.samples import Sample

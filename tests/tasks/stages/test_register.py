@@ -18,7 +18,8 @@ from support.registry_results import BENCHMARKS, layer_report, write_params, wri
 
 import tasks
 from tasks.command import TRY_AGAIN
-from tasks.config.params import EvaluateParams, ModelParams, RegisterParams, VariantParams, section
+from tasks.config.params import section
+from tasks.config.sections import EvaluateParams, ModelParams, RegisterParams, VariantParams
 from tasks.registry.connection import connect
 from tasks.registry.layers import layer_metrics
 from tasks.registry.runs import CHECKPOINT, log_metrics, new_run
