@@ -33,7 +33,8 @@ from tasks.stages.prepare import draw, read_table
 from tlq.calibration.allocation import distributed, measure
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate
-from tlq.importance.gradients import BlockLoss, score_tokens
+from tlq.importance.gradients import score_tokens
+from tlq.importance.losses import BlockLoss
 from tlq.importance.pool import Importance, PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import all_tokens, to_batches, token_set

@@ -16,7 +16,8 @@ import torch
 from tasks.cluster.launch import meeting_place, on_ranks
 from tasks.command import device, run
 from tlq.calibration.job import CalibrationJob
-from tlq.importance.gradients import AnswerLoss, score_resumably
+from tlq.importance.gradients import score_resumably
+from tlq.importance.losses import AnswerLoss
 from tlq.importance.pool import PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import TokenWeights, to_batches, token_set

@@ -15,7 +15,8 @@ from tlq.calibration.allocation import MEASURED, distributed, measure
 from tlq.calibration.job import CalibrationJob
 from tlq.export.engines import check_engine, mixed_by
 from tlq.export.model_card import write_card
-from tlq.importance.gradients import AnswerLoss, BlockLoss, score_resumably
+from tlq.importance.gradients import score_resumably
+from tlq.importance.losses import AnswerLoss, BlockLoss
 from tlq.importance.pool import Importance, PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import (

@@ -14,7 +14,8 @@ from tasks.config.params import section
 from tasks.config.sections import ImportanceParams, ModelParams
 from tasks.files import IMPORTANCE, PREPARED, read_samples, write_importance
 from tasks.planning import add_dry_run, show_plan
-from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_resumably
+from tlq.importance.gradients import score_resumably
+from tlq.importance.losses import AnswerLoss, BlockLoss, Loss
 from tlq.importance.pool import TokenPool
 from tlq.importance.weighting import LossName
 from tlq.models.architectures import input_widths

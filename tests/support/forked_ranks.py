@@ -11,7 +11,8 @@ from torch import distributed as dist
 
 from support.forked import Forked
 from tlq.calibration.job import CalibrationJob
-from tlq.importance.gradients import AnswerLoss, score_resumably
+from tlq.importance.gradients import score_resumably
+from tlq.importance.losses import AnswerLoss
 from tlq.importance.pool import TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import TokenWeights, to_batches, token_set, uniform_tokens

@@ -31,7 +31,8 @@ from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.parallel import joined_ranks
 from tlq.recipes import get_recipe
-from tlq.importance.gradients import AnswerLoss, score_resumably
+from tlq.importance.gradients import score_resumably
+from tlq.importance.losses import AnswerLoss
 from tlq.runtime.resume import ResumeState
 from tlq.models.streaming import StreamedModel
 from tlq.importance.weighting import Weighting

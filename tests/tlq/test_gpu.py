@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tlq import quantize
 from tlq.export.loading import load_model
-from tlq.importance.gradients import AnswerLoss, BlockLoss, Loss, score_tokens
+from tlq.importance.gradients import score_tokens
+from tlq.importance.losses import AnswerLoss, BlockLoss, Loss
 from tlq.importance.token_set import TokenBudget
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel

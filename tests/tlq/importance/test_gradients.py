@@ -16,7 +16,8 @@ from support.pools import pool_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlq.importance.gradients import answer_loss, score_tokens
+from tlq.importance.gradients import score_tokens
+from tlq.importance.losses import answer_loss
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.weighting import Source, Weighting, modality_ratio, modality_weights, token_weights

@@ -16,7 +16,8 @@ from support.families import TINY, batches_of, write_tiny
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate, calibrate_layers
 from tlq.export.loading import load_model
-from tlq.importance.gradients import AnswerLoss, BlockLoss, score_batches, score_tokens
+from tlq.importance.gradients import score_batches, score_tokens
+from tlq.importance.losses import AnswerLoss, BlockLoss
 from tlq.importance.pool import Importance, TokenPool
 from tlq.models.decoder import enter_decoder
 from tlq.models.streaming import ResidentModel, StreamedModel
