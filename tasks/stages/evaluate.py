@@ -46,7 +46,7 @@ from tlq.runtime.digest import kept_digests
 from tlq.runtime.files import link_or_copy, new_directory
 from tlq.runtime.memory import peak_resident
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tlq.evaluate")
 
 RAW_COLUMNS = ("task", "doc", "prompt", "target", "reply", "score", "n_answer_tokens", "nll", "kl")
 
