@@ -35,6 +35,7 @@ SchemeName = Annotated[str, Field(json_schema_extra={"enum": [*SCHEMES, *_MIXES]
 StageName = Annotated[str, Field(json_schema_extra={"enum": [*STAGES]})]
 DataName = Annotated[str, Field(json_schema_extra={"enum": ["", *preset_names("calibration")]})]
 BenchmarksName = Annotated[str, Field(json_schema_extra={"enum": ["", *preset_names("benchmarks")]})]
+StudyName = Annotated[str, Field(json_schema_extra={"enum": ["", *preset_names("sweep")]})]
 Limit = Annotated[int, Field(ge=0)]
 
 

@@ -32,12 +32,12 @@ def name_of(parameters: Mapping[str, Any], day: date, variants: bool = True) -> 
     """The name of a run: `rtn w4a16 2026-11-27`, `qwen2-vl-2b rtn+tlq w3a16 2026-11-27`.
 
     Args:
-        parameters: of the flow. Recipes and schemes that they leave out are those of params.yaml; the model is named if
-            it is given.
+        parameters: of the flow. Recipes and schemes that they leave out are those of params.yaml; the model, or the
+            study of a sweep, is named if it is given.
         variants: whether to name recipes and schemes.
     """
     settings = parameters.get("settings") or {}
-    model = parameters.get("model") or settings.get("model.path")
+    model = parameters.get("study") or parameters.get("model") or settings.get("model.path")
     words = [_joined([_short(each) for each in parameters.get("models") or [*filter(None, [model])]], "models")]
     if variants:
         default = _variants()
