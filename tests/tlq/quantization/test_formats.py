@@ -190,7 +190,7 @@ def test_indivisible_group_size_names_layer_and_next_step() -> None:
 
 
 def test_unknown_scheme_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown scheme 'w5a16'; choose one of w2a16, w3a16"):
+    with pytest.raises(ValueError, match="unknown scheme 'w5a16'; choose one of w2a16, w2a16s"):
         get_scheme("w5a16")
 
 
