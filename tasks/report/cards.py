@@ -114,7 +114,7 @@ def _stated(card: Path) -> dict[str, Any]:
 def metadata(variant: Variant, base: Base) -> ModelCardData:
     """Front matter for the Hugging Face hub."""
     scheme = variant.scheme
-    tags = ["compressed-tensors", "quantized", f"{scheme.weight_bits}-bit", scheme.name, variant.recipe.name]
+    tags = ["compressed-tensors", "quantized", scheme.tag, scheme.name, variant.recipe.name]
     if ENGINES["vllm"].of(scheme).runs != "refused":
         tags.append("vllm")
     return ModelCardData(

@@ -14,8 +14,7 @@ from benchmarks.results import Comparison, EvaluationRun, Metrics
 from tasks.config.sections import VariantParams
 from tasks.files import EVALUATION, MODELS, existing
 from tlq.models.architectures import kind_of
-from tlq.quantization.budget import Budget
-from tlq.quantization.formats import FULL_PRECISION, Scheme, get_scheme
+from tlq.quantization.formats import FULL_PRECISION, Scheme
 from tlq.recipes import Recipe
 from tlq.results import CalibrationReport, GroupReport
 
@@ -225,22 +224,14 @@ def scheme_title(scheme: Scheme) -> str:
 
 def scheme_words(scheme: Scheme) -> str:
     """A scheme in words: `3-bit asymmetric weights, groups of 128 input channels; full-precision activations`."""
-    if Budget.of_name(scheme.name):
-        return _mix_in_words(scheme)
+    if scheme.is_mix:
+        kept = ", and of full precision" if FULL_PRECISION in dict(scheme.overrides).values() else ""
+        return f"a mix of symmetric weights with {scheme.bits_in_words} bits{kept}; full-precision activations"
     symmetry = "symmetric" if scheme.symmetric else "asymmetric"
     size, bits = scheme.group_size, scheme.activation_bits
     scales = "one scale per output channel" if size is None else f"groups of {size} input channels"
     activations = "full-precision activations" if bits is None else f"{bits}-bit activations, one scale per token"
     return f"{scheme.weight_bits}-bit {symmetry} weights, {scales}; {activations}"
-
-
-def _mix_in_words(scheme: Scheme) -> str:
-    """The numbers of bits of a mix: `a mix of symmetric weights with 2, 3 and 8 bits; full-precision activations`."""
-    names = {name for _, name in scheme.overrides}
-    *some, last = sorted(get_scheme(name).weight_bits for name in names - {FULL_PRECISION})
-    bits = f"{', '.join(map(str, some))} and {last}" if some else f"{last}"
-    kept = ", and of full precision" if FULL_PRECISION in names else ""
-    return f"a mix of symmetric weights with {bits} bits{kept}; full-precision activations"
 
 
 def size_unit(size: int) -> tuple[float, str]:

@@ -36,7 +36,7 @@ def write_card(
         carried_over: number of tensors that the model does not name, which the checkpoint has as they were.
     """
     hub_id = None if Path(base).exists() else str(base)
-    tags = ["compressed-tensors", "quantized", f"{scheme.weight_bits}-bit", scheme.name, recipe.name, "tlq"]
+    tags = ["compressed-tensors", "quantized", scheme.tag, scheme.name, recipe.name, "tlq"]
     metadata = ModelCardData(
         base_model=hub_id,
         base_model_relation="quantized" if hub_id else None,
@@ -58,6 +58,7 @@ def write_card(
         samples=samples,
         errors=_mean_errors(groups),
         experts=experts,
+        loader=experts or scheme.mixed,
         carried_over=carried_over,
         further=[group for group in groups if group.get("further_tokens")],
         serving=serving(scheme, config.model_type, folder.name, experts),

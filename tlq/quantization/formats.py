@@ -85,6 +85,25 @@ class Scheme:
         return self.budget is not None or any(name != FULL_PRECISION for _, name in self.overrides)
 
     @property
+    def is_mix(self) -> bool:
+        """Whether a budget is, or was, distributed: every linear is named by an override."""
+        return Budget.of_name(self.name) is not None
+
+    @property
+    def bits_in_words(self) -> str:
+        """`3`, or `2, 3, 4 and 8` for a mix."""
+        if not self.is_mix:
+            return str(self.weight_bits)
+        names = {name for _, name in self.overrides} - {FULL_PRECISION}
+        *some, last = map(str, sorted({get_scheme(name).weight_bits for name in names}))
+        return f"{', '.join(some)} and {last}" if some else last
+
+    @property
+    def tag(self) -> str:
+        """Tag of a model card: `3-bit`, or `mixed-precision`."""
+        return "mixed-precision" if self.is_mix else f"{self.weight_bits}-bit"
+
+    @property
     def kind(self) -> str:
         """Bits of weights and activations: ``w4a16`` for instance."""
         return f"w{self.weight_bits}a{self.activation_bits or 16}"

@@ -128,6 +128,9 @@ def test_a_mix_is_exported_as_it_was_calibrated(
     report = json.loads((tmp_path / "out/calibration.json").read_text())
     chosen = dict(report["scheme"]["overrides"])
     assert len(set(chosen.values())) > 1
+    card = (tmp_path / "out/README.md").read_text()
+    assert "- mixed-precision\n" in card
+    assert 'model = load_model("out"' in card
     own = load_model(tmp_path / "out")
     stored = QuantizedCheckpoint.open(tmp_path / "out")
     for path, name in chosen.items():

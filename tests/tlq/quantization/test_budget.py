@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,3 +115,12 @@ def test_parts_of_mixes_are_symmetric_and_keep_activations() -> None:
     parts = [get_scheme(name) for name in MIXED if name in SCHEMES]
     assert len(parts) == len(MIXED) - 1
     assert all(part.symmetric and part.activation_bits is None for part in parts)
+
+
+def test_a_mix_in_words() -> None:
+    chosen = (("a.*", "w8a16s"), ("b", "w2a16s"), ("c", "w2a16s"), ("d", "full_precision"))
+    mix = replace(get_scheme("mix3"), budget=None, overrides=chosen)
+    assert (mix.bits_in_words, mix.tag, mix.mixed) == ("2 and 8", "mixed-precision", True)
+    uniform = replace(get_scheme("w4a16"), overrides=(("a", "full_precision"),))
+    assert (uniform.bits_in_words, uniform.tag, uniform.mixed) == ("4", "4-bit", False)
+    assert replace(mix, overrides=(("a", "w3a16s"),)).bits_in_words == "3"
