@@ -27,6 +27,8 @@ PICTURE = PAGE.with_suffix(".png")
 _SCHEMES = ("w4a16", "w4a16s")
 #: Schemes of one number of bits, and mixes, with the choice of the study that is shown.
 _UNIFORM = {"w2a16": "ranges", "w3a16s": "default", "w3a16": "default", "w4a16s": "default", "w4a16": "default"}
+#: The interval of two seeds is too wide to show anything.
+_LEAST_SEEDS = 3
 _MIXES = dict.fromkeys(("mix2.5", "mix3", "mix3.125", "mix3.5"), "shipped")
 _SERVED = ("w4a16", "w4a16s", "q4_0", "w4a8", "w8a8", "w3a16", "w2a16")
 
@@ -93,7 +95,7 @@ def _curve(found: pd.DataFrame, names: Mapping[str, str]) -> list[dict[str, Any]
     for scheme, factor in names.items():
         chosen = found[(found["scheme"] == scheme) & (found["factor"] == factor)]
         logs = np.log(chosen[~chosen["level"].isin(("search, ones", "search, pivots"))]["kl"].to_numpy())
-        if len(logs) > 1:
+        if len(logs) >= _LEAST_SEEDS:
             mean, half = logs.mean(), half_width(logs.std(ddof=1), len(logs))
             kl, low, high = np.exp([mean, mean - half, mean + half])
             rows.append(
