@@ -235,9 +235,17 @@ def main() -> int:
 
 
 _CLAIMS = (
-    "Every line compares two variants on the same calibration seeds and items: the geometric mean of the ratios of KL",
-    "with its 95 % interval. A ratio below 1 is better for the first. An interval that excludes 1 shows an order; of",
-    "so many lines, one in twenty does so by chance.",
+    "Every line compares two variants on the same calibration seeds and items: the geometric mean of the ratios",
+    "of KL with its 95 % interval. A ratio below 1 is better for the first. An interval that excludes 1 shows an",
+    "order; of so many lines, one in twenty does so by chance.",
+    "",
+    "What they show: compensated rounding with token weights (`tlq-c`) has the least error at every scheme that",
+    "was measured, in both families, by a factor of four or more from the next recipe. `tlq`, the paper's method,",
+    "is better than `mbq` and `rtn` everywhere and than `gptq` in most cases, and does not differ from `awq` with",
+    "weights alone quantized. Tokens chosen by importance are better than uniform ones where few are chosen (a",
+    "quarter of the width). Bits by importance halve the error of one family and do nothing for the other. What",
+    "they do not show: whether importance is better than uniform weights for larger sets, whose intervals include",
+    "1.",
 )
 
 
