@@ -53,9 +53,9 @@ def claims() -> list[Claim]:
             Claim(f"`tlq` against `{peer}`, {scheme.upper()}", Variant("tlq", scheme), Variant(peer, scheme))
             for peer in ("rtn", *_PEERS)
         ]
-    for size, scheme in (("mix3.125", "w3a16s"), ("mix3", "w3a16s"), ("mix3.5", "w3a16s"), ("mix2.5", "w3a16s")):
+    for size in ("mix3.125", "mix3", "mix3.5", "mix2.5"):
         words = f"`tlq-c`: {size.removeprefix('mix')} bits by importance against 3.125 everywhere"
-        found.append(Claim(words, _shipped(size), Variant("tlq-c", scheme)))
+        found.append(Claim(words, _shipped(size), Variant("tlq-c", "w3a16s")))
     for width in (0.25, 0.5, 1, 2, 4, 8):
         level = f"{width:g}"
         first = Variant("tlq-c", "w3a16", "tokens by width", level)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from bench.ablation import SUBJECTS
@@ -29,6 +30,8 @@ _SCHEMES = ("w4a16", "w4a16s")
 _UNIFORM = {"w2a16": "ranges", "w3a16s": "default", "w3a16": "default", "w4a16s": "default", "w4a16": "default"}
 #: The interval of two seeds is too wide to show anything.
 _LEAST_SEEDS = 3
+#: Rows of one group each whose zero-points fill whole bytes.
+_ROWS = 8
 _MIXES = dict.fromkeys(("mix2.5", "mix3", "mix3.125", "mix3.5"), "shipped")
 _SERVED = ("w4a16", "w4a16s", "q4_0", "w4a8", "w8a8", "w3a16", "w2a16")
 
@@ -142,8 +145,8 @@ def _bits(name: str) -> float:
         return scheme.budget.amount
     if scheme.group_size is None:
         return float(scheme.weight_bits)
-    share = 16 + (0 if scheme.symmetric else scheme.weight_bits)
-    return float(np.round(scheme.weight_bits + share / scheme.group_size, 2))
+    size = scheme.bytes_of(_ROWS, scheme.group_size, torch.bfloat16)
+    return float(np.round(8 * size / (_ROWS * scheme.group_size), 2))
 
 
 if __name__ == "__main__":

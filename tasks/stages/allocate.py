@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -60,8 +61,7 @@ def distribute() -> None:
     engine = (section("export", ExportParams) if "export" in read() else ExportParams()).engine
     model, job = _opened(mixes[0])
     with joined_ranks(device(), meeting_place()) as ranks:
-        job = CalibrationJob(job.recipe, job.quantizer, job.batches, ranks=ranks)
-        units = measure(model, job, read_importance(IMPORTANCE), mixed_by(engine))
+        units = measure(model, replace(job, ranks=ranks), read_importance(IMPORTANCE), mixed_by(engine))
         if ranks.leads:
             outside = outside_bytes(model)
             found = [scheme if scheme.budget is None else distributed(scheme, units, outside) for scheme in chosen]

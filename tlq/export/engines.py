@@ -70,7 +70,7 @@ class Engine:
     def of(self, scheme: Scheme) -> Support:
         """What it does with a checkpoint: what it does with its worst part."""
         parts = [self.support(part) for part in parts_of(scheme)]
-        if scheme.budget is not None:  # it will consist of those that run
+        if scheme.budget is not None:  # only those that run are distributed
             parts = [part for part in parts if part.runs != "refused"] or parts
         return max(parts, key=lambda part: ("native", "weight only", "dequantized", "refused").index(part.runs))
 
@@ -229,7 +229,7 @@ def nearest(engine: Engine, scheme: Scheme) -> Scheme:
 
 
 def parts_of(scheme: Scheme) -> Iterator[Scheme]:
-    """The schemes of which a checkpoint consists, each without overrides; for a mix, those that it will consist of."""
+    """The schemes of which a checkpoint consists, each without overrides; for a budget, all candidates."""
     if scheme.budget is not None:
         yield from (get_scheme(name) for name in MIXED if name != FULL_PRECISION)
     else:

@@ -182,7 +182,7 @@ def test_the_experts_of_a_layer_have_one_scheme(tmp_path: Path) -> None:
     batches = batches_of("qwen3_vl_moe")
     job = job_of(batches, "mix4")
     units = measure(model, job, score_tokens(model, batches))
-    (experts,) = [unit for unit in units if "experts" in unit.patterns[0]]  # the other layer has none
+    (experts,) = [unit for unit in units if "experts" in unit.patterns[0]]  # no other layer has experts
     assert (experts.layer, experts.patterns) == (0, ("model.language_model.layers.0.mlp.experts.*",))
     scheme = distributed(job.scheme, units, 0)
     own = [path for path in linear_paths(model.architecture, 0) if ".experts." in path]

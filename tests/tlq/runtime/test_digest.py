@@ -1,4 +1,4 @@
-"""Digests that are kept beside a checkpoint."""
+"""Digests of a checkpoint's files are kept in a file next to it."""
 
 from pathlib import Path
 
