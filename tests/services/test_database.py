@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import sqlalchemy
+from support.servers import client
 from support.tiny_project import free_port, make_project, serving
 
 from services.database import create_schemas, mlflow_environment, postgres, prefect_environment
@@ -99,10 +99,10 @@ def tables(url: str, schema: str) -> set[str]:
 def test_both_servers_keep_their_data_in_postgresql(postgres_url: str, tmp_path: Path) -> None:
     folder = make_project(tmp_path)
     with serving(folder, {"TLQ_DATABASE_URL": postgres_url}) as services:
-        deployments = httpx.post(f"{services.prefect}/api/deployments/filter", json={}, trust_env=False)
+        deployments = client(services.prefect).post("/api/deployments/filter", json={})
         assert {each["name"] for each in deployments.json()} == {"quantize", "evaluate", "sweep"}
-        models = f"{services.mlflow}/api/2.0/mlflow/registered-models/create"
-        httpx.post(models, json={"name": "demo-w3a16"}, trust_env=False).raise_for_status()
+        models = "/api/2.0/mlflow/registered-models/create"
+        client(services.mlflow).post(models, json={"name": "demo-w3a16"})
         processes = services.descendants()
         assert services.stop() == 0
         assert not [each for each in processes if each.is_running()]

@@ -15,11 +15,3 @@ def listeners(processes: Iterable[psutil.Process]) -> set[str]:
         with suppress(psutil.NoSuchProcess):
             heard |= {link.laddr.ip for link in process.net_connections() if link.status == psutil.CONN_LISTEN}
     return heard
-
-
-def tree(pid: int) -> list[psutil.Process]:
-    """A process and all below it; nothing if it has ended."""
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    return []

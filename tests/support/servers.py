@@ -1,4 +1,4 @@
-"""Servers that tests start as separate processes."""
+"""Servers that tests start as separate processes, and requests to them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import subprocess
 import time
 import urllib.request
 from pathlib import Path
+
+from prefect.client.base import PrefectHttpxSyncClient
+
+#: Longer than the 60 s for which Prefect's server waits for a lock of SQLite before it answers 503.
+_ANSWER_SECONDS = 90.0
+
+
+def client(address: str) -> PrefectHttpxSyncClient:
+    """A client that behaves as Prefect's own: it repeats a request on which a busy server is silent or answers 503.
+
+    Every other failure, of the connection or by status, is an error.
+    """
+    return PrefectHttpxSyncClient(base_url=address, timeout=_ANSWER_SECONDS, trust_env=False)
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:

@@ -24,10 +24,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, StateType
 from support import ranked_job
-from support.listeners import listeners, tree
+from support.listeners import listeners
 from support.ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
 
 from flows.stages import REPRO
+from services.processes import tree
 from tasks.cluster import work_pool
 from tasks.cluster.work_pool import Pool
 

@@ -20,12 +20,13 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
-from support.listeners import listeners, tree
+from support.listeners import listeners
 from support.registry_results import write_project, write_variant
 from support.servers import wait_until_ready
 from support.tiny import png
 from support.tiny_project import free_port
 
+from services.processes import tree
 from tasks.config.params import section
 from tasks.config.sections import EvaluateParams, ModelParams, RegisterParams
 from tasks.registry.connection import connect
