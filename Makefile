@@ -27,12 +27,15 @@ $(STAMP): pyproject.toml requirements.lock requirements-torch.lock
 	$(BIN)/pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
-# Writes the environment's releases into requirements.lock, with the hashes of all their files. torch's build is not in it.
+# Writes the environment's releases into requirements.lock, with the hashes of all their files, and beside them what other
+# releases of Python and other systems need. torch's build is not in it; sympy stands for what torch needs.
 lock: setup
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet 'uv==0.13.*'
-	$(BIN)/pip freeze --all --exclude-editable | grep -v '^\(pip\|torch\|triton\|nvidia-.*\|cuda-.*\)==' \
-		| .venv-lock/bin/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --no-header - --output-file requirements.lock
+	$(BIN)/pip freeze --all --exclude-editable > .venv-lock/here.txt
+	echo torch > .venv-lock/torch.txt
+	echo sympy | .venv-lock/bin/uv pip compile --quiet --universal --constraints .venv-lock/here.txt --excludes .venv-lock/torch.txt \
+		--generate-hashes --no-annotate --no-header --extra dev pyproject.toml - --output-file requirements.lock
 	rm -r .venv-lock
 
 demo: setup

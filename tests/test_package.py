@@ -16,11 +16,14 @@ import tomllib
 import venv
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from support.slow import SLOW
 from support.tiny import png
 
@@ -40,10 +43,6 @@ def distributions() -> Mapping[str, list[str]]:
     return packages_distributions()
 
 
-def canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def names_of(requirements: list[str]) -> set[str]:
     """Distributions that requirements name, including those of this project's extras."""
     names: set[str] = set()
@@ -54,7 +53,7 @@ def names_of(requirements: list[str]) -> set[str]:
             for extra in match[2].split(","):
                 names |= names_of(METADATA["optional-dependencies"][extra])
         else:
-            names.add(canonical(match[1]))
+            names.add(canonicalize_name(match[1]))
     return names
 
 
@@ -84,7 +83,7 @@ def test_every_import_is_declared(folder: str) -> None:
     undeclared = {
         f"{path}: {module}"
         for module, path in imports_of(folder).items()
-        if not declared & {canonical(name) for name in distributions().get(module, [module])}
+        if not declared & {canonicalize_name(name) for name in distributions().get(module, [module])}
     }
     assert not undeclared
 
@@ -97,7 +96,26 @@ def locked() -> list[str]:
 
 def test_the_lock_holds_every_requirement() -> None:
     required = names_of(METADATA["dependencies"]) | names_of(METADATA["optional-dependencies"]["dev"])
-    assert required <= {canonical(line.split("==")[0]) for line in locked()}
+    assert required <= {canonicalize_name(line.split("==")[0]) for line in locked()}
+
+
+@pytest.mark.parametrize("python", ["3.11.2", "3.11.9", "3.12.1", "3.13.0"])
+def test_the_lock_holds_what_installed_packages_need_on_any_python(python: str) -> None:
+    """On Linux; not what torch's own builds need, which are installed with it."""
+    here = {"python_version": ".".join(python.split(".")[:2]), "python_full_version": python, "extra": ""}
+
+    def applies(requirement: Requirement) -> bool:
+        return requirement.marker is None or requirement.marker.evaluate(here)
+
+    entries = (ROOT / "requirements.lock").read_text().replace("\\\n", " ").splitlines()
+    releases = [Requirement(entry.split(" --hash")[0]) for entry in entries]
+    held = {canonicalize_name(release.name) for release in releases if applies(release)}
+    lacking = set()
+    for name in held:
+        with suppress(PackageNotFoundError):  # it is for another release of Python
+            needed = map(Requirement, requires(name) or ())
+            lacking |= {each.name for each in needed if applies(each) and canonicalize_name(each.name) not in held}
+    assert lacking <= {"torch"}
 
 
 def test_every_release_of_the_lock_has_hashes() -> None:
