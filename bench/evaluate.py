@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from benchmarks.data import BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import FOLDER, load_benchmarks, run_benchmarks
-from benchmarks.model import AnswerOptions
+from benchmarks.items import AnswerOptions
 from tlq.export.loading import load_model
 from tlq.models.processor import load_processor
 

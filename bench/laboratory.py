@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from benchmarks.data import BenchmarkSource
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
 from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
-from benchmarks.model import AnswerOptions
+from benchmarks.items import AnswerOptions
 from tasks.command import device
 from tlq.export.loading import load_model
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config

@@ -19,11 +19,15 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from benchmarks.chat_model import ChatLM
 from benchmarks.data import BenchmarkError, BenchmarkSource, EncodedImage, Rows, Skip, choose_rows, find_rows, load_rows
 from benchmarks.divergence import ItemKey
-from benchmarks.model import AnswerOptions, Finished, VisionLM
+from benchmarks.items import AnswerOptions, Finished
+from benchmarks.model import VisionLM
 from benchmarks.results import Part
+from benchmarks.streamed import Questions, StreamedLM
 from benchmarks.vllm import WrappedLM
+from tlq.models.streaming import StreamedModel
 
 FOLDER = Path(__file__).parent
 
@@ -146,12 +150,36 @@ def run_benchmarks(
     return run_on(VisionLM(model, processor, options, namer(benchmarks), answers), benchmarks)
 
 
+def run_streamed(
+    benchmarks: Mapping[str, Benchmark],
+    model: StreamedModel,
+    processor: Any,
+    options: AnswerOptions,
+    measured_items: int | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> list[BenchmarkResult]:
+    """``run_benchmarks`` with a model that is read layer by layer; ``StreamedLM`` says what its replies are.
+
+    Args:
+        folder: for hidden states that exceed the host's budget.
+    """
+    options_of = {
+        ItemKey(name, row): choices(doc)
+        for name, benchmark in benchmarks.items()
+        if (choices := benchmark.config["metadata"].get("choices")) is not None
+        for row, doc in zip(benchmark.rows.ids, benchmark.rows.docs, strict=True)
+    }
+    questions = Questions(_answers(benchmarks, None, seed), set(_answers(benchmarks, measured_items, seed)), options_of)
+    return run_on(StreamedLM(model, processor, options, questions, namer(benchmarks), folder), benchmarks)
+
+
 def namer(benchmarks: Mapping[str, Benchmark]) -> Callable[[str, int], str]:
     """A function from task and position to the row's name."""
     return lambda task, position: benchmarks[task].rows.ids[position]
 
 
-def run_on(lm: VisionLM | WrappedLM, benchmarks: Mapping[str, Benchmark]) -> list[BenchmarkResult]:
+def run_on(lm: ChatLM | WrappedLM, benchmarks: Mapping[str, Benchmark]) -> list[BenchmarkResult]:
     """Answer and score every item with an lm-eval model that keeps its ``finished`` items."""
     with _without_bars_of_lm_eval():
         outcome = evaluate(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.divergence import Divergence, ItemKey
-from benchmarks.model import Finished
+from benchmarks.items import Finished
 from tlq.runtime.files import new_file
 
 logger = logging.getLogger(__name__)

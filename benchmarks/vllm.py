@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.data import BenchmarkError
 from benchmarks.divergence import ItemKey
-from benchmarks.model import Finished, pixels
+from benchmarks.items import Finished, pixels
 from benchmarks.replies import final_answer
 from tlq.inputs.images import IMAGE_ERRORS
 

@@ -65,25 +65,35 @@ def encode_batches(
         ValueError: a sample is longer than ``max_tokens`` (samples are never cut), has no answer, or has an unreadable
             image.
     """
-    rows = [_Row.of(*_encode(sample, processor)) for sample in samples]
+    rows = [EncodedRow.of(*_encode(sample, processor)) for sample in samples]
     for sample, row in zip(samples, rows, strict=True):
         if row.length > max_tokens:
             raise ValueError(
                 f"sample {sample.id}: {row.length} tokens, more than the {max_tokens} allowed; "
                 "raise max_tokens, or leave the sample out of the calibration data"
             )
-    order = sorted(range(len(rows)), key=lambda index: (-rows[index].length, index))
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    pad_id = processor.tokenizer.pad_token_id or 0
 
     def encode(index: int) -> Inputs:
         return _encode(samples[index], processor)[0]
 
+    return micro_batches(rows, encode, processor.tokenizer.pad_token_id or 0, image_token_id, batch_size)
+
+
+def micro_batches(
+    rows: Sequence[EncodedRow], encode: Callable[[int], Inputs], pad_id: int, image_token_id: int, batch_size: int
+) -> list[Batch]:
+    """Rows as micro-batches, longest first.
+
+    Args:
+        encode: the inputs of the row at an index, computed again at every call.
+    """
+    order = sorted(range(len(rows)), key=lambda index: (-rows[index].length, index))
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [_batch(chunk, rows, encode, pad_id, image_token_id) for chunk in chunks]
 
 
 @dataclass(frozen=True)
-class _Row:
+class EncodedRow:
     """The parts of an encoded sample that a batch keeps.
 
     Attributes:
@@ -98,7 +108,7 @@ class _Row:
     digest: bytes
 
     @classmethod
-    def of(cls, encoded: Inputs, answer_length: int) -> _Row:
+    def of(cls, encoded: Inputs, answer_length: int) -> EncodedRow:
         total = hashlib.sha256()
         for name, tensor in sorted(encoded.items()):
             update_with_tensor(total, name, tensor)
@@ -132,7 +142,7 @@ def _encode(sample: Sample, processor: Any) -> tuple[Inputs, int]:
 
 
 def _batch(
-    chunk: list[int], rows: Sequence[_Row], encode: Callable[[int], Inputs], pad_id: int, image_token_id: int
+    chunk: list[int], rows: Sequence[EncodedRow], encode: Callable[[int], Inputs], pad_id: int, image_token_id: int
 ) -> Batch:
     """The samples at the indices ``chunk`` as a micro-batch.
 

@@ -113,6 +113,11 @@ def prompt(doc: Mapping[str, Any], suffix: str | None = None) -> str:
 # --- Answers --------------------------------------------------------------------------------------
 
 
+def choices(doc: Mapping[str, Any]) -> list[str]:
+    """The letters that the model chooses between; none if the question is open."""
+    return list(LETTERS[: len(options(doc))]) if is_choice(doc) else []
+
+
 def answers(doc: Mapping[str, Any]) -> list[str]:
     """Accepted answers; an open question may store several as the text of a Python list."""
     value = doc["answer"]

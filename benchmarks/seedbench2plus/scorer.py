@@ -17,6 +17,11 @@ def target(doc: Mapping[str, Any]) -> str:
     return doc["answer"].strip()
 
 
+def choices(doc: Mapping[str, Any]) -> list[str]:
+    """What the model chooses between."""
+    return list(LETTERS)
+
+
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """lm-eval `process_results`: accuracy, overall and by image type; and whether no option's letter came first."""
     letter = results[0].strip()[:1].upper()

@@ -222,7 +222,11 @@ class EvaluateParams(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32", description="dtype of the computation; `auto` takes the checkpoint's"
     )
-    backend: Literal["hf", "vllm"] = Field(default="hf", description="`vllm` needs that package")
+    backend: Literal["hf", "streamed", "vllm"] = Field(
+        default="hf",
+        description="`hf` holds the model in memory; `streamed` reads it layer by layer, for models larger than the "
+        "device, and generates no replies (see docs/scale.md); `vllm` needs that package",
+    )
     divergence: bool = Field(default=True, description="measure NLL and KL on the reference answers")
     divergence_limit: int | None = Field(
         default=None,

@@ -320,6 +320,10 @@ def render_page(
             "shares": svg(draw_shares(shares), "shares", "Share of image tokens by layer and linear group"),
             "times": None if times is None else svg(times, "times", "Seconds of calibration by variant and group"),
         }
+    usage = [
+        ("full precision", results.full_bytes, results.full_run),
+        *((each.name, each.weight_bytes, each.run) for each in results.variants),
+    ]
     return (
         environment(escape=True)
         .get_template("page.html.j2")
@@ -331,10 +335,8 @@ def render_page(
             bounds=bounds_in_words(bounds),
             bound=bounds.bound,
             answers=answers,
-            usage=[
-                ("full precision", results.full_bytes, results.full_run),
-                *((each.name, each.weight_bytes, each.run) for each in results.variants),
-            ],
+            usage=usage,
+            streamed=any(run is not None and run.backend == "streamed" for *_, run in usage),
             charts=charts,
             samples=shown_samples(samples),
             scales=color_scales(samples),

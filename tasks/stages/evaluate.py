@@ -29,9 +29,17 @@ import torch
 from benchmarks.compare import FULL, compare
 from benchmarks.data import BenchmarkError
 from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorder
-from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, namer, run_benchmarks, run_on
+from benchmarks.harness import (
+    Benchmark,
+    BenchmarkResult,
+    load_benchmarks,
+    namer,
+    run_benchmarks,
+    run_on,
+    run_streamed,
+)
+from benchmarks.items import AnswerOptions
 from benchmarks.journal import Journal
-from benchmarks.model import AnswerOptions
 from benchmarks.results import BenchmarkMetrics, Comparison, EvaluationRun, Metrics, Part
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.cluster.launch import on_ranks
@@ -41,6 +49,7 @@ from tasks.config.sections import EvaluateParams, ModelParams
 from tasks.files import EVALUATION, MODELS, existing
 from tasks.registry.tracking import recorded_failure
 from tlq.export.loading import load_model
+from tlq.export.streamed import open_model
 from tlq.models.processor import load_processor
 from tlq.runtime.digest import kept_digests
 from tlq.runtime.files import link_or_copy, new_directory
@@ -95,8 +104,15 @@ def _answer(
     if isinstance(meter, ReferenceRecorder):
         finished = meter.recorded(finished)
     options = AnswerOptions(_batch_size(params), params.max_new_tokens, meter, finished=finished, on_batch=journal.add)
-    model = load_model(model_path, dtype=_dtype(params.dtype), device=device())
     processor = load_processor(model_path, **_pixel_bounds(params))
+    started = time.perf_counter()
+    if params.backend == "streamed":
+        streamed = open_model(model_path, params.dtype, device())
+        outcome = run_streamed(
+            benchmarks, streamed, processor, options, params.divergence_limit, params.seed, journal.folder
+        )
+        return outcome, time.perf_counter() - started
+    model = load_model(model_path, dtype=_dtype(params.dtype), device=device())
     started = time.perf_counter()
     outcome = run_benchmarks(benchmarks, model, processor, options, params.divergence_limit, params.seed)
     return outcome, time.perf_counter() - started
@@ -105,7 +121,7 @@ def _answer(
 def _run(backend: str, items: int, seconds: float) -> EvaluationRun:
     """The record of a run that ends now."""
     place, peak = device(), None
-    if backend == "hf":  # vLLM allocates its memory in another process, and before it needs it
+    if backend != "vllm":  # which allocates its memory in another process, and before it needs it
         peak = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else peak_resident()
     return EvaluationRun(
         finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.divergence import Divergence, ItemKey
+from benchmarks.items import Finished
 from benchmarks.journal import Journal
-from benchmarks.model import Finished
 
 ITEMS = [
     Finished(ItemKey("a", "1"), "yes\n\u2028 no", Divergence(2, 0.5, 0.1)),

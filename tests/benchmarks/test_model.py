@@ -16,7 +16,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks
-from benchmarks.model import AnswerOptions, Finished, VisionLM, Work
+from benchmarks.items import AnswerOptions, Finished, Work
+from benchmarks.model import VisionLM
 from tlq.export.loading import load_model
 from tlq.inputs.chat import Message
 from tlq.models.processor import load_processor
@@ -304,7 +305,7 @@ def test_the_reference_answer_is_measured_where_the_template_writes_it(
     meter = Keep()
     lm = VisionLM(model, processor, AnswerOptions(2, meter=meter), answers={key: "OAK"})
     prompt = lm.apply_chat_template([{"role": "user", "content": question}])
-    reference = lm._reference(key, prompt)
+    reference = lm._reference(key, prompt, "OAK")
     assert processor.tokenizer.decode(reference.tokens).endswith(tail.strip())
     assert (reference.conversation is None) == (template != "drops its thoughts")
     work = [Work(key, prompt, (image,), 4, reference), Work(ItemKey("t", "2"), prompt + "a longer one", (image,), 4)]

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import ItemKey
 from benchmarks.harness import load_benchmarks, namer, run_on
-from benchmarks.model import Finished
+from benchmarks.items import Finished
 from benchmarks.vllm import WrappedLM, load_vllm
 from tasks.config.sections import EvaluateParams
 from tasks.stages.evaluate import evaluate_variant

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tlq.inputs.chat import Inputs
-from tlq.samples import Batch, _batch, _Row
+from tlq.samples import Batch, EncodedRow, _batch
 
 VOCABULARY = 96
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
@@ -518,7 +518,7 @@ def batches_of(model_type: str, batch_size: int = 2) -> list[Batch]:
     """Four samples: an image of one to three tiles between two texts, then an answer of four tokens."""
     generator = torch.Generator().manual_seed(3)
     encoded = [_row(TINY[model_type], 1 + index % 3, 5 + 3 * index, generator) for index in range(4)]
-    rows = [_Row.of(row, 4) for row in encoded]
+    rows = [EncodedRow.of(row, 4) for row in encoded]
     chunks = [list(range(start, min(start + batch_size, 4))) for start in range(0, 4, batch_size)]
     return [_batch(chunk, rows, encoded.__getitem__, 0, IMAGE) for chunk in chunks]
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
-from tlq.export.quantized import QuantizedCheckpoint
+from tlq.export.streamed import PackedModel
 from tlq.models.architectures import architecture_of
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.experts import separate_experts
 from tlq.models.skeleton import empty_model
-from tlq.models.stored import read_tensor, refuse_foreign_quantization, refuse_quantized, stored_tensors
-from tlq.models.streaming import names_of_stored
-from tlq.quantization.formats import WeightQuantizer, quantize_inputs
+from tlq.models.stored import refuse_foreign_quantization, refuse_quantized, stored_tensors
 
 
 def load_model(
@@ -83,34 +80,13 @@ def _load_quantized_experts(
     checkpoint: str | Path, config: Any, dtype: torch.dtype | str, device: torch.device
 ) -> PreTrainedModel:
     """A quantized model with experts: weights as their codes represent them, activations quantized by hooks."""
-    folder = local_folder(checkpoint)
-    stored = QuantizedCheckpoint.open(folder)
-    plain = deepcopy(config)
-    quantization = plain.__dict__.pop("quantization_config")
-    wanted = checkpoint_dtype_of(config, folder) if dtype == "auto" else dtype
-    computed = getattr(torch, wanted) if isinstance(wanted, str) else wanted
-    model = empty_model(plain, checkpoint, computed)
-    name_of, wanted_names = names_of_stored(model), set(model.state_dict())
-    buffers = {name for name, _ in model.named_buffers()}  # they keep the dtype in which they are stored
-    given: dict[str, torch.Tensor] = {}
-    for key, place in stored.others.items():
-        if (name := name_of(key)) in wanted_names:
-            tensor = read_tensor(place)
-            cast = tensor.is_floating_point() and name not in buffers
-            given[name] = tensor.to(device, computed if cast else tensor.dtype)
-    for key, scheme in stored.schemes.items():
-        path = name_of(f"{key}.weight").removesuffix(".weight")
-        if f"{path}.weight" in wanted_names:
-            weight = stored.weight(key)
-            exact = weight.dequantize(WeightQuantizer(scheme, weight.scale.dtype).compute_dtype)
-            given[f"{path}.weight"] = exact.to(device, computed)
-            if scheme.activation_bits is not None:
-                quantize_inputs(model.get_submodule(path), scheme.activation_bits)
-    loading = model.load_state_dict(given, strict=False, assign=True)
+    streamed = PackedModel(checkpoint, dtype, device)
+    model = streamed.skeleton
+    model.load_state_dict(streamed.read(streamed.weight_map), strict=False, assign=True)
     model.tie_weights()
-    missing = [name for name in loading.missing_keys if model.state_dict()[name].is_meta]
-    _check_complete(checkpoint, model, {"mismatched_keys": [], "missing_keys": missing})
-    model.config.quantization_config = quantization
+    _check_complete(checkpoint, model, {"mismatched_keys": [], "missing_keys": []})
+    model.config.quantization_config = config.quantization_config
+    folder = streamed.folder
     if (folder / "generation_config.json").exists():  # where replies stop
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
-from tlq.models.stored import StoredTensor, read_json, read_tensor, stored_tensors
-from tlq.quantization.formats import SCHEMES, QuantizedWeight, Scheme
+from tlq.models.stored import StoredTensor, TensorFile, read_json, read_tensor, stored_tensors
+from tlq.quantization.formats import SCHEMES, QuantizedWeight, Scheme, WeightQuantizer
 
 #: Ends of the names of a quantized weight's tensors. ``weight`` belongs to one only if a scale has the same base name.
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -70,6 +70,13 @@ class QuantizedCheckpoint:
         """A checkpoint that is not quantized, to measure the others against in the same engine."""
         return cls(folder, read_json(folder / "config.json"), {}, stored_tensors(folder), {})
 
+    def packed(self, name: str) -> PackedTensor:
+        """The weight of a quantized linear as a tensor that is read from its codes."""
+        parts = self._parts[name]
+        place = parts["weight_scale"]
+        scheme = self.schemes[name]
+        return PackedTensor(place.file, f"{name}.weight", self.shape(name), place.dtype, scheme=scheme, parts=parts)
+
     def shape(self, name: str) -> tuple[int, int]:
         """Output and input channels of a quantized linear."""
         parts = self._parts[name]
@@ -87,6 +94,32 @@ class QuantizedCheckpoint:
 
     def _read(self, name: str, wanted: Sequence[str]) -> dict[str, Tensor]:
         return {part: read_tensor(place) for part, place in self._parts[name].items() if part in wanted}
+
+
+@dataclass(frozen=True)
+class PackedTensor(StoredTensor):
+    """A quantized weight [out, in] on disk, which is read as the weight that its codes represent.
+
+    Attributes:
+        dtype: of its scales.
+        parts: places of its stored tensors, by ``PARTS``.
+    """
+
+    scheme: Scheme = field(kw_only=True)
+    parts: Mapping[str, StoredTensor] = field(kw_only=True, compare=False)
+
+    def read(self, opened: TensorFile) -> Tensor:
+        """In the dtype in which engines compute: the scales' or, if activations are quantized too, float32."""
+        tensors = {
+            part: place.read(opened) if place.file == self.file else read_tensor(place)
+            for part, place in self.parts.items()
+        }
+        weight = unpacked(tensors, self.scheme)
+        return weight.dequantize(WeightQuantizer(self.scheme, weight.scale.dtype).compute_dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(place.nbytes for place in self.parts.values())
 
 
 def unpacked(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tlq.models.architectures import EXPERTS, get_linear
-from tlq.models.decoder import LayerCalls, run_layer
+from tlq.models.decoder import LayerCalls, answer_logits, run_layer
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.activations import Activations, HostMemory
@@ -154,7 +154,8 @@ class AnswerLoss:
         hidden = resident.inputs[-1][position].detach().requires_grad_()
         batch = resident.batches[position]
         with torch.enable_grad(), _deterministic():
-            loss = answer_loss(_answer_logits(resident.model, hidden, batch), batch)
+            logits = answer_logits(resident.model.skeleton, resident.model.architecture, hidden, batch)
+            loss = answer_loss(logits, batch)
             (gradient,) = torch.autograd.grad(loss, [hidden])
         return gradient
 
@@ -221,18 +222,6 @@ def _gradients(
         input_gradient, *rest = torch.autograd.grad(output, [hidden, *linear_outputs], output_gradient)
     gradients = iter(rest)
     return input_gradient, {name: group.importance(gradients, hidden.shape[:-1]) for name, group in outputs.items()}
-
-
-def _answer_logits(model: LayeredModel, hidden: Tensor, batch: Batch) -> Tensor:
-    """Logits [answer tokens, vocabulary] that predict the answer's tokens, from the last layer's output."""
-    before_answer = batch.is_answer[:, 1:].to(hidden.device)
-    normed = model.skeleton.get_submodule(model.architecture.final_norm)(hidden[:, :-1][before_answer])
-    logits: Tensor = model.skeleton.get_output_embeddings()(normed)
-    text = model.skeleton.config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
-    cap = getattr(text, "final_logit_softcapping", None)
-    logits = logits if scale == 1 else logits * scale
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tlq.models.architectures import Architecture
 from tlq.samples import Batch
@@ -49,23 +50,25 @@ class LayerCalls:
         return output if following is None else output + following
 
 
-@torch.no_grad()
 def enter_decoder(
     model: nn.Module, architecture: Architecture, batches: Sequence[Batch], device: torch.device | None = None
 ) -> list[LayerCalls]:
     """Run embeddings and vision tower over ``batches``; record the arguments of the decoder layers."""
+    return list(entering(model, architecture, batches, device))
+
+
+def entering(
+    model: nn.Module, architecture: Architecture, batches: Sequence[Batch], device: torch.device | None = None
+) -> Iterator[LayerCalls]:
+    """``enter_decoder`` one micro-batch at a time, for a caller who moves its hidden states elsewhere."""
     layers = architecture.decoder_layers(model)
     device = device or next(model.parameters()).device
-    calls: list[LayerCalls] = []
-    with _recorded_arguments(layers) as recorded:
-        for batch in batches:
-            recorded.clear()
-            with _stop_before_head(model):
-                model(**to_device(batch.encode(), device), use_cache=False)
-            hidden_states, *injected = [hidden for hidden, _ in recorded]
-            assert hidden_states is not None
-            calls.append(LayerCalls(hidden_states, [kwargs for _, kwargs in recorded], [None, *injected]))
-    return calls
+    for batch in batches:
+        with torch.no_grad(), _recorded_arguments(layers) as recorded, _stop_before_head(model):
+            model(**to_device(batch.encode(), device), use_cache=False)
+        hidden_states, *injected = [hidden for hidden, _ in recorded]
+        assert hidden_states is not None
+        yield LayerCalls(hidden_states, [kwargs for _, kwargs in recorded], [None, *injected])
 
 
 @contextmanager
@@ -153,6 +156,24 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def answer_logits(model: PreTrainedModel, architecture: Architecture, hidden: Tensor, batch: Batch) -> Tensor:
+    """Logits [answer tokens, vocabulary] that predict the answers' tokens, row by row of a micro-batch.
+
+    Args:
+        model: has the weights of its final norm and output embeddings.
+        hidden: [batch, time, hidden], the last layer's output.
+    """
+    before_answer = batch.is_answer[:, 1:].to(hidden.device)
+    normed = model.get_submodule(architecture.final_norm)(hidden[:, :-1][before_answer])
+    embeddings: Any = model.get_output_embeddings()
+    logits: Tensor = embeddings(normed)
+    text = model.config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
+    cap = getattr(text, "final_logit_softcapping", None)
+    logits = logits if scale == 1 else logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

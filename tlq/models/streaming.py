@@ -123,18 +123,13 @@ class StreamedModel:
         device: torch.device | str = "cpu",
     ) -> None:
         """Raises: as ``read_config``; ValueError if a weight is missing or its stored form differs from the model's."""
-        self.config = read_config(checkpoint)
-        if quantized := getattr(self.config, "quantization_config", None):
-            method = dict(quantized).get("quant_method", "of an unknown method")
-            raise ValueError(
-                f"model {checkpoint!s}: it is quantized already ({method}); quantize the original, whose weights have "
-                f"16 or 32 bits, or if its weights are FP8 the result of `tlq dequantize {checkpoint!s} --out FOLDER`"
-            )
+        self.config = self._read_config(checkpoint)
         self.folder = local_folder(checkpoint)
         self.checkpoint_dtype = checkpoint_dtype_of(self.config, self.folder)
         self.device = torch.device(device)
         self.architecture = architecture_of(self.config)
-        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        wanted = self.checkpoint_dtype if dtype == "auto" else dtype
+        self.dtype = getattr(torch, wanted) if isinstance(wanted, str) else wanted
         self.skeleton = empty_model(self.config, checkpoint, self.dtype)
         self.skeleton.requires_grad_(False)
         #: They keep the dtype in which they are stored, as in transformers: a router's bias decides between experts.
@@ -147,15 +142,29 @@ class StreamedModel:
                 module._buffers[name] = buffer.to(self.device)
         self.weight_map, self.unnamed = self._find_tensors()
 
+    def _read_config(self, checkpoint: str | Path) -> Any:
+        config = read_config(checkpoint)
+        if quantized := getattr(config, "quantization_config", None):
+            method = dict(quantized).get("quant_method", "of an unknown method")
+            raise ValueError(
+                f"model {checkpoint!s}: it is quantized already ({method}); quantize the original, whose weights have "
+                f"16 or 32 bits, or if its weights are FP8 the result of `tlq dequantize {checkpoint!s} --out FOLDER`"
+            )
+        return config
+
+    def _stored(self) -> dict[str, StoredTensor]:
+        """The tensors of the checkpoint, by key."""
+        stored = stored_tensors(self.folder)
+        refuse_quantized(stored)
+        return stored
+
     def _find_tensors(self) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
         """Places of the tensors that the module tree names, and of those that it does not."""
         wanted = self.skeleton.state_dict()
         rename = names_of_stored(self.skeleton)
         found: dict[str, StoredTensor] = {}
         unnamed: dict[str, StoredTensor] = {}
-        stored = stored_tensors(self.folder)
-        refuse_quantized(stored)
-        for key, whole in stored.items():
+        for key, whole in self._stored().items():
             try:
                 name = rename(key)
             except ValueError as error:

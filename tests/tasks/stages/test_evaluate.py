@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -134,6 +135,19 @@ def test_the_run_is_recorded_with_date_device_speed_and_memory(
     assert run.items_per_second == 4 / run.seconds
     assert run.peak_memory_bytes is not None
     assert 1e8 < run.peak_memory_bytes <= peak_resident()
+
+
+def test_a_model_read_layer_by_layer_has_the_same_nll_and_kl(
+    results: Path, params: EvaluateParams, tiny_checkpoint: Path, variant_checkpoint: Path, tmp_path: Path
+) -> None:
+    streamed = params.model_copy(update={"backend": "streamed"})
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), streamed, tmp_path)
+    evaluate.evaluate_variant("rtn-w3a16", str(variant_checkpoint), streamed, tmp_path)
+    found, expected = (pd.read_parquet(folder / "rtn-w3a16/items.parquet") for folder in (tmp_path, results))
+    for measure in ("nll", "kl"):
+        np.testing.assert_allclose(found[measure], expected[measure], rtol=0, atol=1e-4)
+    assert EvaluationRun.load(tmp_path / "rtn-w3a16/run.json").backend == "streamed"
+    assert metrics_of(tmp_path, "rtn-w3a16")["mean"]["retention"] is not None
 
 
 @pytest.mark.parametrize("variant", ["full", "rtn-w3a16"])
