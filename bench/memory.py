@@ -31,6 +31,8 @@ from bench.sections import table, write_section
 logger = logging.getLogger("bench.memory")
 
 HOST_MEMORY = "0.05"
+#: GiB for which jobs are planned: too few to score importance with all layers in memory.
+DEVICE_MEMORY = "1"
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -66,9 +68,8 @@ def measure(shape: Shape | FamilyShape, jobs: Sequence[str], samples: int, recip
         command = [sys.executable, "-m", "bench.memory_job", job, "--model", str(model)]
         command += ["--samples", str(folder / "samples"), "--out", str(folder / "out")]
         command += ["--measured", str(folder / "measured"), "--recipe", recipe]
-        done = subprocess.run(
-            command, env={**os.environ, "TLQ_HOST_MEMORY": HOST_MEMORY}, stderr=subprocess.PIPE, text=True, check=False
-        )
+        limits = {"TLQ_HOST_MEMORY": HOST_MEMORY, "TLQ_DEVICE_MEMORY": DEVICE_MEMORY}
+        done = subprocess.run(command, env={**os.environ, **limits}, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{job} of {shape.layers} layers failed: {done.stderr[-1500:]}")
         figures = json.loads((folder / "measured").read_text())

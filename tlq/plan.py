@@ -8,7 +8,6 @@ expected peak is too large, one warning is logged. `python -m bench.memory` comp
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +16,18 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import check_shapes
-from tlq.importance.gradients import MIN_PASSES, bytes_per_token
-from tlq.models.architectures import LinearGroup, get_linear, head_dim_of, linear_paths
+from tlq.importance.gradients import MIN_PASSES, bytes_per_token, keeps_graph
+from tlq.models.architectures import LinearGroup, get_linear, linear_paths
+from tlq.models.sizes import ModelSizes, all_tokens, elements
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, chunk_ranges
 from tlq.quantization.errors import from_statistics
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
-from tlq.runtime.memory import GIB, gib_of, host_budget
+from tlq.runtime.memory import GIB, device_memory, host_budget
 from tlq.samples import Batch
 
 logger = logging.getLogger(__name__)
@@ -114,9 +113,9 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
     """
     recipe, scheme, batches = job.recipe, job.scheme, job.batches
     check_shapes(model.skeleton, model.architecture, scheme)
-    sizes = _Sizes(model)
+    sizes = _JobSizes(model)
     own = _own_tokens(batches, job.ranks)
-    tokens = sum(_all_tokens(batch) for batch in batches)
+    tokens = sum(all_tokens(batch) for batch in batches)
     if counted is None and job.weights:
         counted = job.counted_tokens()
     counted = tokens if counted is None else min(counted, tokens)
@@ -150,13 +149,24 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
     Args:
         losses: number of losses, which are scored one after the other.
     """
-    sizes = _Sizes(model)
+    sizes = ModelSizes(model)
+    if keeps_graph(model, batches):
+        largest_batch = max((all_tokens(batch) for batch in batches), default=0) * sizes.state
+        return _plan_of_scoring(sizes, batches, sizes.whole + sizes.graph(batches), largest_batch, losses)
     own = _own_tokens(batches, ranks)
-    largest = max((_all_tokens(batch) for batch in batches), default=0)
-    tokens = sum(_all_tokens(batch) for batch in batches)
+    largest = max((all_tokens(batch) for batch in batches), default=0)
+    tokens = sum(all_tokens(batch) for batch in batches)
     wave = min(own, -(-tokens // MIN_PASSES))
     per_token = bytes_per_token(model)
     backward = 2 * sizes.layer + sizes.activations(batches, graph=True) + wave * sizes.state
+    device = sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches))
+    hidden_states = max(largest * per_token, min(wave * per_token, host_budget()))
+    return _plan_of_scoring(sizes, batches, device, hidden_states, losses)
+
+
+def _plan_of_scoring(sizes: ModelSizes, batches: Sequence[Batch], device: int, hidden_states: int, losses: int) -> Plan:
+    tokens = sum(all_tokens(batch) for batch in batches)
+    scores = tokens * sum(map(len, sizes.architecture.groups)) * _FLOAT
     return Plan(
         work="importance",
         layers=sizes.layers,
@@ -165,85 +175,29 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
         tokens=tokens,
         counted=tokens,
         least=max(sizes.layer, sizes.outside),
-        device=_RUNTIME + sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches)),
-        hidden_states=max(largest * per_token, min(wave * per_token, host_budget())),
+        device=_RUNTIME + device,
+        hidden_states=hidden_states,
         budget=host_budget(),
-        disk=2 * losses * tokens * sum(map(len, model.architecture.groups)) * _FLOAT,
-        scores=tokens * sum(map(len, model.architecture.groups)) * _FLOAT,
+        disk=2 * losses * scores,
+        scores=scores,
     )
 
 
-class _Sizes:
-    """Bytes of a model's parts and of its activations."""
-
-    def __init__(self, model: StreamedModel) -> None:
-        self.model = model
-        self.item = model.dtype.itemsize
-        self.text = model.skeleton.config.get_text_config()
-        self.layers = len(model.architecture.decoder_layers(model.skeleton))
-        self.layer = max(_elements(model, model.layer_names(index)) for index in range(self.layers)) * self.item
-        self.outside = _elements(model, model.outside_names) * self.item
-        self.state = self.text.hidden_size * self.item
-
-    def inside(self, streams: int) -> int:
-        """Hidden states per token that a layer with experts keeps: their input, and the shared experts' output."""
-        if self.model.architecture.experts is None:
-            return 0
-        names = {group.name for groups in self.model.architecture.kinds for group in groups}
-        return streams + ("shared.down" in names)
-
-    def calls(self, batches: Sequence[Batch], own: int) -> int:
-        """Attention masks and rotary embeddings of all of this rank's micro-batches."""
-        longest = max((batch.valid.shape[1] for batch in batches), default=0)
-        return own * (longest + 2 * head_dim_of(self.model.skeleton.config)) * self.item
-
-    def activations(self, batches: Sequence[Batch], graph: bool) -> int:
-        """Activations of a micro-batch inside a decoder layer; with a graph, also those of the backward pass."""
-        architecture, widths = self.model.architecture, []
-        for index in architecture.kinds.values():
-            widths.append(
-                sum(
-                    (linear.out_features + (linear.in_features if graph else 0)) * self._share(index, group)
-                    for group in architecture.groups[index]
-                    for linear in (get_linear(self._layer(index), path) for path in group.linears)
-                )
-            )
-        width = math.ceil(max(widths)) + 8 * int(self.text.hidden_size)
-        return max((_all_tokens(batch) for batch in batches), default=0) * width * self.item * (1 + graph)
-
-    def _share(self, index: int, group: LinearGroup) -> float:
-        """The share of a layer's tokens that pass a group: those of an expert are routed to it."""
-        if group.experts is None:
-            return 1.0
-        experts: Any = self._layer(index).get_submodule(group.experts)
-        return float(self.text.num_experts_per_tok / len(experts))
-
-    def enter(self, batches: Sequence[Batch], own: int) -> int:
-        """Weights outside the decoder layers, activations of the vision tower, and the first hidden states."""
-        pixels = max((batch.size for batch in batches), default=0)
-        return self.outside + own * self.state + 8 * pixels if batches else 0
-
-    def head(self, batches: Sequence[Batch]) -> int:
-        """Output embeddings, and logits of a micro-batch's answers with their gradients."""
-        vocabulary = int(self.text.vocab_size)
-        answers = max((int(batch.is_answer.sum()) for batch in batches), default=0)
-        return vocabulary * (int(self.text.hidden_size) * self.item + 4 * answers * _FLOAT)
+class _JobSizes(ModelSizes):
+    """Bytes of a model's parts, and of solving its linear groups."""
 
     def least_group(self, recipe: Recipe) -> int:
         """A decoder layer, a group's weights stacked in float32, and the tensors of its rounding."""
         needed = []
-        for groups, index in self.model.architecture.kinds.items():
+        for groups, index in self.architecture.kinds.items():
             for group in groups:
                 width, rows = self._shape(index, group)
                 needed.append(rows * width * _FLOAT + recipe.rounding_method.bytes_needed(rows, width))
         return self.layer + max(needed)
 
-    def _layer(self, index: int) -> nn.Module:
-        return self.model.architecture.decoder_layers(self.model.skeleton)[index]
-
     def _shape(self, index: int, group: LinearGroup) -> tuple[int, int]:
         """Input channels of a group of layer ``index``, and output rows of all its linears."""
-        linears = [get_linear(self._layer(index), path) for path in group.linears]
+        linears = [get_linear(self.module(index), path) for path in group.linears]
         return linears[0].in_features, sum(linear.out_features for linear in linears)
 
     def group(self, index: int, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, streams: int) -> int:
@@ -259,7 +213,7 @@ class _Sizes:
             return weights
         inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
         if streams == 2:  # one pass records the original inputs of all groups
-            widths = [self._shape(index, each)[0] for each in self.model.architecture.groups[index] if not each.experts]
+            widths = [self._shape(index, each)[0] for each in self.architecture.groups[index] if not each.experts]
             inputs += own * sum(widths) * self.item
         if recipe.error_measure.parent_of(group) is not None:
             inputs += recipe.error_measure.bytes_needed(own, self.state)
@@ -285,8 +239,8 @@ def exported_bytes(model: StreamedModel, scheme: Scheme) -> int:
 def outside_bytes(model: StreamedModel) -> int:
     """Size of all tensors in the result other than the decoder's linears."""
     linears = sum(rows * width for rows, width in _linear_shapes(model).values())
-    elements = _elements(model, list(model.weight_map)) - linears
-    return elements * model.checkpoint_dtype.itemsize + sum(place.nbytes for place in model.unnamed.values())
+    others = elements(model, list(model.weight_map)) - linears
+    return others * model.checkpoint_dtype.itemsize + sum(place.nbytes for place in model.unnamed.values())
 
 
 def _linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
@@ -300,23 +254,13 @@ def _linear_shapes(model: StreamedModel) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _elements(model: StreamedModel, names: Sequence[str]) -> int:
-    places = {model.weight_map[name]: name for name in names}  # tied weights count once
-    values = model.skeleton.state_dict()
-    return sum(values[name].numel() for name in places.values())
-
-
-def _all_tokens(batch: Batch) -> int:
-    return batch.valid.numel()
-
-
 def _own_tokens(batches: Sequence[Batch], ranks: Ranks) -> int:
     """Tokens of the rank with the most tokens, with padding."""
     chunks = chunk_ranges(len(batches))
     most = 0
     for rank in range(ranks.size):
         numbers = [number for chunk in Ranks(rank, ranks.size).own_chunks(len(chunks)) for number in chunks[chunk]]
-        most = max(most, sum(_all_tokens(batches[number]) for number in numbers))
+        most = max(most, sum(all_tokens(batches[number]) for number in numbers))
     return most
 
 
@@ -362,14 +306,3 @@ def refuse_impossible(needed: Plan, out: Path, device: torch.device, processes: 
 
 _LEVERS = "batch_size, the number of samples or tokens_per_layer (per_width), or compute in bfloat16 (dtype)"
 _SMALLER_LAYERS = "compute in bfloat16 (dtype), or choose a device with more memory"
-
-
-def device_memory(device: torch.device) -> int:
-    """Free bytes of the compute device; ``TLQ_DEVICE_MEMORY`` (GiB) if less, to plan for a smaller one.
-
-    Raises:
-        ValueError: ``TLQ_DEVICE_MEMORY`` is not a number.
-    """
-    on_gpu = device.type == "cuda"
-    free = int(torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available)
-    return min(free, gib_of("TLQ_DEVICE_MEMORY", free))

@@ -8,6 +8,7 @@ the input of each layer, the backward pass computes each layer once more (gradie
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,14 +24,18 @@ from tlq.importance.losses import AnswerLoss, Loss, ResidentBatches
 from tlq.importance.pool import GroupKey, Importance, pool_indices
 from tlq.models.architectures import check_linears
 from tlq.models.decoder import enter_decoder
+from tlq.models.sizes import ActivationSizes, ModelSizes
 from tlq.models.stored import check_finite, source_digest
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.parallel import Ranks
 from tlq.runtime.activations import HostMemory, host_memory
 from tlq.runtime.digest import calibration_data_digest
 from tlq.runtime.files import new_file
+from tlq.runtime.memory import device_memory, processes_here
 from tlq.runtime.resume import ResumeState, package_versions
 from tlq.samples import Batch
+
+logger = logging.getLogger(__name__)
 
 #: Least number of passes over the model's weights: an interruption loses the scores of one pass.
 MIN_PASSES = 4
@@ -140,10 +145,29 @@ def score_batches(
     check_linears(model.skeleton, model.architecture)
     model.skeleton.requires_grad_(False)
     memory = memory or host_memory()
+    left = list(indices)
     with tqdm(total=len(indices), desc="importance", unit="batch", disable=not show) as bar:
-        for one_pass in _passes(model, batches, indices, memory.budget):
-            yield from _score_pass(model, [batches[index] for index in one_pass], one_pass, loss, memory)
+        if loss.keeps_graph and keeps_graph(model, batches):
+            try:
+                with model.whole() as resident:
+                    while left:
+                        yield from _score_pass(resident, batches, left[:1], loss, memory, keeps_graph=True)
+                        del left[0]
+                        bar.update()
+            except torch.OutOfMemoryError:
+                logger.warning("the device has too little memory for all layers at once; they are read one by one")
+        for one_pass in _passes(model, batches, left, memory.budget):
+            yield from _score_pass(model, batches, one_pass, loss, memory)
             bar.update(len(one_pass))
+
+
+def keeps_graph(model: LayeredModel, batches: Sequence[Batch]) -> bool:
+    """Whether scoring keeps all weights and the graph of a micro-batch in memory: if they fit half of what is free."""
+    needed = ActivationSizes(model).graph(batches)
+    if isinstance(model, StreamedModel):  # else the weights are in memory already
+        needed += ModelSizes(model).whole
+    processes = 1 if model.device.type == "cuda" else processes_here()
+    return 2 * needed * processes <= device_memory(model.device)
 
 
 def bytes_per_token(model: LayeredModel) -> int:
@@ -177,16 +201,23 @@ def _passes(
 
 
 def _score_pass(
-    model: LayeredModel, batches: Sequence[Batch], indices: Sequence[int], loss: Loss, memory: HostMemory
+    model: LayeredModel,
+    batches: Sequence[Batch],
+    indices: Sequence[int],
+    loss: Loss,
+    memory: HostMemory,
+    keeps_graph: bool = False,
 ) -> list[BatchScores]:
+    """Scores of the micro-batches at ``indices``."""
+    own = [batches[index] for index in indices]
     with model.outside() as entered:
-        calls = enter_decoder(entered, model.architecture, batches, model.device)
-    resident = ResidentBatches(model, batches, calls, memory)
+        calls = enter_decoder(entered, model.architecture, own, model.device)
+    resident = ResidentBatches(model, own, calls, memory, keeps_graph)
     with closing(resident):
         scores = [BatchScores(index, {}) for index in indices]
         for layer, position, gradients in loss.gradients(resident):
             for group, values in gradients.items():
-                if not torch.isfinite(values[batches[position].valid]).all():
+                if not torch.isfinite(values[own[position].valid]).all():
                     raise FloatingPointError(
                         f"layer {layer}, group {group}: gradient is not finite; score in float32 or leave the sample "
                         "out"

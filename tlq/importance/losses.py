@@ -1,6 +1,7 @@
 """The losses whose gradients are the importance of tokens, and one pass of micro-batches through the decoder.
 
 A pass keeps the input of every layer; for the gradients each layer is computed once more (gradient checkpointing).
+Where the whole model and a micro-batch's graph fit the device, the graph is kept instead. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,18 @@ class ResidentBatches:
     Attributes:
         inputs: per decoder layer, its input [batch, time, hidden] of every micro-batch; the last entry is the output of
             the last layer.
+        keeps_graph: all weights are in memory, and so is the autograd graph of a micro-batch through all layers.
     """
 
     def __init__(
-        self, model: LayeredModel, batches: Sequence[Batch], calls: Sequence[LayerCalls], memory: HostMemory
+        self,
+        model: LayeredModel,
+        batches: Sequence[Batch],
+        calls: Sequence[LayerCalls],
+        memory: HostMemory,
+        keeps_graph: bool = False,
     ) -> None:
-        self.model, self.batches, self.calls = model, batches, calls
+        self.model, self.batches, self.calls, self.keeps_graph = model, batches, calls, keeps_graph
         self._memory = memory
         self.inputs = [self._activations(call.take_hidden_states() for call in calls)]
 
@@ -49,21 +56,21 @@ class ResidentBatches:
     @torch.no_grad()
     def forward(self, index: int, layer: nn.Module) -> None:
         """Append the output of layer ``index`` for every micro-batch."""
-        self.inputs.append(
-            self._activations(
-                call.next_input(index, run_layer(layer, self.inputs[index][position], call.kwargs[index]))
-                for position, call in enumerate(self.calls)
+        with _deterministic():  # as in ``segment``: both select the same kernel for attention
+            self.inputs.append(
+                self._activations(
+                    call.next_input(index, run_layer(layer, self.inputs[index][position], call.kwargs[index]))
+                    for position, call in enumerate(self.calls)
+                )
             )
-        )
 
-    def recompute(self, index: int, position: int, layer: nn.Module) -> tuple[Tensor, Tensor, dict[str, GroupOutputs]]:
-        """Layer ``index`` once more with an autograd graph, for the micro-batch at ``position``.
+    def recompute(self, index: int, position: int, layer: nn.Module) -> Segment:
+        """Layer ``index`` once more with an autograd graph, for the micro-batch at ``position``."""
+        return self.segment(index, position, layer, self.inputs[index][position])
 
-        Returns:
-            its input, its output, and group name -> outputs of the group's linears. ``EXPERTS`` is the name of the
-            output of all experts of the layer together.
-        """
-        hidden = self.inputs[index][position].detach().requires_grad_()
+    def segment(self, index: int, position: int, layer: nn.Module, hidden_states: Tensor) -> Segment:
+        """Layer ``index`` with an autograd graph that begins at its input, for the micro-batch at ``position``."""
+        hidden = hidden_states.detach().requires_grad_()
         outputs: dict[str, GroupOutputs] = {}
         handles = []
 
@@ -87,7 +94,7 @@ class ResidentBatches:
         finally:
             for handle in handles:
                 handle.remove()
-        return hidden, output, outputs
+        return Segment(hidden, output, outputs)
 
     def close(self) -> None:
         """Release the memory of all hidden states."""
@@ -122,12 +129,42 @@ class GroupOutputs:
         return mean.reshape(shape).cpu()
 
 
+@dataclass
+class Segment:
+    """A decoder layer's part of the autograd graph, for one micro-batch.
+
+    Attributes:
+        hidden, output: input and output of the layer, [batch, time, hidden].
+        outputs: group name -> outputs of the group's linears. ``EXPERTS`` is the name of the output of all experts of
+            the layer together.
+    """
+
+    hidden: Tensor
+    output: Tensor
+    outputs: dict[str, GroupOutputs]
+
+    def gradients(self, output_gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient with respect to ``hidden``, and g_t [batch, time] of each group: mean over channels of |dL/dy_t|."""
+        linear_outputs = [each for group in self.outputs.values() for each in group.outputs]
+        with _deterministic():
+            input_gradient, *rest = torch.autograd.grad(self.output, [self.hidden, *linear_outputs], output_gradient)
+        gradients, shape = iter(rest), self.hidden.shape[:-1]
+        return input_gradient, {name: group.importance(gradients, shape) for name, group in self.outputs.items()}
+
+
 #: What ``Loss.gradients`` yields: layer, position of the micro-batch in the pass, group name -> g_t [batch, time].
 LayerGradients = tuple[int, int, dict[str, Tensor]]
 
 
 class Loss(Protocol):
-    """A loss whose gradient is the importance of a token."""
+    """A loss whose gradient is the importance of a token.
+
+    Attributes:
+        keeps_graph: it gains if the graph of a micro-batch through all layers is kept.
+    """
+
+    @property
+    def keeps_graph(self) -> bool: ...
 
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         """g_t of every layer, micro-batch and group, in any order."""
@@ -138,20 +175,40 @@ class Loss(Protocol):
 class AnswerLoss:
     """The cross-entropy of the answer (TLQ)."""
 
+    keeps_graph: ClassVar[bool] = True
+
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
+        if resident.keeps_graph:
+            yield from self._batch_by_batch(resident)
+            return
         for index, layer in resident.model.layers(resident.order):
             resident.forward(index, layer)
         with resident.model.head():
-            output_gradients = [self._last_gradient(resident, position) for position in range(len(resident.batches))]
+            output_gradients = [
+                self._last_gradient(resident, position, hidden) for position, hidden in enumerate(resident.inputs[-1])
+            ]
         for index, layer in resident.model.layers(resident.order[::-1]):
             for position, output_gradient in enumerate(output_gradients):
-                hidden, output, outputs = resident.recompute(index, position, layer)
-                output_gradients[position], values = _gradients(output, output_gradient, hidden, outputs)
+                output_gradients[position], values = resident.recompute(index, position, layer).gradients(
+                    output_gradient
+                )
                 yield index, position, values
 
-    def _last_gradient(self, resident: ResidentBatches, position: int) -> Tensor:
+    def _batch_by_batch(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
+        """Keep a micro-batch's graph from its forward pass to its backward pass, so that no layer is computed twice."""
+        for position, call in enumerate(resident.calls):
+            hidden, segments = resident.inputs[0][position], []
+            for index, layer in resident.model.layers(resident.order):
+                segments.append(resident.segment(index, position, layer, hidden))
+                hidden = call.next_input(index, segments[-1].output.detach())
+            gradient = self._last_gradient(resident, position, hidden)
+            for index in resident.order[::-1]:
+                gradient, values = segments.pop().gradients(gradient)
+                yield index, position, values
+
+    def _last_gradient(self, resident: ResidentBatches, position: int, hidden_states: Tensor) -> Tensor:
         """Gradient of the loss with respect to the last layer's output, [batch, time, hidden]."""
-        hidden = resident.inputs[-1][position].detach().requires_grad_()
+        hidden = hidden_states.detach().requires_grad_()
         batch = resident.batches[position]
         with torch.enable_grad(), _deterministic():
             logits = answer_logits(resident.model.skeleton, resident.model.architecture, hidden, batch)
@@ -171,6 +228,7 @@ class BlockLoss:
 
     scheme: Scheme
     checkpoint_dtype: torch.dtype
+    keeps_graph: ClassVar[bool] = False  # a layer is rounded once for all micro-batches of a pass
 
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         architecture = resident.model.architecture
@@ -178,10 +236,10 @@ class BlockLoss:
             resident.forward(index, layer)
             with torch.no_grad(), self._rounded([get_linear(layer, path) for path in architecture.linears(index)]):
                 for position, call in enumerate(resident.calls):
-                    hidden, output, outputs = resident.recompute(index, position, layer)
-                    difference = call.next_input(index, output.detach()) - resident.inputs[index + 1][position]
+                    segment = resident.recompute(index, position, layer)
+                    difference = call.next_input(index, segment.output.detach()) - resident.inputs[index + 1][position]
                     difference[~resident.batches[position].valid.to(difference.device)] = 0
-                    yield index, position, _gradients(output, 2 * difference, hidden, outputs)[1]
+                    yield index, position, segment.gradients(2 * difference)[1]
 
     @contextmanager
     def _rounded(self, linears: Sequence[nn.Linear]) -> Iterator[None]:
@@ -211,17 +269,6 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-def _gradients(
-    output: Tensor, output_gradient: Tensor, hidden: Tensor, outputs: dict[str, GroupOutputs]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient with respect to ``hidden``, and g_t [batch, time] of every group: mean over channels of |dL/dy_t|."""
-    linear_outputs = [each for group in outputs.values() for each in group.outputs]
-    with _deterministic():
-        input_gradient, *rest = torch.autograd.grad(output, [hidden, *linear_outputs], output_gradient)
-    gradients = iter(rest)
-    return input_gradient, {name: group.importance(gradients, hidden.shape[:-1]) for name, group in outputs.items()}
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -55,6 +55,10 @@ class LayeredModel(Protocol):
         """Yield (index, decoder layer) in ``order``; each layer has its weights until the next one is yielded."""
         ...
 
+    def whole(self) -> AbstractContextManager[ResidentModel]:
+        """A context in which all weights are in memory."""
+        ...
+
 
 def names_of_stored(model: PreTrainedModel) -> Callable[[str], str]:
     """The function from the key of a stored tensor to its name in the module tree, as transformers renames it.
@@ -98,6 +102,10 @@ class ResidentModel:
         yield self.skeleton
 
     head = outside
+
+    @contextmanager
+    def whole(self) -> Iterator[ResidentModel]:
+        yield self
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         layers = self.architecture.decoder_layers(self.skeleton)
@@ -254,6 +262,11 @@ class StreamedModel:
         embeddings = self.skeleton.get_output_embeddings()
         output = next(name for name, module in self.skeleton.named_modules() if module is embeddings)
         return self._with_weights([name for name in self.outside_names if name.startswith((f"{norm}.", f"{output}."))])
+
+    @contextmanager
+    def whole(self) -> Iterator[ResidentModel]:
+        with self._with_weights(self.weight_map):
+            yield ResidentModel(self.skeleton)
 
     @contextmanager
     def _with_weights(self, names: Iterable[str]) -> Iterator[nn.Module]:

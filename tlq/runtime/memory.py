@@ -9,6 +9,7 @@ import resource
 from pathlib import Path
 
 import psutil
+import torch
 
 GIB = 2**30
 
@@ -22,6 +23,17 @@ def host_budget() -> int:
     of this host.
     """
     return gib_of("TLQ_HOST_MEMORY", psutil.virtual_memory().available // 2 // processes_here())
+
+
+def device_memory(device: torch.device) -> int:
+    """Free bytes of the compute device; ``TLQ_DEVICE_MEMORY`` (GiB) if less, to plan for a smaller one.
+
+    Raises:
+        ValueError: ``TLQ_DEVICE_MEMORY`` is not a number.
+    """
+    on_gpu = device.type == "cuda"
+    free = int(torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available)
+    return min(free, gib_of("TLQ_DEVICE_MEMORY", free))
 
 
 def gib_of(variable: str, default: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlq.importance.gradients import score_tokens
-from tlq.importance.losses import answer_loss
+from tlq.importance.losses import ResidentBatches, answer_loss
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.weighting import Source, Weighting, modality_ratio, modality_weights, token_weights
 from tlq.inputs.images import decode_image
 from tlq.models.architectures import architecture_of
-from tlq.models.streaming import ResidentModel
+from tlq.models.streaming import ResidentModel, StreamedModel
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 
@@ -81,6 +82,28 @@ def test_batch_size_and_padding_change_nothing(
     again = score_tokens(ResidentModel(tiny_model), batches)
     for key, values in scores.items():
         np.testing.assert_allclose(values, again[key], rtol=1e-3, atol=1e-8)
+
+
+def test_out_of_memory_goes_on_layer_by_layer(
+    tiny_checkpoint: Path, batches: list[Batch], scores: Importance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is scored already: the first micro-batch keeps its graph, the second finds no memory."""
+    kept = []
+    original = ResidentBatches.segment
+
+    def small_memory(self: ResidentBatches, *arguments: Any) -> Any:
+        if self.keeps_graph:
+            kept.append(arguments)
+            if len(kept) > len(self.order):
+                raise torch.OutOfMemoryError
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ResidentBatches, "segment", small_memory)
+    model = StreamedModel(tiny_checkpoint)
+    again = score_tokens(model, batches)
+    assert len(kept) == 3
+    assert all(np.array_equal(values, scores[key]) for key, values in again.items())
+    assert all(parameter.is_meta for parameter in model.skeleton.parameters())
 
 
 def test_every_token_of_every_sample_has_a_score(batches: list[Batch], scores: Importance) -> None:

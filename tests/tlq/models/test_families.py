@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.exporting import read_tensors, write_export
@@ -23,7 +24,7 @@ from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerLoop, calibrate
 from tlq.calibration.streams import Streams
 from tlq.export.loading import load_model
-from tlq.importance.gradients import score_tokens
+from tlq.importance.gradients import keeps_graph, score_tokens
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_weights import TokenWeights
 from tlq.models import architectures
@@ -40,7 +41,7 @@ from tlq.models.architectures import (
     linear_paths,
 )
 from tlq.models.decoder import enter_decoder, run_layer
-from tlq.models.streaming import ResidentModel
+from tlq.models.streaming import ResidentModel, StreamedModel
 from tlq.quantization.equalization import Fold
 from tlq.quantization.formats import SCHEMES, QuantizedWeight, Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES, Recipe
@@ -134,6 +135,23 @@ def test_every_family_is_tested_and_every_pair_of_decoder_recipe_and_scheme() ->
     assert {(DECODER_OF[name], recipe) for name, recipe, _ in PAIRWISE} == set(product(DECODER_OF.values(), RECIPES))
     assert {(DECODER_OF[name], scheme) for name, _, scheme in PAIRWISE} == set(product(DECODER_OF.values(), SCHEMES))
     assert {case[1:] for case in PAIRWISE} == set(product(RECIPES, SCHEMES))
+
+
+@every_family
+def test_scores_have_the_same_bits_with_the_graph_kept_and_layer_by_layer(
+    build: Builder, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build(name)
+    streamed = StreamedModel(built.path)
+    assert keeps_graph(streamed, built.batches)
+    kept = score_tokens(streamed, built.batches)
+    monkeypatch.setenv("TLQ_DEVICE_MEMORY", "0")
+    assert not keeps_graph(streamed, built.batches)
+    one_by_one = score_tokens(streamed, built.batches)
+    assert kept.keys() == one_by_one.keys() == built.scores.keys()
+    for key, values in kept.items():
+        np.testing.assert_array_equal(values, one_by_one[key], err_msg=str(key))
+        np.testing.assert_array_equal(values, built.scores[key], err_msg=str(key))
 
 
 @every_family

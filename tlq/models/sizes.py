@@ -1,0 +1,110 @@
+"""Bytes of a model's parts and of its activations, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tlq.models.architectures import LinearGroup, get_linear, head_dim_of
+from tlq.models.streaming import LayeredModel, StreamedModel
+from tlq.samples import Batch
+
+_FLOAT = 4
+
+
+class ActivationSizes:
+    """Bytes of a model's activations, in the dtype of computation.
+
+    Attributes:
+        layers: number of decoder layers.
+        state: a token's hidden state.
+    """
+
+    def __init__(self, model: LayeredModel) -> None:
+        self.skeleton, self.architecture, self.item = model.skeleton, model.architecture, model.dtype.itemsize
+        self.text = self.skeleton.config.get_text_config()
+        self.layers = len(self.architecture.decoder_layers(self.skeleton))
+        self.state = self.text.hidden_size * self.item
+
+    def inside(self, streams: int) -> int:
+        """Hidden states per token that a layer with experts keeps: their input, and the shared experts' output."""
+        if self.architecture.experts is None:
+            return 0
+        names = {group.name for groups in self.architecture.kinds for group in groups}
+        return streams + ("shared.down" in names)
+
+    def calls(self, batches: Sequence[Batch], own: int) -> int:
+        """Attention masks and rotary embeddings of all of this rank's micro-batches."""
+        longest = max((batch.valid.shape[1] for batch in batches), default=0)
+        return own * (longest + 2 * head_dim_of(self.skeleton.config)) * self.item
+
+    def activations(self, batches: Sequence[Batch], graph: bool) -> int:
+        """Activations of a micro-batch inside a decoder layer; with a graph, also those of the backward pass."""
+        architecture, widths = self.architecture, []
+        for index in architecture.kinds.values():
+            widths.append(
+                sum(
+                    (linear.out_features + (linear.in_features if graph else 0)) * self._share(index, group)
+                    for group in architecture.groups[index]
+                    for linear in (get_linear(self.module(index), path) for path in group.linears)
+                )
+            )
+        width = math.ceil(max(widths)) + 8 * int(self.text.hidden_size)
+        return max((all_tokens(batch) for batch in batches), default=0) * width * self.item * (1 + graph)
+
+    def graph(self, batches: Sequence[Batch]) -> int:
+        """Activations of a micro-batch in all decoder layers and the head, with those of the backward pass."""
+        largest = max((all_tokens(batch) for batch in batches), default=0)
+        return self.layers * self.activations(batches, graph=True) + self.head(batches) + self.calls(batches, largest)
+
+    def _share(self, index: int, group: LinearGroup) -> float:
+        """The share of a layer's tokens that pass a group: those of an expert are routed to it."""
+        if group.experts is None:
+            return 1.0
+        experts: Any = self.module(index).get_submodule(group.experts)
+        return float(self.text.num_experts_per_tok / len(experts))
+
+    def head(self, batches: Sequence[Batch]) -> int:
+        """Output embeddings, and logits of a micro-batch's answers with their gradients."""
+        vocabulary = int(self.text.vocab_size)
+        answers = max((int(batch.is_answer.sum()) for batch in batches), default=0)
+        return vocabulary * (int(self.text.hidden_size) * self.item + 4 * answers * _FLOAT)
+
+    def module(self, index: int) -> nn.Module:
+        return self.architecture.decoder_layers(self.skeleton)[index]
+
+
+class ModelSizes(ActivationSizes):
+    """Bytes of a model's weights and activations, in the dtype of computation.
+
+    Attributes:
+        layer: weights of the largest decoder layer.
+        outside: weights outside the decoder layers.
+        whole: all weights.
+    """
+
+    def __init__(self, model: StreamedModel) -> None:
+        super().__init__(model)
+        self.layer = max(elements(model, model.layer_names(index)) for index in range(self.layers)) * self.item
+        self.outside = elements(model, model.outside_names) * self.item
+        self.whole = elements(model, list(model.weight_map)) * self.item
+
+    def enter(self, batches: Sequence[Batch], own: int) -> int:
+        """Weights outside the decoder layers, activations of the vision tower, and the first hidden states."""
+        pixels = max((batch.size for batch in batches), default=0)
+        return self.outside + own * self.state + 8 * pixels if batches else 0
+
+
+def elements(model: StreamedModel, names: Sequence[str]) -> int:
+    """Elements of the stored tensors with these names; tied weights count once."""
+    places = {model.weight_map[name]: name for name in names}
+    values = model.skeleton.state_dict()
+    return sum(values[name].numel() for name in places.values())
+
+
+def all_tokens(batch: Batch) -> int:
+    """Tokens of a micro-batch, with padding."""
+    return batch.valid.numel()
