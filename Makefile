@@ -15,7 +15,7 @@ export DO_NOT_TRACK ?= 1
 # Stages are processes that start often: without compiled modules each start takes a third longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup lock demo serve pool test soak check lint peers-env engines-env engines clean
+.PHONY: setup lock demo serve pool test soak check lint gpu peers-env engines-env engines clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,10 @@ test: lint
 # The long tests: kills of every process of a pool, attacks, PostgreSQL, all bad inputs, an installation from the index.
 soak: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m soak
+
+# What needs a GPU: its tests and measurements, at most eight minutes, see docs/scale.md.
+gpu: setup
+	$(BIN)/python -m bench.gpu
 
 # llm-compressor pins other versions of transformers and compressed-tensors: it gets an environment of its own.
 peers-env: .venv-peers/.installed

@@ -34,9 +34,11 @@ logger = logging.getLogger(__name__)
 
 _FLOAT = 4
 #: Bytes that thread pools, matrix kernels and the allocator take in addition to tensors, measured by bench.memory.
-_RUNTIME = 96 * 2**20
-#: Copies of a group's weight in memory while the group is solved: original, scaled, W G, dequantized, temporaries.
-_WEIGHTS = 5
+_RUNTIME = 48 * 2**20
+#: Copies of a group's weight in memory while it is rounded: original, scaled, dequantized, temporaries. W G is another.
+_WEIGHTS = 4
+#: What the allocator takes for what it is asked for.
+_FRAGMENTS = 1.06
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,11 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
     counted = tokens if counted is None else min(counted, tokens)
     exposed = recipe.sees("exposed", scheme)
     streams = recipe.sees("full_precision", scheme) + exposed
-    forward = 2 * sizes.layer + sizes.activations(batches, graph=False)
+    activations = sizes.activations(batches, graph=False)
+    forward = 2 * sizes.layer + activations
     solving = 2 * sizes.layer + max(
         sizes.group(index, group, min(counted, own), recipe, scheme, streams)
+        + (activations if recipe.error_measure.parent_of(group) is not None else 0)
         for groups, index in model.architecture.kinds.items()
         for group in groups
     )
@@ -135,7 +139,7 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         tokens=tokens,
         counted=counted if recipe.needs_data else 0,
         least=max(sizes.least_group(recipe), sizes.outside if batches else 0),
-        device=_RUNTIME + sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own)),
+        device=_allocated(sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own))),
         # On the exposed stream, also the output of the current layer's attention. Experts: ``inside``.
         hidden_states=own * sizes.state * (streams + exposed + sizes.inside(streams)) if recipe.needs_data else 0,
         budget=host_budget(),
@@ -175,12 +179,17 @@ def _plan_of_scoring(sizes: ModelSizes, batches: Sequence[Batch], device: int, h
         tokens=tokens,
         counted=tokens,
         least=max(sizes.layer, sizes.outside),
-        device=_RUNTIME + device,
+        device=_allocated(device),
         hidden_states=hidden_states,
         budget=host_budget(),
         disk=2 * losses * scores,
         scores=scores,
     )
+
+
+def _allocated(size: int) -> int:
+    """Expected peak of a process whose tensors have a size."""
+    return _RUNTIME + int(_FRAGMENTS * size)
 
 
 class _JobSizes(ModelSizes):
@@ -208,16 +217,20 @@ class _JobSizes(ModelSizes):
             streams: 2 if inputs of both streams are kept.
         """
         width, rows = self._shape(index, group)
-        weights = _WEIGHTS * rows * width * _FLOAT
+        rounding = recipe.rounding_method
+        copies = _WEIGHTS + recipe.needs_data + rounding.needs_statistics  # the target of the rounding
+        weights = copies * rows * width * _FLOAT
         if not recipe.needs_data:
             return weights
         inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
-        if streams == 2:  # one pass records the original inputs of all groups
-            widths = [self._shape(index, each)[0] for each in self.architecture.groups[index] if not each.experts]
-            inputs += own * sum(widths) * self.item
+        if streams == 2:  # one pass records the original inputs of all groups; those of later groups are waiting
+            groups = self.architecture.groups[index]
+            waiting = [each for each in groups[groups.index(group) + 1 :] if not each.experts]
+            inputs += own * sum(self._shape(index, each)[0] for each in waiting) * self.item
         if recipe.error_measure.parent_of(group) is not None:
             inputs += recipe.error_measure.bytes_needed(own, self.state)
-        rounding = recipe.rounding_method
+        if rounding.needs_statistics and scheme.activation_bits is not None:  # quantized inputs, and before that scaled
+            inputs += 2 * own * width * _FLOAT
         measures = from_statistics(own, width, scheme, rounding.needs_statistics)
         return weights + inputs + measures * width * width * _FLOAT + rounding.bytes_needed(rows, width)
 

@@ -18,6 +18,7 @@ from tlq.importance.losses import AnswerLoss, BlockLoss, Loss
 from tlq.importance.token_set import TokenBudget
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
+from tlq.quantization import kernels
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.quantization.objective import Factor, Statistics, Tokens
 from tlq.quantization.rounding import round_compensated
@@ -107,6 +108,18 @@ def test_every_recipe_has_the_same_errors_on_gpu_and_host(
     ratios = (errors(gpu) / errors(host)).log()
     assert float(ratios.abs().max()) < math.log(1.5)
     assert float(ratios.mean().abs()) < 0.1
+
+
+@pytest.mark.parametrize("scheme", ["w2a16", "w3a16s", "w4a8"])
+def test_the_kernel_rounds_to_the_bits_of_the_eager_loop(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.available(torch.device("cuda"))
+    weight, _, u, w = problem("cuda")
+    factor, _ = Statistics.of(weight, u, u, w).factor(0.01)
+    quantizer = WeightQuantizer(get_scheme(scheme), torch.bfloat16)
+    (fast,) = round_compensated([weight], factor, quantizer)
+    monkeypatch.setattr(kernels, "available", lambda device: False)
+    (eager,) = round_compensated([weight], factor, quantizer)
+    assert torch.equal(fast.codes, eager.codes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -28,6 +28,7 @@ from tlq.models.architectures import LinearGroup
 from tlq.models.streaming import LayeredModel, ResidentModel
 from tlq.quantization.formats import QuantizedWeight
 from tlq.results import GroupReport
+from tlq.runtime.memory import release_freed_memory
 
 
 @dataclass
@@ -150,6 +151,7 @@ class LayerLoop:
             return _kept_report(quantized.index, group.name)
         solution = self.solver.solve(problem)
         quantized.install(group, solution.rounded, problem.fold, solution.candidate.s)
+        release_freed_memory()
         return _group_report(quantized.index, group.name, problem, solution, time.perf_counter() - started)
 
 

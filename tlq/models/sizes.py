@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -43,22 +43,43 @@ class ActivationSizes:
 
     def activations(self, batches: Sequence[Batch], graph: bool) -> int:
         """Activations of a micro-batch inside a decoder layer; with a graph, also those of the backward pass."""
-        architecture, widths = self.architecture, []
-        for index in architecture.kinds.values():
-            widths.append(
-                sum(
-                    (linear.out_features + (linear.in_features if graph else 0)) * self._share(index, group)
-                    for group in architecture.groups[index]
-                    for linear in (get_linear(self.module(index), path) for path in group.linears)
-                )
+        width = max(
+            sum(
+                share * linear.out_features + graph * share * linear.in_features
+                for linear, share in self._linears(index)
             )
-        width = math.ceil(max(widths)) + 8 * int(self.text.hidden_size)
-        return max((all_tokens(batch) for batch in batches), default=0) * width * self.item * (1 + graph)
+            for index in self.architecture.kinds.values()
+        )
+        width = math.ceil(width) + 8 * int(self.text.hidden_size)
+        return self._largest(batches) * width * self.item * (1 + graph)
 
     def graph(self, batches: Sequence[Batch]) -> int:
-        """Activations of a micro-batch in all decoder layers and the head, with those of the backward pass."""
-        largest = max((all_tokens(batch) for batch in batches), default=0)
-        return self.layers * self.activations(batches, graph=True) + self.head(batches) + self.calls(batches, largest)
+        """The graph of a micro-batch through all decoder layers and the head, with a layer's gradients.
+
+        A layer keeps the outputs of its linears and what they were computed from: the input of each group, that of the
+        activation function, and eight hidden states of norms and residuals (measured by bench.memory).
+        """
+        kept, gradients = 0.0, 0.0
+        for index in range(self.layers):
+            outputs = sum(share * linear.out_features for linear, share in self._linears(index))
+            inputs = [
+                self._share(index, group) * get_linear(self.module(index), group.linears[0]).in_features
+                for group in self.architecture.groups[index]
+            ]
+            kept += outputs + sum(inputs) + max(inputs) + 8 * int(self.text.hidden_size)
+            gradients = max(gradients, outputs)
+        tokens = self._largest(batches)
+        return math.ceil(tokens * (kept + gradients)) * self.item + self.head(batches) + self.calls(batches, tokens)
+
+    def _largest(self, batches: Sequence[Batch]) -> int:
+        """Tokens of the largest micro-batch."""
+        return max((all_tokens(batch) for batch in batches), default=0)
+
+    def _linears(self, index: int) -> Iterator[tuple[nn.Linear, float]]:
+        """The linears of a layer, each with the share of the tokens that pass it."""
+        for group in self.architecture.groups[index]:
+            for path in group.linears:
+                yield get_linear(self.module(index), path), self._share(index, group)
 
     def _share(self, index: int, group: LinearGroup) -> float:
         """The share of a layer's tokens that pass a group: those of an expert are routed to it."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tlq.parallel import Ranks
+from tlq.quantization import kernels
 from tlq.quantization.errors import LinearsError
 from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, code_range
 from tlq.quantization.objective import Factor
@@ -214,8 +215,7 @@ def _round_block(
     """Round ``block`` [targets, columns, rows], which is ``original`` with the feedback of earlier blocks.
 
     The computation is in units of the scales and relative to the zero-points, where the nearest code is the rounded
-    value (a tie may round the other way than in ``nearest_codes``, with the same error). A column takes four small
-    operations, so the time of a block is mostly launch overhead.
+    value (a tie may round the other way than in ``nearest_codes``, with the same error).
 
     Returns:
         codes, and d = V - W, both of the shape of ``block``.
@@ -225,15 +225,24 @@ def _round_block(
     block, original = (values.div(step).add_(offset) for values in (block, original))
     codes, errors = torch.empty_like(block), torch.empty_like(block)
     width = block.shape[1]
+    round_strip = kernels.round_strip if kernels.available(block.device) else _round_strip
     for start in range(0, width, _STRIP):
-        stop = min(start + _STRIP, width)
-        for column in range(start, stop):
-            code = torch.round(block[:, column], out=codes[:, column]).clamp_(low, high)
-            error = torch.sub(code, original[:, column], out=errors[:, column])
-            # not addr_, whose last bits depend on the position of a value in its row
-            block[:, column + 1 : stop].addcmul_(upper[column, column + 1 : stop, None], error[:, None], value=-1)
-        _feed_back(block[:, stop:], upper[start:stop, stop:], errors[:, start:stop])
+        strip = slice(start, min(start + _STRIP, width))
+        parts = (block[:, strip], original[:, strip], upper[strip, strip], codes[:, strip], errors[:, strip])
+        round_strip(*parts, (low, high))
+        _feed_back(block[:, strip.stop :], upper[strip, strip.stop :], errors[:, strip])
     return codes.to(torch.int8), errors.mul_(step)
+
+
+def _round_strip(
+    block: Tensor, original: Tensor, upper: Tensor, codes: Tensor, errors: Tensor, bounds: tuple[int, int]
+) -> None:
+    """``kernels.round_strip`` in eager operations; ``block`` is overwritten."""
+    for column in range(block.shape[1]):
+        code = torch.round(block[:, column], out=codes[:, column]).clamp_(*bounds)
+        error = torch.sub(code, original[:, column], out=errors[:, column])
+        # not addr_, whose last bits depend on the position of a value in its row
+        block[:, column + 1 :].addcmul_(upper[column, column + 1 :, None], error[:, None], value=-1)
 
 
 #: Roundings by the name that ``Recipe.rounding`` gives them.
