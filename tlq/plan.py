@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _FLOAT = 4
 #: Bytes that thread pools, matrix kernels and the allocator take in addition to tensors, measured by bench.memory.
-_RUNTIME = 48 * 2**20
+_RUNTIME = 64 * 2**20
 #: Copies of a group's weight in memory while it is rounded: original, scaled, dequantized, temporaries. W G is another.
 _WEIGHTS = 4
 #: What the allocator takes for what it is asked for.

@@ -18,7 +18,9 @@ from tasks.files import write_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
+import os
 import sys
+import time
 from pathlib import Path
 import tasks
 import torch
@@ -55,7 +57,8 @@ def work():
             pool = TokenPool.of(batches)
             return to_batches(token_set(scores, pool, "token", Weighting(), TokenBudget(300), 0), batches)
         job = CalibrationJob(get_recipe(recipe), quantizer, batches, ranks=ranks)
-        quantize_checkpoint(model, folder / "out", job, weigh)
+        pause = float(os.environ.get("TEST_SECONDS_PER_LAYER", "0"))
+        quantize_checkpoint(model, folder / "out", job, weigh, on_layer=lambda report: time.sleep(pause))
 
 run(lambda: on_ranks("ranks_worker", sys.argv[1:], work))
 """

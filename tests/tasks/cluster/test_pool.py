@@ -6,34 +6,25 @@ import http.server
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import psutil
 import pytest
 import torch
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import FlowRun, StateType
-from support import ranked_job
+from prefect.client.schemas.objects import StateType
 from support.listeners import listeners
-from support.ranked_job import ROOT, assert_equal, finish, processes_of, wait_until_gone, write_job
+from support.ranked_job import assert_equal, finish, processes_of, wait_until_gone
+from support.site import WORKERS, Site, layers_done, running_site, wait_until
 
 from flows.stages import REPRO
 from services.processes import tree
 from tasks.cluster import work_pool
 from tasks.cluster.work_pool import Pool
-
-WORKERS = 2
-BUSY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 #: A stage for one worker, like `evaluate`; it prints its process.
 SIDE = """
@@ -50,94 +41,10 @@ run(lambda: on_ranks("side", sys.argv[1:], work, most=1))
 """
 
 
-@dataclass
-class Site:
-    """A Prefect server with the pool `gpu`, and the processes that were started for it.
-
-    Attributes:
-        job: folder of the small calibration.
-    """
-
-    job: Path
-    home: Path
-    api: str
-    server: subprocess.Popen[bytes]
-    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    stages: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            **ranked_job.job_environment(self.job),
-            "PREFECT_HOME": str(self.home),
-            "PREFECT_API_URL": self.api,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-            "TLQ_POOL": "gpu",
-            "TLQ_POOL_WORKERS": str(WORKERS),
-            "TLQ_POOL_SILENCE": "15",
-        }
-
-    def client(self) -> SyncPrefectClient:
-        return SyncPrefectClient(self.api)
-
-    def start_workers(self) -> None:
-        """Start the workers that do not run, as systemd does after a kill."""
-        running = [worker for worker in self.workers if worker.poll() is None]
-        self.workers = running + [self._start_worker() for _ in range(WORKERS - len(running))]
-
-    def _start_worker(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--limit", "1"]
-        return subprocess.Popen(
-            [*command, "--install-policy", "never"],
-            cwd=ROOT,
-            env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def start(self, name: str, scheme: str = "w3a16", **environment: str) -> subprocess.Popen[str]:
-        stage = ranked_job.start(self.job, name, "tlq-c", scheme, {**self.environment, **environment})
-        self.stages.append(stage)
-        return stage
-
-    def busy(self) -> list[FlowRun]:
-        """Flow runs that occupy a slot of the pool."""
-        with self.client() as client:
-            state = FlowRunFilterState(type=FlowRunFilterStateType(any_=BUSY))
-            return client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
-
-    def runs(self, name: str) -> list[FlowRun]:
-        """Worker flow runs of the job in folder ``name``."""
-        with self.client() as client:
-            return [run for run in client.read_flow_runs() if f"ranks_worker {name} " in run.name]
-
-    def assert_nothing_left(self, name: str) -> None:
-        wait_until_gone(self.job / name)
-        assert self.busy() == []
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Environment of the server, which shares nothing with another server or its settings."""
-    folder = tmp_path_factory.mktemp("site")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    job = write_job(tmp_path_factory.mktemp("job"))
-    home = folder / "prefect"
-    environment = {**ranked_job.job_environment(job), "PREFECT_HOME": str(home)}
-    with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen([*command, "--no-ui"], env=environment, stdout=log, stderr=log)
-    site = Site(job, home, f"http://127.0.0.1:{port}/api", server)
-    try:
-        wait_until(lambda: answers(site.api))
-        subprocess.run([sys.executable, "-m", "flows.pool", "--deploy"], cwd=ROOT, env=site.environment, check=True)
+    with running_site(tmp_path_factory.mktemp("site")) as site:
         yield site
-    finally:
-        for process in [*site.stages, *site.workers, server]:
-            end_tree(process)
 
 
 @pytest.fixture(scope="module")
@@ -150,36 +57,6 @@ def expected(site: Site) -> dict[str, torch.Tensor]:
 def workers(site: Site) -> Site:
     site.start_workers()
     return site
-
-
-def answers(api: str) -> bool:
-    try:
-        return httpx.get(f"{api}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 400) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)
-
-
-def end_tree(process: subprocess.Popen[Any]) -> None:
-    if process.poll() is not None:
-        return
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for child in alive:
-        child.kill()
-    process.kill()
-    process.wait()
-
-
-def layers_done(folder: Path) -> int:
-    return len(list(folder.glob(".out.work/part-*.json")))
 
 
 def agents_of(folder: Path) -> list[psutil.Process]:
