@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.distributed import Store
+from torch.distributed import DistError, Store
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -140,11 +140,23 @@ def _as_rank(work: Callable[[], None]) -> None:
     store = _joined_store()
     if store.finished():
         return
-    work()
+    try:
+        work()
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        logger.debug("traceback", exc_info=True)
+        logger.warning("another rank does not answer (%s); the group forms again", str(error).splitlines()[0][:200])
+        sys.exit(1)
     if os.environ["RANK"] == "0":
         store.finish()
     while not store.finished() and store.failure() is None:
         time.sleep(_POLL_SECONDS)
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone: NCCL raises a class of its own, Gloo names its file."""
+    return isinstance(error, DistError) or "gloo/transport" in str(error)
 
 
 def _joined_store() -> JobStore:

@@ -105,6 +105,8 @@ def test_a_cut_link_and_a_dead_host_change_no_bit(site: Site, expected: dict[str
     output, _ = process.communicate(timeout=900)
     log.write_text(output)
     assert process.returncode == 0, output[-3000:]
+    assert "another rank does not answer" in output
+    assert "Traceback" not in output
     found = finish(site.start("hosts", TLQ_POOL=""), folder)  # everything is there already
     assert_equal(found, expected)
     site.assert_nothing_left("hosts")
