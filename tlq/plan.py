@@ -232,6 +232,8 @@ class _JobSizes(ModelSizes):
         if rounding.needs_statistics and scheme.activation_bits is not None:  # quantized inputs, and before that scaled
             inputs += 2 * own * width * _FLOAT
         measures = from_statistics(own, width, scheme, rounding.needs_statistics)
+        if not measures:  # outputs of a candidate, and their error
+            inputs += 2 * own * rows * _FLOAT
         return weights + inputs + measures * width * width * _FLOAT + rounding.bytes_needed(rows, width)
 
 

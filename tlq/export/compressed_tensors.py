@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -37,6 +38,8 @@ from tlq.quantization.formats import QuantizedWeight, Scheme, get_scheme
 from tlq.runtime.files import link_or_copy
 
 _TARGETS = "Linear"
+#: Rows that are packed together: packing needs several times the memory of the codes.
+_PACKED_ROWS = 1024
 
 
 def write_layer(
@@ -100,13 +103,20 @@ def _base(model: StreamedModel, linear: str) -> str:
 
 
 def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """Tensors of a linear in compressed-tensors format, by name within the linear."""
-    group = _config_group(scheme, [_TARGETS])
-    tensors = {"weight": weight.dequantize(), "weight_scale": weight.scale}
+    """Tensors of a linear in compressed-tensors format, by name within the linear.
+
+    Its own compressor takes weights, computes their codes once more, and needs seven times the memory of a linear.
+    """
+    bits = scheme.weight_bits
+    if _format(scheme) is CompressionFormat.int_quantized:
+        tensors = {"weight": weight.codes, "weight_scale": weight.scale}
+    else:
+        packed = torch.cat([pack_to_int32(rows, bits) for rows in weight.codes.split(_PACKED_ROWS)])
+        shape = torch.tensor(weight.codes.shape)
+        tensors = {"weight_packed": packed, "weight_scale": weight.scale, "weight_shape": shape}
     if not scheme.symmetric:
-        tensors["weight_zero_point"] = weight.zero_point
-    compressor = BaseCompressor.get_value_from_registry(_format(scheme).value)
-    return {name: tensor.cpu().contiguous() for name, tensor in compressor.compress(tensors, group).items()}
+        tensors["weight_zero_point"] = pack_to_int32(weight.zero_point, bits, packed_dim=0)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, scheme: Scheme) -> None:
