@@ -32,7 +32,13 @@ logger = logging.getLogger("bench.memory")
 
 HOST_MEMORY = "0.05"
 #: GiB for which jobs are planned: too few to score importance with all layers in memory.
-DEVICE_MEMORY = "1"
+DEVICE_MEMORY = "0.3"
+#: What is measured, the largest last.
+JOBS = {
+    "importance": "importance alone",
+    "score": "scores by the backend `streamed`",
+    "quantize": "importance, calibration, export",
+}
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -44,7 +50,7 @@ class Measured:
         layers, checkpoint: number of decoder layers, and size of the weights on disk.
         start: peak memory before the work: Python, torch, transformers, the model without weights.
         peak: peak memory after the work.
-        planned: memory that the plan expects on top of ``start``.
+        planned: memory that the plan expects on top of ``start``; None for a job without a plan.
     """
 
     job: str
@@ -52,7 +58,7 @@ class Measured:
     checkpoint: int
     start: int
     peak: int
-    planned: int
+    planned: int | None
     seconds: float
 
 
@@ -109,9 +115,9 @@ def _row(each: Measured) -> dict[str, str]:
     return {
         "layers": str(each.layers),
         "checkpoint, GiB": f"{each.checkpoint / _GIB:.2f}",
-        "job": {"importance": "importance alone", "quantize": "importance, calibration, export"}[each.job],
+        "job": JOBS[each.job],
         "peak, MiB": f"{each.peak / _MIB:.0f}",
-        "expected / measured": f"{each.planned / (each.peak - each.start):.2f}",
+        "expected / measured": "–" if each.planned is None else f"{each.planned / (each.peak - each.start):.2f}",
         "seconds": f"{each.seconds:.0f}",
     }
 
@@ -119,7 +125,7 @@ def _row(each: Measured) -> dict[str, str]:
 def _draw(measurements: Sequence[Measured]) -> Figure:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    for job, label in (("quantize", "importance, calibration, export"), ("importance", "importance alone")):
+    for job, label in JOBS.items():
         part = [each for each in measurements if each.job == job]
         axes.plot([each.layers for each in part], [each.peak / _GIB for each in part], "o-", markersize=4, label=label)
     sizes = sorted({(each.layers, each.checkpoint / _GIB) for each in measurements})
@@ -147,13 +153,13 @@ def main() -> None:
     measurements = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for layers in arguments.layers:
-            jobs = ["importance", "quantize"]
+            jobs = list(JOBS)
             measurements += measure(
                 replace(shape, layers=layers), jobs, arguments.samples, arguments.recipe, Path(folder)
             )
         if arguments.deepest:
             deepest = replace(shape, layers=arguments.deepest)
-            measurements += measure(deepest, ["quantize"], arguments.samples, arguments.recipe, Path(folder))
+            measurements += measure(deepest, ["score", "quantize"], arguments.samples, arguments.recipe, Path(folder))
     report(measurements, shape, arguments.samples, arguments.recipe, arguments.docs)
 
 

@@ -11,6 +11,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.harness import load_benchmarks, run_streamed
+from benchmarks.items import AnswerOptions
+from benchmarks.source import BenchmarkSource
 from tlq.api import quantize
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.gradients import score_tokens
@@ -28,7 +31,10 @@ from tlq.samples import encode_batches, image_token_id
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "job", choices=("importance", "quantize"), help="importance alone, or also calibration and export"
+        "job",
+        choices=("importance", "quantize", "score"),
+        help="importance alone, or also calibration and export, or the answers of 16 items of the demo world by the "
+        "backend `streamed`",
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--samples", type=Path, required=True, help="pickled samples")
@@ -53,6 +59,10 @@ def main() -> None:
     plans = [plan_importance(model, batches, alone)]
     if arguments.job == "importance":
         score_tokens(model, batches)
+    elif arguments.job == "score":
+        plans = []  # it has no plan
+        benchmarks = load_benchmarks([BenchmarkSource("demo_textvqa")], 16, 0)
+        run_streamed(benchmarks, model, load_processor(model.folder), AnswerOptions(arguments.batch_size))
     else:
         job = CalibrationJob(recipe, WeightQuantizer(scheme, model.checkpoint_dtype), batches, ranks=alone)
         plans.append(plan_calibration(model, job, arguments.tokens))
@@ -64,7 +74,7 @@ def main() -> None:
     measured = {
         "start": start,
         "peak": peak_resident(),
-        "planned": max(plan.device + plan.host for plan in plans),
+        "planned": max((plan.device + plan.host for plan in plans), default=None),
         "seconds": time.perf_counter() - started,
     }
     arguments.measured.write_text(json.dumps(measured))

@@ -132,7 +132,7 @@ class StreamedLM(ChatLM):
         """Output of the last layer for every micro-batch, [batch, time, hidden]."""
         model = self.model
         hidden, calls = Activations(self._memory, model.device), []
-        with model.outside() as entered:
+        with model.entrance() as entered:
             for call in entering(entered, model.architecture, batches, model.device):
                 hidden.append(call.take_hidden_states())
                 calls.append(call)

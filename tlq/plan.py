@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _FLOAT = 4
 #: Bytes that thread pools, matrix kernels and the allocator take in addition to tensors, measured by bench.memory.
-_RUNTIME = 64 * 2**20
+_RUNTIME = 48 * 2**20
 #: Copies of a group's weight in memory while it is rounded: original, scaled, dequantized, temporaries. W G is another.
 _WEIGHTS = 4
 #: What the allocator takes for what it is asked for.
@@ -138,7 +138,7 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         outside=sizes.outside,
         tokens=tokens,
         counted=counted if recipe.needs_data else 0,
-        least=max(sizes.least_group(recipe), sizes.outside if batches else 0),
+        least=max(sizes.least_group(recipe), sizes.entrance if batches else 0),
         device=_allocated(sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own))),
         # On the exposed stream, also the output of the current layer's attention. Experts: ``inside``.
         hidden_states=own * sizes.state * (streams + exposed + sizes.inside(streams)) if recipe.needs_data else 0,
@@ -178,7 +178,7 @@ def _plan_of_scoring(sizes: ModelSizes, batches: Sequence[Batch], device: int, h
         outside=sizes.outside,
         tokens=tokens,
         counted=tokens,
-        least=max(sizes.layer, sizes.outside),
+        least=max(sizes.layer, sizes.entrance, sizes.head(())),
         device=_allocated(device),
         hidden_states=hidden_states,
         budget=host_budget(),

@@ -75,7 +75,7 @@ class Streams:
         self.sees_exposed = recipe.sees("exposed", job.scheme)
         self.calls: list[LayerCalls] = []
         if self._batches:
-            with job.ranks.clock.phase("enter"), model.outside() as entered:
+            with job.ranks.clock.phase("enter"), model.entrance() as entered:
                 self.calls = enter_decoder(entered, self.architecture, self._batches, model.device)
         first = [call.take_hidden_states() for call in self.calls]
         self.full = self._activations(first if self.sees_full_precision else [])

@@ -210,7 +210,7 @@ def _score_pass(
 ) -> list[BatchScores]:
     """Scores of the micro-batches at ``indices``."""
     own = [batches[index] for index in indices]
-    with model.outside() as entered:
+    with model.entrance() as entered:
         calls = enter_decoder(entered, model.architecture, own, model.device)
     resident = ResidentBatches(model, own, calls, memory, keeps_graph)
     with closing(resident):

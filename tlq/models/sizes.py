@@ -104,6 +104,7 @@ class ModelSizes(ActivationSizes):
     Attributes:
         layer: weights of the largest decoder layer.
         outside: weights outside the decoder layers.
+        entrance: weights that are read whole to enter the decoder.
         whole: all weights.
     """
 
@@ -111,12 +112,13 @@ class ModelSizes(ActivationSizes):
         super().__init__(model)
         self.layer = max(elements(model, model.layer_names(index)) for index in range(self.layers)) * self.item
         self.outside = elements(model, model.outside_names) * self.item
+        self.entrance = elements(model, model.entrance_names) * self.item
         self.whole = elements(model, list(model.weight_map)) * self.item
 
     def enter(self, batches: Sequence[Batch], own: int) -> int:
-        """Weights outside the decoder layers, activations of the vision tower, and the first hidden states."""
+        """Weights of the vision tower and the connector, the tower's activations, and the first hidden states."""
         pixels = max((batch.size for batch in batches), default=0)
-        return self.outside + own * self.state + 8 * pixels if batches else 0
+        return self.entrance + own * self.state + 8 * pixels if batches else 0
 
 
 def elements(model: StreamedModel, names: Sequence[str]) -> int:

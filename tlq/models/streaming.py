@@ -1,8 +1,8 @@
 """Read a model's decoder layers from disk one at a time, so that no process holds all weights.
 
-``StreamedModel`` builds the model without weights and reads them when they are needed: embeddings and vision tower to
-enter the decoder, then one decoder layer at a time, with the next layer prefetched. ``ResidentModel`` has the same
-interface for a model in memory.
+``StreamedModel`` builds the model without weights and reads them when they are needed: the vision tower and the tokens'
+embeddings to enter the decoder, then one decoder layer at a time, with the next layer prefetched. ``ResidentModel`` has
+the same interface for a model in memory.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class LayeredModel(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def outside(self) -> Any:
-        """A context in which everything except the decoder layers has its weights."""
+    def entrance(self) -> Any:
+        """A context in which all that the model computes before its decoder layers has its weights."""
         ...
 
     def head(self) -> Any:
@@ -98,10 +98,10 @@ class ResidentModel:
         self.dtype = next(self.architecture.decoder_layers(self.skeleton)[0].parameters()).dtype
 
     @contextmanager
-    def outside(self) -> Iterator[nn.Module]:
+    def entrance(self) -> Iterator[nn.Module]:
         yield self.skeleton
 
-    head = outside
+    head = entrance
 
     @contextmanager
     def whole(self) -> Iterator[ResidentModel]:
@@ -254,14 +254,46 @@ class StreamedModel:
         """Names of the stored tensors of a decoder layer."""
         return [name for name in self.weight_map if name.startswith(f"{self._inside}{index}.")]
 
-    def outside(self) -> Any:
-        return self._with_weights(self.outside_names)
+    @property
+    def entrance_names(self) -> list[str]:
+        """Names of the stored tensors that ``entrance`` reads whole: vision tower and connector, mostly."""
+        embeddings = f"{self._path_of(self.skeleton.get_input_embeddings())}.weight"
+        output = self._path_of(self.skeleton.get_output_embeddings())
+        return [name for name in self.outside_names if name != embeddings and not name.startswith(f"{output}.")]
+
+    @contextmanager
+    def entrance(self) -> Iterator[nn.Module]:
+        embeddings: Any = self.skeleton.get_input_embeddings()
+        place = self.weight_map[f"{self._path_of(embeddings)}.weight"]
+        with self._with_weights(self.entrance_names), self._read_by_row(embeddings, place):
+            yield self.skeleton
+
+    @contextmanager
+    def _read_by_row(self, embeddings: nn.Embedding, place: StoredTensor) -> Iterator[None]:
+        """Inside this context embeddings read the rows of the tokens that they are called with: a few of 150,000."""
+        whole, padding = embeddings.weight, embeddings.padding_idx
+
+        def read_rows(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            tokens, positions = args[0].unique(return_inverse=True)
+            with open_tensors(place.file) as opened:
+                rows = place.read(opened)[tokens.cpu()].to(self.device, self.dtype)
+            embeddings.weight = nn.Parameter(rows, requires_grad=False)
+            return (positions, *args[1:])
+
+        handle = embeddings.register_forward_pre_hook(read_rows)
+        embeddings.padding_idx = None  # it names a row of the whole
+        try:
+            yield
+        finally:
+            handle.remove()
+            embeddings.weight, embeddings.padding_idx = whole, padding
 
     def head(self) -> Any:
-        norm = self.architecture.final_norm
-        embeddings = self.skeleton.get_output_embeddings()
-        output = next(name for name, module in self.skeleton.named_modules() if module is embeddings)
+        norm, output = self.architecture.final_norm, self._path_of(self.skeleton.get_output_embeddings())
         return self._with_weights([name for name in self.outside_names if name.startswith((f"{norm}.", f"{output}."))])
+
+    def _path_of(self, wanted: nn.Module) -> str:
+        return next(name for name, module in self.skeleton.named_modules() if module is wanted)
 
     @contextmanager
     def whole(self) -> Iterator[ResidentModel]:

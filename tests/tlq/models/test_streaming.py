@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_streamed_weights_equal_those_of_transformers(name: str, tmp_path: Path)
     path = write_tiny(name, tmp_path)
     resident, streamed = ResidentModel(load_model(path)), StreamedModel(path)
     batches = batches_of(name)
-    with resident.outside() as one, streamed.outside() as other:
+    with resident.entrance() as one, streamed.entrance() as other:
         calls = [enter_decoder(model, resident.architecture, batches, streamed.device) for model in (one, other)]
     for expected, found in zip(*calls, strict=True):
         # Bits may differ: weights that transformers maps from a file are aligned otherwise.
@@ -171,3 +172,17 @@ def test_activations_beyond_the_budget_are_written_to_disk_and_read_back(tmp_pat
     kept.clear()
     assert memory.used == 0
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_of_the_embeddings_only_the_tokens_rows_are_read(tiny_checkpoint: Path, batches: list[Batch]) -> None:
+    model, whole = StreamedModel(tiny_checkpoint), load_model(tiny_checkpoint)
+    embeddings: Any = model.skeleton.get_input_embeddings()
+    output: Any = model.skeleton.get_output_embeddings()
+    expected: Any = whole.get_input_embeddings()
+    tokens = batches[0].input_ids
+    with model.entrance():
+        assert torch.equal(embeddings(tokens), expected(tokens))
+        assert len(embeddings.weight) == len(tokens.unique()) < expected.num_embeddings
+        assert output.weight.is_meta
+    assert embeddings.weight.is_meta
+    assert embeddings.padding_idx == expected.padding_idx
