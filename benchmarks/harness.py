@@ -26,7 +26,7 @@ from benchmarks.items import AnswerOptions, Finished
 from benchmarks.model import VisionLM
 from benchmarks.results import Part
 from benchmarks.streamed import Questions, StreamedLM
-from benchmarks.vllm import WrappedLM
+from benchmarks.vllm import VllmLM
 from tlq.models.streaming import StreamedModel
 
 FOLDER = Path(__file__).parent
@@ -174,12 +174,25 @@ def run_streamed(
     return run_on(StreamedLM(model, processor, options, questions, namer(benchmarks), folder), benchmarks)
 
 
+def run_vllm(
+    benchmarks: Mapping[str, Benchmark],
+    inner: Any,
+    processor: Any,
+    options: AnswerOptions,
+    measured_items: int | None = None,
+    seed: int = 0,
+) -> list[BenchmarkResult]:
+    """``run_benchmarks`` with lm-eval's vLLM model ``inner``: NLL, and no KL. ``measured_items`` of 0 measures none."""
+    answers = {} if measured_items == 0 else _answers(benchmarks, measured_items, seed)
+    return run_on(VllmLM(inner, processor, options, namer(benchmarks), answers), benchmarks)
+
+
 def namer(benchmarks: Mapping[str, Benchmark]) -> Callable[[str, int], str]:
     """A function from task and position to the row's name."""
     return lambda task, position: benchmarks[task].rows.ids[position]
 
 
-def run_on(lm: ChatLM | WrappedLM, benchmarks: Mapping[str, Benchmark]) -> list[BenchmarkResult]:
+def run_on(lm: ChatLM, benchmarks: Mapping[str, Benchmark]) -> list[BenchmarkResult]:
     """Answer and score every item with an lm-eval model that keeps its ``finished`` items."""
     with _without_bars_of_lm_eval():
         outcome = evaluate(

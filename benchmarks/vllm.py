@@ -1,20 +1,24 @@
-"""Run benchmarks on vLLM through lm-eval's ``vllm-vlm`` model, which is faster and measures no reference answers."""
+"""Run benchmarks on vLLM through lm-eval's ``vllm-vlm`` model, which is faster and measures NLL but no KL.
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+vLLM returns the probability of every token of a prompt, not the whole distribution: so the reference answer is a part
+of a second prompt, of which the pictures and the question are cached.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
+from benchmarks.chat_model import ChatLM, unencodable
 from benchmarks.data import BenchmarkError
-from benchmarks.divergence import ItemKey
-from benchmarks.items import Finished, pixels
-from benchmarks.replies import final_answer
+from benchmarks.divergence import Divergence, ItemKey
+from benchmarks.items import AnswerOptions, Finished, Work, pixels
 from tlq.inputs.images import IMAGE_ERRORS
 
 MOST_IMAGES = 7  # maximum per item, in MMMU
+CHUNK = 256
 
 
 def load_vllm(path: str, dtype: str, pixel_bounds: Mapping[str, int]) -> LM:
@@ -29,72 +33,82 @@ def load_vllm(path: str, dtype: str, pixel_bounds: Mapping[str, int]) -> LM:
     return VLLM_VLM(pretrained=path, dtype=dtype, batch_size="auto", max_images=MOST_IMAGES, **extra)
 
 
-class WrappedLM(LM):
-    """Wrap another lm-eval model: decode images for one chunk at a time, so that an interrupted run can continue."""
-
-    MULTIMODAL = True
+class VllmLM(ChatLM):
+    """lm-eval's vLLM model with this project's prompts, in chunks, so that an interrupted run can continue."""
 
     def __init__(
         self,
-        inner: LM,
+        inner: Any,
+        processor: Any,
+        options: AnswerOptions,
         name_of: Callable[[str, int], str],
-        chunk_size: int = 256,
-        max_new_tokens: int | None = None,
-        finished: Mapping[ItemKey, Finished] | None = None,
-        on_batch: Callable[[Sequence[Finished]], None] = lambda batch: None,
+        answers: Mapping[ItemKey, str] | None = None,
     ) -> None:
-        """See ``VisionLM`` for the arguments."""
-        super().__init__()
-        self.finished = dict(finished or {})
+        """
+        Args:
+            inner: from ``load_vllm``.
+            answers: reference answers to measure the NLL of. Others as ``ChatLM``.
+        """
+        super().__init__(processor, options, name_of, answers)
         self._inner = inner
-        self._name_of = name_of
-        self._chunk_size = chunk_size
-        self._max_new_tokens = max_new_tokens
-        self._on_batch = on_batch
+        inner.chat_applied = True  # prompts have the model's own image tokens
 
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self._inner.tokenizer_name)
+    def _needs_reference(self, key: ItemKey) -> bool:
+        return True
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self._inner.apply_chat_template(chat_history, add_generation_prompt)
+    def _answered(self, waiting: Sequence[Work], silent: bool) -> Iterator[list[Finished]]:
+        starts = range(0, len(waiting), CHUNK)
+        for start in tqdm(starts, desc="answers", unit="chunk", disable=silent):
+            yield self._answer(waiting[start : start + CHUNK])
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        keyed = [(self._key(request), request) for request in requests]
-        waiting = [(key, request) for key, request in keyed if key not in self.finished]
-        starts = range(0, len(waiting), self._chunk_size)
-        for start in tqdm(starts, desc="answers", unit="chunk", disable=disable_tqdm):
-            done = self._answer(waiting[start : start + self._chunk_size])
-            self.finished |= {item.key: item for item in done}
-            self._on_batch(done)
-        return [final_answer(self.finished[key].reply) for key, _ in keyed]
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("these benchmarks generate; use output_type generate_until")
-
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise NotImplementedError("these benchmarks generate; use output_type generate_until")
-
-    def _key(self, request: Instance) -> ItemKey:
-        task = str(request.task_name)
-        return ItemKey(task, self._name_of(task, int(request.doc_id or 0)))
-
-    def _answer(self, chunk: Sequence[tuple[ItemKey, Instance]]) -> list[Finished]:
-        keys, decoded, failed = [], [], []
-        for key, request in chunk:
+    def _answer(self, chunk: Sequence[Work]) -> list[Finished]:
+        asked: list[tuple[Work, list[Any]]] = []
+        failed = []
+        for item in chunk:
+            if (refused := self._unusable(item)) is not None:
+                failed.append(refused)
+                continue
             try:
-                decoded.append(self._decoded(request))
-                keys.append(key)
+                asked.append((item, [pixels(image) for image in item.images]))
             except IMAGE_ERRORS as error:
-                failed.append(Finished(key, failure=f"image cannot be decoded: {error}"[:200]))
-        replies: list[str] = self._inner.generate_until(decoded) if decoded else []
-        return failed + [Finished(key, reply) for key, reply in zip(keys, replies, strict=True)]
+                failed.append(unencodable(item, error))
+        replies = self._inner.generate_until([_request(*each) for each in asked]) if asked else []
+        measured = self._measure([each for each in asked if each[0].reference.tokens])
+        return failed + [
+            Finished(item.key, reply, measured.get(item.key)) for (item, _), reply in zip(asked, replies, strict=True)
+        ]
 
-    def _decoded(self, request: Instance) -> Instance:
-        prompt, generation, extra = request.args
-        if self._max_new_tokens is not None:
-            generation = generation | {"max_gen_toks": self._max_new_tokens}
-        images = [pixels(image) for image in extra["visual"]]
-        arguments: tuple[Any, ...] = (prompt, generation, extra | {"visual": images})
-        metadata = (request.task_name, request.doc_id, request.repeats)
-        return dataclasses.replace(request, arguments=arguments, metadata=metadata, resps=[], filtered_resps={})
+    def _measure(self, asked: Sequence[tuple[Work, list[Any]]]) -> dict[ItemKey, Divergence]:
+        """NLL of reference answers, from the log-probabilities of a prompt that ends with the answer."""
+        if not asked:
+            return {}
+        from vllm import SamplingParams
+
+        prompts = [
+            {"prompt_token_ids": self._tokens_with_answer(item), "multi_modal_data": {"image": images}}
+            for item, images in asked
+        ]
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._inner.model.generate(prompts, sampling_params=sampling, use_tqdm=False)
+        return {item.key: answer_nll(item, output) for (item, _), output in zip(asked, outputs, strict=True)}
+
+    def _tokens_with_answer(self, item: Work) -> list[int]:
+        """Token ids of question and reference answer, with one image token for each picture."""
+        reference, bos = item.reference, self.tokenizer.bos_token
+        text = item.prompt if reference.conversation is None else reference.conversation
+        special = not (bos and text.startswith(bos))  # as ``encode``: no second bos token
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special).input_ids
+        return ids if reference.conversation is not None else [*ids, *reference.tokens]
+
+
+def answer_nll(item: Work, output: Any) -> Divergence:
+    """NLL of an item's answer, per token in nats, from vLLM's output for a prompt that ends with the answer."""
+    answer = item.reference.tokens[item.reference.start :]
+    places = output.prompt_logprobs[-len(answer) :]
+    total = sum(place[token].logprob for token, place in zip(answer, places, strict=True))
+    return Divergence(len(answer), -total / len(answer), None)
+
+
+def _request(item: Work, images: list[Any]) -> Instance:
+    generation = {"until": [], "do_sample": False, "max_gen_toks": item.max_new_tokens}
+    return Instance("generate_until", {}, (item.prompt, generation, {"visual": images}), 0)

@@ -225,7 +225,7 @@ class EvaluateParams(Section):
     backend: Literal["hf", "streamed", "vllm"] = Field(
         default="hf",
         description="`hf` holds the model in memory; `streamed` reads it layer by layer, for models larger than the "
-        "device, and generates no replies (see docs/scale.md); `vllm` needs that package",
+        "device, and generates no replies (see docs/scale.md); `vllm` needs that package and measures no KL",
     )
     divergence: bool = Field(default=True, description="measure NLL and KL on the reference answers")
     divergence_limit: int | None = Field(

@@ -33,15 +33,14 @@ from benchmarks.harness import (
     Benchmark,
     BenchmarkResult,
     load_benchmarks,
-    namer,
     run_benchmarks,
-    run_on,
     run_streamed,
+    run_vllm,
 )
 from benchmarks.items import AnswerOptions
 from benchmarks.journal import Journal
 from benchmarks.results import BenchmarkMetrics, Comparison, EvaluationRun, Metrics, Part
-from benchmarks.vllm import WrappedLM, load_vllm
+from benchmarks.vllm import load_vllm
 from tasks.cluster.launch import on_ranks
 from tasks.command import command_line, device
 from tasks.config.params import section
@@ -87,24 +86,22 @@ def _answer(
     results: Path,
 ) -> tuple[list[BenchmarkResult], float]:
     """Answer the items that are not in the journal yet, with the backend of ``params``; returns results and seconds."""
+    processor = load_processor(model_path, **_pixel_bounds(params))
     if params.backend == "vllm":
-        logger.warning("backend vllm measures no reference answers: no NLL, no KL")
+        logger.warning("backend vllm measures NLL, but no KL")
         inner = load_vllm(model_path, params.dtype, _pixel_bounds(params))
-        lm = WrappedLM(
-            inner,
-            namer(benchmarks),
-            max_new_tokens=params.max_new_tokens,
-            finished=journal.read(),
-            on_batch=journal.add,
+        options = AnswerOptions(
+            _batch_size(params), params.max_new_tokens, finished=journal.read(), on_batch=journal.add
         )
+        measured = params.divergence_limit if params.divergence else 0
         started = time.perf_counter()
-        return run_on(lm, benchmarks), time.perf_counter() - started
+        outcome = run_vllm(benchmarks, inner, processor, options, measured, params.seed)
+        return outcome, time.perf_counter() - started
     meter = _meter(variant, params, results, journal.folder)
     finished = journal.read()
     if isinstance(meter, ReferenceRecorder):
         finished = meter.recorded(finished)
     options = AnswerOptions(_batch_size(params), params.max_new_tokens, meter, finished=finished, on_batch=journal.add)
-    processor = load_processor(model_path, **_pixel_bounds(params))
     started = time.perf_counter()
     if params.backend == "streamed":
         streamed = open_model(model_path, params.dtype, device())
