@@ -28,6 +28,7 @@ _CONCURRENT = ("calibrate", "evaluate")
 
 #: At most so many kinds of stages are named where the time left is not known.
 _NAMED = 3
+_UNKNOWN = "time left not known yet"
 
 #: The overview of the flow run that this code runs for; tasks inherit it from their flow.
 _CURRENT: ContextVar[Overview | None] = ContextVar("overview", default=None)
@@ -69,7 +70,7 @@ class Overview:
         with self._lock:
             self._began[stage] = self._clock()  # a stage that is retried keeps its number
             self._show()
-            return f"{self._numbered(stage)}, {self.time_left()}"
+            return self._numbered(stage) + self._left(", ")
 
     def end(self, stage: str, result: str, ran: bool = True) -> str:
         """Note that a stage has ended; returns its line for the log.
@@ -84,13 +85,18 @@ class Overview:
             if ran:
                 self._took[stage] = seconds
             self._show()
-            return f"{self._numbered(stage)}: {result or f'done in {_duration(seconds)}'}; {self.time_left()}"
+            return f"{self._numbered(stage)}: {result or f'done in {_duration(seconds)}'}{self._left('; ')}"
 
     def beat(self) -> None:
         """Show the elapsed time, unless it was shown less than ``PAUSE_SECONDS`` ago."""
         with self._lock:
             if self._clock() >= self._due:
                 self._show()
+
+    def _left(self, separator: str) -> str:
+        """The time left for a line of the log: without the reason where it is not sure, nothing if it is not known."""
+        left = self.time_left().partition(" (")[0]
+        return "" if left == _UNKNOWN else separator + left
 
     def _numbered(self, stage: str) -> str:
         return f"stage {list(self._began).index(stage) + 1} of {len(self._stages)} {stage}"
@@ -128,7 +134,7 @@ class Overview:
             return f"{'up to' if skipped else 'about'} {left} left"
         more = [f"{len(unknown) - _NAMED} more"] if len(unknown) > _NAMED else []
         names = " or ".join([*unknown[:_NAMED], *more])
-        begin = f"more than {left} left" if known and not skipped else "time left not known yet"
+        begin = f"more than {left} left" if known and not skipped else _UNKNOWN
         return f"{begin} (no finished {names} to go by)"
 
     def _seconds_left(self, stage: str) -> float | None:

@@ -141,6 +141,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # of a damaged table, which is raised too
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a list of fonts that are gone, 22 lines long
 
 
 def device() -> torch.device:

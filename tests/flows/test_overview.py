@@ -48,7 +48,8 @@ def test_a_finished_stage_corrects_the_estimate_of_its_kind() -> None:
 def test_without_an_earlier_run_stages_of_a_kind_are_alike() -> None:
     clock = Clock()
     run = Overview(STAGES[1:3], 1, {}, clock)
-    assert run.begin("calibrate@rtn-w3a16").endswith("time left not known yet (no finished calibrate to go by)")
+    assert run.begin("calibrate@rtn-w3a16") == "stage 1 of 2 calibrate@rtn-w3a16"
+    assert run.time_left() == "time left not known yet (no finished calibrate to go by)"
     clock.now = 90
     assert run.end("calibrate@rtn-w3a16", "").endswith("; about 2 min left")
 
@@ -56,11 +57,11 @@ def test_without_an_earlier_run_stages_of_a_kind_are_alike() -> None:
 def test_the_baseline_says_how_long_evaluations_take_and_what_is_unknown_is_named() -> None:
     clock = Clock()
     run = Overview(["baseline", "evaluate@rtn-w3a16", "report", "register"], 1, {}, clock)
-    assert run.begin("baseline").endswith(
-        "time left not known yet (no finished evaluate or report or register to go by)"
-    )
+    assert run.begin("baseline") == "stage 1 of 4 baseline"
+    assert run.text().endswith("time left not known yet (no finished evaluate or report or register to go by)")
     clock.now = 300
-    assert run.end("baseline", "").endswith("; more than 5 min left (no finished report or register to go by)")
+    assert run.end("baseline", "") == "stage 1 of 4 baseline: done in 5 min; more than 5 min left"
+    assert run.text().endswith("; more than 5 min left (no finished report or register to go by)")
     assert Overview(["a", "b", "c", "d", "e"]).time_left().endswith("(no finished a or b or c or 2 more to go by)")
 
 
@@ -78,9 +79,8 @@ def test_while_every_stage_was_skipped_the_estimate_is_an_upper_bound() -> None:
     assert run.end("prepare", "skipped", ran=False) == "stage 1 of 4 prepare: skipped; up to 3 min left"
     partly = Overview(STAGES, 1, dict.fromkeys(STAGES[:3], 60), clock)
     partly.begin("prepare")
-    assert partly.end("prepare", "skipped", ran=False).endswith(
-        "; time left not known yet (no finished report to go by)"
-    )
+    assert partly.end("prepare", "skipped", ran=False) == "stage 1 of 4 prepare: skipped"
+    assert partly.text().endswith("; time left not known yet (no finished report to go by)")
 
 
 def test_a_retried_stage_keeps_its_number() -> None:
