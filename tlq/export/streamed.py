@@ -22,19 +22,6 @@ class PackedModel(StreamedModel):
     input.
     """
 
-    def __init__(
-        self,
-        checkpoint: str | Path,
-        dtype: torch.dtype | str = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """Raises: as ``StreamedModel`` and ``QuantizedCheckpoint.open``."""
-        super().__init__(checkpoint, dtype, device)
-        for name, place in self.weight_map.items():
-            if isinstance(place, PackedTensor) and place.scheme.activation_bits is not None:
-                linear = self.skeleton.get_submodule(name.removesuffix(".weight"))
-                quantize_inputs(linear, place.scheme.activation_bits)
-
     def _read_config(self, checkpoint: str | Path) -> Any:
         config = deepcopy(read_config(checkpoint))
         refuse_foreign_quantization(config, checkpoint)
@@ -44,6 +31,15 @@ class PackedModel(StreamedModel):
     def _stored(self) -> dict[str, StoredTensor]:
         checkpoint = QuantizedCheckpoint.open(self.folder)
         return checkpoint.others | {f"{name}.weight": checkpoint.packed(name) for name in checkpoint.schemes}
+
+    def _find_tensors(self) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+        """Raises: as ``StreamedModel`` and ``QuantizedCheckpoint.open``."""
+        found, unnamed = super()._find_tensors()
+        for name, place in found.items():
+            if isinstance(place, PackedTensor) and place.scheme.activation_bits is not None:
+                linear = self.skeleton.get_submodule(name.removesuffix(".weight"))
+                quantize_inputs(linear, place.scheme.activation_bits)
+        return found, unnamed
 
 
 def open_model(
