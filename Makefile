@@ -66,7 +66,7 @@ test: lint
 soak: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m soak
 
-# What needs a GPU: its tests and measurements, at most eight minutes, see docs/scale.md.
+# What needs a GPU: its tests and measurements, at most eight minutes; writes docs/gpu.md.
 gpu: setup
 	$(BIN)/python -m bench.gpu
 

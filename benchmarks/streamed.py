@@ -14,6 +14,7 @@ Items pass through the layers in waves, whose hidden states are in host memory o
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.chat_model import ChatLM, append_answers, log_softmax, unencodable
+from benchmarks.data import BenchmarkError
 from benchmarks.divergence import ItemKey
 from benchmarks.items import AnswerOptions, Finished, Reference, Work
 from tlq.inputs.chat import Inputs
@@ -29,12 +31,14 @@ from tlq.inputs.images import IMAGE_ERRORS
 from tlq.models.decoder import answer_logits, entering, run_layer
 from tlq.models.streaming import StreamedModel
 from tlq.runtime.activations import Activations, host_memory
+from tlq.runtime.memory import release_device_memory
 from tlq.samples import Batch, EncodedRow, image_token_id, micro_batches
 
 logger = logging.getLogger(__name__)
 
-#: An interrupted run loses no more than one wave of this many items.
-WAVE = 512
+#: A wave has at most so many items, and (estimated) tokens: an interrupted run loses no more, and the device holds the
+#: attention masks of all of them.
+WAVE, WAVE_TOKENS = 512, 2**18
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,7 @@ class StreamedLM(ChatLM):
         return True
 
     def _answered(self, waiting: Sequence[Work], silent: bool) -> Iterator[list[Finished]]:
-        ordered = sorted(waiting, key=lambda item: (-item.length, item.key))
-        waves = [ordered[start : start + WAVE] for start in range(0, len(ordered), WAVE)]
+        waves = _waves(sorted(waiting, key=lambda item: (-item.length, item.key)))
         steps = len(waves) * self._layers
         with tqdm(total=steps, desc="answers", unit="layer", disable=silent) as progress, torch.inference_mode():
             for wave in waves:
@@ -95,30 +98,51 @@ class StreamedLM(ChatLM):
             if (refused := self._unusable(item)) is not None:
                 failed.append(refused)
                 continue
-            if not item.reference.tokens:
-                failed.append(Finished(item.key, failure="it has no reference answer"))
+            if not item.reference.tokens:  # nothing to follow: an empty reply, which the scorer reads
+                failed.append(Finished(item.key))
                 continue
             try:
-                rows.append(EncodedRow.of(*self._with_answer(item)))
+                row = EncodedRow.of(*self._with_answer(item))
             except IMAGE_ERRORS as error:
                 failed.append(unencodable(item, error))
                 continue
+            self._check_length(item, row.length)
             usable.append(item)
+            rows.append(row)
+        while True:
+            try:
+                return failed + self._pass(usable, rows, progress)
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+            self.batch_size = max(1, self.batch_size // 2)
+            release_device_memory()
+            logger.warning("out of memory; batch size is now %d", self.batch_size)
+
+    def _pass(self, items: Sequence[Work], rows: Sequence[EncodedRow], progress: Any) -> list[Finished]:
         batches = micro_batches(
             rows,
-            lambda index: self._with_answer(usable[index])[0],
+            lambda index: self._with_answer(items[index])[0],
             self.tokenizer.pad_token_id or 0,
             image_token_id(self.model.config),
             self.batch_size,
         )
-        hidden = self._last_hidden_states(batches, progress)
-        done = []
-        with self.model.head():
-            for batch, states in zip(batches, hidden, strict=True):
-                logits = answer_logits(self.model.skeleton, self.model.architecture, states, batch)
-                done += self._read([usable[number] for number in batch.samples], logits)
-        hidden.clear()
-        return failed + done
+        with closing(Activations(self._memory, self.model.device)) as hidden:
+            self._run_layers(batches, hidden, progress)
+            done = []
+            with self.model.head():
+                for batch, states in zip(batches, hidden, strict=True):
+                    logits = answer_logits(self.model.skeleton, self.model.architecture, states, batch)
+                    done += self._read([items[number] for number in batch.samples], logits)
+        return done
+
+    def _check_length(self, item: Work, length: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise BenchmarkError(
+                f"{item.key}: question and answer have {length} tokens, the model takes {limit}; lower "
+                "evaluate.max_pixels"
+            )
 
     def _with_answer(self, item: Work) -> tuple[Inputs, int]:
         """An item's question with its reference answer, and the number of tokens of the answer."""
@@ -128,20 +152,19 @@ class StreamedLM(ChatLM):
         inputs = append_answers(context, [reference.tokens], len(reference.tokens), pad)
         return inputs, len(reference.tokens) - reference.start
 
-    def _last_hidden_states(self, batches: Sequence[Batch], progress: Any) -> Activations:
-        """Output of the last layer for every micro-batch, [batch, time, hidden]."""
-        model = self.model
-        hidden, calls = Activations(self._memory, model.device), []
+    def _run_layers(self, batches: Sequence[Batch], hidden: Activations, progress: Any) -> None:
+        """Append the output of the last layer for every micro-batch, [batch, time, hidden], to ``hidden``."""
+        model, calls = self.model, []
         with model.entrance() as entered:
             for call in entering(entered, model.architecture, batches, model.device):
                 hidden.append(call.take_hidden_states())
+                call.injected = [None if each is None else each.cpu() for each in call.injected]
                 calls.append(call)
         for index, layer in model.layers(range(self._layers)):
             for number, call in enumerate(calls):
                 output = run_layer(layer, hidden[number], call.kwargs[index])
                 hidden[number] = call.next_input(index, output)
             progress.update()
-        return hidden
 
     def _read(self, items: Sequence[Work], logits: torch.Tensor) -> list[Finished]:
         """Replies and divergences of a micro-batch, from the logits [answer tokens, vocabulary] of all its items."""
@@ -173,3 +196,16 @@ class StreamedLM(ChatLM):
     def _first_token(self, item: Work, option: str) -> int:
         reference: Reference = self._reference(item.key, item.prompt, option)
         return reference.tokens[reference.start]
+
+
+def _waves(items: Sequence[Work]) -> list[list[Work]]:
+    """The items, in order, as waves of at most ``WAVE`` items and ``WAVE_TOKENS`` tokens; at least one item each."""
+    waves: list[list[Work]] = []
+    tokens = 0
+    for item in items:
+        if not waves or len(waves[-1]) == WAVE or tokens + item.length > WAVE_TOKENS:
+            waves.append([])
+            tokens = 0
+        waves[-1].append(item)
+        tokens += item.length
+    return waves

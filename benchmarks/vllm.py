@@ -1,7 +1,7 @@
 """Run benchmarks on vLLM through lm-eval's ``vllm-vlm`` model, which is faster and measures NLL but no KL.
 
-vLLM returns the probability of every token of a prompt, not the whole distribution: so the reference answer is a part
-of a second prompt, of which the pictures and the question are cached.
+vLLM returns the probability of every token of a prompt, not the whole distribution: so the reference answer is the end
+of a second prompt, whose question is computed once more.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

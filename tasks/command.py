@@ -152,4 +152,7 @@ def device() -> torch.device:
     """
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = value("TLQ_DEVICE") or (own if torch.cuda.is_available() else "cpu")
-    return device_named(name, "TLQ_DEVICE")
+    found = device_named(name, "TLQ_DEVICE")
+    if found.type == "cuda":  # where torch measures memory, and Triton launches
+        torch.cuda.set_device(found)
+    return found

@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "tlq"
 PIPELINE = ("tasks", "flows", "services", "benchmarks", "demo", "bench")
 
-#: Imported only in an environment of its own, see `make peers-env`.
-ELSEWHERE = {"llmcompressor"}
+#: Imported only where a user has them: llm-compressor in an environment of its own (`make peers-env`), Triton with
+#: torch's builds for GPUs, vLLM for its backend.
+ELSEWHERE = {"llmcompressor", "triton", "vllm"}
 
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

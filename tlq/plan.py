@@ -20,6 +20,7 @@ import torch
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import check_shapes
 from tlq.importance.gradients import MIN_PASSES, bytes_per_token, keeps_graph
+from tlq.importance.losses import AnswerLoss, Loss
 from tlq.models.architectures import LinearGroup, get_linear, linear_paths
 from tlq.models.sizes import ModelSizes, all_tokens, elements
 from tlq.models.streaming import StreamedModel
@@ -147,16 +148,21 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
     )
 
 
-def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks, losses: int = 1) -> Plan:
+def plan_importance(
+    model: StreamedModel, batches: Sequence[Batch], ranks: Ranks, losses: Sequence[Loss] = (AnswerLoss(),)
+) -> Plan:
     """The needs of ``score_resumably``.
 
     Args:
-        losses: number of losses, which are scored one after the other.
+        losses: they are scored one after the other.
     """
     sizes = ModelSizes(model)
-    if keeps_graph(model, batches):
-        largest_batch = max((all_tokens(batch) for batch in batches), default=0) * sizes.state
-        return _plan_of_scoring(sizes, batches, sizes.whole + sizes.graph(batches), largest_batch, losses)
+    kept = 0
+    if any(loss.keeps_graph for loss in losses) and keeps_graph(model, batches):
+        kept = sizes.whole + sizes.graph(batches)
+        if all(loss.keeps_graph for loss in losses):
+            largest_batch = max((all_tokens(batch) for batch in batches), default=0) * sizes.state
+            return _plan_of_scoring(sizes, batches, kept, largest_batch, len(losses))
     own = _own_tokens(batches, ranks)
     largest = max((all_tokens(batch) for batch in batches), default=0)
     tokens = sum(all_tokens(batch) for batch in batches)
@@ -165,7 +171,7 @@ def plan_importance(model: StreamedModel, batches: Sequence[Batch], ranks: Ranks
     backward = 2 * sizes.layer + sizes.activations(batches, graph=True) + wave * sizes.state
     device = sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches))
     hidden_states = max(largest * per_token, min(wave * per_token, host_budget()))
-    return _plan_of_scoring(sizes, batches, device, hidden_states, losses)
+    return _plan_of_scoring(sizes, batches, max(kept, device), hidden_states, len(losses))
 
 
 def _plan_of_scoring(sizes: ModelSizes, batches: Sequence[Batch], device: int, hidden_states: int, losses: int) -> Plan:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.distributed import DistError, Store
+from torch.distributed import DistBackendError, DistNetworkError, Store
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -146,7 +146,8 @@ def _as_rank(work: Callable[[], None]) -> None:
         if not _is_lost_peer(error):
             raise
         logger.debug("traceback", exc_info=True)
-        logger.warning("another rank does not answer (%s); the group forms again", str(error).splitlines()[0][:200])
+        reason = " ".join(str(error).split())
+        logger.warning("another rank does not answer, or cannot be reached (%s); the group forms again", reason[:500])
         sys.exit(1)
     if os.environ["RANK"] == "0":
         store.finish()
@@ -155,8 +156,14 @@ def _as_rank(work: Callable[[], None]) -> None:
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone: NCCL raises a class of its own, Gloo names its file."""
-    return isinstance(error, DistError) or "gloo/transport" in str(error)
+    """Whether a collective failed because another rank is gone.
+
+    NCCL raises classes of its own, Gloo names its file: that of a connection. Its ``device.cc`` is about this host.
+    """
+    text = str(error)
+    if isinstance(error, DistBackendError):
+        return "unhandled cuda error" not in text
+    return isinstance(error, DistNetworkError) or ("gloo/transport" in text and "device.cc" not in text)
 
 
 def _joined_store() -> JobStore:

@@ -208,7 +208,8 @@ class EvaluateParams(Section):
     seed: int = Field(default=0, ge=0, description="seed of the choice of items and of the bootstrap")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description="items per batch, halved when memory runs out; `auto` starts at 32 on a CPU, 256 on a GPU",
+        description="items per batch, halved when memory runs out; `auto` starts at 32 on a CPU, 256 on a GPU, 8 for "
+        "backend `streamed`",
     )
     max_new_tokens: int | None = Field(
         default=None,

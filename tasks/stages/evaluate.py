@@ -148,6 +148,8 @@ def _dtype(name: str) -> torch.dtype | str:
 
 def _batch_size(params: EvaluateParams) -> int:
     if params.batch_size == "auto":
+        if params.backend == "streamed":  # a wave has many micro-batches, and a layer of a large model is large
+            return 8
         return 256 if device().type == "cuda" else 32
     return params.batch_size
 

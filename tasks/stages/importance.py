@@ -56,7 +56,7 @@ class _Job:
         self.states = {name: ResumeState(IMPORTANCE.with_name(f"importance-{name}")) for name in params.losses}
 
     def plan(self, ranks: Ranks) -> Plan:
-        return plan_importance(self.model, self.batches, ranks, len(self.losses))
+        return plan_importance(self.model, self.batches, ranks, list(self.losses.values()))
 
 
 def score() -> None:

@@ -9,7 +9,7 @@ import torch
 from support.benchmark_rows import mmmu_rows, write_rows
 
 from benchmarks import streamed
-from benchmarks.data import BenchmarkSource
+from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.divergence import ItemKey, ReferenceReader, ReferenceRecorder
 from benchmarks.harness import Benchmark, BenchmarkResult, load_benchmarks, run_benchmarks, run_streamed
 from benchmarks.items import AnswerOptions, Finished, Reference, Work
@@ -156,6 +156,50 @@ def test_items_that_cannot_be_asked_are_skipped_and_listed(textvqa: Make, tiny_c
     (result,) = run_streamed(benchmarks, open_model(tiny_checkpoint), load_processor(tiny_checkpoint), AnswerOptions(4))
     assert len(result.items) == 5
     assert [skip.doc for skip in result.skipped] == ["2"]
+
+
+def test_out_of_memory_halves_the_batch(
+    benchmarks: dict[str, Benchmark], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, sizes = load_processor(tiny_checkpoint), []
+    expected = run_streamed(benchmarks, open_model(tiny_checkpoint), processor, AnswerOptions(2))
+    original = StreamedLM._run_layers
+
+    def small_memory(self: StreamedLM, batches: Any, *others: Any) -> None:
+        sizes.append(max(len(batch.samples) for batch in batches))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError
+        original(self, batches, *others)
+
+    monkeypatch.setattr(StreamedLM, "_run_layers", small_memory)
+    found = run_streamed(benchmarks, open_model(tiny_checkpoint), processor, AnswerOptions(8))
+    assert sizes == [8, 4, 2]
+    assert [result.items for result in found] == [result.items for result in expected]
+
+
+def test_an_item_without_an_answer_is_scored_and_too_long_a_one_refused(
+    textvqa: Make, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmarks, processor = load_benchmarks([textvqa(3)], None, 0), load_processor(tiny_checkpoint)
+    target = benchmarks["demo_textvqa"].config["doc_to_target"]
+    monkeypatch.setitem(
+        benchmarks["demo_textvqa"].config, "doc_to_target", lambda doc: "" if doc["question_id"] == 1 else target(doc)
+    )
+    (result,) = run_streamed(benchmarks, open_model(tiny_checkpoint), processor, AnswerOptions(4))
+    assert [(item.doc, item.reply == "", item.score) for item in result.items if item.doc == "1"] == [("1", True, 0.0)]
+    assert not result.skipped
+    model = open_model(tiny_checkpoint)
+    model.config.get_text_config().max_position_embeddings = 20
+    with pytest.raises(BenchmarkError, match=r"question and answer have \d+ tokens, the model takes 20; lower"):
+        run_streamed(benchmarks, model, processor, AnswerOptions(4))
+
+
+def test_waves_are_bounded_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "WAVE", 3)
+    monkeypatch.setattr(streamed, "WAVE_TOKENS", 10)
+    lengths = [12, 6, 4, 4, 3, 2, 1, 1, 1]
+    waves = streamed._waves([Work(ItemKey("t", str(n)), "", (), 1, length=n) for n in lengths])
+    assert [[item.length for item in wave] for wave in waves] == [[12], [6, 4], [4, 3, 2], [1, 1, 1]]
 
 
 def test_only_chosen_answers_are_measured(

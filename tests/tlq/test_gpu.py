@@ -110,11 +110,15 @@ def test_every_recipe_has_the_same_errors_on_gpu_and_host(
     assert float(ratios.mean().abs()) < 0.1
 
 
+@pytest.mark.parametrize("rows", [256, 250])
 @pytest.mark.parametrize("scheme", ["w2a16", "w3a16s", "w4a8"])
-def test_the_kernel_rounds_to_the_bits_of_the_eager_loop(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_rounds_to_the_bits_of_the_eager_loop(
+    scheme: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert kernels.available(torch.device("cuda"))
     weight, _, u, w = problem("cuda")
     factor, _ = Statistics.of(weight, u, u, w).factor(0.01)
+    weight = weight[:rows]
     quantizer = WeightQuantizer(get_scheme(scheme), torch.bfloat16)
     (fast,) = round_compensated([weight], factor, quantizer)
     monkeypatch.setattr(kernels, "available", lambda device: False)

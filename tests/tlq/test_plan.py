@@ -15,6 +15,7 @@ from support.exporting import read_tensors
 
 import tlq
 from tlq.calibration.job import CalibrationJob
+from tlq.importance.losses import AnswerLoss, BlockLoss
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan import Plan, exported_bytes, plan_calibration, plan_importance, refuse_impossible
@@ -56,7 +57,7 @@ def test_larger_jobs_need_more_memory(streamed: StreamedModel, batches: list[Bat
     assert device("tlq-c", own=batches[:1]) < device("tlq-c", own=batches) < device("tlq-c", own=batches * 20)
     assert device("tlq-c", Ranks(size=2), batches * 20) < device("tlq-c", Ranks(), batches * 20)
     assert device("rtn", own=[]) < device("gptq") <= device("tlq-c")
-    one, two = (plan_importance(streamed, batches, Ranks(), losses) for losses in (1, 2))
+    one, two = (plan_importance(streamed, batches, Ranks(), [AnswerLoss()] * losses) for losses in (1, 2))
     assert two.disk == 2 * one.disk
 
 
@@ -139,3 +140,14 @@ def test_a_smaller_device_can_be_planned_for(
     with pytest.raises(MemoryError, match=r"calibration: one rank needs at least .* on cpu, 0\.00 GiB are free"):
         tlq.quantize(tiny_checkpoint, tmp_path / "out", samples, "tlq", "w3a16")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_goes_through_the_layers_in_waves_is_planned_so(
+    streamed: StreamedModel, batches: list[Batch]
+) -> None:
+    answer, block = AnswerLoss(), BlockLoss(get_scheme("w3a16"), torch.bfloat16)
+    kept, waves, both = (
+        plan_importance(streamed, batches, Ranks(), losses) for losses in ([answer], [block], [answer, block])
+    )
+    assert kept.hidden_states < waves.hidden_states == both.hidden_states
+    assert both.device == max(kept.device, waves.device)

@@ -2,8 +2,9 @@
 
 For token t of a group with output y_t the raw importance is g_t = mean over channels of |dL/dy_t|. L is the
 cross-entropy of the answer (TLQ, arXiv 2602.07899) or the error of the block's own rounding (VLMQ, arXiv 2508.03351).
-Weights stay frozen: only activations carry gradients. Decoder layers are loaded one at a time: the forward pass keeps
-the input of each layer, the backward pass computes each layer once more (gradient checkpointing).
+Weights stay frozen: only activations carry gradients. Where the model and the graph of a micro-batch fit the device,
+it is scored in one forward and one backward pass. Elsewhere decoder layers are loaded one at a time: the forward pass
+keeps the input of each layer, the backward pass computes each layer once more (gradient checkpointing).
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def score_batches(
     memory = memory or host_memory()
     left = list(indices)
     with tqdm(total=len(indices), desc="importance", unit="batch", disable=not show) as bar:
-        if loss.keeps_graph and keeps_graph(model, batches):
+        if left and loss.keeps_graph and keeps_graph(model, batches):
             try:
                 with model.whole() as resident:
                     while left:

@@ -47,7 +47,7 @@ class LayerCalls:
     def next_input(self, index: int, output: Tensor) -> Tensor:
         """Input of layer ``index`` + 1, [batch, time, hidden], from the output of layer ``index``."""
         following = self.injected[index + 1] if index + 1 < len(self.injected) else None
-        return output if following is None else output + following
+        return output if following is None else output + following.to(output.device)
 
 
 def enter_decoder(

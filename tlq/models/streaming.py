@@ -307,7 +307,6 @@ class StreamedModel:
         release_freed_memory()
 
     def layers(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
-        """Raises FloatingPointError if a weight is not finite."""
         modules = self.architecture.decoder_layers(self.skeleton)
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
             coming: Future[dict[str, Tensor]] | None = None

@@ -7,6 +7,9 @@ their order are those of the eager loop, without fused multiply-add, so that cod
 
 from __future__ import annotations
 
+import logging
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,13 +21,29 @@ try:
 except ImportError:  # torch's builds for CPUs come without it
     triton = None
 
-#: Rows of a program: eight values of a column for each thread of four warps.
+logger = logging.getLogger(__name__)
+
+#: Rows of a program: two values of a column for each thread of four warps.
 _ROWS = 256
 
 
 def available(device: torch.device) -> bool:
     """Whether the kernel runs on a device: on GPUs, and anywhere if Triton interprets its kernels."""
-    return triton is not None and (device.type == "cuda" or bool(triton.knobs.runtime.interpret))
+    if triton is None or not (device.type == "cuda" or triton.knobs.runtime.interpret):
+        return False
+    return _launches(device)
+
+
+@cache
+def _launches(device: torch.device) -> bool:
+    """Whether a small launch succeeds: Triton needs a C compiler, which not every container has."""
+    strip = torch.zeros(1, 2, 16, device=device)
+    try:
+        round_strip(strip, strip, torch.zeros(2, 2, device=device), strip.clone(), strip.clone(), (0, 1))
+    except Exception as error:  # noqa: BLE001 (Triton raises many kinds, for instance where gcc is missing)
+        logger.warning("Triton launches no kernel here (%s); rounding takes the slower eager loop", error)
+        return False
+    return True
 
 
 def round_strip(
@@ -43,14 +62,15 @@ def round_strip(
     """
     targets, columns, rows = block.shape
     grid = targets, triton.cdiv(rows, _ROWS)
-    _round_strip[grid](
-        *(block, original, upper, codes, errors),
-        *(block.stride(0), original.stride(0), codes.stride(0), errors.stride(0), *upper.stride()),
-        *(rows, *bounds),
-        COLUMNS=columns,
-        ROWS=_ROWS,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device(block.device) if block.is_cuda else nullcontext():  # Triton launches on the current device
+        _round_strip[grid](
+            *(block, original, upper, codes, errors),
+            *(block.stride(0), original.stride(0), codes.stride(0), errors.stride(0), *upper.stride()),
+            *(rows, *bounds),
+            COLUMNS=columns,
+            ROWS=_ROWS,
+            enable_fp_fusion=False,
+        )
 
 
 def _kernel(
@@ -88,6 +108,7 @@ def _kernel(
         code = tl.minimum(tl.maximum(nearest, low), high)
         tl.store(codes + column * rows, code, mask=inside)
         tl.store(errors + column * rows, code - tl.load(original + column * rows, mask=inside, other=0.0), mask=inside)
+        tl.debug_barrier()  # the next column reads these errors, perhaps in other threads
 
 
 _round_strip: Any = None if triton is None else triton.jit(_kernel)

@@ -127,6 +127,8 @@ class Activations:
             self._forget(place)
         self._places.clear()
 
+    close = clear
+
     def _put(self, value: Tensor) -> Tensor | _Slot:
         size = value.numel() * value.element_size()
         if not self._memory.fits(size):

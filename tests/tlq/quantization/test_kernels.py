@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -52,9 +53,23 @@ def test_interpreted_it_gives_the_bits_of_the_eager_loop() -> None:
     assert done.stdout.split() == ["w2a16", "2", "w3a16", "2", "w3a16s", "2", "w4a8", "2"]
 
 
-def test_it_is_chosen_on_gpus_alone() -> None:
+def test_it_is_chosen_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_launches", lambda device: True)
     assert kernels.available(torch.device("cuda", 0))
     assert not kernels.available(torch.device("cpu"))
+
+
+def test_without_a_compiler_rounding_stays_eager(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "round_strip", fail)
+    kernels._launches.cache_clear()
+    try:
+        assert not kernels._launches(torch.device("cpu"))
+    finally:
+        kernels._launches.cache_clear()
+    assert "Failed to find C compiler" in caplog.text
 
 
 @pytest.mark.parametrize("capability", [80, 90])
