@@ -3,7 +3,7 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -14,6 +14,9 @@ from benchmarks.divergence import ItemKey
 from benchmarks.items import AnswerOptions, Finished, Reference, Work, pixels
 from benchmarks.replies import final_answer
 from tlq.inputs.chat import Inputs, Message, answer_ids, chat, encode, ids_after, render_answer, render_prompt
+from tlq.inputs.images import IMAGE_ERRORS
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -147,15 +150,20 @@ class ChatLM(LM):
         shape, length = inputs["input_ids"].shape, len(item.reference.tokens)
         return prompt, {name: value[:, :-length] if value.shape == shape else value for name, value in inputs.items()}
 
-    def _unusable(self, item: Work) -> Finished | None:
-        """The failure of an item that the chat template refuses."""
-        reason = self._refused.get(item.prompt)
-        return None if reason is None else Finished(item.key, failure=reason[:200])
-
-
-def unencodable(item: Work, error: Exception) -> Finished:
-    """The failure of an item that cannot be encoded."""
-    return Finished(item.key, failure=f"it cannot be encoded: {error}"[:200])
+    def _prepared(
+        self, items: Sequence[Work], prepare: Callable[[Work], T]
+    ) -> tuple[list[tuple[Work, T]], list[Finished]]:
+        """Items with what ``prepare`` makes of them, and the failures of those that the template or it refuses."""
+        usable, failed = [], []
+        for item in items:
+            if (reason := self._refused.get(item.prompt)) is not None:
+                failed.append(Finished(item.key, failure=reason[:200]))
+                continue
+            try:
+                usable.append((item, prepare(item)))
+            except IMAGE_ERRORS as error:
+                failed.append(Finished(item.key, failure=f"it cannot be encoded: {error}"[:200]))
+        return usable, failed
 
 
 def append_answers(inputs: Any, answers: Sequence[Sequence[int]], longest: int, pad: int) -> dict[str, Any]:

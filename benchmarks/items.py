@@ -1,4 +1,4 @@
-"""The items of a benchmark on their way through a model: what is asked, and what came of it."""
+"""The items of a benchmark: the question that a model answers, and its reply."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -16,12 +16,11 @@ from tqdm import tqdm
 from transformers import BatchFeature, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from benchmarks.chat_model import ChatLM, append_answers, log_softmax, unencodable
+from benchmarks.chat_model import ChatLM, append_answers, log_softmax
 from benchmarks.data import BenchmarkError
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.items import AnswerOptions, Finished, Work
 from tlq.inputs.chat import Inputs, collate
-from tlq.inputs.images import IMAGE_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -97,21 +96,11 @@ class VisionLM(ChatLM):
 
     def _encode(self, batch: Sequence[Work]) -> Encoded:
         """Encode a batch, every item on its own: no item's tokens depend on what else is in its batch."""
-        usable, failed, prompts, contexts = [], [], [], []
-        for item in batch:
-            if (refused := self._unusable(item)) is not None:
-                failed.append(refused)
-                continue
-            try:
-                prompt, context = self._encode_item(item)
-            except IMAGE_ERRORS as error:
-                failed.append(unencodable(item, error))
-                continue
-            usable.append(item)
-            prompts.append(prompt)
-            contexts.append(context)
-        if not usable:
+        prepared, failed = self._prepared(batch, self._encode_item)
+        if not prepared:
             return Encoded([], failed)
+        usable = [item for item, _ in prepared]
+        prompts, contexts = zip(*(inputs for _, inputs in prepared), strict=True)
         differ = any(item.reference.conversation is not None for item in usable)
         return Encoded(usable, failed, self._collate(prompts), self._collate(contexts) if differ else None)
 

@@ -22,16 +22,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.chat_model import ChatLM, append_answers, log_softmax, unencodable
+from benchmarks.chat_model import ChatLM, append_answers, log_softmax
 from benchmarks.data import BenchmarkError
 from benchmarks.divergence import ItemKey
 from benchmarks.items import AnswerOptions, Finished, Reference, Work
 from tlq.inputs.chat import Inputs
-from tlq.inputs.images import IMAGE_ERRORS
 from tlq.models.decoder import answer_logits, entering, run_layer
 from tlq.models.streaming import StreamedModel
 from tlq.runtime.activations import Activations, host_memory
-from tlq.runtime.memory import release_device_memory
 from tlq.samples import Batch, EncodedRow, image_token_id, micro_batches
 
 logger = logging.getLogger(__name__)
@@ -43,7 +41,7 @@ WAVE, WAVE_TOKENS = 512, 2**18
 
 @dataclass(frozen=True)
 class Questions:
-    """What a streamed model is asked.
+    """The questions to a streamed model.
 
     Attributes:
         answers: reference answers.
@@ -93,36 +91,29 @@ class StreamedLM(ChatLM):
 
     def _wave(self, wave: Sequence[Work], progress: Any) -> list[Finished]:
         """Answer items in one pass through the model."""
-        usable, rows, failed = [], [], []
-        for item in wave:
-            if (refused := self._unusable(item)) is not None:
-                failed.append(refused)
-                continue
-            if not item.reference.tokens:  # nothing to follow: an empty reply, which the scorer reads
-                failed.append(Finished(item.key))
-                continue
-            try:
-                row = EncodedRow.of(*self._with_answer(item))
-            except IMAGE_ERRORS as error:
-                failed.append(unencodable(item, error))
-                continue
+        prepared, done = self._prepared(wave, self._row)
+        asked = [(item, row) for item, row in prepared if row is not None]
+        done += [Finished(item.key) for item, row in prepared if row is None]  # an empty reply, which the scorer reads
+        for item, row in asked:
             self._check_length(item, row.length)
-            usable.append(item)
-            rows.append(row)
         while True:
             try:
-                return failed + self._pass(usable, rows, progress)
+                return done + self._pass(asked, progress)
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
-            self.batch_size = max(1, self.batch_size // 2)
-            release_device_memory()
+            torch.cuda.empty_cache()
+            self.batch_size //= 2
             logger.warning("out of memory; batch size is now %d", self.batch_size)
 
-    def _pass(self, items: Sequence[Work], rows: Sequence[EncodedRow], progress: Any) -> list[Finished]:
+    def _row(self, item: Work) -> EncodedRow | None:
+        """An item's question with its reference answer; None if it has no answer to follow."""
+        return EncodedRow.of(*self._with_answer(item)) if item.reference.tokens else None
+
+    def _pass(self, asked: Sequence[tuple[Work, EncodedRow]], progress: Any) -> list[Finished]:
         batches = micro_batches(
-            rows,
-            lambda index: self._with_answer(items[index])[0],
+            [row for _, row in asked],
+            lambda index: self._with_answer(asked[index][0])[0],
             self.tokenizer.pad_token_id or 0,
             image_token_id(self.model.config),
             self.batch_size,
@@ -133,7 +124,7 @@ class StreamedLM(ChatLM):
             with self.model.head():
                 for batch, states in zip(batches, hidden, strict=True):
                     logits = answer_logits(self.model.skeleton, self.model.architecture, states, batch)
-                    done += self._read([items[number] for number in batch.samples], logits)
+                    done += self._read([asked[number][0] for number in batch.samples], logits)
         return done
 
     def _check_length(self, item: Work, length: int) -> None:

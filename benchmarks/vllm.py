@@ -11,11 +11,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
-from benchmarks.chat_model import ChatLM, unencodable
+from benchmarks.chat_model import ChatLM
 from benchmarks.data import BenchmarkError
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.items import AnswerOptions, Finished, Work, pixels
-from tlq.inputs.images import IMAGE_ERRORS
 
 MOST_IMAGES = 7  # maximum per item, in MMMU
 CHUNK = 256
@@ -62,16 +61,7 @@ class VllmLM(ChatLM):
             yield self._answer(waiting[start : start + CHUNK])
 
     def _answer(self, chunk: Sequence[Work]) -> list[Finished]:
-        asked: list[tuple[Work, list[Any]]] = []
-        failed = []
-        for item in chunk:
-            if (refused := self._unusable(item)) is not None:
-                failed.append(refused)
-                continue
-            try:
-                asked.append((item, [pixels(image) for image in item.images]))
-            except IMAGE_ERRORS as error:
-                failed.append(unencodable(item, error))
+        asked, failed = self._prepared(chunk, lambda item: [pixels(image) for image in item.images])
         replies = self._inner.generate_until([_request(*each) for each in asked]) if asked else []
         measured = self._measure([each for each in asked if each[0].reference.tokens])
         return failed + [

@@ -38,7 +38,7 @@ _FLOAT = 4
 _RUNTIME = 48 * 2**20
 #: Copies of a group's weight in memory while it is rounded: original, scaled, dequantized, temporaries. W G is another.
 _WEIGHTS = 4
-#: What the allocator takes for what it is asked for.
+#: Bytes that the allocator reserves for every byte of tensors, because its memory is fragmented.
 _FRAGMENTS = 1.06
 
 

@@ -102,8 +102,8 @@ def _answer(
     if isinstance(meter, ReferenceRecorder):
         finished = meter.recorded(finished)
     options = AnswerOptions(_batch_size(params), params.max_new_tokens, meter, finished=finished, on_batch=journal.add)
-    started = time.perf_counter()
     if params.backend == "streamed":
+        started = time.perf_counter()
         streamed = open_model(model_path, params.dtype, device())
         outcome = run_streamed(
             benchmarks, streamed, processor, options, params.divergence_limit, params.seed, journal.folder

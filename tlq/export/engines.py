@@ -70,7 +70,7 @@ class Engine:
     def of(self, scheme: Scheme) -> Support:
         """What it does with a checkpoint: what it does with its worst part."""
         parts = [self.support(part) for part in parts_of(scheme)]
-        if scheme.budget is not None:  # only those that run are distributed
+        if scheme.budget is not None:  # the mix will use no scheme that the engine refuses
             parts = [part for part in parts if part.runs != "refused"] or parts
         return max(parts, key=lambda part: ("native", "weight only", "dequantized", "refused").index(part.runs))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ class PackedModel(StreamedModel):
     """
 
     def _read_config(self, checkpoint: str | Path) -> Any:
-        config = deepcopy(read_config(checkpoint))
+        config = read_config(checkpoint)
         refuse_foreign_quantization(config, checkpoint)
         config.__dict__.pop("quantization_config", None)  # the module tree is that of the original
         return config

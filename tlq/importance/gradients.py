@@ -164,9 +164,11 @@ def score_batches(
 
 def keeps_graph(model: LayeredModel, batches: Sequence[Batch]) -> bool:
     """Whether scoring keeps all weights and the graph of a micro-batch in memory: if they fit half of what is free."""
-    needed = ActivationSizes(model).graph(batches)
-    if isinstance(model, StreamedModel):  # else the weights are in memory already
-        needed += ModelSizes(model).whole
+    if isinstance(model, StreamedModel):
+        sizes = ModelSizes(model)
+        needed = sizes.whole + sizes.graph(batches)
+    else:  # the weights are in memory already
+        needed = ActivationSizes(model).graph(batches)
     processes = 1 if model.device.type == "cuda" else processes_here()
     return 2 * needed * processes <= device_memory(model.device)
 

@@ -123,9 +123,7 @@ class ModelSizes(ActivationSizes):
 
 def elements(model: StreamedModel, names: Sequence[str]) -> int:
     """Elements of the stored tensors with these names; tied weights count once."""
-    places = {model.weight_map[name]: name for name in names}
-    values = model.skeleton.state_dict()
-    return sum(values[name].numel() for name in places.values())
+    return sum(math.prod(place.shape) for place in {model.weight_map[name] for name in names})
 
 
 def all_tokens(batch: Batch) -> int:

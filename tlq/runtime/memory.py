@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import re
 import resource
@@ -69,13 +68,6 @@ def peak_resident() -> int:
         if peak is not None:
             return int(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def release_device_memory() -> None:
-    """Return the blocks that torch keeps on GPUs for reuse, of tensors that are gone."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def release_freed_memory() -> None:
