@@ -44,11 +44,13 @@ from tlq.importance.pool import Importance, PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import all_tokens, to_batches, token_set, uniform_tokens
 from tlq.importance.weighting import Weighting
-from tlq.models.architectures import DECODERS, Experts, architecture_of, is_expert
+from tlq.models.architectures import architecture_of
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.decoder import to_device
 from tlq.models.experts import SeparateExperts
+from tlq.models.linear_groups import is_expert
 from tlq.models.streaming import ResidentModel
+from tlq.models.text_decoders import DECODERS, Experts
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, encode_batches, image_token_id

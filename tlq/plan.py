@@ -21,7 +21,8 @@ from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import check_shapes
 from tlq.importance.gradients import MIN_PASSES, bytes_per_token, keeps_graph
 from tlq.importance.losses import AnswerLoss, Loss
-from tlq.models.architectures import LinearGroup, get_linear, linear_paths
+from tlq.models.architectures import get_linear, linear_paths
+from tlq.models.linear_groups import LinearGroup
 from tlq.models.sizes import ModelSizes, all_tokens, elements
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, chunk_ranges

@@ -13,7 +13,7 @@ from benchmarks.compare import FULL
 from benchmarks.results import Comparison, EvaluationRun, Metrics
 from tasks.config.sections import VariantParams
 from tasks.files import EVALUATION, MODELS, existing
-from tlq.models.architectures import kind_of
+from tlq.models.linear_groups import kind_of
 from tlq.quantization.formats import FULL_PRECISION, Scheme
 from tlq.recipes import Recipe
 from tlq.results import CalibrationReport, GroupReport

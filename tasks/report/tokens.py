@@ -15,7 +15,7 @@ from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_po
 from tasks.files import read_tokens as read_token_set
 from tlq.importance.pool import Importance, TokenPool
 from tlq.inputs.images import decode_image
-from tlq.models.architectures import EXPERTS, is_expert
+from tlq.models.linear_groups import EXPERTS, is_expert
 from tlq.samples import Sample
 
 HEAT = "inferno"

@@ -27,7 +27,7 @@ from tlq.importance.pool import GroupKey, Importance, TokenPool, WeightedTokens
 from tlq.importance.token_set import effective_sample_size
 from tlq.importance.token_weights import token_set
 from tlq.importance.weighting import loss_of
-from tlq.models.architectures import is_expert
+from tlq.models.linear_groups import is_expert
 from tlq.recipes import RECIPES, Recipe
 from tlq.runtime.files import new_directory, write_text
 

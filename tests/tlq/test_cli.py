@@ -12,7 +12,7 @@ import pytest
 from support.tiny import png
 
 from tlq.cli import RECIPES, SCHEMES, main
-from tlq.models.architectures import FAMILIES
+from tlq.models.families import FAMILIES
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from tlq.calibration.preflight import check_job, check_weights
 from tlq.calibration.streams import Streams
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_weights import squared_scores, to_batches
-from tlq.models.architectures import EXPERTS, LinearGroup, get_linear
+from tlq.models.architectures import get_linear
+from tlq.models.linear_groups import EXPERTS, LinearGroup
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.allocation import Unit, allocate
 from tlq.quantization.formats import FULL_PRECISION, MIXED, Scheme, WeightQuantizer, get_scheme

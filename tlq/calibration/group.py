@@ -11,7 +11,8 @@ from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import group_quantizer
 from tlq.calibration.routing import ExpertTokens
 from tlq.calibration.streams import FullPrecision, Streams
-from tlq.models.architectures import LinearGroup, get_linear, head_dim_of
+from tlq.models.architectures import get_linear, head_dim_of
+from tlq.models.linear_groups import LinearGroup
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.equalization import Candidate, Fold, candidates
 from tlq.quantization.errors import (

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from tlq.models.architectures import Architecture, LinearGroup, get_linear
+from tlq.models.architectures import Architecture, get_linear
+from tlq.models.linear_groups import LinearGroup
 from tlq.quantization.equalization import Fold
 from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, quantize_inputs
 

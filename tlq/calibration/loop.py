@@ -24,7 +24,7 @@ from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import check_job, check_weights
 from tlq.calibration.streams import FullPrecision, Streams
 from tlq.importance.token_set import effective_sample_size
-from tlq.models.architectures import LinearGroup
+from tlq.models.linear_groups import LinearGroup
 from tlq.models.streaming import LayeredModel, ResidentModel
 from tlq.quantization.formats import QuantizedWeight
 from tlq.results import GroupReport

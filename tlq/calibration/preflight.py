@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.token_weights import TokenWeights
-from tlq.models.architectures import EXPERTS, Architecture, LinearGroup, check_linears, get_linear, linear_paths
+from tlq.models.architectures import Architecture, check_linears, get_linear, linear_paths
+from tlq.models.linear_groups import EXPERTS, LinearGroup
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.samples import Batch

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.routing import LEAST_TOKENS, ExpertTokens, expert_tokens
-from tlq.models.architectures import EXPERTS, LinearGroup, get_linear
+from tlq.models.architectures import get_linear
 from tlq.models.decoder import LayerCalls, enter_decoder, observe, run_layer
+from tlq.models.linear_groups import EXPERTS, LinearGroup
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.errors import Arguments
 from tlq.runtime.activations import Activations

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tlq.export.containers import GGUF_FAMILIES, MLX_FAMILIES, MLX_GROUPS, gguf_block, mlx_group
-from tlq.models.architectures import DECODERS, FAMILIES
+from tlq.models.families import FAMILIES
+from tlq.models.text_decoders import DECODERS
 from tlq.quantization.formats import FULL_PRECISION, MIXED, SCHEMES, Scheme, get_scheme
 
 #: ``native``: kernels that compute on the codes, activations as the scheme says. ``weight only``: kernels that read the

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tlq.export.engines import serving
-from tlq.models.architectures import architecture_of, kind_of
+from tlq.models.architectures import architecture_of
 from tlq.models.checkpoint import load_config
+from tlq.models.linear_groups import kind_of
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.runtime.files import write_text

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from tlq.models.architectures import EXPERTS, get_linear
+from tlq.models.architectures import get_linear
 from tlq.models.decoder import LayerCalls, answer_logits, run_layer
+from tlq.models.linear_groups import EXPERTS
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.activations import Activations, HostMemory

@@ -33,7 +33,7 @@ from tlq.importance.weighting import (
     modality_weights,
     own_weights,
 )
-from tlq.models.architectures import BLOCK_OUTPUT, EXPERTS, is_expert
+from tlq.models.linear_groups import BLOCK_OUTPUT, EXPERTS, is_expert
 from tlq.samples import Batch
 
 #: (layer, group name) -> weight of every token, one [batch, time] tensor per micro-batch; 0 leaves a token out.

@@ -15,7 +15,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from tlq.models.architectures import FAMILIES, architecture_of
+from tlq.models.architectures import architecture_of
+from tlq.models.families import FAMILIES
 from tlq.models.stored import dtype_of_weights, read_json
 
 _NOT_PROCESSOR = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from tlq.models.architectures import LinearGroup, get_linear, head_dim_of
+from tlq.models.architectures import get_linear, head_dim_of
+from tlq.models.linear_groups import LinearGroup
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.samples import Batch
 

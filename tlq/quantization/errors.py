@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tlq.models.architectures import LinearGroup
 from tlq.models.decoder import first_output
+from tlq.models.linear_groups import LinearGroup
 from tlq.parallel import Ranks
 from tlq.quantization.equalization import Candidate
 from tlq.quantization.formats import Scheme, WeightQuantizer, fake_quantize_activations

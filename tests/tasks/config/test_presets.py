@@ -16,7 +16,7 @@ from tasks.config import presets as module
 from tasks.config.params import ParamsError, section
 from tasks.config.presets import KINDS, PRESETS, applied, available, check, main, named, pin
 from tasks.config.sections import Download, PrepareParams, RegisterParams
-from tlq.models.architectures import FAMILIES
+from tlq.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = (ROOT / "params.yaml").read_text()

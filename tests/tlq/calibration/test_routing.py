@@ -20,7 +20,7 @@ from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import all_tokens, to_batches, token_set, uniform_tokens
 from tlq.importance.weighting import Weighting
-from tlq.models.architectures import EXPERTS, is_expert
+from tlq.models.linear_groups import EXPERTS, is_expert
 from tlq.models.streaming import ResidentModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES

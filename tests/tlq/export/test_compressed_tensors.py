@@ -20,8 +20,8 @@ from tlq.calibration.loop import calibrate
 from tlq.export.compressed_tensors import read_layer, write_layer
 from tlq.export.loading import load_model
 from tlq.importance.pool import Importance
-from tlq.models.architectures import FAMILIES
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config
+from tlq.models.families import FAMILIES
 from tlq.models.streaming import StreamedModel
 from tlq.quantization.formats import SCHEMES, Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES

@@ -28,20 +28,12 @@ from tlq.importance.gradients import keeps_graph, score_tokens
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_weights import TokenWeights
 from tlq.models import architectures
-from tlq.models.architectures import (
-    DECODERS,
-    EXPERTS,
-    FAMILIES,
-    Architecture,
-    Decoder,
-    Family,
-    architecture_of,
-    get_linear,
-    is_expert,
-    linear_paths,
-)
+from tlq.models.architectures import Architecture, architecture_of, get_linear, linear_paths
 from tlq.models.decoder import enter_decoder, run_layer
+from tlq.models.families import FAMILIES, Family
+from tlq.models.linear_groups import EXPERTS, is_expert
 from tlq.models.streaming import ResidentModel, StreamedModel
+from tlq.models.text_decoders import DECODERS, Decoder
 from tlq.quantization.equalization import Fold
 from tlq.quantization.formats import SCHEMES, QuantizedWeight, Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES, Recipe

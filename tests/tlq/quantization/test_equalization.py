@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tlq.calibration.install import QuantizedLayer
-from tlq.models.architectures import LLAMA, LinearGroup, architecture_of, get_linear, head_dim_of
+from tlq.models.architectures import architecture_of, get_linear, head_dim_of
 from tlq.models.decoder import enter_decoder, run_layer
+from tlq.models.linear_groups import LinearGroup
+from tlq.models.text_decoders import LLAMA
 from tlq.quantization.equalization import Candidate, Equalization, Fold, candidates, weight_magnitude
 from tlq.quantization.formats import QuantizedWeight, WeightQuantizer, get_scheme
 from tlq.recipes import get_recipe

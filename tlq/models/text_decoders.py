@@ -1,0 +1,191 @@
+"""Text decoders as data: what a layer of each kind is made of.
+
+A decoder is a row of ``DECODERS``: which linears share an input, into which norm or linear their scales fold, and how
+a norm computes its gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from tlq.models.linear_groups import EXPERTS, LinearGroup
+
+QKV = LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn")
+O_PROJ = LinearGroup("o_proj", ("self_attn.o_proj",), "self_attn.v_proj")
+GATE_UP = LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp")
+DOWN = LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", tokenwise=True)
+# A gated delta net: the input projections pass a convolution, so nothing folds into their rows; the gated norm before
+# the output projection has one gain for all heads.
+DELTA_IN = LinearGroup(
+    "delta_in",
+    ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    "input_layernorm",
+    "linear_attn",
+    kept=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+)
+DELTA_OUT = LinearGroup("delta_out", ("linear_attn.out_proj",), "linear_attn.norm", gain=0.0)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP. Router and shared experts read the same input: it has no scales.
+
+    Attributes:
+        path: the module that holds the experts (``tlq.models.experts``).
+        kept: router and gates, which stay in full precision.
+        shared: path of the MLP that every token passes, or None.
+        count: number of experts, from the config of the text decoder.
+        sparse: whether a layer has experts, from that config and its index; the others have a plain MLP.
+    """
+
+    path: str
+    kept: tuple[str, ...]
+    shared: str | None
+    count: Callable[[Any], int]
+    sparse: Callable[[Any, int], bool] = lambda _text, _index: True
+
+    def groups(self, count: int) -> tuple[LinearGroup, ...]:
+        """The linear groups of a layer with ``count`` experts."""
+        shared = () if self.shared is None else self._of("shared", self.shared, None)
+        experts = (self._of(f"{EXPERTS}.{number}", f"{self.path}.{number}", self.path) for number in range(count))
+        return (*shared, *(group for pair in experts for group in pair))
+
+    def _of(self, name: str, block: str, experts: str | None) -> tuple[LinearGroup, LinearGroup]:
+        gate_up = (f"{block}.gate_proj", f"{block}.up_proj")
+        return (
+            LinearGroup(f"{name}.gate_up", gate_up, None, kept=self.kept, experts=experts),
+            LinearGroup(f"{name}.down", (f"{block}.down_proj",), f"{block}.up_proj", tokenwise=True, experts=experts),
+        )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A kind of text decoder.
+
+    Folded scales never reach norms on queries and keys, which follow their projections, nor norms on an attention or
+    MLP output, which follow the last linear.
+
+    Attributes:
+        attention, mlp: linear groups in the order of computation.
+        norm_offset: the gain of a norm is ``norm_offset + weight``.
+        kinds: what takes the place of attention in layers of another kind, by the name in ``layer_types`` of the
+            config.
+        experts: what takes the place of the MLP, in some layers or in all.
+        final_norm: name of the norm after the last layer.
+    """
+
+    attention: tuple[LinearGroup, ...] = (QKV, O_PROJ)
+    mlp: tuple[LinearGroup, ...] = (GATE_UP, DOWN)
+    norm_offset: float = 0.0
+    kinds: tuple[tuple[str, tuple[LinearGroup, ...]], ...] = ()
+    experts: Experts | None = None
+    final_norm: str = "norm"
+
+    def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
+        """The groups of every layer of a decoder, from its config."""
+        kinds = dict(self.kinds)
+        stated = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
+        sparse = () if self.experts is None else self.experts.groups(self.experts.count(text))
+
+        @cache
+        def groups(kind: str | None, has_experts: bool) -> tuple[LinearGroup, ...]:
+            return (*kinds.get(kind or "", self.attention), *(sparse if has_experts else self.mlp))
+
+        return tuple(
+            groups(kind, self.experts is not None and self.experts.sparse(text, index))
+            for index, kind in enumerate(stated)
+        )
+
+
+def _qwen_sparse(text: Any, index: int) -> bool:
+    return index not in text.mlp_only_layers and (index + 1) % text.decoder_sparse_step == 0
+
+
+#: Gate and up are rows of one linear, in this order; the norms after attention and MLP take no scales.
+FUSED_MLP = (
+    LinearGroup("gate_up", ("mlp.gate_up_proj",), "post_attention_layernorm", "mlp"),
+    replace(DOWN, fold="mlp.gate_up_proj", fold_last=True),
+)
+#: Norms come only after attention and MLP (EXAONE 4), or both read the same norm (Cohere 2): no scale folds into it.
+UNSCALED_INPUTS = Decoder(attention=(replace(QKV, fold=None), O_PROJ), mlp=(replace(GATE_UP, fold=None), DOWN))
+LFM2 = Decoder(
+    attention=(
+        replace(QKV, fold="operator_norm"),
+        LinearGroup("o_proj", ("self_attn.out_proj",), "self_attn.v_proj"),
+    ),
+    mlp=(
+        LinearGroup("gate_up", ("feed_forward.w1", "feed_forward.w3"), "ffn_norm", "feed_forward"),
+        LinearGroup("down", ("feed_forward.w2",), "feed_forward.w3", tokenwise=True),
+    ),
+    # The convolution comes between a gate and the output projection, and may have a bias: nothing folds past it.
+    kinds=(
+        (
+            "conv",
+            (
+                LinearGroup("conv_in", ("conv.in_proj",), "operator_norm", "conv"),
+                LinearGroup("conv_out", ("conv.out_proj",), None),
+            ),
+        ),
+    ),
+    final_norm="embedding_norm",
+)
+DELTA_NET = (("linear_attention", (DELTA_IN, DELTA_OUT)),)
+LLAMA = Decoder()
+GEMMA3 = Decoder(mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN), norm_offset=1.0)
+QWEN3_5 = Decoder(norm_offset=1.0, kinds=DELTA_NET)
+QWEN3_MOE = Decoder(experts=Experts("mlp.experts", ("mlp.gate",), None, lambda text: text.num_experts, _qwen_sparse))
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    experts=Experts(
+        "mlp.experts", ("mlp.gate", "mlp.shared_expert_gate"), "mlp.shared_expert", lambda text: text.num_experts
+    ),
+)
+GLM4V = Decoder(mlp=FUSED_MLP)
+GLM4V_MOE = Decoder(
+    experts=Experts(
+        "mlp.experts",
+        ("mlp.gate",),
+        "mlp.shared_experts",
+        lambda text: text.n_routed_experts,
+        lambda text, index: index >= text.first_k_dense_replace,
+    )
+)
+
+#: By the ``model_type`` of the text config.
+DECODERS: dict[str, Decoder] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "qwen2_vl_text": LLAMA,
+    "qwen2_5_vl_text": LLAMA,
+    "qwen3_vl_text": LLAMA,
+    "glm4v_text": GLM4V,
+    "glm_ocr_text": GLM4V,
+    "exaone4": UNSCALED_INPUTS,
+    "cohere2": UNSCALED_INPUTS,
+    "lfm2": LFM2,
+    "paddleocr_vl_text": LLAMA,
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_vl_moe_text": QWEN3_MOE,
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
+    "glm4v_moe_text": GLM4V_MOE,
+    "gemma3_text": GEMMA3,
+}
+
+#: Well-known decoders and families that a row cannot describe -> the reason.
+UNSUPPORTED: dict[str, str] = {
+    "phi3": "its self_attn.qkv_proj and mlp.gate_up_proj are fused linears",
+    "mixtral": "its mlp.experts is a mixture of experts",
+    "qwen2_moe": "its mlp.experts is a mixture of experts",
+    "gpt_oss": "its mlp.experts is a mixture of experts",
+    "ernie4_5_vl_moe": "its mlp has one mixture of experts for text and one for images",
+    "gemma4": "its decoder layers add inputs of their own and share keys and values",
+    "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
+    "hunyuan_vl": "transformers 5.23 computes other logits for a sample in a batch than alone",
+    "llama4": "its feed_forward.experts is a mixture of experts whose weights are stored transposed",
+}
