@@ -21,7 +21,7 @@ from tlq.importance.token_set import TokenBudget
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan import plan_calibration, plan_importance
+from tlq.plan.needs import plan_calibration, plan_importance
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import get_recipe
 from tlq.runtime.memory import peak_resident

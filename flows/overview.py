@@ -20,6 +20,7 @@ from prefect.client.schemas.sorting import TaskRunSort
 from prefect.exceptions import PrefectException
 
 from flows.progress import PAUSE_SECONDS, ProgressArtifact
+from tlq.runtime.clock import in_words
 
 logger = logging.getLogger("tlq.flows")
 
@@ -85,7 +86,7 @@ class Overview:
             if ran:
                 self._took[stage] = seconds
             self._show()
-            return f"{self._numbered(stage)}: {result or f'done in {_duration(seconds)}'}{self._left('; ')}"
+            return f"{self._numbered(stage)}: {result or f'done in {in_words(seconds)}'}{self._left('; ')}"
 
     def beat(self) -> None:
         """Show the elapsed time, unless it was shown less than ``PAUSE_SECONDS`` ago."""
@@ -109,7 +110,7 @@ class Overview:
         """`6 of 20 stages done; calibrate@tlq-w3a16 is running for 3 min; about 12 min left`."""
         now = self._clock()
         at_work = [
-            f"{stage} is running for {_duration(now - began)}"
+            f"{stage} is running for {in_words(now - began)}"
             for stage, began in self._began.items()
             if stage not in self._ended
         ]
@@ -127,7 +128,7 @@ class Overview:
         known = {stage: seconds for stage, seconds in times.items() if seconds is not None}
         concurrent = [seconds for stage, seconds in known.items() if _kind(stage) in _CONCURRENT]
         alone = sum(seconds for stage, seconds in known.items() if _kind(stage) not in _CONCURRENT)
-        left = _duration(alone + max([sum(concurrent) / self._at_once, *concurrent]))
+        left = in_words(alone + max([sum(concurrent) / self._at_once, *concurrent]))
         unknown = list(dict.fromkeys(_kind(stage) for stage in times if stage not in known))
         skipped = bool(self._ended) and not self._took
         if not unknown:
@@ -157,14 +158,6 @@ def _kind(stage: str) -> str:
     """`calibrate` of `calibrate@tlq-w3a16`; `baseline` evaluates the full-precision model on the same items."""
     kind = stage.partition("@")[0]
     return "evaluate" if kind == "baseline" else kind
-
-
-def _duration(seconds: float) -> str:
-    """`40 s`, `12 min` or `2 h 5 min`."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 @contextmanager

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan import Plan, refuse_impossible
+from tlq.plan.needs import Plan, refuse_impossible
+from tlq.plan.speed import Speed, measure_speed
+from tlq.samples import Sample
 
 
 def add_dry_run(parser: ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="only print the memory and disk that the job needs")
+    parser.add_argument("--dry-run", action="store_true", help="only print the memory, disk and time of the job")
+
+
+def speed_of(model: StreamedModel, samples: Sequence[Sample], batch_size: int, max_tokens: int, ranks: Ranks) -> Speed:
+    """Measure this machine for one of ``ranks``, which share the threads of a CPU (see ``measure_speed``)."""
+    threads = torch.get_num_threads()
+    if model.device.type == "cpu":
+        torch.set_num_threads(max(1, threads // ranks.size))
+    try:
+        return measure_speed(model, samples, batch_size, max_tokens)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def show_plan(plan: Plan, out: Path, ranks: Ranks) -> None:

@@ -28,7 +28,7 @@ BESIDE_RESULTS = (
     "tasks/registry/",
     "tasks/command.py",
     "tasks/planning.py",
-    "tlq/plan.py",
+    "tlq/plan",
     "tlq/runtime/",
 )
 #: Exceptions: the report shows the result of the gate.

@@ -32,7 +32,9 @@ from tlq.models.architectures import input_widths
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan import Plan, outside_bytes, plan_calibration, plan_importance, refuse_impossible
+from tlq.plan.duration import time_calibration, time_importance
+from tlq.plan.needs import Plan, outside_bytes, plan_calibration, plan_importance, refuse_impossible
+from tlq.plan.speed import measure_speed
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.runtime.device import check_dtype, device_named
@@ -182,9 +184,13 @@ def plan(
     samples: Sequence[Sample] = (),
     recipe: str | Recipe = "tlq-c",
     scheme: str | Scheme = "w4a16",
+    timed: bool = False,
     **options: Unpack[Options],
 ) -> list[Plan]:
-    """Plan ``quantize`` with the same arguments: one plan per part of the work. No weight is read.
+    """Plan ``quantize`` with the same arguments: one plan per part of the work.
+
+    Args:
+        timed: measure this machine for some seconds and add the expected time. Otherwise no weight is read.
 
     Raises:
         ValueError: the scheme does not fit the model, or a sample cannot be encoded.
@@ -193,10 +199,14 @@ def plan(
     recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
     streamed = _opened(model, scheme_row, settings)
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
-    plans = [plan_calibration(streamed, job, _counted(streamed, recipe_row, settings))]
-    if _scores_gradients(recipe_row):
-        plans.insert(0, plan_importance(streamed, job.batches, job.ranks))
-    return plans
+    calibration = plan_calibration(streamed, job, _counted(streamed, recipe_row, settings))
+    importance = [plan_importance(streamed, job.batches, job.ranks)] if _scores_gradients(recipe_row) else []
+    if timed:
+        read = samples if job.batches else []
+        speed = measure_speed(streamed, read, settings.batch_size, settings.max_tokens)
+        calibration = time_calibration(calibration, streamed, job, speed)
+        importance = [time_importance(each, streamed, job.batches, speed) for each in importance]
+    return [*importance, calibration]
 
 
 def _job(

@@ -165,10 +165,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    """Print the memory and disk that a job will need. No weight is read."""
+    """Print the memory, disk and time that a job will need on this machine, which is measured for some seconds."""
     from tlq.api import plan
 
-    plans = plan(arguments.model, _samples(arguments), **_options(arguments))
+    plans = plan(arguments.model, _samples(arguments), timed=True, **_options(arguments))
     sys.stdout.write("".join(f"{line}\n" for each in plans for line in each.lines()))
 
 

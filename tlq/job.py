@@ -21,7 +21,7 @@ from tlq.models.processor import load_processor
 from tlq.models.stored import check_finite, source_digest
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan import plan_calibration, refuse_impossible
+from tlq.plan.needs import plan_calibration, refuse_impossible
 from tlq.recipes import Recipe
 from tlq.results import CalibrationReport, LayerReport
 from tlq.runtime.activations import host_memory

@@ -27,7 +27,7 @@ from tlq.export.engines import mixed_by
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
-from tlq.plan import outside_bytes, plan_calibration
+from tlq.plan.needs import outside_bytes, plan_calibration
 from tlq.quantization.allocation import Unit
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.files import new_directory

@@ -29,7 +29,7 @@ from tasks.files import (
     read_samples,
     read_token_weights,
 )
-from tasks.planning import add_dry_run, show_plan
+from tasks.planning import add_dry_run, show_plan, speed_of
 from tasks.registry.tracking import tracked_calibration
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.pool import PoolWeights, TokenPool
@@ -38,7 +38,8 @@ from tlq.importance.weighting import loss_of
 from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
-from tlq.plan import plan_calibration
+from tlq.plan.duration import time_calibration
+from tlq.plan.needs import plan_calibration
 from tlq.quantization.formats import SCHEMES, WeightQuantizer
 from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Sample
@@ -102,7 +103,9 @@ def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
     job = CalibrationJob(row, quantizer, batches, to_batches(weights, batches))
     if dry_run:
         ranks = Ranks(size=ranks_wanted(), device=model.device)
-        show_plan(plan_calibration(model, replace(job, ranks=ranks)), out, ranks)
+        job = replace(job, ranks=ranks)
+        speed = speed_of(model, samples, params.batch_size, longest, ranks)
+        show_plan(time_calibration(plan_calibration(model, job), model, job, speed), out, ranks)
         return
     with (
         joined_ranks(device(), meeting_place()) as ranks,

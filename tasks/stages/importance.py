@@ -13,7 +13,7 @@ from tasks.command import command_line, device
 from tasks.config.params import section
 from tasks.config.sections import ImportanceParams, ModelParams
 from tasks.files import IMPORTANCE, PREPARED, read_samples, write_importance
-from tasks.planning import add_dry_run, show_plan
+from tasks.planning import add_dry_run, show_plan, speed_of
 from tlq.importance.gradients import score_resumably
 from tlq.importance.losses import AnswerLoss, BlockLoss, Loss
 from tlq.importance.pool import TokenPool
@@ -22,7 +22,8 @@ from tlq.models.architectures import input_widths
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
-from tlq.plan import Plan, plan_importance, refuse_impossible
+from tlq.plan.duration import time_importance
+from tlq.plan.needs import Plan, plan_importance, refuse_impossible
 from tlq.quantization.formats import get_scheme
 from tlq.runtime.memory import processes_here
 from tlq.runtime.resume import ResumeState
@@ -33,7 +34,7 @@ def main(dry_run: bool = False) -> None:
     if dry_run:
         job = _Job()
         ranks = Ranks(size=ranks_wanted(), device=job.model.device)
-        show_plan(job.plan(ranks), IMPORTANCE, ranks)
+        show_plan(job.timed_plan(ranks), IMPORTANCE, ranks)
     else:
         on_ranks("tasks.stages.importance", [], score)
 
@@ -44,10 +45,11 @@ class _Job:
     def __init__(self) -> None:
         model_params = section("model", ModelParams)
         params = section("importance", ImportanceParams)
-        samples = read_samples(PREPARED / "calibration.parquet", params.samples)
+        self.params = params
+        self.samples = read_samples(PREPARED / "calibration.parquet", params.samples)
         self.model = StreamedModel(model_params.path, model_params.torch_dtype, device())
         processor, image_id = load_processor(self.model.folder), image_token_id(self.model.config)
-        self.batches = encode_batches(samples, processor, image_id, params.batch_size, params.max_tokens)
+        self.batches = encode_batches(self.samples, processor, image_id, params.batch_size, params.max_tokens)
         losses: dict[LossName, Loss] = {
             "answer": AnswerLoss(),
             "block": BlockLoss(get_scheme(params.block_scheme), self.model.checkpoint_dtype),
@@ -57,6 +59,11 @@ class _Job:
 
     def plan(self, ranks: Ranks) -> Plan:
         return plan_importance(self.model, self.batches, ranks, list(self.losses.values()))
+
+    def timed_plan(self, ranks: Ranks) -> Plan:
+        speed = speed_of(self.model, self.samples, self.params.batch_size, self.params.max_tokens, ranks)
+        losses = list(self.losses.values())
+        return time_importance(self.plan(ranks), self.model, self.batches, speed, ranks.size, losses)
 
 
 def score() -> None:

@@ -28,7 +28,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _ROW_PARTS = 63
 _LEAST_ROWS = 32
 _ROWS_TOGETHER = 512
-_FEW_PARTS = 4
+#: Parts of an error that is measured token by token.
+FEW_PARTS = 4
 
 
 @dataclass
@@ -101,7 +102,7 @@ class StatisticsError:
 
     def __init__(self, weight: Tensor, statistics: Statistics, quantizer: WeightQuantizer, ranks: Ranks) -> None:
         self.weight, self.statistics, self.quantizer, self.ranks = weight, statistics, quantizer, ranks
-        self.parts = _row_parts(len(weight))
+        self.parts = row_parts(len(weight))
 
     def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
         def nearest(rows: slice, s: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def _computed_together(count: int, rows: int) -> list[slice]:
     return [slice(start, min(start + together, count)) for start in range(0, count, together)]
 
 
-def _row_parts(rows: int) -> int:
+def row_parts(rows: int) -> int:
     """Number of parts, odd so that a stride over output channels does not alias with the head dimension."""
     return min(_ROW_PARTS, max(1, (rows // _LEAST_ROWS - 1) | 1))
 
@@ -146,8 +147,8 @@ class TokensError:
     def __init__(self, weight: Tensor, inputs: GroupInputs, quantizer: WeightQuantizer, norm: Norm = "l2") -> None:
         self.weight, self.inputs, self.quantizer, self.norm = weight, inputs, quantizer, norm
         # With quantized activations, every part quantizes all tokens again.
-        most = _ROW_PARTS if quantizer.scheme.activation_bits is None else _FEW_PARTS
-        self.parts = min(most, _row_parts(len(weight)))
+        most = _ROW_PARTS if quantizer.scheme.activation_bits is None else FEW_PARTS
+        self.parts = min(most, row_parts(len(weight)))
         self.tokens = [Tokens(part.x.float() @ weight.T, part.u, part.w) for part in inputs.own]
 
     def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
@@ -258,7 +259,7 @@ class ParentError:
         self, parent: ParentCalls, weight: Tensor, inputs: GroupInputs, quantizer: WeightQuantizer, norm: Norm
     ) -> None:
         self.parent, self.weight, self.inputs, self.quantizer, self.norm = parent, weight, inputs, quantizer, norm
-        self.parts = min(_FEW_PARTS, inputs.chunks)
+        self.parts = min(FEW_PARTS, inputs.chunks)
         self.references = [
             [first_output(parent.module(*args, **named)) for args, named in chunk.x] for chunk in parent.own
         ]

@@ -216,6 +216,11 @@ def _second_moments(own: Sequence[ChunkInputs], in_features: int, ranks: Ranks) 
     return total
 
 
+def computed_elements(width: int) -> int:
+    """Elements of a symmetric matrix [width, width] that are computed: blocks below the diagonal are skipped."""
+    return sum((block.stop - block.start) * (width - block.start) for block in _row_blocks(width))
+
+
 def _row_blocks(rows: int) -> Iterator[slice]:
     return (slice(start, min(start + _BLOCK_ROWS, rows)) for start in range(0, rows, _BLOCK_ROWS))
 

@@ -9,7 +9,7 @@ whose error is close to the smallest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tlq.quantization.equalization import Candidate
 from tlq.quantization.errors import CandidateErrors
@@ -42,16 +42,23 @@ def successive_halving(errors: CandidateErrors, tried: Sequence[Candidate]) -> C
     All candidates are compared on the first parts, the better half on twice as many parts, and so on until one
     candidate is left or all parts are measured.
     """
-    left, totals, measured = list(range(len(tried))), [0.0] * len(tried), 0
-    while len(left) > 1 and measured < errors.parts:
-        following = min(errors.parts, max(_FIRST_PARTS, 2 * measured))
-        pairs = [(number, part) for part in range(measured, following) for number in left]
+    left, totals = list(range(len(tried))), [0.0] * len(tried)
+    for count, parts in halving_rounds(len(tried), errors.parts):
+        left = sorted(left, key=lambda number: (totals[number], number))[:count]
+        pairs = [(number, part) for part in parts for number in left]
         values = errors.measure([(tried[number], part) for number, part in pairs])
         for (number, _), value in zip(pairs, values, strict=True):
             totals[number] += value
-        measured = following
-        left = sorted(left, key=lambda number: (totals[number], number))[: -(-len(left) // 2)]
     return tried[min(left, key=lambda number: (totals[number], number))]
+
+
+def halving_rounds(candidates: int, parts: int) -> Iterator[tuple[int, range]]:
+    """The rounds of successive halving: how many candidates are left, and the parts that are measured for each."""
+    measured = 0
+    while candidates > 1 and measured < parts:
+        following = min(parts, max(_FIRST_PARTS, 2 * measured))
+        yield candidates, range(measured, following)
+        measured, candidates = following, -(-candidates // 2)
 
 
 #: Searches by the name that ``Equalization.search`` gives them.

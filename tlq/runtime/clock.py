@@ -1,4 +1,4 @@
-"""Seconds by phase of the work."""
+"""Seconds by phase of the work, and seconds in words."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ class Clock:
         taken = {name: round(seconds, 4) for name, seconds in self.seconds.items()}
         self.seconds.clear()
         return taken
+
+
+def in_words(seconds: float) -> str:
+    """`40 s`, `12 min` or `2 h 5 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _now() -> float:

@@ -1,4 +1,4 @@
-"""Plan a job before any long work: bytes per layer, tokens, memory, disk.
+"""Plan a job before any long work: bytes per layer, tokens, memory, disk; ``tlq.plan.duration`` adds its seconds.
 
 Every number follows from shapes; no weight is read. An impossible job is refused in seconds, with the bytes available
 and the bytes needed. The refusal uses a lower bound, which counts only tensors that the job certainly holds. If the
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tlq.parallel import Ranks, chunk_ranges
 from tlq.quantization.errors import from_statistics
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
+from tlq.runtime.clock import in_words
 from tlq.runtime.memory import GIB, device_memory, host_budget
 from tlq.samples import Batch
 
@@ -41,6 +42,8 @@ _RUNTIME = 48 * 2**20
 _WEIGHTS = 4
 #: Bytes that the allocator reserves for every byte of tensors, because its memory is fragmented.
 _FRAGMENTS = 1.06
+#: A phase with a smaller share of the seconds is not printed.
+_SHOWN = 0.005
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Plan:
         hidden_states: hidden states; they are kept in host memory up to ``budget``, the rest on disk.
         disk: the result, and the state that is kept next to it until it is complete.
         scores: scores of all tokens in host memory, for every layer and linear group.
+        seconds: by phase, on the machine that ``tlq.plan.speed`` measured; empty without a measurement.
     """
 
     work: str
@@ -73,6 +77,7 @@ class Plan:
     budget: int
     disk: int
     scores: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def resident(self) -> int:
@@ -91,13 +96,18 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as text."""
-        return [
+        lines = [
             f"{self.work}: {self.layers} decoder layers of up to {gib(self.layer)}, {gib(self.outside)} outside them",
             f"{self.tokens} tokens, up to {self.counted} of them counted in a linear group",
             f"expected peak per rank: {gib(self.device)} on the device, {gib(self.resident)} of hidden states in host "
             f"memory, {gib(self.spilled)} of them on disk",
             f"disk: {gib(self.disk)} for the result and the state next to it",
         ]
+        if self.seconds:
+            total = sum(self.seconds.values())
+            phases = (f"{name} {value / total:.0%}" for name, value in self.seconds.items() if value >= _SHOWN * total)
+            lines.append(f"time: about {in_words(total)} per rank on this machine ({', '.join(phases)})")
+        return lines
 
 
 def gib(size: int) -> str:

@@ -18,7 +18,7 @@ from tlq.calibration.job import CalibrationJob
 from tlq.importance.losses import AnswerLoss, BlockLoss
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan import Plan, exported_bytes, plan_calibration, plan_importance, refuse_impossible
+from tlq.plan.needs import Plan, exported_bytes, plan_calibration, plan_importance, refuse_impossible
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 from tlq.samples import Batch, Sample

@@ -1,0 +1,141 @@
+"""Expected seconds: the operations that a plan counts are those that the job computes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from tlq.api import plan
+from tlq.calibration.job import CalibrationJob
+from tlq.calibration.loop import calibrate_layers
+from tlq.importance.gradients import keeps_graph, score_tokens
+from tlq.importance.losses import AnswerLoss, BlockLoss, Loss
+from tlq.importance.pool import Importance, TokenPool
+from tlq.importance.token_weights import all_tokens, to_batches
+from tlq.importance.weighting import Weighting
+from tlq.models.streaming import StreamedModel
+from tlq.parallel import Ranks
+from tlq.plan.duration import time_calibration, time_importance
+from tlq.plan.needs import plan_calibration, plan_importance
+from tlq.plan.speed import LayerSpeed, Speed, measure_speed
+from tlq.quantization.formats import WeightQuantizer, get_scheme
+from tlq.recipes import RECIPES
+from tlq.runtime.clock import in_words
+from tlq.samples import Batch, Sample
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products and attention inside its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+#: With no time for anything else, seconds are operations of matrix products.
+NOTHING = math.inf
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny_checkpoint: Path) -> StreamedModel:
+    return StreamedModel(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def speed(streamed: StreamedModel) -> Speed:
+    layer = streamed.architecture.decoder_layers(streamed.skeleton)[0]
+    per_token = 2 * sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+    layers = {0: LayerSpeed(per_token, per_token)}
+    return Speed(layers, 0.0, NOTHING, 1.0, NOTHING, NOTHING, NOTHING, NOTHING)
+
+
+def job_of(recipe: str, scheme: str, batches: list[Batch], scores: Importance, ranks: int = 1) -> CalibrationJob:
+    row, quantizer = RECIPES[recipe], WeightQuantizer(get_scheme(scheme), torch.bfloat16)
+    if not row.needs_data:
+        return CalibrationJob(row, quantizer, [])
+    weights = to_batches(all_tokens(scores, TokenPool.of(batches), "uniform", Weighting()), batches)
+    return CalibrationJob(row, quantizer, batches, weights, ranks=Ranks(size=ranks))
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_calibration_computes_the_planned_products(
+    streamed: StreamedModel, batches: list[Batch], scores: Importance, speed: Speed, recipe: str, scheme: str
+) -> None:
+    job = job_of(recipe, scheme, batches, scores)
+    timed = time_calibration(plan_calibration(streamed, job), streamed, job, speed)
+    with Products() as counter:
+        list(calibrate_layers(streamed, job))
+    computed, planned = counter.operations, sum(timed.seconds.values())
+    # Triangular solves are planned, but not counted; attention itself is counted, but not planned.
+    assert planned == computed == 0 if recipe == "rtn" else 0.9 < planned / computed < 1.2
+
+
+@pytest.mark.parametrize(
+    "loss", [AnswerLoss(), BlockLoss(get_scheme("w3a16"), torch.bfloat16)], ids=["answer", "block"]
+)
+@pytest.mark.parametrize("memory", ["", "0.0001"], ids=["graph kept", "graph computed again"])
+def test_importance_computes_the_planned_products(
+    streamed: StreamedModel,
+    batches: list[Batch],
+    speed: Speed,
+    loss: Loss,
+    memory: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if memory:
+        monkeypatch.setenv("TLQ_DEVICE_MEMORY", memory)
+    assert keeps_graph(streamed, batches) == (not memory)
+    timed = time_importance(
+        plan_importance(streamed, batches, Ranks(), [loss]), streamed, batches, speed, losses=[loss]
+    )
+    with Products() as counter:
+        score_tokens(streamed, batches, loss)
+    assert 0.8 < sum(timed.seconds.values()) / counter.operations < 1.1
+
+
+def test_ranks_share_the_work(streamed: StreamedModel, batches: list[Batch], scores: Importance, speed: Speed) -> None:
+    one, two = (
+        time_calibration(plan_calibration(streamed, job), streamed, job, speed)
+        for job in (job_of("tlq-c", "w3a16", batches, scores, ranks) for ranks in (1, 2))
+    )
+    assert sum(two.seconds.values()) == pytest.approx(sum(one.seconds.values()) / 2)
+
+
+def test_a_machine_is_measured_with_the_jobs_model_and_samples(
+    streamed: StreamedModel, samples: list[Sample], tiny_checkpoint: Path
+) -> None:
+    measured = measure_speed(streamed, samples, 2, 4096)
+    rates = (measured.read, measured.products, measured.factor, measured.nearest, measured.columns, measured.ranges)
+    assert all(0 < rate < math.inf for rate in rates)
+    assert measured.enter > 0
+    assert {index: layer.forward > 0 < layer.backward for index, layer in measured.layers.items()} == {0: True}
+    without = measure_speed(streamed, [], 2, 4096)
+    assert (without.layers, without.enter) == ({}, 0.0)
+    importance, calibration = plan(tiny_checkpoint, samples, "tlq-c", "w3a16", timed=True, device="cpu")
+    assert list(importance.seconds) == ["enter", "load", "gradients"]
+    assert min(calibration.seconds.values()) > 0
+    assert calibration.lines()[-1].startswith("time: about ")
+    assert plan(tiny_checkpoint, [], "rtn", "w3a16", timed=True, device="cpu")[0].seconds["round"] > 0
+    assert not plan(tiny_checkpoint, samples, "tlq-c", "w3a16", device="cpu")[0].seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min"), (3599, "1 h 0 min"), (7500, "2 h 5 min")]
+)
+def test_seconds_in_words(seconds: float, text: str) -> None:
+    assert in_words(seconds) == text

@@ -1,0 +1,1 @@
+"""What a job will need: memory, disk and time."""

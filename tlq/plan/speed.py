@@ -1,0 +1,172 @@
+"""How fast this machine is at the work of a job: a measurement of a few seconds on the job's own model and samples.
+
+A decoder layer of every kind runs forward and backward with its real weights, on the first samples. The parts of
+solving a linear group are timed on matrices small enough for a second in all: matrix products, a Cholesky
+factorisation, rounding to nearest, and the column loop of compensated rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tlq.models.decoder import LayerCalls, enter_decoder, run_layer
+from tlq.models.processor import load_processor
+from tlq.models.streaming import StreamedModel
+from tlq.quantization.formats import WeightQuantizer, get_scheme
+from tlq.quantization.objective import Factor
+from tlq.quantization.ranges import Ranges
+from tlq.quantization.rounding import round_compensated
+from tlq.samples import Batch, Sample, encode_batches, image_token_id
+
+#: A measurement is repeated until it took as long, in seconds; the fastest run counts.
+_LEAST_SECONDS = 0.15
+_WIDTH, _ROWS = 2048, 512
+_SMALL = 256
+#: Operations per weight and token of a layer's passes for ``LayerSpeed``, each of which runs twice.
+_OPERATIONS = 16
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """Seconds per token of a decoder layer, forward, and backward without gradients of weights."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this machine was measured to do.
+
+    Attributes:
+        layers: by the index of the first layer of every kind.
+        enter: seconds per token for embeddings, vision tower and connector.
+        read: bytes of weights per second, read and converted.
+        products: floating-point operations per second of float32 matrix products.
+        factor: those of a Cholesky factorisation.
+        nearest: weights per second rounded to nearest.
+        columns: weights per second in the column loop of compensated rounding, without its matrix products.
+        ranges: weights per second and tried pair of scale and zero-point in the search for ranges.
+    """
+
+    layers: dict[int, LayerSpeed]
+    enter: float
+    read: float
+    products: float
+    factor: float
+    nearest: float
+    columns: float
+    ranges: float
+
+
+@torch.no_grad()
+def measure_speed(model: StreamedModel, samples: Sequence[Sample], batch_size: int, max_tokens: int) -> Speed:
+    """Measure this machine with the model and the first samples of a job.
+
+    Args:
+        samples: none if the job reads none.
+        batch_size: samples of a micro-batch of the job; fewer are measured if a layer takes long for as many.
+
+    Raises:
+        ValueError: a sample is longer than ``max_tokens``, or cannot be encoded.
+    """
+    device = model.device
+    seconds, tensors = _timed_once(lambda: model.read(model.layer_names(0)), device)
+    weights = sum(tensor.numel() for tensor in tensors.values())
+    read = weights * model.checkpoint_dtype.itemsize / seconds
+    del tensors
+    solving = _solving(device, model.checkpoint_dtype)
+    if not samples:
+        return Speed({}, 0.0, read, *solving)
+    processor, image = load_processor(model.folder), image_token_id(model.config)
+    (batch,) = encode_batches(samples[:1], processor, image, 1, max_tokens)
+    count = int(solving[0] / (_OPERATIONS * weights * batch.valid.numel()))  # in a second
+    if count > 1:
+        (batch,) = encode_batches(samples[: min(count, batch_size)], processor, image, batch_size, max_tokens)
+    enter, layers = _on_samples(model, batch)
+    return Speed(layers, enter, read, *solving)
+
+
+def _on_samples(model: StreamedModel, batch: Batch) -> tuple[float, dict[int, LayerSpeed]]:
+    """Seconds per token to enter the decoder, and the speed of a layer of every kind."""
+    tokens, device = batch.valid.numel(), model.device
+    with model.entrance() as entered:
+        enter, (call,) = _timed(lambda: enter_decoder(entered, model.architecture, [batch], device), device)
+    layers = {
+        index: _layer_speed(layer, index, call, tokens, device)
+        for index, layer in model.layers(sorted(model.architecture.kinds.values()))
+    }
+    return enter / tokens, layers
+
+
+def _layer_speed(layer: nn.Module, index: int, call: LayerCalls, tokens: int, device: torch.device) -> LayerSpeed:
+    hidden, kwargs = call.hidden_states, call.kwargs[index]
+    forward, _ = _timed(lambda: run_layer(layer, hidden, kwargs), device)
+
+    def both() -> Tensor:
+        with torch.enable_grad():
+            first = hidden.detach().requires_grad_()
+            output = run_layer(layer, first, kwargs)
+            (gradient,) = torch.autograd.grad(output, [first], output.detach())
+            return gradient
+
+    together, _ = _timed(both, device)
+    return LayerSpeed(forward / tokens, (together - forward) / tokens)
+
+
+def _solving(device: torch.device, scale_dtype: torch.dtype) -> tuple[float, float, float, float, float]:
+    """Rates of products, factor, nearest, columns and ranges (see ``Speed``)."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows = torch.randn(_ROWS, _WIDTH, generator=generator, device=device)
+    square = torch.randn(_WIDTH, _WIDTH, generator=generator, device=device)
+    product, moments = _timed(lambda: square @ square.T, device)
+    moments.diagonal().add_(_WIDTH)
+    factor, _ = _timed(lambda: torch.linalg.cholesky_ex(moments)[0], device)
+    quantizer = WeightQuantizer(get_scheme("w4a16"), scale_dtype)
+    nearest, _ = _timed(lambda: quantizer.fake_quantize(rows), device)
+    short = rows[:, :_SMALL].contiguous()
+    small = Factor.of(moments[:_SMALL, :_SMALL].contiguous())
+    assert small is not None
+    columns, _ = _timed(lambda: round_compensated([short], small, quantizer), device)
+    search = Ranges("search", "ones")
+    wide, _ = _timed(lambda: search.qparams(short, replace(quantizer, scheme=get_scheme("w2a16")), None), device)
+    return (
+        2 * _WIDTH**3 / product,
+        _WIDTH**3 / 3 / factor,
+        rows.numel() / nearest,
+        short.numel() / columns,
+        short.numel() * search.points * search.zero_points / wide,
+    )
+
+
+def _timed(compute: Callable[[], _Result], device: torch.device) -> tuple[float, _Result]:
+    """Seconds of the fastest of several runs of ``compute``, after one without measurement; and its last result."""
+    compute()
+    fastest, spent = math.inf, 0.0
+    while spent < _LEAST_SECONDS:
+        seconds, result = _timed_once(compute, device)
+        fastest, spent = min(fastest, seconds), spent + seconds
+    return fastest, result
+
+
+def _timed_once(compute: Callable[[], _Result], device: torch.device) -> tuple[float, _Result]:
+    """Seconds of a run of ``compute``, and its result."""
+    _wait(device)
+    started = time.perf_counter()
+    result = compute()
+    _wait(device)
+    return time.perf_counter() - started, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
