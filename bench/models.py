@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,9 @@ _QWEN3_VISION = {
 SHAPES: dict[str, Shape | FamilyShape] = {
     "tiny": Shape(128, 256, 2, heads=2, key_value_heads=1),
     "middle": Shape(1024, 4096, 8, heads=16, key_value_heads=4),
+    "qwen2-vl-2b": Shape(1536, 8960, 28, heads=12, key_value_heads=2, pixels=12845056, **_REAL),
     "qwen2-vl-7b": Shape(3584, 18944, 28, heads=28, key_value_heads=4, pixels=12845056, **_REAL),
+    "qwen2.5-vl-32b": Shape(5120, 27648, 64, heads=40, key_value_heads=8, pixels=12845056, **_REAL),
     "qwen2-vl-72b": Shape(8192, 29568, 80, heads=64, key_value_heads=8, pixels=12845056, **_REAL),
     "qwen3-vl-30b-a3b": FamilyShape(
         "Qwen3-VL-30B-A3B",
@@ -178,27 +181,61 @@ def write_random_model(folder: Path, shape: Shape | FamilyShape, seed: int = 0) 
 
     A layer's experts are stored together, as transformers keeps them.
     """
-    folder.mkdir(parents=True)
-    config = shape.config()
-    with init_empty_weights():
-        model: Any = AutoModelForImageTextToText.from_config(config)
+    model = _skeleton(folder, shape)
     generator = torch.Generator().manual_seed(seed)
-    prefix = f"{architecture_of(config).layers}."
+    by_file = _by_file(model)
+    for file, names in by_file.items():
+        tensors = {name: _random(name, model.get_parameter(name).shape, generator) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    _write_index(folder, by_file)
+    return folder
+
+
+def write_empty_model(folder: Path, shape: Shape | FamilyShape) -> Path:
+    """Write a checkpoint of zeros that takes no space on the disk: a plan reads no weight."""
+    model = _skeleton(folder, shape)
+    by_file = _by_file(model)
+    for file, names in by_file.items():
+        header: dict[str, Any] = {}
+        end = 0
+        for name in names:
+            size = model.get_parameter(name).shape
+            start, end = end, end + size.numel() * torch.bfloat16.itemsize
+            header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as opened:
+            opened.write(struct.pack("<Q", len(text)) + text)
+            opened.truncate(opened.tell() + end)
+    _write_index(folder, by_file)
+    return folder
+
+
+def _by_file(model: Any) -> dict[str, list[str]]:
+    """Names of a model's tensors by file: one file for every decoder layer, one for all others."""
+    prefix = f"{architecture_of(model.config).layers}."
     by_file: dict[str, list[str]] = {}
     for name in model.state_dict():
         layer = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else "outside"
         by_file.setdefault(f"model-{layer}.safetensors", []).append(name)
-    weight_map: dict[str, str] = {}
-    for file, names in by_file.items():
-        tensors = {name: _random(name, model.get_parameter(name).shape, generator) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+    return by_file
+
+
+def _write_index(folder: Path, by_file: Mapping[str, list[str]]) -> None:
+    weight_map = {name: file for file, names in by_file.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _skeleton(folder: Path, shape: Shape | FamilyShape) -> Any:
+    """Write config and processor of a model, and return the model without weights."""
+    folder.mkdir(parents=True)
+    config = shape.config()
+    with init_empty_weights():
+        model: Any = AutoModelForImageTextToText.from_config(config)
     config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]
     config.save_pretrained(folder)
     copy_processor_files(MODEL, folder)
     _set_picture_size(folder / "preprocessor_config.json", shape)
-    return folder
+    return model
 
 
 def _random(name: str, size: torch.Size, generator: torch.Generator) -> Tensor:

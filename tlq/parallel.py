@@ -78,11 +78,16 @@ class Ranks:
             dist.broadcast(total, self.size - 1)
         return total
 
-    def table(self, own: Sequence[Sequence[float]], chunks: int) -> Tensor:
-        """Rows with one value per chunk, [rows, chunks] float64, from the values of every rank's chunks."""
+    def table(self, own: Sequence[Tensor], chunks: int) -> Tensor:
+        """Rows with one value per chunk, [rows, chunks] float64 in host memory.
+
+        Args:
+            own: some rows each, float64, with the values of this rank's chunks.
+        """
         columns = self.own_chunks(chunks)
-        table = torch.zeros(len(own), chunks, dtype=torch.float64)
-        table[:, columns.start : columns.stop] = torch.tensor(own, dtype=torch.float64).view(len(own), len(columns))
+        values = torch.cat(list(own)).cpu()
+        table = torch.zeros(len(values), chunks, dtype=torch.float64)
+        table[:, columns.start : columns.stop] = values
         return self.all_reduce(table)  # exact, because all ranks except one add zero
 
     def all_reduce(self, value: Tensor) -> Tensor:

@@ -49,9 +49,9 @@ def test_errors_are_those_of_the_host(form: str) -> None:
         weight, x, u, w = problem(device)
         quantized = WeightQuantizer(get_scheme("w3a16"), torch.bfloat16).fake_quantize(weight)
         if form == "statistics":
-            found += Statistics.of(weight, x, u, w).errors([(slice(None), quantized - weight)])
+            found += Statistics.of(weight, x, u, w).errors([(slice(None), quantized - weight)]).tolist()
         else:
-            found.append(Tokens(x @ weight.T, u, w).error(quantized))
+            found.append(float(Tokens(x @ weight.T, u, w).error(quantized)))
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 

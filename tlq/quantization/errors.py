@@ -120,13 +120,16 @@ class StatisticsError:
     ) -> list[float]:
         """Parts of the error of V diag(s), whose rows ``scaled`` computes; a batch of requests is one rank's work."""
         values = torch.zeros(len(requests), dtype=torch.float64)
+        computed: list[tuple[slice, Tensor]] = []
         together = _computed_together(len(requests), len(self.weight) // self.parts)
         for batch in (together[index] for index in self.ranks.assigned(len(together))):
             changes = []
             for part, s in requests[batch]:
                 rows = slice(part, None, self.parts)
                 changes.append((rows, scaled(rows, s).div_(s).sub_(self.weight[rows])))
-            values[batch] = torch.tensor(self.statistics.errors(changes), dtype=torch.float64)
+            computed.append((batch, self.statistics.errors(changes)))
+        for batch, errors in computed:  # only now does a GPU have to finish
+            values[batch] = errors.cpu()
         return self.ranks.all_reduce(values).tolist()
 
 
@@ -152,30 +155,32 @@ class TokensError:
         self.tokens = [Tokens(part.x.float() @ weight.T, part.u, part.w) for part in inputs.own]
 
     def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
-        own: list[list[float]] = []
+        own: list[Tensor] = []
         for batch in _computed_together(len(pairs), len(self.weight) // self.parts):
             rows_and_s = [(slice(part, None, self.parts), candidate.s) for candidate, part in pairs[batch]]
             scaled = [(rows, self.quantizer.fake_quantize(self.weight[rows] * s), s) for rows, s in rows_and_s]
             if self.quantizer.scheme.activation_bits is None:
                 parts = [(rows, quantized.div_(s)) for rows, quantized, s in scaled]
-                own += _transposed([tokens.errors(parts, self.norm) for tokens in self.tokens], len(parts))
+                own.append(_by_chunk([tokens.errors(parts, self.norm) for tokens in self.tokens], len(parts)))
             else:  # the quantized inputs differ from candidate to candidate
-                own += [self._by_chunk(rows, quantized, s, self.norm) for rows, quantized, s in scaled]
+                own += [self._error(rows, quantized, s, self.norm) for rows, quantized, s in scaled]
         return self.inputs.ranks.table(own, self.inputs.chunks).sum(1).tolist()
 
     def total(self, quantized: Tensor, s: Tensor) -> float:
         """Squared error of V diag(s) = ``quantized`` [out, in]."""
-        own = self._by_chunk(slice(None), quantized, s, "l2")
+        own = self._error(slice(None), quantized, s, "l2")
         return float(self.inputs.ranks.table([own], self.inputs.chunks).sum())
 
-    def _by_chunk(self, rows: slice, quantized: Tensor, s: Tensor, norm: Norm) -> list[float]:
+    def _error(self, rows: slice, quantized: Tensor, s: Tensor, norm: Norm) -> Tensor:
+        """Error of some rows at the tokens of this rank's chunks, [1, own chunks]."""
         bits = self.quantizer.scheme.activation_bits
-        return [tokens.of_rows(rows).error(quantized, s, bits, norm) for tokens in self.tokens]
+        own = [tokens.of_rows(rows).error(quantized, s, bits, norm) for tokens in self.tokens]
+        return _by_chunk([error[None] for error in own], 1)
 
 
-def _transposed(by_chunk: Sequence[Sequence[float]], parts: int) -> list[list[float]]:
-    """Values by chunk and part as values by part and chunk."""
-    return [[values[part] for values in by_chunk] for part in range(parts)]
+def _by_chunk(errors: Sequence[Tensor], parts: int) -> Tensor:
+    """Errors [parts] of every chunk as [parts, chunks]."""
+    return torch.stack(list(errors), 1) if errors else torch.zeros(parts, 0, dtype=torch.float64)
 
 
 class LinearsError:
@@ -267,23 +272,23 @@ class ParentError:
     def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
         numbers = self.inputs.ranks.own_chunks(self.inputs.chunks)
         own = []
+        nothing = torch.zeros((), dtype=torch.float64, device=self.weight.device)
         for candidate, part in pairs:
             quantized = self.quantizer.fake_quantize(self.weight * candidate.s)
             with _trial(self.parent.linears, quantized, candidate.s, self.quantizer.scheme.activation_bits):
-                own.append(
-                    [
-                        self._error(chunk, references) if number % self.parts == part else 0.0
-                        for number, chunk, references in zip(numbers, self.parent.own, self.references, strict=True)
-                    ]
-                )
+                errors = [
+                    self._error(chunk, references) if number % self.parts == part else nothing
+                    for number, chunk, references in zip(numbers, self.parent.own, self.references, strict=True)
+                ]
+            own.append(_by_chunk([error[None] for error in errors], 1))
         return self.inputs.ranks.table(own, self.inputs.chunks).sum(1).tolist()
 
-    def _error(self, chunk: ParentChunk, references: list[Tensor]) -> float:
-        total = 0.0
+    def _error(self, chunk: ParentChunk, references: list[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.weight.device)
         for (args, named), reference, weight in zip(chunk.u, references, chunk.weights, strict=True):
             difference = (first_output(self.parent.module(*args, **named)) - reference).float()
             per_token = difference.abs().sum(-1) if self.norm == "l1" else difference.square().sum(-1)
-            total += float((per_token * weight).sum(dtype=torch.float64))
+            total += (per_token * weight).sum(dtype=torch.float64)
         return total
 
 

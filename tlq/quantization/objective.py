@@ -130,8 +130,8 @@ class Statistics:
             cross[rows] = ranks.ordered_sum(products, block.shape)
         return cls(exposure, cross, hessian)
 
-    def errors(self, changes: Sequence[tuple[slice, Tensor]]) -> list[float]:
-        """The error of the output rows of each pair (rows, their D = V - W [rows, in]).
+    def errors(self, changes: Sequence[tuple[slice, Tensor]]) -> Tensor:
+        """The error of the output rows of each pair (rows, their D = V - W [rows, in]), [pairs] float64.
 
         All pairs are multiplied by C together, because a product of few rows does not use all threads. C is symmetric,
         so blocks above its diagonal count twice and blocks below are skipped.
@@ -148,8 +148,8 @@ class Statistics:
             if self.exposure is not None and self.cross is not None:
                 linear = (self.cross[rows] * change).sum(dtype=torch.float64)
                 total = total + self.exposure[rows].sum(dtype=torch.float64) - 2 * linear
-            errors.append(float(total))
-        return errors
+            errors.append(total)
+        return torch.stack(errors)
 
     def factor(self, damping: float, s: Tensor | None = None, keep: bool = True) -> tuple[Factor, float]:
         """Factorise the damped C of inputs divided by s [in].
@@ -243,8 +243,8 @@ class Tokens:
         s: Tensor | None = None,
         activation_bits: int | None = None,
         norm: Norm = "l2",
-    ) -> float:
-        """sum_t w_t |y_t - V u_t| in the given norm.
+    ) -> Tensor:
+        """sum_t w_t |y_t - V u_t| in the given norm, a float64 scalar.
 
         Args:
             quantized: V [out, in], or V diag(s) if ``s`` [in] is given. Then the inputs are u / s, quantized to
@@ -257,14 +257,14 @@ class Tokens:
             quantized = quantized / s  # the same product; quantized is the smaller operand
         return self._weighted(self.y - inputs @ quantized.T, norm)
 
-    def errors(self, parts: Sequence[tuple[slice, Tensor]], norm: Norm = "l2") -> list[float]:
-        """The error of the output rows of each pair (rows, their V [rows, in]), computed in one product."""
+    def errors(self, parts: Sequence[tuple[slice, Tensor]], norm: Norm = "l2") -> Tensor:
+        """The error of the output rows of each pair (rows, their V [rows, in]), from one product; [pairs] float64."""
         products = self.u.float() @ torch.cat([quantized for _, quantized in parts]).T
         by_part = products.split([len(quantized) for _, quantized in parts], 1)
-        return [
-            self._weighted(self.y[:, rows] - product, norm) for (rows, _), product in zip(parts, by_part, strict=True)
-        ]
+        return torch.stack(
+            [self._weighted(self.y[:, rows] - product, norm) for (rows, _), product in zip(parts, by_part, strict=True)]
+        )
 
-    def _weighted(self, difference: Tensor, norm: Norm) -> float:
+    def _weighted(self, difference: Tensor, norm: Norm) -> Tensor:
         per_token = difference.abs().sum(1) if norm == "l1" else difference.square().sum(1)
-        return float((self.w.double() * per_token).sum())
+        return (self.w.double() * per_token).sum()
