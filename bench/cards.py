@@ -39,6 +39,8 @@ MODELS = {"qwen2-vl-2b": 4, "qwen2-vl-7b": 4, "qwen2.5-vl-32b": 1, "qwen2-vl-72b
 _TOKENS_PER_WIDTH = 4
 RECIPES = ("rtn", "awq", "tlq", "tlq-c")
 SCHEME = "w3a16"
+#: Recipes for which the smallest card is named.
+_SMALLEST = ("tlq-c", "awq")
 #: Too little for importance to keep the whole model on the device: the least that it needs is asked for.
 _SMALL_DEVICE = "0.001"
 
@@ -62,12 +64,11 @@ class Needs:
 
     def row(self) -> dict[str, str]:
         """A row of the table."""
-        largest = max(self.importance, *self.calibration.values())
         return {
             "model": self.model,
             "importance": _gb(self.importance),
             **{recipe: _gb(size) for recipe, size in self.calibration.items()},
-            "smallest card": _card(largest),
+            **{f"card for {recipe}": _card(max(self.importance, self.calibration[recipe])) for recipe in _SMALLEST},
             "weights, `hf`": _gb(self.whole),
             f"result, {SCHEME.upper()}": _gb(self.exported),
         }
@@ -116,10 +117,11 @@ def main() -> None:
     lines = [
         f"Device memory in GB that the plans expect for {arguments.samples} samples with a picture of 640 x 480, in "
         f"micro-batches of {sizes}, token sets of {_TOKENS_PER_WIDTH} times the decoder's width, {SCHEME.upper()}, "
-        "bfloat16. Computed from the shapes of the published models: nothing ran, and no GPU was there. The smallest "
-        f"card ({', '.join(map(str, CARDS))} GB) is the one that importance and all four recipes fit, with one GB for "
-        "the driver and torch's libraries. `rtn` takes no samples. Evaluation with the backend `hf` holds the weights; "
-        "`streamed` fits where calibration does. `python -m bench.cards` wrote this section.",
+        "bfloat16. Computed from the shapes of the published models: nothing ran, and no GPU was there. The card for a "
+        f"recipe is the smallest of {', '.join(map(str, CARDS))} GB that it and importance fit, with one GB for the "
+        "driver and torch's libraries. `rtn` takes no samples, and `awq` counts all tokens, not only a set of them. "
+        "Evaluation with the backend `hf` holds the weights; `streamed` fits where `tlq` does. "
+        "`python -m bench.cards` wrote this section.",
         "",
         *table(rows),
     ]
