@@ -24,6 +24,7 @@ from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.duration import time_importance
 from tlq.plan.needs import Plan, plan_importance, refuse_impossible
+from tlq.plan.speed import Speed
 from tlq.quantization.formats import get_scheme
 from tlq.runtime.memory import processes_here
 from tlq.runtime.resume import ResumeState
@@ -32,14 +33,15 @@ from tlq.samples import encode_batches, image_token_id
 
 def main(dry_run: bool = False) -> None:
     if dry_run:
-        job = _Job()
+        job = ScoringJob()
         ranks = Ranks(size=ranks_wanted(), device=job.model.device)
-        show_plan(job.timed_plan(ranks), IMPORTANCE, ranks)
+        speed = speed_of(job.model, job.samples, job.params.batch_size, job.params.max_tokens, ranks)
+        show_plan(job.timed_plan(ranks, speed), IMPORTANCE, ranks)
     else:
         on_ranks("tasks.stages.importance", [], score)
 
 
-class _Job:
+class ScoringJob:
     """The model, the micro-batches and the losses to score."""
 
     def __init__(self) -> None:
@@ -60,15 +62,15 @@ class _Job:
     def plan(self, ranks: Ranks) -> Plan:
         return plan_importance(self.model, self.batches, ranks, list(self.losses.values()))
 
-    def timed_plan(self, ranks: Ranks) -> Plan:
-        speed = speed_of(self.model, self.samples, self.params.batch_size, self.params.max_tokens, ranks)
+    def timed_plan(self, ranks: Ranks, speed: Speed) -> Plan:
+        """The plan with its seconds."""
         losses = list(self.losses.values())
         return time_importance(self.plan(ranks), self.model, self.batches, speed, ranks.size, losses)
 
 
 def score() -> None:
     """Score every sample on this process's share of the work; the leading rank writes the result."""
-    job = _Job()
+    job = ScoringJob()
     with joined_ranks(device(), meeting_place()) as ranks, ExitStack() as locks:
         there = sum(state.size() for state in job.states.values())
         refuse_impossible(job.plan(ranks), IMPORTANCE, ranks.device, processes_here(), there)
