@@ -340,6 +340,33 @@ TINY: dict[str, TinyFamily] = {
             siglip2_image,
         ),
         TinyFamily(
+            "granite4_vision",
+            {
+                "text_config": text(
+                    "granite4_vision_text",
+                    embedding_multiplier=2.0,
+                    attention_multiplier=0.25,
+                    residual_multiplier=0.5,
+                    logits_scaling=2.0,
+                ),
+                "vision_config": tower("siglip_vision_model", 4, hidden_size=64, vision_use_head=False),
+                "qformer_config": {
+                    "model_type": "blip_2_qformer",
+                    "num_hidden_layers": 1,
+                    "intermediate_size": 64,
+                    "cross_attention_frequency": 1,
+                    "use_qformer_text_input": False,
+                },
+                "image_token_index": IMAGE,
+                "image_grid_pinpoints": PINPOINTS,
+                "vision_feature_select_strategy": "full",
+                "downsample_rate": "1/2",
+                "deepstack_layer_map": [[-1, 0]],
+                "spatial_target_layers": [1, 2, 3, 4],
+            },
+            anyres_image,
+        ),
+        TinyFamily(
             "cohere2_vision",
             {
                 "text_config": text("cohere2", sliding_window=6, layer_types=["sliding_attention", "full_attention"]),

@@ -25,8 +25,8 @@ def load_model(
 
     A quantized checkpoint is decompressed here, and the module wrappers of compressed-tensors are removed. Otherwise
     compressed-tensors 0.20 decompresses during the first forward pass, and its wrappers turn a model output that is
-    passed to a module into a plain dict, which breaks ``generate`` of LLaVA-NeXT and LLaVA-OneVision. Every expert has
-    linears of its own; transformers cannot load quantized experts, so they are read here.
+    passed to a module into a plain dict, which breaks ``generate`` of LLaVA-NeXT, LLaVA-OneVision and Granite 4 Vision.
+    Every expert has linears of its own; transformers cannot load quantized experts, so they are read here.
 
     Raises: as ``read_config``; ValueError if its weights are quantized in another form, missing or misshapen.
     """

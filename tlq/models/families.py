@@ -23,6 +23,7 @@ LLAVA = Family(("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"
 LIGHTON_OCR = Family(("lm_head", "re:.*vision_encoder.*", "re:.*vision_projection.*"))
 VISUAL_PROJECTOR = Family(("lm_head", "re:.*visual.*", "re:.*projector.*"))
 OVIS2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*visual_embeddings_table.*"))
+GRANITE = Family(("lm_head", "re:.*vision_tower.*", "re:.*layerwise_projectors.*", "re:.*spatial_projectors.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": VISUAL_PROJECTOR,
     "ovis2": OVIS2,
     "lfm2_vl": LLAVA,
+    "granite4_vision": GRANITE,
     "cohere2_vision": LLAVA,
     "aya_vision": LLAVA,
     "vipllava": LLAVA,

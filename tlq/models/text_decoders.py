@@ -163,6 +163,7 @@ DECODERS: dict[str, Decoder] = {
     "qwen2_vl_text": LLAMA,
     "qwen2_5_vl_text": LLAMA,
     "qwen3_vl_text": LLAMA,
+    "granite4_vision_text": LLAMA,
     "glm4v_text": GLM4V,
     "glm_ocr_text": GLM4V,
     "exaone4": UNSCALED_INPUTS,

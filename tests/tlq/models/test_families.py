@@ -164,9 +164,10 @@ def test_layer_by_layer_execution_equals_the_model(build: Builder, name: str) ->
         torch.testing.assert_close(exposed[batch.valid], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(build: Builder) -> None:
-    """Qwen3-VL's DeepStack; it is large enough here that leaving it out changes the result."""
-    built = build("qwen3_vl")
+@pytest.mark.parametrize("name", ["qwen3_vl", "granite4_vision"])
+def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(build: Builder, name: str) -> None:
+    """DeepStack; it is large enough here that leaving it out changes the result."""
+    built = build(name)
     for call, batch in zip(enter_decoder(built.model, built.architecture, built.batches), built.batches, strict=True):
         first, added = call.injected
         assert first is None
@@ -176,10 +177,10 @@ def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(
 
 
 @every_family
-def test_only_qwen3_vl_adds_anything_between_layers(build: Builder, name: str) -> None:
+def test_deepstack_alone_adds_anything_between_layers(build: Builder, name: str) -> None:
     built = build(name)
     (call, *_) = enter_decoder(built.model, built.architecture, built.batches)
-    assert (call.injected == [None, None]) == (name not in ("qwen3_vl", "qwen3_vl_moe"))
+    assert (call.injected == [None, None]) == (name not in ("qwen3_vl", "qwen3_vl_moe", "granite4_vision"))
 
 
 def unquantized(weight: Tensor) -> QuantizedWeight:
@@ -256,7 +257,7 @@ def test_importance_reaches_image_and_text_tokens_of_every_group(build: Builder,
 
 #: compressed-tensors 0.20 turns the image features that `generate` hands to these models into a plain dict, in every
 #: checkpoint that is not dequantized on loading. When this no longer fails, the README's note can go.
-GENERATE_FAILS_WHEN_LOADED_PLAINLY = {"llava_next", "llava_onevision"}
+GENERATE_FAILS_WHEN_LOADED_PLAINLY = {"llava_next", "llava_onevision", "granite4_vision"}
 
 Exported = tuple[nn.Module, Path]
 
@@ -313,7 +314,7 @@ def loads_with_plain_transformers(built: Built, model: Any, path: Path, name: st
         expected = model(**batch.encode()).logits[batch.valid]
         assert_same_logits(loaded(**batch.encode()).logits[batch.valid], expected, scheme)
     if get_scheme(scheme).activation_bits is not None and name in GENERATE_FAILS_WHEN_LOADED_PLAINLY:
-        with pytest.raises(AttributeError, match="'dict' object has no attribute 'pooler_output'"):
+        with pytest.raises(AttributeError, match="'dict' object has no attribute '(pooler_output|deepstack_features)'"):
             loaded.generate(**prompt_of(name), max_new_tokens=3)
     else:
         assert_generates(loaded, model, name, scheme)
