@@ -136,6 +136,14 @@ def siglip2_image(_tiles: int, generator: torch.Generator) -> tuple[int, Inputs]
     }
 
 
+def packed_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """8 x 8 patches per tile side by side, after each other in the last dimension; 4 x 4 of them one token."""
+    return 4 * tiles, {
+        "pixel_values": pixels(1, 3, 4, 4 * 64 * tiles, generator=generator),
+        "target_sizes": torch.tensor([[8, 8 * tiles]]),
+    }
+
+
 def mrope(sections: list[int], **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections, **more}}
 
@@ -167,6 +175,28 @@ PIXTRAL_TOWER = {
     "patch_size": 4,
 }
 PINPOINTS = [[16, 16], [16, 32], [16, 48]]
+
+
+def minicpm(model_type: str, token_types: str | None = None, **more: Any) -> TinyFamily:
+    return TinyFamily(
+        model_type,
+        {
+            "text_config": text(
+                "qwen3_5_text",
+                head_dim=64,
+                **DELTA_NETS,
+                **mrope([4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
+            ),
+            "vision_config": tower(f"{model_type}_vision", 4, num_hidden_layers=2),
+            "insert_layer_id": 0,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            **more,
+        },
+        packed_image,
+        token_types,
+    )
+
 
 #: GLM's families with one description -> their decoder.
 GLM = {"glm4v": "glm4v_text", "glm46v": "glm4v_text", "glm_ocr": "glm_ocr_text"}
@@ -287,6 +317,16 @@ TINY: dict[str, TinyFamily] = {
             },
             qwen_image,
             "mm_token_type_ids",
+        ),
+        minicpm("minicpmv4_6"),
+        minicpm(
+            "minicpmv4_7",
+            "mm_token_type_ids",
+            image_start_id=VISION_START,
+            image_end_id=VISION_END,
+            slice_start_id=88,
+            slice_end_id=89,
+            newline_id=87,
         ),
         *(glm(name, text_type) for name, text_type in GLM.items()),
         TinyFamily(

@@ -39,6 +39,10 @@ _PROBES = ("0zero0", "1one1")
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
+#: Inputs in whose last dimension the patches of all images follow each other -> the input that gives the images' sizes.
+_PACKED = {"pixel_values": "target_sizes"}
+
+
 class Message(TypedDict):
     role: str
     content: str
@@ -194,11 +198,14 @@ def collate(rows: Sequence[Inputs], pad_id: int, side: str = "right") -> Inputs:
     """Encoded chats, [1, ...] each, as one batch whose tokens are padded on ``side``."""
     width = max(row["input_ids"].shape[1] for row in rows)
     inputs: Inputs = {}
-    for name in dict.fromkeys(name for row in rows for name in row):  # chats without an image have no pixels
+    names = dict.fromkeys(name for row in rows for name in row)  # chats without an image have no pixels
+    for name in names:
         if name in _PER_TOKEN:
             fill = pad_id if name == "input_ids" else 0
             values = [row.get(name, torch.zeros_like(row["input_ids"])) for row in rows]
             inputs[name] = torch.cat([_pad(value, width, fill, side) for value in values])
+        elif _PACKED.get(name) in names:
+            inputs[name] = torch.cat([row[name] for row in rows if name in row], -1)
         else:
             inputs[name] = torch.cat(_pad_to_common([row[name] for row in rows if name in row]))
     return inputs

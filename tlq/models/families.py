@@ -24,6 +24,7 @@ LIGHTON_OCR = Family(("lm_head", "re:.*vision_encoder.*", "re:.*vision_projectio
 VISUAL_PROJECTOR = Family(("lm_head", "re:.*visual.*", "re:.*projector.*"))
 OVIS2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*visual_embeddings_table.*"))
 GRANITE = Family(("lm_head", "re:.*vision_tower.*", "re:.*layerwise_projectors.*", "re:.*spatial_projectors.*"))
+MINICPM_V = Family(("lm_head", "re:.*vision_tower.*", "re:.*merger.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -42,6 +43,8 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": VISUAL_PROJECTOR,
     "ovis2": OVIS2,
     "lfm2_vl": LLAVA,
+    "minicpmv4_6": MINICPM_V,
+    "minicpmv4_7": MINICPM_V,
     "granite4_vision": GRANITE,
     "cohere2_vision": LLAVA,
     "aya_vision": LLAVA,
