@@ -489,6 +489,33 @@ TINY: dict[str, TinyFamily] = {
             anyres_image,
         ),
         TinyFamily(
+            "llama4",
+            {
+                "text_config": text(
+                    "llama4_text",
+                    head_dim=32,
+                    intermediate_size=128,
+                    intermediate_size_mlp=256,
+                    num_local_experts=4,
+                    num_experts_per_tok=2,
+                    moe_layers=[0],
+                    no_rope_layers=[1, 0],
+                    attention_chunk_size=8,
+                    floor_scale=4,
+                ),
+                "vision_config": tower(
+                    "llama4_vision_model",
+                    4,
+                    intermediate_size=128,
+                    vision_output_dim=64,
+                    projector_input_dim=64,
+                    projector_output_dim=64,
+                ),
+                "image_token_index": IMAGE,
+            },
+            tiled_image,
+        ),
+        TinyFamily(
             "llava",
             {
                 "text_config": text("llama"),

@@ -31,10 +31,27 @@ class Routed:
     Attributes:
         hidden: [tokens, hidden], padding included.
         routes: [tokens, k], numbers of the experts of every token.
+        scales: [tokens, experts], by which the router multiplies the experts' inputs; none where it multiplies outputs.
     """
 
     hidden: Activations
     routes: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
+
+    def append(self, experts: nn.Module, arguments: Arguments) -> None:
+        """Keep the arguments of a call of the module of experts."""
+        (hidden, routes, weights), _ = arguments
+        self.hidden.append(hidden)
+        self.routes.append(routes.cpu())
+        if experts.scales_inputs:
+            self.scales.append(weights.cpu())
+
+    def scaled(self, number: int, hidden: Tensor, counts: Tensor, expert: int) -> Tensor:
+        """The rows of ``hidden`` for which ``counts`` is true, as micro-batch ``number`` enters an expert."""
+        rows = _counted(hidden, counts)
+        if not self.scales:
+            return rows
+        return rows * self.scales[number].to(rows.device)[counts.flatten(), expert, None]
 
 
 @dataclass
@@ -133,7 +150,7 @@ class Streams:
         module, routed = layer.get_submodule(group.experts), Routed(self._activations())
         for number in range(len(self.exposed)):
             seen = self._observed(index, number, layer, {EXPERTS: module}, module)
-            _keep_routed(routed, seen[EXPERTS])
+            routed.append(module, seen[EXPERTS])
         return routed
 
     def _shares_of(self, group: LinearGroup, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -179,7 +196,7 @@ class Streams:
                 counts = self.weights_of(index, group, number) > 0
                 reference.inputs[group.name].append(_finite(_counted(hidden, counts), index, group))
             if experts is not None:
-                _keep_routed(reference.experts, seen[EXPERTS])
+                reference.experts.append(modules[EXPERTS], seen[EXPERTS])
             for parent in parents:
                 reference.parents[parent].append(seen[parent])
         return reference
@@ -195,19 +212,19 @@ class Streams:
             block = layer.get_submodule(group.block)
             for each in (each for each in self.architecture.groups[index] if each.block == group.block):
                 self.prepare_expert(index, layer, each, reference)
-                reference.inputs[each.name] = [
-                    self._expert_input(index, each, number, block, hidden)
-                    for number, hidden in enumerate(reference.experts.hidden)
-                ]
+                reference.inputs[each.name] = self._expert_inputs(index, each, block, reference.experts)
         return reference.inputs.pop(group.name)
 
-    def _expert_input(self, index: int, group: LinearGroup, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Input [tokens, in] of a group of an expert, for the tokens that count in it."""
-        rows = _counted(hidden, self.weights_of(index, group, number) > 0)
+    def _expert_inputs(self, index: int, group: LinearGroup, block: nn.Module, routed: Routed) -> list[Tensor]:
+        """Inputs [tokens, in] of a group of an expert by micro-batch, for the tokens that count in it."""
         first = block.get_submodule(group.linears[0].removeprefix(f"{group.block}."))
-        seen, _ = observe(block, rows, {}, {group.name: first}, first)
-        (counted,), _ = seen[group.name]
-        return _finite(counted, index, group)
+        inputs = []
+        for number, hidden in enumerate(routed.hidden):
+            rows = routed.scaled(number, hidden, self.weights_of(index, group, number) > 0, group.expert)
+            seen, _ = observe(block, rows, {}, {group.name: first}, first)
+            (counted,), _ = seen[group.name]
+            inputs.append(_finite(counted, index, group))
+        return inputs
 
     def advance_full_precision(self, index: int, layer: nn.Module) -> None:
         """Advance past ``layer``, which an earlier run solved and which still has its original weights."""
@@ -225,8 +242,7 @@ class Streams:
         """
         if group.experts is not None:
             assert self._routed is not None
-            block, states = layer.get_submodule(group.block), enumerate(self._routed.hidden)
-            return [self._expert_input(index, group, number, block, hidden) for number, hidden in states], []
+            return self._expert_inputs(index, group, layer.get_submodule(group.block), self._routed), []
         self._finish_before(index, group)
         stop = _first_linear(layer, group)
         modules, parent = {group.name: stop}, self._parent_of(group)
@@ -315,13 +331,6 @@ def _shortcut(module: nn.Module, outputs: Activations, number: int, returns: dic
         yield
     finally:
         del module.forward
-
-
-def _keep_routed(routed: Routed, arguments: Arguments) -> None:
-    """Append the arguments of a call of the module of experts."""
-    (hidden, routes, *_), _ = arguments
-    routed.hidden.append(hidden)
-    routed.routes.append(routes.cpu())
 
 
 def _counted(hidden: Tensor, counts: Tensor) -> Tensor:

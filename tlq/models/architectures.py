@@ -26,6 +26,7 @@ class Architecture:
     Attributes:
         groups: the linear groups of every decoder layer.
         norm: name of the norm after the last layer.
+        ungrouped: linears inside decoder layers that are in no group and stay in full precision.
     """
 
     model_type: str
@@ -34,6 +35,7 @@ class Architecture:
     norm_offset: float
     ignore: tuple[str, ...]
     norm: str = "norm"
+    ungrouped: tuple[str, ...] = ()
 
     def linears(self, layer: int) -> list[str]:
         """Paths of the linears inside a decoder layer, in group order."""
@@ -47,7 +49,8 @@ class Architecture:
     @cached_property
     def kept(self) -> list[str]:
         """Paths of linears and routers inside decoder layers that stay in full precision, each once."""
-        return list(dict.fromkeys(path for groups in self.kinds for group in groups for path in group.kept))
+        of_groups = (path for groups in self.kinds for group in groups for path in group.kept)
+        return list(dict.fromkeys((*self.ungrouped, *of_groups)))
 
     @cached_property
     def experts(self) -> str | None:
@@ -85,7 +88,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         )
     layers = decoder.layers(config.get_text_config())
     return Architecture(
-        config.model_type, family.layers, layers, decoder.norm_offset, family.ignore, decoder.final_norm
+        config.model_type, family.layers, layers, decoder.norm_offset, family.ignore, decoder.final_norm, decoder.kept
     )
 
 

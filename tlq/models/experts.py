@@ -41,11 +41,21 @@ class Expert(nn.Module):
 
 
 class SeparateExperts(nn.ModuleList):
-    """The experts of a layer, called as transformers calls its own module of experts."""
+    """The experts of a layer, called as transformers calls its own module of experts.
+
+    Attributes:
+        transposed: whether transformers keeps their weights as [experts, in, out] and not as [experts, out, in].
+        scales_inputs: whether the router's weights multiply the experts' inputs and not their outputs.
+    """
+
+    transposed = False
+    scales_inputs = False
 
     def __init__(self, fused: Any) -> None:
-        """Takes the weights of transformers' module; they share its memory."""
+        """Takes the weights of transformers' module; they share its memory unless it keeps them transposed."""
         gate_up, down = getattr(fused, GATE_UP), getattr(fused, DOWN)
+        if self.transposed:
+            gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
         super().__init__(Expert(gate_up[number], down[number], fused.act_fn) for number in range(len(down)))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -64,15 +74,64 @@ class SeparateExperts(nn.ModuleList):
         return output
 
 
+class ScaledInputExperts(SeparateExperts):
+    """Experts whose input the router scales (Llama 4)."""
+
+    transposed = True
+    scales_inputs = True
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, scales: Tensor) -> Tensor:
+        """Sum of the outputs of each token's experts.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            top_k_index: [tokens, k], numbers of the experts.
+            scales: [tokens, experts], the router's weights for all experts, those without the token too.
+        """
+        output = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self):
+            expert.tokens = torch.where(top_k_index == number)[0]
+            if len(expert.tokens):
+                scaled = hidden_states[expert.tokens] * scales[expert.tokens, number, None]
+                output.index_add_(0, expert.tokens, expert(scaled))
+        return output
+
+
+class ScaledInputMixture(nn.Module):
+    """Router, experts whose input it scales, and a shared expert, in place of ``Llama4TextMoe``.
+
+    transformers runs every expert on all tokens, most of them scaled to zero.
+    """
+
+    def __init__(self, mixture: Any) -> None:
+        super().__init__()
+        self.router, self.shared_expert = mixture.router, mixture.shared_expert
+        self.experts = ScaledInputExperts(mixture.experts)
+        self._top_k = mixture.top_k
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [tokens, hidden] for ``hidden_states`` [..., hidden], and the router's logits [tokens, experts]."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, logits = self.router(tokens)
+        scales = torch.sigmoid(logits.float()).to(logits.dtype)
+        routed = self.experts(tokens, torch.topk(logits, self._top_k, dim=1).indices, scales)
+        return self.shared_expert(tokens) + routed, logits
+
+
+#: Classes of transformers whose call has to change with that of their experts -> what takes their place.
+_MIXTURES: dict[str, Callable[[Any], nn.Module]] = {"Llama4TextMoe": ScaledInputMixture}
+
+
 def separate_experts(model: nn.Module) -> None:
     """Replace every module of experts that transformers keeps in three-dimensional parameters, in place.
 
-    Modules with transposed or interleaved weights, biases or norms stay as they are.
+    Modules with interleaved weights, biases or norms stay as they are.
     """
     for path, module in list(model.named_modules()):
-        if _is_fused(module):
+        build = SeparateExperts if _is_fused(module) else _MIXTURES.get(type(module).__name__)
+        if build is not None:
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, SeparateExperts(module))
+            setattr(model.get_submodule(parent), name, build(module))
 
 
 def _is_fused(module: Any) -> bool:

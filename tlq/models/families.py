@@ -25,6 +25,9 @@ VISUAL_PROJECTOR = Family(("lm_head", "re:.*visual.*", "re:.*projector.*"))
 OVIS2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*visual_embeddings_table.*"))
 GRANITE = Family(("lm_head", "re:.*vision_tower.*", "re:.*layerwise_projectors.*", "re:.*spatial_projectors.*"))
 MINICPM_V = Family(("lm_head", "re:.*vision_tower.*", "re:.*merger.*"))
+LLAMA4 = Family(
+    ("language_model.lm_head", "re:.*vision_model.*", "re:.*multi_modal_projector.*"), "language_model.model.layers"
+)
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -52,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": LLAVA,
     "llava_next": LLAVA,
     "llava": LLAVA,
+    "llama4": LLAMA4,
     "internvl": LLAVA,
     "mistral3": LLAVA,
     "lighton_ocr": LIGHTON_OCR,

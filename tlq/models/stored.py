@@ -79,28 +79,30 @@ class StoredTensor:
         """The name under which an export stores it: the key, or that of a linear of its own."""
         return self.key if self.part is None else f"{self.key.rpartition('.')[0]}.{self.part.name}"
 
-    def of_experts(self, rows: Mapping[str, int], width: int) -> Iterator[StoredTensor]:
-        """Places of the linears in a tensor that holds all experts of a layer.
+    def of_experts(self, rows: Mapping[str, int], width: int, transposed: bool = False) -> Iterator[StoredTensor]:
+        """Places of the linears in a tensor that holds all experts of a layer, whichever way round.
 
         Args:
             rows: output channels of each linear of an expert that the tensor holds, in their order.
             width: their input channels.
+            transposed: whether square weights are [in, out].
 
         Raises:
             ValueError: the tensor has another shape.
         """
         total = sum(rows.values())
-        plain, transposed = (total, width), (width, total)
-        if len(self.shape) != 3 or self.shape[1:] not in (plain, transposed):
+        forms = ((width, total), (total, width)) if transposed else ((total, width), (width, total))
+        if len(self.shape) != 3 or self.shape[1:] not in forms:
             raise ValueError(
                 f"{self.file}: {self.key} has shape {list(self.shape)}, the model of its config.json needs "
                 f"{total} x {width} for every expert; download the checkpoint again"
             )
+        transposed = transposed == (self.shape[1:] == forms[0])
         for expert in range(self.shape[0]):
             start = 0
             for linear, count in rows.items():
                 rows_of = (start, start + count)
-                part = Part(f"{expert}.{linear}.weight", expert, rows_of, self.shape[1:] != plain)
+                part = Part(f"{expert}.{linear}.weight", expert, rows_of, transposed)
                 yield replace(self, shape=(count, width), part=part)
                 start += count
 

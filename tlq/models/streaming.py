@@ -206,7 +206,7 @@ class StreamedModel:
                 "download the checkpoint again"
             )
         parent = place.key.rpartition(".")[0]
-        for linear in place.of_experts(rows, width):
+        for linear in place.of_experts(rows, width, experts.transposed):
             yield f"{path}{linear.name.removeprefix(parent)}", linear
 
     def _check_form(self, place: StoredTensor, wanted: Tensor) -> None:

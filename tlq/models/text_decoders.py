@@ -75,6 +75,7 @@ class Decoder:
             config.
         experts: what takes the place of the MLP, in some layers or in all.
         final_norm: name of the norm after the last layer.
+        kept: linears in no group, which stay in full precision.
     """
 
     attention: tuple[LinearGroup, ...] = (QKV, O_PROJ)
@@ -83,6 +84,7 @@ class Decoder:
     kinds: tuple[tuple[str, tuple[LinearGroup, ...]], ...] = ()
     experts: Experts | None = None
     final_norm: str = "norm"
+    kept: tuple[str, ...] = ()
 
     def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
         """The groups of every layer of a decoder, from its config."""
@@ -153,10 +155,30 @@ GLM4V_MOE = Decoder(
         lambda text, index: index >= text.first_k_dense_replace,
     )
 )
+# Engines reorder the rows of queries and keys as they load them, but not those of packed codes and their scales
+# (https://github.com/vllm-project/vllm/pull/34997), and they fuse queries, keys and values: all three stay as they are.
+LLAMA4 = Decoder(
+    attention=(O_PROJ,),
+    mlp=(
+        LinearGroup(
+            "gate_up", ("feed_forward.gate_proj", "feed_forward.up_proj"), "post_attention_layernorm", "feed_forward"
+        ),
+        LinearGroup("down", ("feed_forward.down_proj",), "feed_forward.up_proj", tokenwise=True),
+    ),
+    experts=Experts(
+        "feed_forward.experts",
+        ("feed_forward.router",),
+        "feed_forward.shared_expert",
+        lambda text: text.num_local_experts,
+        lambda text, index: index in text.moe_layers,
+    ),
+    kept=QKV.linears,
+)
 
 #: By the ``model_type`` of the text config.
 DECODERS: dict[str, Decoder] = {
     "llama": LLAMA,
+    "llama4_text": LLAMA4,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
@@ -188,5 +210,4 @@ UNSUPPORTED: dict[str, str] = {
     "gemma4": "its decoder layers add inputs of their own and share keys and values",
     "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
     "hunyuan_vl": "transformers 5.23 computes other logits for a sample in a batch than alone",
-    "llama4": "its feed_forward.experts is a mixture of experts whose weights are stored transposed",
 }
