@@ -136,6 +136,17 @@ def siglip2_image(_tiles: int, generator: torch.Generator) -> tuple[int, Inputs]
     }
 
 
+def deepseek_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """144 tokens per view and a separator; three tiles make a second, local view."""
+    views = 1 + tiles // 3
+    inputs = {
+        "pixel_values": pixels(1, 3, 16, 16, generator=generator),
+        "num_local_patches": torch.tensor([views - 1]),
+    }
+    local = {"pixel_values_local": pixels(views - 1, 3, 16, 16, generator=generator)} if views > 1 else {}
+    return 144 * views + 1, {**inputs, **local}
+
+
 def packed_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     """8 x 8 patches per tile side by side, after each other in the last dimension; 4 x 4 of them one token."""
     return 4 * tiles, {
@@ -487,6 +498,46 @@ TINY: dict[str, TinyFamily] = {
                 "image_grid_pinpoints": PINPOINTS,
             },
             anyres_image,
+        ),
+        TinyFamily(
+            "llava_next_video",
+            {
+                "text_config": text("llama"),
+                "vision_config": tower("clip_vision_model", 8),
+                "image_token_index": IMAGE,
+                "video_token_index": VIDEO,
+                "vision_feature_layer": -1,
+                "image_grid_pinpoints": PINPOINTS,
+            },
+            anyres_image,
+        ),
+        TinyFamily(
+            "deepseek_ocr2",
+            {
+                "text_config": text(
+                    "deepseek_ocr2_text",
+                    n_routed_experts=4,
+                    n_shared_experts=1,
+                    num_experts_per_tok=2,
+                    moe_intermediate_size=128,
+                    mlp_layer_types=["dense", "sparse"],
+                ),
+                "vision_config": {
+                    "sam_config": {
+                        "hidden_size": 32,
+                        "num_hidden_layers": 1,
+                        "num_attention_heads": 2,
+                        "image_size": 16,
+                        "patch_size": 4,
+                        "output_channels": 16,
+                        "global_attn_indexes": [0],
+                        "downsample_channels": [16, 32],
+                    },
+                    "encoder_config": tower("deepseek_ocr2_encoder", 4, num_key_value_heads=2, vocab_size=4),
+                },
+                "image_token_id": IMAGE,
+            },
+            deepseek_image,
         ),
         TinyFamily(
             "llama4",

@@ -28,6 +28,7 @@ MINICPM_V = Family(("lm_head", "re:.*vision_tower.*", "re:.*merger.*"))
 LLAMA4 = Family(
     ("language_model.lm_head", "re:.*vision_model.*", "re:.*multi_modal_projector.*"), "language_model.model.layers"
 )
+DEEPSEEK_OCR2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*sam_model.*", "re:.*qwen2_model.*", "re:.*projector.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -54,8 +55,10 @@ FAMILIES: dict[str, Family] = {
     "vipllava": LLAVA,
     "llava_onevision": LLAVA,
     "llava_next": LLAVA,
+    "llava_next_video": LLAVA,
     "llava": LLAVA,
     "llama4": LLAMA4,
+    "deepseek_ocr2": DEEPSEEK_OCR2,
     "internvl": LLAVA,
     "mistral3": LLAVA,
     "lighton_ocr": LIGHTON_OCR,

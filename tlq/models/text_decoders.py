@@ -155,6 +155,15 @@ GLM4V_MOE = Decoder(
         lambda text, index: index >= text.first_k_dense_replace,
     )
 )
+DEEPSEEK_OCR2 = Decoder(
+    experts=Experts(
+        "mlp.experts",
+        ("mlp.gate",),
+        "mlp.shared_experts",
+        lambda text: text.n_routed_experts,
+        lambda text, index: text.mlp_layer_types[index] == "sparse",
+    )
+)
 # Engines reorder the rows of queries and keys as they load them, but not those of packed codes and their scales
 # (https://github.com/vllm-project/vllm/pull/34997), and they fuse queries, keys and values: all three stay as they are.
 LLAMA4 = Decoder(
@@ -197,6 +206,7 @@ DECODERS: dict[str, Decoder] = {
     "qwen3_5_text": QWEN3_5,
     "qwen3_5_moe_text": QWEN3_5_MOE,
     "glm4v_moe_text": GLM4V_MOE,
+    "deepseek_ocr2_text": DEEPSEEK_OCR2,
     "gemma3_text": GEMMA3,
 }
 
@@ -209,5 +219,6 @@ UNSUPPORTED: dict[str, str] = {
     "ernie4_5_vl_moe": "its mlp has one mixture of experts for text and one for images",
     "gemma4": "its decoder layers add inputs of their own and share keys and values",
     "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
+    "paligemma": "it reads a prompt in both directions, so that an answer behind it would see itself",
     "hunyuan_vl": "transformers 5.23 computes other logits for a sample in a batch than alone",
 }

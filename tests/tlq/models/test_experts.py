@@ -30,7 +30,7 @@ from tlq.models.streaming import ResidentModel, StreamedModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 
-FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe", "llama4")
+FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe", "deepseek_ocr2", "llama4")
 SHARED = "model.language_model.layers.0.mlp.experts"
 LLAMA4 = "language_model.model.layers.0.feed_forward.experts"
 
@@ -84,7 +84,7 @@ def test_separate_experts_compute_what_transformers_computes(tmp_path: Path, nam
     path = architecture_of(model.config).experts
     assert path is not None
     layers = architecture_of(model.config).decoder_layers(model)
-    assert isinstance(layers[-1 if name == "glm4v_moe" else 0].get_submodule(path), SeparateExperts)
+    assert isinstance(layers[-1 if name in ("glm4v_moe", "deepseek_ocr2") else 0].get_submodule(path), SeparateExperts)
     for batch in batches_of(name):
         expected = plain(**batch.encode()).logits[batch.valid]
         torch.testing.assert_close(model(**batch.encode()).logits[batch.valid], expected, rtol=1e-5, atol=1e-5)
