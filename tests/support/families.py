@@ -37,7 +37,8 @@ class TinyFamily:
     Attributes:
         config: fields of its config that differ from the family's defaults.
         image: (number of tiles, generator) -> number of image tokens, and the model's inputs for one sample's image.
-        token_types: name of the input that marks image tokens with 1, if the model needs one.
+        token_types: names of the inputs that mark image tokens with 1, with blanks between, if the model needs any;
+            those of ``moe_`` also mark the tokens around an image.
     """
 
     model_type: str
@@ -87,6 +88,12 @@ def qwen_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
         "pixel_values": pixels(16 * tiles, 3 * 2 * 4 * 4, generator=generator),
         "image_grid_thw": grid,
     }
+
+
+def ernie_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """As ``qwen_image``, without a dimension of time."""
+    count, inputs = qwen_image(tiles, generator)
+    return count, {**inputs, "pixel_values": pixels(16 * tiles, 3 * 4 * 4, generator=generator)}
 
 
 def patch_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
@@ -540,6 +547,32 @@ TINY: dict[str, TinyFamily] = {
             deepseek_image,
         ),
         TinyFamily(
+            "ernie4_5_vl_moe",
+            {
+                "text_config": text(
+                    "ernie4_5_vl_moe_text",
+                    moe_intermediate_size=[128, 256],
+                    moe_k=2,
+                    moe_num_experts=4,
+                    moe_num_shared_experts=1,
+                    mlp_layer_types=["sparse", "dense"],
+                    **mrope([4, 4, 8]),
+                ),
+                "vision_config": {
+                    "depth": 1,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_heads": 2,
+                    "patch_size": 4,
+                },
+                **QWEN_IDS,
+                "image_start_token_id": VISION_START,
+                "image_end_token_id": VISION_END,
+            },
+            ernie_image,
+            "mm_token_type_ids moe_mm_token_type_ids",
+        ),
+        TinyFamily(
             "llama4",
             {
                 "text_config": text(
@@ -674,8 +707,8 @@ def _row(family: TinyFamily, tiles: int, words: int, generator: torch.Generator)
     image = torch.full((1, count), IMAGE)
     ids = torch.cat([before, torch.tensor([[VISION_START]]), image, torch.tensor([[VISION_END]]), after], 1)
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
-    if family.token_types:
-        row[family.token_types] = (ids == IMAGE).long()
+    for name in (family.token_types or "").split():
+        row[name] = (ids >= IMAGE if name.startswith("moe_") else ids == IMAGE).long()
     return row
 
 

@@ -86,6 +86,10 @@ class Streams:
         self.architecture, self.numbers, self._weights = model.architecture, job.own_batches, job.weights
         self._device, self._memory, self._ranks = model.device, job.memory, job.ranks
         self._valid = [batch.valid for batch in job.batches]
+        self._of_modality = {
+            "image": [batch.is_image for batch in job.batches],
+            "text": [batch.valid & ~batch.is_image for batch in job.batches],
+        }
         self._batches = [job.batches[number] for number in self.numbers]
         self._last = len(model.architecture.decoder_layers(model.skeleton)) - 1
         self._parent_of = recipe.error_measure.parent_of
@@ -140,8 +144,18 @@ class Streams:
             else:
                 own = self._shares_of(group, shared)
             least = LEAST_TOKENS * get_linear(layer, group.linears[0]).in_features
-            self._expert_tokens[group.name] = expert_tokens(own, self._valid, least)
+            self._expert_tokens[group.name] = expert_tokens(own, self._tokens_for(group, own), least)
         return self._expert_tokens[group.name]
+
+    def _tokens_for(self, group: LinearGroup, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Masks [batch, time] of the tokens that an expert can be given, by micro-batch of all ranks.
+
+        These are the tokens of its modality, if there are any, and those with a weight: the marks before and after an
+        image may be routed with it.
+        """
+        masks = self._of_modality.get(group.modality or "", self._valid)
+        masks = masks if any(bool(mask.any()) for mask in masks) else self._valid
+        return [mask | (own > 0) for mask, own in zip(masks, weights, strict=True)]
 
     def _enter_experts(self, index: int, layer: nn.Module, group: LinearGroup) -> Routed:
         """The input of the experts on the exposed stream."""

@@ -36,7 +36,7 @@ REFUSALS = (ValueError, IndexError, KeyError, TypeError, ArithmeticError, Runtim
 _PROBES = ("0zero0", "1one1")
 
 #: Fill of padded places in inputs that have one value per token; ``input_ids`` are filled with the padding token.
-_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids")
 
 
 #: Inputs in whose last dimension the patches of all images follow each other -> the input that gives the images' sizes.

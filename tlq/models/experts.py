@@ -51,12 +51,14 @@ class SeparateExperts(nn.ModuleList):
     transposed = False
     scales_inputs = False
 
-    def __init__(self, fused: Any) -> None:
-        """Takes the weights of transformers' module; they share its memory unless it keeps them transposed."""
-        gate_up, down = getattr(fused, GATE_UP), getattr(fused, DOWN)
-        if self.transposed:
-            gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
-        super().__init__(Expert(gate_up[number], down[number], fused.act_fn) for number in range(len(down)))
+    def __init__(self, *fused: Any) -> None:
+        """Takes the weights of transformers' modules; they share their memory unless these keep them transposed."""
+        super().__init__()
+        for each in fused:
+            gate_up, down = getattr(each, GATE_UP), getattr(each, DOWN)
+            if self.transposed:
+                gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+            self.extend(Expert(gate_up[number], down[number], each.act_fn) for number in range(len(down)))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the outputs of each token's experts.
@@ -118,8 +120,47 @@ class ScaledInputMixture(nn.Module):
         return self.shared_expert(tokens) + routed, logits
 
 
+def _isolated_mixture(mixture: Any) -> nn.Module:
+    """A mixture of experts for text and one for images, ``Ernie4_5_VLMoeMoeBlock``, with all experts in one module.
+
+    The experts for images come after those for text, as checkpoints number them. A decoder layer asks for the class.
+    """
+
+    class IsolatedMixture(type(mixture)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, moe_mm_token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            """Output for ``hidden_states`` [batch, time, hidden] and the routers' logits [tokens, experts].
+
+            Args:
+                moe_mm_token_type_ids: [batch, time], 0 for the tokens of text.
+            """
+            tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+            logits, weights, routes = self.text_moe.gate(tokens)
+            if moe_mm_token_type_ids is not None:
+                of_images = self.vision_moe.gate(tokens)
+                is_image = moe_mm_token_type_ids.reshape(-1, 1).bool()
+                logits, weights = (
+                    torch.where(is_image, of_images[at], each) for at, each in ((0, logits), (1, weights))
+                )
+                routes = torch.where(is_image, of_images[2] + self.num_experts, routes)
+            output = self.experts(tokens, routes, weights).view(hidden_states.shape)
+            if self.shared_experts is not None:
+                output = output + self.shared_experts(hidden_states)
+            return output, logits
+
+    isolated = IsolatedMixture.__new__(IsolatedMixture)
+    nn.Module.__init__(isolated)
+    isolated.num_experts, isolated.shared_experts = mixture.num_experts, mixture.shared_experts
+    isolated.text_moe, isolated.vision_moe = nn.Module(), nn.Module()
+    isolated.text_moe.gate, isolated.vision_moe.gate = mixture.text_moe.gate, mixture.vision_moe.gate
+    isolated.experts = SeparateExperts(mixture.text_moe.experts, mixture.vision_moe.experts)
+    return isolated
+
+
 #: Classes of transformers whose call has to change with that of their experts -> what takes their place.
-_MIXTURES: dict[str, Callable[[Any], nn.Module]] = {"Llama4TextMoe": ScaledInputMixture}
+_MIXTURES: dict[str, Callable[[Any], nn.Module]] = {
+    "Llama4TextMoe": ScaledInputMixture,
+    "Ernie4_5_VLMoeMoeBlock": _isolated_mixture,
+}
 
 
 def separate_experts(model: nn.Module) -> None:
@@ -127,11 +168,16 @@ def separate_experts(model: nn.Module) -> None:
 
     Modules with interleaved weights, biases or norms stay as they are.
     """
-    for path, module in list(model.named_modules()):
-        build = SeparateExperts if _is_fused(module) else _MIXTURES.get(type(module).__name__)
-        if build is not None:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, build(module))
+    mixtures = [(path, module) for path, module in model.named_modules() if type(module).__name__ in _MIXTURES]
+    for path, module in mixtures:
+        _replace(model, path, _MIXTURES[type(module).__name__](module))
+    for path, module in [(path, module) for path, module in model.named_modules() if _is_fused(module)]:
+        _replace(model, path, SeparateExperts(module))
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 def _is_fused(module: Any) -> bool:

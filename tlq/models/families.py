@@ -25,6 +25,8 @@ VISUAL_PROJECTOR = Family(("lm_head", "re:.*visual.*", "re:.*projector.*"))
 OVIS2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*visual_embeddings_table.*"))
 GRANITE = Family(("lm_head", "re:.*vision_tower.*", "re:.*layerwise_projectors.*", "re:.*spatial_projectors.*"))
 MINICPM_V = Family(("lm_head", "re:.*vision_tower.*", "re:.*merger.*"))
+# The names of transformers, then those of vLLM.
+ERNIE_VL = Family(("lm_head", "re:.*vision_(tower|model).*", "re:.*resampler_model.*", "re:.*_experts_gate"))
 LLAMA4 = Family(
     ("language_model.lm_head", "re:.*vision_model.*", "re:.*multi_modal_projector.*"), "language_model.model.layers"
 )
@@ -59,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "llava": LLAVA,
     "llama4": LLAMA4,
     "deepseek_ocr2": DEEPSEEK_OCR2,
+    "ernie4_5_vl_moe": ERNIE_VL,
     "internvl": LLAVA,
     "mistral3": LLAVA,
     "lighton_ocr": LIGHTON_OCR,

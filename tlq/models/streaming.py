@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    Split,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from tlq.models.architectures import Architecture, architecture_of, get_linear
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
@@ -60,10 +67,12 @@ class LayeredModel(Protocol):
         ...
 
 
-def names_of_stored(model: PreTrainedModel) -> Callable[[str], str]:
-    """The function from the key of a stored tensor to its name in the module tree, as transformers renames it.
+def names_of_stored(model: PreTrainedModel) -> Callable[[str], tuple[list[str], bool]]:
+    """The function from the key of a stored tensor to the names of what it holds in the module tree, in transformers.
 
-    It raises ValueError if transformers would also change the tensor's form, other than to put experts together.
+    It returns the names of the tensors that follow each other in its rows, one as a rule, and whether it holds them
+    transposed. It raises ValueError if transformers would change the tensor in another way, other than to put experts
+    together.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
@@ -77,13 +86,21 @@ def names_of_stored(model: PreTrainedModel) -> Callable[[str], str]:
         if isinstance(module, SeparateExperts):
             wanted |= dict.fromkeys((f"{path}.{GATE_UP}", f"{path}.{DOWN}"), True)  # None would count as absent
 
-    def name_of(key: str) -> str:
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-        if converter is not None:
-            raise ValueError(f"{key} is not stored in the form that the model uses; convert the checkpoint")
-        return key if name not in wanted and key in wanted else name
+    def names_of(key: str) -> tuple[list[str], bool]:
+        name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        if source is None:
+            return [key if name not in wanted and key in wanted else name], False
+        converter = next(each for each in converters if source in each.source_patterns)
+        targets, (operation, *more) = converter.target_patterns, converter.operations
+        names = [name.replace(targets[0], target) for target in targets]
+        if not more and len(converter.source_patterns) == 1 and all(name in wanted for name in names):
+            if isinstance(operation, Chunk | Split) and operation.dim == 0:
+                return names, False
+            if isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {0, 1}:
+                return names, True
+        raise ValueError(f"{key} is not stored in the form that the model uses; convert the checkpoint")
 
-    return name_of
+    return names_of
 
 
 @dataclass
@@ -141,7 +158,9 @@ class StreamedModel:
         self.skeleton = empty_model(self.config, checkpoint, self.dtype)
         self.skeleton.requires_grad_(False)
         #: They keep the dtype in which they are stored, as in transformers: a router's bias decides between experts.
-        self._buffers = {name for name, _ in self.skeleton.named_buffers()}
+        strict = self.skeleton._keep_in_fp32_modules_strict or ()
+        self._uncast = {name for name, _ in self.skeleton.named_buffers()}
+        self._uncast |= {name for name in self.skeleton.state_dict() for each in strict if f".{each}." in f".{name}."}
         self._experts = {
             path: module for path, module in self.skeleton.named_modules() if isinstance(module, SeparateExperts)
         }
@@ -174,10 +193,14 @@ class StreamedModel:
         unnamed: dict[str, StoredTensor] = {}
         for key, whole in self._stored().items():
             try:
-                name = rename(key)
+                names, transposed = rename(key)
             except ValueError as error:
                 raise ValueError(f"{self.folder}: {error}") from error
-            for part, place in self._parts(name, whole):
+            if len(names) == 1 and not transposed:
+                parts = self._parts(names[0], whole)
+            else:
+                parts = whole.in_rows({name: tuple(wanted[name].shape) for name in names}, transposed)
+            for part, place in parts:
                 if part in wanted:
                     self._check_form(place, wanted[part])
                 (found if part in wanted else unnamed)[part] = place
@@ -333,7 +356,7 @@ class StreamedModel:
                         tensors[name] = tensors[twin]
                         continue
                     tensor = self.weight_map[name].read(opened)
-                    cast = tensor.is_floating_point() and name not in self._buffers
+                    cast = tensor.is_floating_point() and name not in self._uncast
                     wanted = (dtype or self.dtype) if cast else tensor.dtype
                     # Copy even if dtype and device stay: the file must not remain mapped.
                     tensors[name] = tensor.to(self.device, wanted, copy=True)

@@ -6,7 +6,7 @@ a norm computes its gain.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -39,6 +39,7 @@ class Experts:
         shared: path of the MLP that every token passes, or None.
         count: number of experts, from the config of the text decoder.
         sparse: whether a layer has experts, from that config and its index; the others have a plain MLP.
+        modalities: what equal parts of the experts compute, in their order; none if every expert computes any token.
     """
 
     path: str
@@ -46,12 +47,19 @@ class Experts:
     shared: str | None
     count: Callable[[Any], int]
     sparse: Callable[[Any, int], bool] = lambda _text, _index: True
+    modalities: tuple[str, ...] = ()
 
     def groups(self, count: int) -> tuple[LinearGroup, ...]:
         """The linear groups of a layer with ``count`` experts."""
         shared = () if self.shared is None else self._of("shared", self.shared, None)
         experts = (self._of(f"{EXPERTS}.{number}", f"{self.path}.{number}", self.path) for number in range(count))
-        return (*shared, *(group for pair in experts for group in pair))
+        pairs = zip(experts, self._modalities(count), strict=True)
+        return (*shared, *(replace(group, modality=modality) for pair, modality in pairs for group in pair))
+
+    def _modalities(self, count: int) -> Iterator[str | None]:
+        """The modality of each of ``count`` experts."""
+        kinds = self.modalities or (None,)
+        return (kinds[number * len(kinds) // count] for number in range(count))
 
     def _of(self, name: str, block: str, experts: str | None) -> tuple[LinearGroup, LinearGroup]:
         gate_up = (f"{block}.gate_proj", f"{block}.up_proj")
@@ -164,6 +172,16 @@ DEEPSEEK_OCR2 = Decoder(
         lambda text, index: text.mlp_layer_types[index] == "sparse",
     )
 )
+ERNIE4_5_VL_MOE = Decoder(
+    experts=Experts(
+        "mlp.experts",
+        ("mlp.text_moe.gate", "mlp.vision_moe.gate"),
+        "mlp.shared_experts",
+        lambda text: 2 * text.num_experts,
+        lambda text, index: text.mlp_layer_types[index] == "sparse",
+        modalities=("text", "image"),
+    )
+)
 # Engines reorder the rows of queries and keys as they load them, but not those of packed codes and their scales
 # (https://github.com/vllm-project/vllm/pull/34997), and they fuse queries, keys and values: all three stay as they are.
 LLAMA4 = Decoder(
@@ -207,6 +225,7 @@ DECODERS: dict[str, Decoder] = {
     "qwen3_5_moe_text": QWEN3_5_MOE,
     "glm4v_moe_text": GLM4V_MOE,
     "deepseek_ocr2_text": DEEPSEEK_OCR2,
+    "ernie4_5_vl_moe_text": ERNIE4_5_VL_MOE,
     "gemma3_text": GEMMA3,
 }
 
@@ -216,7 +235,6 @@ UNSUPPORTED: dict[str, str] = {
     "mixtral": "its mlp.experts is a mixture of experts",
     "qwen2_moe": "its mlp.experts is a mixture of experts",
     "gpt_oss": "its mlp.experts is a mixture of experts",
-    "ernie4_5_vl_moe": "its mlp has one mixture of experts for text and one for images",
     "gemma4": "its decoder layers add inputs of their own and share keys and values",
     "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
     "paligemma": "it reads a prompt in both directions, so that an answer behind it would see itself",

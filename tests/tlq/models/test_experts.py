@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.exporting import read_tensors
-from support.families import batches_of, write_tiny
+from support.families import IMAGE, batches_of, write_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
@@ -19,6 +19,7 @@ from tlq.api import quantize
 from tlq.calibration.install import QuantizedLayer
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerLoop
+from tlq.export.compressed_tensors import read_layer
 from tlq.export.loading import load_model
 from tlq.importance.gradients import score_tokens
 from tlq.importance.losses import answer_loss
@@ -30,7 +31,7 @@ from tlq.models.streaming import ResidentModel, StreamedModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 
-FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe", "deepseek_ocr2", "llama4")
+FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe", "deepseek_ocr2", "ernie4_5_vl_moe", "llama4")
 SHARED = "model.language_model.layers.0.mlp.experts"
 LLAMA4 = "language_model.model.layers.0.feed_forward.experts"
 
@@ -191,6 +192,56 @@ def test_further_tokens_of_an_expert_enter_it_as_the_router_scales_them(tmp_path
     found = torch.cat([part.x for part in problem.inputs.own])
     assert float(torch.cdist(found, entered, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max()) < 1e-4
     assert len(found) > int((scales[:, 3] > 0).sum())
+
+
+@torch.no_grad()
+def test_experts_of_a_modality_get_further_tokens_of_it(tmp_path: Path) -> None:
+    """ERNIE 4.5 VL has one mixture for text and one for images, which also computes the marks around an image."""
+    model, batches = load_model(write_tiny("ernie4_5_vl_moe", tmp_path)), batches_of("ernie4_5_vl_moe")
+    architecture = architecture_of(model.config)
+    few = [batch.valid * (torch.arange(batch.valid.shape[1]) % 9 == 0).float() for batch in batches]
+    names = [(index, group.name) for index, of in enumerate(architecture.groups) for group in of if not group.experts]
+    weights = dict.fromkeys([*names, (0, EXPERTS)], few)
+    job = CalibrationJob(RECIPES["tlq"], WeightQuantizer(get_scheme("w4a16"), torch.bfloat16), batches, weights)
+    loop, layer = LayerLoop(ResidentModel(model), job), architecture.decoder_layers(model)[0]
+    reference = loop.streams.full_precision(0, layer)
+    groups = {group.name: group for group in architecture.groups[0]}
+    assert len([name for name in groups if name.startswith(f"{EXPERTS}.")]) == 16
+    marks = [batch.encode()["moe_mm_token_type_ids"].bool() for batch in batches]
+    for number in range(8):
+        tokens = loop.streams.prepare_expert(0, layer, groups[f"{EXPERTS}.{number}.gate_up"], reference)
+        assert tokens.further > 0
+        for batch, mark, given in zip(batches, marks, tokens.weights, strict=True):
+            allowed = mark if number >= 4 else batch.valid & ~mark | (batch.input_ids > IMAGE)
+            assert not bool((given[~allowed] > 0).any())
+
+
+def test_routers_of_a_pair_of_mixtures_are_exported_as_they_were_stored(tmp_path: Path) -> None:
+    """ERNIE 4.5 VL: two routers, stored transposed, whose biases share a tensor, and experts in one numbering."""
+    folder = write_tiny("ernie4_5_vl_moe", tmp_path / "source")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    bias = "model.layers.0.mlp.moe_statics.e_score_correction_bias"
+    tensors[bias] = torch.rand(2, 4) / 3  # more digits than bfloat16 has
+    tensors["model.layers.0.mlp.gate.weight_1"] = torch.rand(128, 4) / 3
+    save_file(tensors, file, {"format": "pt"})
+    source = StreamedModel(folder, torch.bfloat16)
+    prefix = "model.language_model.layers.0.mlp"
+    found = source.read(source.layer_names(0))
+    assert torch.equal(found[f"{prefix}.vision_moe.gate.weight"], tensors["model.layers.0.mlp.gate.weight_1"].t())
+    assert torch.equal(found[f"{prefix}.vision_moe.gate.moe_statics.e_score_correction_bias"], tensors[bias][1:])
+    assert found[f"{prefix}.experts.3.up_proj.weight"].shape == (128, 128)
+    assert found[f"{prefix}.experts.4.up_proj.weight"].shape == (256, 128)
+    quantize(folder, tmp_path / "out", recipe="rtn", scheme="w4a16")
+    exported = read_tensors(tmp_path / "out")
+    for name in (bias, "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.gate.weight_1"):
+        assert torch.equal(exported[name], tensors[name]), name
+    assert "model.layers.0.mlp.experts.7.up_proj.weight_packed" in exported
+    _, others = read_layer(
+        next(iter(sorted((tmp_path / "out").glob("model-*.safetensors")))), source, 0, get_scheme("w4a16")
+    )
+    for name, value in others.items():
+        assert torch.equal(value, source.read([name])[name]), name
 
 
 def test_experts_of_another_shape_or_number_are_refused(tmp_path: Path) -> None:
