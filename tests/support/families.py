@@ -154,6 +154,19 @@ def deepseek_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]
     return 144 * views + 1, {**inputs, **local}
 
 
+def molmo_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """A crop of 4 x 4 patches, 2 x 2 of them one token, and a second one cut in two if there is more than one tile."""
+    crops = 1 + (tiles > 1)
+    patches = torch.arange(16 * crops).view(crops, 2, 2, 2, 2).transpose(2, 3).reshape(-1, 4)
+    patches[-1, -1] = -1  # a token of three patches
+    return 4 * crops, {
+        "pixel_values": pixels(crops, 16, 3 * 4 * 4, generator=generator),
+        "image_token_pooling": patches,
+        "image_grids": torch.tensor([[2, 2, 2 * (crops - 1), 2]]),
+        "image_num_crops": torch.tensor([crops]),
+    }
+
+
 def packed_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     """8 x 8 patches per tile side by side, after each other in the last dimension; 4 x 4 of them one token."""
     return 4 * tiles, {
@@ -571,6 +584,34 @@ TINY: dict[str, TinyFamily] = {
             },
             ernie_image,
             "mm_token_type_ids moe_mm_token_type_ids",
+        ),
+        TinyFamily(
+            "molmo2",
+            {
+                "text_config": text("molmo2_text", head_dim=32, additional_vocab_size=8),
+                "vision_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "head_dim": 16,
+                    "image_size": [16, 16],
+                    "patch_size": 4,
+                },
+                "adapter_config": {
+                    "vision_feature_layer": [0],
+                    "hidden_size": 32,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "head_dim": 16,
+                    "intermediate_size": 64,
+                    "text_hidden_size": 128,
+                },
+                "image_patch_id": IMAGE,
+            },
+            molmo_image,
+            "mm_token_type_ids",
         ),
         TinyFamily(
             "llama4",

@@ -157,13 +157,17 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
 def _outside_tensors(model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
     """Tensors of no decoder layer under their stored names.
 
-    Those that the module tree does not name are carried over byte for byte, in the dtype in which they are stored.
+    Those that the module tree does not name, or holds in another form, are carried over byte for byte, in the dtype in
+    which they are stored.
     """
-    by_key = {model.weight_map[name].key: name for name in model.outside_names}  # tied weights are stored once
+    places = {name: model.weight_map[name] for name in model.outside_names}
+    as_they_are = {name: place for name, place in places.items() if place.originals != (place,)}
+    by_key = {place.key: name for name, place in places.items() if name not in as_they_are}  # tied ones are stored once
     for key, name in by_key.items():
         yield key, model.read([name], model.checkpoint_dtype)[name].cpu()
-    for place in model.unnamed.values():
-        yield place.key, read_tensor(place)
+    originals = [original for place in as_they_are.values() for original in place.originals]
+    for key, place in {place.key: place for place in (*originals, *model.unnamed.values())}.items():
+        yield key, read_tensor(place)
 
 
 def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None:

@@ -43,6 +43,10 @@ _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "moe_mm_token_
 _PACKED = {"pixel_values": "target_sizes"}
 
 
+#: Inputs that are numbers of patches -> the input [crops, patches, ...] whose patches they number; -1 is none.
+_NUMBERS = {"image_token_pooling": "pixel_values"}
+
+
 class Message(TypedDict):
     role: str
     content: str
@@ -204,11 +208,22 @@ def collate(rows: Sequence[Inputs], pad_id: int, side: str = "right") -> Inputs:
             fill = pad_id if name == "input_ids" else 0
             values = [row.get(name, torch.zeros_like(row["input_ids"])) for row in rows]
             inputs[name] = torch.cat([_pad(value, width, fill, side) for value in values])
+        elif name in _NUMBERS:
+            inputs[name] = torch.cat(_renumbered([row for row in rows if name in row], name))
         elif _PACKED.get(name) in names:
             inputs[name] = torch.cat([row[name] for row in rows if name in row], -1)
         else:
             inputs[name] = torch.cat(_pad_to_common([row[name] for row in rows if name in row]))
     return inputs
+
+
+def _renumbered(rows: Sequence[Inputs], name: str) -> list[Tensor]:
+    """Numbers of patches in the patches of all rows together."""
+    before, numbers = 0, []
+    for row in rows:
+        numbers.append(torch.where(row[name] >= 0, row[name] + before, row[name]))
+        before += row[_NUMBERS[name]].shape[:2].numel()
+    return numbers
 
 
 def _pad_to_common(values: list[Tensor]) -> list[Tensor]:

@@ -12,10 +12,13 @@ class Family:
     Attributes:
         ignore: linears that stay in full precision, in compressed-tensors' notation.
         layers: module path of the decoder layers.
+        joined: whether checkpoints keep several linears of a layer in one tensor. So do exports, which engines load;
+            transformers takes the tensors apart, but not those of a quantized weight.
     """
 
     ignore: tuple[str, ...]
     layers: str = "model.language_model.layers"
+    joined: bool = False
 
 
 QWEN_VL = Family(("lm_head", "re:.*visual.*"))
@@ -27,6 +30,10 @@ GRANITE = Family(("lm_head", "re:.*vision_tower.*", "re:.*layerwise_projectors.*
 MINICPM_V = Family(("lm_head", "re:.*vision_tower.*", "re:.*merger.*"))
 # The names of transformers, then those of vLLM.
 ERNIE_VL = Family(("lm_head", "re:.*vision_(tower|model).*", "re:.*resampler_model.*", "re:.*_experts_gate"))
+# The names of transformers, then those of vLLM.
+MOLMO2 = Family(
+    ("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*", "re:.*vision_backbone.*"), joined=True
+)
 LLAMA4 = Family(
     ("language_model.lm_head", "re:.*vision_model.*", "re:.*multi_modal_projector.*"), "language_model.model.layers"
 )
@@ -60,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next_video": LLAVA,
     "llava": LLAVA,
     "llama4": LLAMA4,
+    "molmo2": MOLMO2,
     "deepseek_ocr2": DEEPSEEK_OCR2,
     "ernie4_5_vl_moe": ERNIE_VL,
     "internvl": LLAVA,

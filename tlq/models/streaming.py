@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
+    Concatenate,
     Split,
     Transpose,
     WeightConverter,
@@ -32,7 +33,15 @@ from tlq.models.architectures import Architecture, architecture_of, get_linear
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
 from tlq.models.skeleton import empty_model
-from tlq.models.stored import WEIGHT_DTYPES, StoredTensor, open_tensors, read_tensor, refuse_quantized, stored_tensors
+from tlq.models.stored import (
+    WEIGHT_DTYPES,
+    StackedTensor,
+    StoredTensor,
+    open_tensors,
+    read_tensor,
+    refuse_quantized,
+    stored_tensors,
+)
 from tlq.runtime.memory import release_freed_memory
 
 
@@ -67,12 +76,26 @@ class LayeredModel(Protocol):
         ...
 
 
-def names_of_stored(model: PreTrainedModel) -> Callable[[str], tuple[list[str], bool]]:
-    """The function from the key of a stored tensor to the names of what it holds in the module tree, in transformers.
+@dataclass(frozen=True)
+class Content:
+    """What a stored tensor holds of the module tree.
 
-    It returns the names of the tensors that follow each other in its rows, one as a rule, and whether it holds them
-    transposed. It raises ValueError if transformers would change the tensor in another way, other than to put experts
-    together.
+    Attributes:
+        names: of the tensors that follow each other in its rows; one as a rule.
+        transposed: whether it is [in, out] and not [out, in].
+        position: its place among the stored tensors that hold the rows of the one tensor that is named; None if it
+            holds all of them.
+    """
+
+    names: list[str]
+    transposed: bool = False
+    position: int | None = None
+
+
+def contents_of_stored(model: PreTrainedModel) -> Callable[[str], Content]:
+    """The function from the key of a stored tensor to its content, as transformers renames and converts it.
+
+    It raises ValueError if transformers would change the tensor in another way, other than to put experts together.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
@@ -86,21 +109,23 @@ def names_of_stored(model: PreTrainedModel) -> Callable[[str], tuple[list[str], 
         if isinstance(module, SeparateExperts):
             wanted |= dict.fromkeys((f"{path}.{GATE_UP}", f"{path}.{DOWN}"), True)  # None would count as absent
 
-    def names_of(key: str) -> tuple[list[str], bool]:
+    def content_of(key: str) -> Content:
         name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
         if source is None:
-            return [key if name not in wanted and key in wanted else name], False
+            return Content([key if name not in wanted and key in wanted else name])
         converter = next(each for each in converters if source in each.source_patterns)
         targets, (operation, *more) = converter.target_patterns, converter.operations
         names = [name.replace(targets[0], target) for target in targets]
-        if not more and len(converter.source_patterns) == 1 and all(name in wanted for name in names):
+        if not more and all(name in wanted for name in names):
             if isinstance(operation, Chunk | Split) and operation.dim == 0:
-                return names, False
+                return Content(names)
             if isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {0, 1}:
-                return names, True
+                return Content(names, transposed=True)
+            if isinstance(operation, Concatenate) and operation.dim == 0:
+                return Content(names, position=converter.source_patterns.index(source))
         raise ValueError(f"{key} is not stored in the form that the model uses; convert the checkpoint")
 
-    return names_of
+    return content_of
 
 
 @dataclass
@@ -188,22 +213,25 @@ class StreamedModel:
     def _find_tensors(self) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
         """Places of the tensors that the module tree names, and of those that it does not."""
         wanted = self.skeleton.state_dict()
-        rename = names_of_stored(self.skeleton)
+        content_of = contents_of_stored(self.skeleton)
         found: dict[str, StoredTensor] = {}
         unnamed: dict[str, StoredTensor] = {}
+        stacks: dict[str, dict[int, StoredTensor]] = {}
         for key, whole in self._stored().items():
             try:
-                names, transposed = rename(key)
+                content = content_of(key)
             except ValueError as error:
                 raise ValueError(f"{self.folder}: {error}") from error
-            if len(names) == 1 and not transposed:
-                parts = self._parts(names[0], whole)
-            else:
-                parts = whole.in_rows({name: tuple(wanted[name].shape) for name in names}, transposed)
-            for part, place in parts:
-                if part in wanted:
-                    self._check_form(place, wanted[part])
-                (found if part in wanted else unnamed)[part] = place
+            if content.position is not None:
+                stacks.setdefault(content.names[0], {})[content.position] = whole
+                continue
+            for name, place in self._parts(content, whole, wanted):
+                if name in wanted:
+                    self._check_form(place, wanted[name])
+                (found if name in wanted else unnamed)[name] = place
+        for name, sources in stacks.items():
+            found[name] = StackedTensor.of([sources[position] for position in sorted(sources)])
+            self._check_form(found[name], wanted[name])
         self.untied = self._tie(found)
         missing = [name for name, value in wanted.items() if name not in found and value.is_meta]
         if missing:
@@ -213,8 +241,15 @@ class StreamedModel:
             )
         return found, unnamed
 
-    def _parts(self, name: str, place: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-        """The tensors of the module tree that a stored one holds, with their places: itself, or experts' linears."""
+    def _parts(
+        self, content: Content, place: StoredTensor, wanted: dict[str, Tensor]
+    ) -> Iterator[tuple[str, StoredTensor]]:
+        """The tensors of the module tree that a stored one holds, with their places: itself, or parts of it."""
+        if len(content.names) > 1 or content.transposed:
+            shapes = {name: tuple(wanted[name].shape) for name in content.names}
+            yield from place.in_rows(shapes, content.transposed)
+            return
+        (name,) = content.names
         path, _, leaf = name.rpartition(".")
         experts = self._experts.get(path)
         if experts is None or leaf not in (GATE_UP, DOWN):
@@ -299,7 +334,7 @@ class StreamedModel:
         def read_rows(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             tokens, positions = args[0].unique(return_inverse=True)
             with open_tensors(place.file) as opened:
-                rows = place.read(opened)[tokens.cpu()].to(self.device, self.dtype)
+                rows = place.read_rows(opened, tokens.cpu()).to(self.device, self.dtype)
             embeddings.weight = nn.Parameter(rows, requires_grad=False)
             return (positions, *args[1:])
 

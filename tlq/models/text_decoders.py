@@ -84,6 +84,7 @@ class Decoder:
         experts: what takes the place of the MLP, in some layers or in all.
         final_norm: name of the norm after the last layer.
         kept: linears in no group, which stay in full precision.
+        post_norm: whether norms come only after attention and MLP, from the config: no scale folds into them.
     """
 
     attention: tuple[LinearGroup, ...] = (QKV, O_PROJ)
@@ -93,16 +94,18 @@ class Decoder:
     experts: Experts | None = None
     final_norm: str = "norm"
     kept: tuple[str, ...] = ()
+    post_norm: Callable[[Any], bool] = lambda _text: False
 
     def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
         """The groups of every layer of a decoder, from its config."""
-        kinds = dict(self.kinds)
+        kinds, post_norm = dict(self.kinds), self.post_norm(text)
         stated = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
         sparse = () if self.experts is None else self.experts.groups(self.experts.count(text))
 
         @cache
         def groups(kind: str | None, has_experts: bool) -> tuple[LinearGroup, ...]:
-            return (*kinds.get(kind or "", self.attention), *(sparse if has_experts else self.mlp))
+            layer = (*kinds.get(kind or "", self.attention), *(sparse if has_experts else self.mlp))
+            return tuple(replace(each, fold=None) if each.parent else each for each in layer) if post_norm else layer
 
         return tuple(
             groups(kind, self.experts is not None and self.experts.sparse(text, index))
@@ -172,6 +175,7 @@ DEEPSEEK_OCR2 = Decoder(
         lambda text, index: text.mlp_layer_types[index] == "sparse",
     )
 )
+MOLMO2 = Decoder(post_norm=lambda text: text.norm_after)
 ERNIE4_5_VL_MOE = Decoder(
     experts=Experts(
         "mlp.experts",
@@ -206,6 +210,7 @@ LLAMA4 = Decoder(
 DECODERS: dict[str, Decoder] = {
     "llama": LLAMA,
     "llama4_text": LLAMA4,
+    "molmo2_text": MOLMO2,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,

@@ -162,6 +162,20 @@ def test_patches_of_all_images_follow_each_other_where_their_sizes_are_given() -
     assert both["target_sizes"].tolist() == [[1, 2], [1, 5]]
 
 
+def test_numbers_of_patches_count_those_of_the_chats_before() -> None:
+    """Molmo 2 pools patches of all images of a batch by their numbers."""
+    rows = [
+        {
+            "input_ids": torch.ones(1, 2, dtype=torch.long),
+            "pixel_values": torch.zeros(crops, 4, 12),
+            "image_token_pooling": torch.tensor([[0, 1], [2, -1]]),
+        }
+        for crops in (2, 1)
+    ]
+    both = collate([*rows, {"input_ids": torch.ones(1, 3, dtype=torch.long)}], pad_id=0)
+    assert both["image_token_pooling"].tolist() == [[0, 1], [2, -1], [8, 9], [10, -1]]
+
+
 def test_image_tokens_that_somebody_typed_become_words(family: Path) -> None:
     processor = load_processor(family)
     picture = Image.new("RGB", (16, 16))

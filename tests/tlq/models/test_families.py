@@ -18,12 +18,16 @@ from support.families import TINY, batches_of, tiny_config, write_tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from tlq.api import quantize
 from tlq.calibration.group import GroupSolver
 from tlq.calibration.install import QuantizedLayer
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerLoop, calibrate
 from tlq.calibration.streams import Streams
+from tlq.export.compressed_tensors import read_layer, write_layer
 from tlq.export.loading import load_model
+from tlq.export.quantized import PackedTensor
+from tlq.export.streamed import PackedModel
 from tlq.importance.gradients import keeps_graph, score_tokens
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_weights import TokenWeights
@@ -304,7 +308,7 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
         assert float((expected - original).abs().max()) > least  # it really is quantized
     assert_generates(loaded, model, name, scheme)
     everything_else_is_in_full_precision(built, loaded, path)
-    if built.architecture.experts is None:  # transformers 5.23 does not load quantized experts; tlq.load_model does
+    if built.architecture.loads_in_transformers:  # tlq.load_model loads the others
         loads_with_plain_transformers(built, model, path, name, scheme)
 
 
@@ -356,7 +360,7 @@ def everything_else_is_in_full_precision(built: Built, loaded: nn.Module, path: 
     for name, parameter in built.model.named_parameters():
         if not name.startswith(built.architecture.layers):
             assert torch.equal(parameter, parameters[name]), name
-    packed = [name for name in read_tensors(path) if name.endswith("weight_scale")]
+    packed = [name for name, place in PackedModel(path).weight_map.items() if isinstance(place, PackedTensor)]
     there = [name for layer in built.layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
     kept = [name for name in there if name in built.architecture.kept]
     assert len(packed) == len(linears) == len(there) - len(kept)
@@ -437,6 +441,52 @@ def test_invalid_overrides_are_refused(build: Builder, scheme: str, override: tu
 
     with pytest.raises(ValueError, match=message):
         attempt()
+
+
+# -- linears that a checkpoint keeps in one tensor ---------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["molmo2"])
+def test_linears_in_one_tensor_are_exported_in_one(build: Builder, tmp_path: Path, name: str) -> None:
+    """Engines read Molmo 2 as it was published; a layer kept in full precision has its folded scales there too."""
+    built, stored = build(name), read_tensors(build(name).path)
+    mixed = replace(get_scheme("w4a16"), overrides=(("*.layers.1.mlp.[gu]*", "full_precision"),))
+    weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
+    model = copy.deepcopy(built.model)
+    calibrated = calibrate(model, job_of(quick("tlq"), mixed, built.batches, weights))
+    write_export(built.path, calibrated, mixed, tmp_path / "out")
+    exported = read_tensors(tmp_path / "out")
+    block = "model.transformer.blocks.1"
+    assert exported[f"{block}.self_attn.att_proj.weight_scale"].shape == (256, 1)
+    assert exported[f"{block}.mlp.ff_proj.weight"].shape == stored[f"{block}.mlp.ff_proj.weight"].shape
+    assert not torch.equal(exported[f"{block}.mlp.ff_proj.weight"], stored[f"{block}.mlp.ff_proj.weight"])
+    for part in ("embedding", "new_embedding"):
+        assert torch.equal(exported[f"model.transformer.wte.{part}"], stored[f"model.transformer.wte.{part}"])
+    streamed = StreamedModel(built.path)
+    for index, result in enumerate(calibrated.layers):
+        shard = tmp_path / f"{index}.safetensors"
+        write_layer(shard, streamed, result.weights, result.others, mixed)
+        read, others = read_layer(shard, streamed, index, mixed)
+        assert all(torch.equal(read[path].codes, weight.codes) for path, weight in result.weights.items())
+        assert all(torch.equal(others[each], value) for each, value in result.others.items())
+    loaded = load_model(tmp_path / "out")
+    for batch in built.batches:
+        expected = model(**batch.encode()).logits[batch.valid]
+        assert float((loaded(**batch.encode()).logits[batch.valid] - expected).abs().max()) < 1e-4
+
+
+def test_norms_that_only_follow_take_no_scales() -> None:
+    text_config = {**TINY["molmo2"].config["text_config"], "norm_after": True}
+    (groups, *_) = architecture_of(tiny_config("molmo2", text_config=text_config)).groups
+    assert [group.fold for group in groups] == [None, "self_attn.v_proj", None, "mlp.up_proj"]
+
+
+def test_an_engine_that_takes_no_linears_in_one_tensor_is_refused_before_any_work(
+    build: Builder, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="transformers 5.23 does not load quantized linears that a checkpoint keeps"):
+        quantize(build("molmo2").path, tmp_path / "out", recipe="rtn", scheme="w4a16", engine="transformers")
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
