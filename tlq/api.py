@@ -224,7 +224,7 @@ def _opened(model: str | Path, scheme: Scheme, settings: CalibrationOptions) -> 
     """The checkpoint. Raises ValueError if it has experts, which the engine does not run."""
     streamed = settings.open_model(model)
     if settings.engine is not None:
-        check_engine(settings.engine, scheme, streamed.architecture.experts is not None)
+        check_engine(settings.engine, scheme, streamed.architecture.experts is not None, streamed.architecture.joined)
     return streamed
 
 

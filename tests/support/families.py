@@ -37,7 +37,8 @@ class TinyFamily:
     Attributes:
         config: fields of its config that differ from the family's defaults.
         image: (number of tiles, generator) -> number of image tokens, and the model's inputs for one sample's image.
-        token_types: name of the input that marks image tokens with 1, if the model needs one.
+        token_types: names of the inputs that mark image tokens with 1, with blanks between, if the model needs any;
+            those of ``moe_`` also mark the tokens around an image.
     """
 
     model_type: str
@@ -89,6 +90,12 @@ def qwen_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     }
 
 
+def ernie_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """As ``qwen_image``, without a dimension of time."""
+    count, inputs = qwen_image(tiles, generator)
+    return count, {**inputs, "pixel_values": pixels(16 * tiles, 3 * 4 * 4, generator=generator)}
+
+
 def patch_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     """As ``qwen_image``, the patches as pictures."""
     count, inputs = qwen_image(tiles, generator)
@@ -136,6 +143,38 @@ def siglip2_image(_tiles: int, generator: torch.Generator) -> tuple[int, Inputs]
     }
 
 
+def deepseek_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """144 tokens per view and a separator; three tiles make a second, local view."""
+    views = 1 + tiles // 3
+    inputs = {
+        "pixel_values": pixels(1, 3, 16, 16, generator=generator),
+        "num_local_patches": torch.tensor([views - 1]),
+    }
+    local = {"pixel_values_local": pixels(views - 1, 3, 16, 16, generator=generator)} if views > 1 else {}
+    return 144 * views + 1, {**inputs, **local}
+
+
+def molmo_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """A crop of 4 x 4 patches, 2 x 2 of them one token, and a second one cut in two if there is more than one tile."""
+    crops = 1 + (tiles > 1)
+    patches = torch.arange(16 * crops).view(crops, 2, 2, 2, 2).transpose(2, 3).reshape(-1, 4)
+    patches[-1, -1] = -1  # a token of three patches
+    return 4 * crops, {
+        "pixel_values": pixels(crops, 16, 3 * 4 * 4, generator=generator),
+        "image_token_pooling": patches,
+        "image_grids": torch.tensor([[2, 2, 2 * (crops - 1), 2]]),
+        "image_num_crops": torch.tensor([crops]),
+    }
+
+
+def packed_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """8 x 8 patches per tile side by side, after each other in the last dimension; 4 x 4 of them one token."""
+    return 4 * tiles, {
+        "pixel_values": pixels(1, 3, 4, 4 * 64 * tiles, generator=generator),
+        "target_sizes": torch.tensor([[8, 8 * tiles]]),
+    }
+
+
 def mrope(sections: list[int], **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections, **more}}
 
@@ -167,6 +206,28 @@ PIXTRAL_TOWER = {
     "patch_size": 4,
 }
 PINPOINTS = [[16, 16], [16, 32], [16, 48]]
+
+
+def minicpm(model_type: str, token_types: str | None = None, **more: Any) -> TinyFamily:
+    return TinyFamily(
+        model_type,
+        {
+            "text_config": text(
+                "qwen3_5_text",
+                head_dim=64,
+                **DELTA_NETS,
+                **mrope([4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
+            ),
+            "vision_config": tower(f"{model_type}_vision", 4, num_hidden_layers=2),
+            "insert_layer_id": 0,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            **more,
+        },
+        packed_image,
+        token_types,
+    )
+
 
 #: GLM's families with one description -> their decoder.
 GLM = {"glm4v": "glm4v_text", "glm46v": "glm4v_text", "glm_ocr": "glm_ocr_text"}
@@ -288,6 +349,16 @@ TINY: dict[str, TinyFamily] = {
             qwen_image,
             "mm_token_type_ids",
         ),
+        minicpm("minicpmv4_6"),
+        minicpm(
+            "minicpmv4_7",
+            "mm_token_type_ids",
+            image_start_id=VISION_START,
+            image_end_id=VISION_END,
+            slice_start_id=88,
+            slice_end_id=89,
+            newline_id=87,
+        ),
         *(glm(name, text_type) for name, text_type in GLM.items()),
         TinyFamily(
             "exaone4_5",
@@ -338,6 +409,33 @@ TINY: dict[str, TinyFamily] = {
                 "projector_hidden_size": 64,
             },
             siglip2_image,
+        ),
+        TinyFamily(
+            "granite4_vision",
+            {
+                "text_config": text(
+                    "granite4_vision_text",
+                    embedding_multiplier=2.0,
+                    attention_multiplier=0.25,
+                    residual_multiplier=0.5,
+                    logits_scaling=2.0,
+                ),
+                "vision_config": tower("siglip_vision_model", 4, hidden_size=64, vision_use_head=False),
+                "qformer_config": {
+                    "model_type": "blip_2_qformer",
+                    "num_hidden_layers": 1,
+                    "intermediate_size": 64,
+                    "cross_attention_frequency": 1,
+                    "use_qformer_text_input": False,
+                },
+                "image_token_index": IMAGE,
+                "image_grid_pinpoints": PINPOINTS,
+                "vision_feature_select_strategy": "full",
+                "downsample_rate": "1/2",
+                "deepstack_layer_map": [[-1, 0]],
+                "spatial_target_layers": [1, 2, 3, 4],
+            },
+            anyres_image,
         ),
         TinyFamily(
             "cohere2_vision",
@@ -420,6 +518,127 @@ TINY: dict[str, TinyFamily] = {
                 "image_grid_pinpoints": PINPOINTS,
             },
             anyres_image,
+        ),
+        TinyFamily(
+            "llava_next_video",
+            {
+                "text_config": text("llama"),
+                "vision_config": tower("clip_vision_model", 8),
+                "image_token_index": IMAGE,
+                "video_token_index": VIDEO,
+                "vision_feature_layer": -1,
+                "image_grid_pinpoints": PINPOINTS,
+            },
+            anyres_image,
+        ),
+        TinyFamily(
+            "deepseek_ocr2",
+            {
+                "text_config": text(
+                    "deepseek_ocr2_text",
+                    n_routed_experts=4,
+                    n_shared_experts=1,
+                    num_experts_per_tok=2,
+                    moe_intermediate_size=128,
+                    mlp_layer_types=["dense", "sparse"],
+                ),
+                "vision_config": {
+                    "sam_config": {
+                        "hidden_size": 32,
+                        "num_hidden_layers": 1,
+                        "num_attention_heads": 2,
+                        "image_size": 16,
+                        "patch_size": 4,
+                        "output_channels": 16,
+                        "global_attn_indexes": [0],
+                        "downsample_channels": [16, 32],
+                    },
+                    "encoder_config": tower("deepseek_ocr2_encoder", 4, num_key_value_heads=2, vocab_size=4),
+                },
+                "image_token_id": IMAGE,
+            },
+            deepseek_image,
+        ),
+        TinyFamily(
+            "ernie4_5_vl_moe",
+            {
+                "text_config": text(
+                    "ernie4_5_vl_moe_text",
+                    moe_intermediate_size=[128, 256],
+                    moe_k=2,
+                    moe_num_experts=4,
+                    moe_num_shared_experts=1,
+                    mlp_layer_types=["sparse", "dense"],
+                    **mrope([4, 4, 8]),
+                ),
+                "vision_config": {
+                    "depth": 1,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_heads": 2,
+                    "patch_size": 4,
+                },
+                **QWEN_IDS,
+                "image_start_token_id": VISION_START,
+                "image_end_token_id": VISION_END,
+            },
+            ernie_image,
+            "mm_token_type_ids moe_mm_token_type_ids",
+        ),
+        TinyFamily(
+            "molmo2",
+            {
+                "text_config": text("molmo2_text", head_dim=32, additional_vocab_size=8),
+                "vision_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "head_dim": 16,
+                    "image_size": [16, 16],
+                    "patch_size": 4,
+                },
+                "adapter_config": {
+                    "vision_feature_layer": [0],
+                    "hidden_size": 32,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "head_dim": 16,
+                    "intermediate_size": 64,
+                    "text_hidden_size": 128,
+                },
+                "image_patch_id": IMAGE,
+            },
+            molmo_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "llama4",
+            {
+                "text_config": text(
+                    "llama4_text",
+                    head_dim=32,
+                    intermediate_size=128,
+                    intermediate_size_mlp=256,
+                    num_local_experts=4,
+                    num_experts_per_tok=2,
+                    moe_layers=[0],
+                    no_rope_layers=[1, 0],
+                    attention_chunk_size=8,
+                    floor_scale=4,
+                ),
+                "vision_config": tower(
+                    "llama4_vision_model",
+                    4,
+                    intermediate_size=128,
+                    vision_output_dim=64,
+                    projector_input_dim=64,
+                    projector_output_dim=64,
+                ),
+                "image_token_index": IMAGE,
+            },
+            tiled_image,
         ),
         TinyFamily(
             "llava",
@@ -529,8 +748,8 @@ def _row(family: TinyFamily, tiles: int, words: int, generator: torch.Generator)
     image = torch.full((1, count), IMAGE)
     ids = torch.cat([before, torch.tensor([[VISION_START]]), image, torch.tensor([[VISION_END]]), after], 1)
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
-    if family.token_types:
-        row[family.token_types] = (ids == IMAGE).long()
+    for name in (family.token_types or "").split():
+        row[name] = (ids >= IMAGE if name.startswith("moe_") else ids == IMAGE).long()
     return row
 
 

@@ -31,10 +31,27 @@ class Routed:
     Attributes:
         hidden: [tokens, hidden], padding included.
         routes: [tokens, k], numbers of the experts of every token.
+        scales: [tokens, experts], by which the router multiplies the experts' inputs; none where it multiplies outputs.
     """
 
     hidden: Activations
     routes: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
+
+    def append(self, experts: nn.Module, arguments: Arguments) -> None:
+        """Keep the arguments of a call of the module of experts."""
+        (hidden, routes, weights), _ = arguments
+        self.hidden.append(hidden)
+        self.routes.append(routes.cpu())
+        if experts.scales_inputs:
+            self.scales.append(weights.cpu())
+
+    def scaled(self, number: int, hidden: Tensor, counts: Tensor, expert: int) -> Tensor:
+        """The rows of ``hidden`` for which ``counts`` is true, as micro-batch ``number`` enters an expert."""
+        rows = _counted(hidden, counts)
+        if not self.scales:
+            return rows
+        return rows * self.scales[number].to(rows.device)[counts.flatten(), expert, None]
 
 
 @dataclass
@@ -69,6 +86,10 @@ class Streams:
         self.architecture, self.numbers, self._weights = model.architecture, job.own_batches, job.weights
         self._device, self._memory, self._ranks = model.device, job.memory, job.ranks
         self._valid = [batch.valid for batch in job.batches]
+        self._of_modality = {
+            "image": [batch.is_image for batch in job.batches],
+            "text": [batch.valid & ~batch.is_image for batch in job.batches],
+        }
         self._batches = [job.batches[number] for number in self.numbers]
         self._last = len(model.architecture.decoder_layers(model.skeleton)) - 1
         self._parent_of = recipe.error_measure.parent_of
@@ -123,8 +144,18 @@ class Streams:
             else:
                 own = self._shares_of(group, shared)
             least = LEAST_TOKENS * get_linear(layer, group.linears[0]).in_features
-            self._expert_tokens[group.name] = expert_tokens(own, self._valid, least)
+            self._expert_tokens[group.name] = expert_tokens(own, self._tokens_for(group, own), least)
         return self._expert_tokens[group.name]
+
+    def _tokens_for(self, group: LinearGroup, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Masks [batch, time] of the tokens that an expert can be given, by micro-batch of all ranks.
+
+        These are the tokens of its modality, if there are any, and those with a weight: the marks before and after an
+        image may be routed with it.
+        """
+        masks = self._of_modality.get(group.modality or "", self._valid)
+        masks = masks if any(bool(mask.any()) for mask in masks) else self._valid
+        return [mask | (own > 0) for mask, own in zip(masks, weights, strict=True)]
 
     def _enter_experts(self, index: int, layer: nn.Module, group: LinearGroup) -> Routed:
         """The input of the experts on the exposed stream."""
@@ -133,7 +164,7 @@ class Streams:
         module, routed = layer.get_submodule(group.experts), Routed(self._activations())
         for number in range(len(self.exposed)):
             seen = self._observed(index, number, layer, {EXPERTS: module}, module)
-            _keep_routed(routed, seen[EXPERTS])
+            routed.append(module, seen[EXPERTS])
         return routed
 
     def _shares_of(self, group: LinearGroup, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -179,7 +210,7 @@ class Streams:
                 counts = self.weights_of(index, group, number) > 0
                 reference.inputs[group.name].append(_finite(_counted(hidden, counts), index, group))
             if experts is not None:
-                _keep_routed(reference.experts, seen[EXPERTS])
+                reference.experts.append(modules[EXPERTS], seen[EXPERTS])
             for parent in parents:
                 reference.parents[parent].append(seen[parent])
         return reference
@@ -195,19 +226,19 @@ class Streams:
             block = layer.get_submodule(group.block)
             for each in (each for each in self.architecture.groups[index] if each.block == group.block):
                 self.prepare_expert(index, layer, each, reference)
-                reference.inputs[each.name] = [
-                    self._expert_input(index, each, number, block, hidden)
-                    for number, hidden in enumerate(reference.experts.hidden)
-                ]
+                reference.inputs[each.name] = self._expert_inputs(index, each, block, reference.experts)
         return reference.inputs.pop(group.name)
 
-    def _expert_input(self, index: int, group: LinearGroup, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Input [tokens, in] of a group of an expert, for the tokens that count in it."""
-        rows = _counted(hidden, self.weights_of(index, group, number) > 0)
+    def _expert_inputs(self, index: int, group: LinearGroup, block: nn.Module, routed: Routed) -> list[Tensor]:
+        """Inputs [tokens, in] of a group of an expert by micro-batch, for the tokens that count in it."""
         first = block.get_submodule(group.linears[0].removeprefix(f"{group.block}."))
-        seen, _ = observe(block, rows, {}, {group.name: first}, first)
-        (counted,), _ = seen[group.name]
-        return _finite(counted, index, group)
+        inputs = []
+        for number, hidden in enumerate(routed.hidden):
+            rows = routed.scaled(number, hidden, self.weights_of(index, group, number) > 0, group.expert)
+            seen, _ = observe(block, rows, {}, {group.name: first}, first)
+            (counted,), _ = seen[group.name]
+            inputs.append(_finite(counted, index, group))
+        return inputs
 
     def advance_full_precision(self, index: int, layer: nn.Module) -> None:
         """Advance past ``layer``, which an earlier run solved and which still has its original weights."""
@@ -225,8 +256,7 @@ class Streams:
         """
         if group.experts is not None:
             assert self._routed is not None
-            block, states = layer.get_submodule(group.block), enumerate(self._routed.hidden)
-            return [self._expert_input(index, group, number, block, hidden) for number, hidden in states], []
+            return self._expert_inputs(index, group, layer.get_submodule(group.block), self._routed), []
         self._finish_before(index, group)
         stop = _first_linear(layer, group)
         modules, parent = {group.name: stop}, self._parent_of(group)
@@ -315,13 +345,6 @@ def _shortcut(module: nn.Module, outputs: Activations, number: int, returns: dic
         yield
     finally:
         del module.forward
-
-
-def _keep_routed(routed: Routed, arguments: Arguments) -> None:
-    """Append the arguments of a call of the module of experts."""
-    (hidden, routes, *_), _ = arguments
-    routed.hidden.append(hidden)
-    routed.routes.append(routes.cpu())
 
 
 def _counted(hidden: Tensor, counts: Tensor) -> Tensor:

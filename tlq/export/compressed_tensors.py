@@ -59,13 +59,26 @@ def write_layer(
             f"{model.folder!s} is stored in {model.checkpoint_dtype}, but the scales have another dtype; quantize with "
             "the dtype from checkpoint_dtype_of"
         )
-    tensors = {model.weight_map[name].name: _as_stored(model, name, tensor) for name, tensor in others.items()}
-    for name, weight in weights.items():
-        own = scheme.of(name)
+    tensors: dict[str, Tensor] = {}
+    for key, names in _by_key(model, others).items():
+        first, *more = (_as_stored(model, name, others[name]) for name in names)
+        joined, place = torch.cat([first, *more]) if more else first, model.weight_map[names[0]]
+        tensors[key] = joined.t().contiguous() if place.is_joined and place.is_transposed else joined
+    for key, names in _by_key(model, [f"{name}.weight" for name in weights]).items():
+        linears = [name.removesuffix(".weight") for name in names]
+        own = scheme.of(linears[0])
         assert own is not None
-        for local, tensor in _packed(weight, own).items():
-            tensors[f"{_base(model, name)}.{local}"] = tensor
+        for local, tensor in _packed(QuantizedWeight.stacked([weights[name] for name in linears]), own).items():
+            tensors[f"{key.removesuffix('.weight')}.{local}"] = tensor
     save_shard(tensors, path)
+
+
+def _by_key(model: StreamedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of tensors of the module tree by the key under which an export stores them, in the order of its rows."""
+    by_key: dict[str, list[str]] = {}
+    for name in names:
+        by_key.setdefault(model.weight_map[name].name, []).append(name)
+    return {key: sorted(parts, key=lambda name: model.weight_map[name].rows) for key, parts in by_key.items()}
 
 
 def _as_stored(model: StreamedModel, name: str, tensor: Tensor) -> Tensor:
@@ -86,20 +99,19 @@ def read_layer(
     with safe_open(path, "pt") as file:
         held = set(file.keys())
         for name in model.layer_names(index):
-            own = scheme.of(linears[name]) if name in linears else None
+            own, place = scheme.of(linears[name]) if name in linears else None, model.weight_map[name]
             if own is None:
-                others[name] = file.get_tensor(model.weight_map[name].name).clone()
-            else:
-                base = _base(model, linears[name])
-                stored = {part: f"{base}.{part}" for part in PARTS if f"{base}.{part}" in held}
-                weights[linears[name]] = unpacked(
-                    {part: file.get_tensor(key).clone() for part, key in stored.items()}, own
-                )
+                tensor = file.get_tensor(place.name)
+                others[name] = (place.part_of(tensor) if place.is_joined else tensor).clone()
+                continue
+            base = place.name.removesuffix(".weight")
+            stored = {part: f"{base}.{part}" for part in PARTS if f"{base}.{part}" in held}
+            weight = unpacked({part: file.get_tensor(key).clone() for part, key in stored.items()}, own)
+            if place.is_joined:
+                start, end = place.rows
+                _, weight, _ = weight.split([start, end - start, len(weight.codes) - end])
+            weights[linears[name]] = weight
     return weights, others
-
-
-def _base(model: StreamedModel, linear: str) -> str:
-    return model.weight_map[f"{linear}.weight"].name.removesuffix(".weight")
 
 
 def _packed(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
@@ -145,13 +157,17 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
 def _outside_tensors(model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
     """Tensors of no decoder layer under their stored names.
 
-    Those that the module tree does not name are carried over byte for byte, in the dtype in which they are stored.
+    Those that the module tree does not name, or holds in another form, are carried over byte for byte, in the dtype in
+    which they are stored.
     """
-    by_key = {model.weight_map[name].key: name for name in model.outside_names}  # tied weights are stored once
+    places = {name: model.weight_map[name] for name in model.outside_names}
+    as_they_are = {name: place for name, place in places.items() if place.originals != (place,)}
+    by_key = {place.key: name for name, place in places.items() if name not in as_they_are}  # tied ones are stored once
     for key, name in by_key.items():
         yield key, model.read([name], model.checkpoint_dtype)[name].cpu()
-    for place in model.unnamed.values():
-        yield place.key, read_tensor(place)
+    originals = [original for place in as_they_are.values() for original in place.originals]
+    for key, place in {place.key: place for place in (*originals, *model.unnamed.values())}.items():
+        yield key, read_tensor(place)
 
 
 def _write_quantization(out: Path, model: StreamedModel, scheme: Scheme) -> None:

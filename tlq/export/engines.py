@@ -57,6 +57,7 @@ class Engine:
         command: how a folder is served, after ``{folder}``; empty where that takes a program.
         families: those that its container has, by the ``model_type`` of config.json; None for every one.
         experts: whether it loads quantized experts.
+        joined: whether it loads several quantized linears from one tensor.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Engine:
     command: str = ""
     families: tuple[str, ...] | None = None
     experts: bool = True
+    joined: bool = True
 
     def of(self, scheme: Scheme) -> Support:
         """What it does with a checkpoint: what it does with its worst part."""
@@ -82,6 +84,9 @@ class Engine:
             return Support("refused", f"no {self.container} of the family {family}", found.source)
         if experts and not self.experts:
             return Support("refused", "does not run quantized experts; `tlq.load_model` loads them", found.source)
+        if not self.joined and family in FAMILIES and FAMILIES[family].joined:
+            note = "does not load quantized linears that a checkpoint keeps in one tensor; `tlq.load_model` loads them"
+            return Support("refused", note, found.source)
         return found
 
 
@@ -176,7 +181,7 @@ ENGINES: dict[str, Engine] = {
         Engine(
             "sglang", "SGLang, NVIDIA", "0.5.23", CHECKPOINT, _sglang, "python -m sglang.launch_server --model {folder}"
         ),
-        Engine("transformers", "transformers", "5.23", CHECKPOINT, _transformers, experts=False),
+        Engine("transformers", "transformers", "5.23", CHECKPOINT, _transformers, experts=False, joined=False),
         Engine("llama.cpp", "llama.cpp", "2026.10", "gguf", _llama_cpp, _LLAMA_SERVER, GGUF_FAMILIES),
         Engine("mlx", "MLX", "0.32", "mlx", _mlx, _MLX_GENERATE, MLX_FAMILIES),
     )
@@ -190,13 +195,22 @@ def get_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
-def check_engine(name: str, scheme: Scheme, experts: bool = False) -> Support:
-    """What the engine called ``name`` does with a scheme, for a model that has experts or not.
+def check_engine(name: str, scheme: Scheme, experts: bool = False, joined: bool = False) -> Support:
+    """What the engine called ``name`` does with a scheme.
+
+    Args:
+        experts: whether the model has experts.
+        joined: whether a checkpoint of it keeps several linears in one tensor.
 
     Raises:
         ValueError: there is no such engine, or it refuses the scheme; the message names the nearest that it runs.
     """
     engine = get_engine(name)
+    if joined and not engine.joined:
+        raise ValueError(
+            f"{engine.title} {engine.version} does not load quantized linears that a checkpoint keeps in one tensor; "
+            "choose another engine"
+        )
     if experts and not engine.experts:
         able = [each.name for each in ENGINES.values() if each.experts and each.container == CHECKPOINT]
         raise ValueError(
@@ -255,7 +269,7 @@ def families() -> str:
     for name in FAMILIES:
         decoder = DECODERS.get(f"{name}_text")
         experts = decoder is not None and decoder.experts is not None
-        loader = "tlq.load_model" if experts else "transformers"
+        loader = "tlq.load_model" if experts or FAMILIES[name].joined else "transformers"
         targets = [to for to, known in (("gguf", GGUF_FAMILIES), ("mlx", MLX_FAMILIES)) if name in known]
         lines.append(f"{name:<18}{loader:<18}{' '.join(targets)}".rstrip())
     return "\n".join(lines) + "\n"

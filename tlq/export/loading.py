@@ -25,8 +25,9 @@ def load_model(
 
     A quantized checkpoint is decompressed here, and the module wrappers of compressed-tensors are removed. Otherwise
     compressed-tensors 0.20 decompresses during the first forward pass, and its wrappers turn a model output that is
-    passed to a module into a plain dict, which breaks ``generate`` of LLaVA-NeXT and LLaVA-OneVision. Every expert has
-    linears of its own; transformers cannot load quantized experts, so they are read here.
+    passed to a module into a plain dict, which breaks ``generate`` of LLaVA-NeXT, LLaVA-OneVision and Granite 4 Vision.
+    Every expert has linears of its own. Checkpoints that transformers cannot load are read here: those of quantized
+    experts, and those with several quantized linears in one tensor.
 
     Raises: as ``read_config``; ValueError if its weights are quantized in another form, missing or misshapen.
     """
@@ -37,8 +38,8 @@ def load_model(
         stored = stored_tensors(Path(checkpoint))  # names a damaged file, which transformers does not
         if not is_quantized:
             refuse_quantized(stored)
-    if is_quantized and architecture_of(config).experts is not None:
-        return _load_quantized_experts(checkpoint, config, dtype, torch.device(device))
+    if is_quantized and not architecture_of(config).loads_in_transformers:
+        return _load_packed(checkpoint, config, dtype, torch.device(device))
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint,
@@ -76,10 +77,10 @@ def _weight_only_linears(model: PreTrainedModel) -> list[str]:
     return [path for path, scheme in schemes.items() if scheme is not None and scheme.input_activations is None]
 
 
-def _load_quantized_experts(
+def _load_packed(
     checkpoint: str | Path, config: Any, dtype: torch.dtype | str, device: torch.device
 ) -> PreTrainedModel:
-    """A quantized model with experts: weights as their codes represent them, activations quantized by hooks."""
+    """A quantized model that transformers cannot load: weights as codes represent them, hooks quantize activations."""
     streamed = PackedModel(checkpoint, dtype, device)
     model = streamed.skeleton
     model.load_state_dict(streamed.read(streamed.weight_map), strict=False, assign=True)

@@ -49,7 +49,8 @@ def write_card(
         loader=PackageLoader("tlq"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     config = load_config(folder)
-    experts = architecture_of(config).experts is not None
+    architecture = architecture_of(config)
+    experts = architecture.experts is not None
     text = environment.get_template("card.md.j2").render(
         metadata=metadata.to_yaml(),
         folder=folder.name,
@@ -59,7 +60,8 @@ def write_card(
         samples=samples,
         errors=_mean_errors(groups),
         experts=experts,
-        loader=experts or scheme.mixed,
+        joined=architecture.joined,
+        loader=not architecture.loads_in_transformers or scheme.mixed,
         carried_over=carried_over,
         further=[group for group in groups if group.get("further_tokens")],
         serving=serving(scheme, config.model_type, folder.name, experts),

@@ -115,7 +115,8 @@ class PackedTensor(StoredTensor):
             for part, place in self.parts.items()
         }
         weight = unpacked(tensors, self.scheme)
-        return weight.dequantize(WeightQuantizer(self.scheme, weight.scale.dtype).compute_dtype)
+        dequantized = weight.dequantize(WeightQuantizer(self.scheme, weight.scale.dtype).compute_dtype)
+        return dequantized if self.part is None else self.part_of(dequantized)
 
     @property
     def nbytes(self) -> int:

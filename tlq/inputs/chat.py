@@ -36,7 +36,15 @@ REFUSALS = (ValueError, IndexError, KeyError, TypeError, ArithmeticError, Runtim
 _PROBES = ("0zero0", "1one1")
 
 #: Fill of padded places in inputs that have one value per token; ``input_ids`` are filled with the padding token.
-_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids")
+
+
+#: Inputs in whose last dimension the patches of all images follow each other -> the input that gives the images' sizes.
+_PACKED = {"pixel_values": "target_sizes"}
+
+
+#: Inputs that are numbers of patches -> the input [crops, patches, ...] whose patches they number; -1 is none.
+_NUMBERS = {"image_token_pooling": "pixel_values"}
 
 
 class Message(TypedDict):
@@ -194,14 +202,28 @@ def collate(rows: Sequence[Inputs], pad_id: int, side: str = "right") -> Inputs:
     """Encoded chats, [1, ...] each, as one batch whose tokens are padded on ``side``."""
     width = max(row["input_ids"].shape[1] for row in rows)
     inputs: Inputs = {}
-    for name in dict.fromkeys(name for row in rows for name in row):  # chats without an image have no pixels
+    names = dict.fromkeys(name for row in rows for name in row)  # chats without an image have no pixels
+    for name in names:
         if name in _PER_TOKEN:
             fill = pad_id if name == "input_ids" else 0
             values = [row.get(name, torch.zeros_like(row["input_ids"])) for row in rows]
             inputs[name] = torch.cat([_pad(value, width, fill, side) for value in values])
+        elif name in _NUMBERS:
+            inputs[name] = torch.cat(_renumbered([row for row in rows if name in row], name))
+        elif _PACKED.get(name) in names:
+            inputs[name] = torch.cat([row[name] for row in rows if name in row], -1)
         else:
             inputs[name] = torch.cat(_pad_to_common([row[name] for row in rows if name in row]))
     return inputs
+
+
+def _renumbered(rows: Sequence[Inputs], name: str) -> list[Tensor]:
+    """Numbers of patches in the patches of all rows together."""
+    before, numbers = 0, []
+    for row in rows:
+        numbers.append(torch.where(row[name] >= 0, row[name] + before, row[name]))
+        before += row[_NUMBERS[name]].shape[:2].numel()
+    return numbers
 
 
 def _pad_to_common(values: list[Tensor]) -> list[Tensor]:

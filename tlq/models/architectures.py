@@ -26,6 +26,8 @@ class Architecture:
     Attributes:
         groups: the linear groups of every decoder layer.
         norm: name of the norm after the last layer.
+        ungrouped: linears inside decoder layers that are in no group and stay in full precision.
+        joined: whether checkpoints keep several linears of a layer in one tensor.
     """
 
     model_type: str
@@ -34,6 +36,8 @@ class Architecture:
     norm_offset: float
     ignore: tuple[str, ...]
     norm: str = "norm"
+    ungrouped: tuple[str, ...] = ()
+    joined: bool = False
 
     def linears(self, layer: int) -> list[str]:
         """Paths of the linears inside a decoder layer, in group order."""
@@ -47,12 +51,18 @@ class Architecture:
     @cached_property
     def kept(self) -> list[str]:
         """Paths of linears and routers inside decoder layers that stay in full precision, each once."""
-        return list(dict.fromkeys(path for groups in self.kinds for group in groups for path in group.kept))
+        of_groups = (path for groups in self.kinds for group in groups for path in group.kept)
+        return list(dict.fromkeys((*self.ungrouped, *of_groups)))
 
     @cached_property
     def experts(self) -> str | None:
         """Path inside a decoder layer of the module that holds experts; None if no layer has any."""
         return next((group.experts for groups in self.kinds for group in groups if group.experts), None)
+
+    @property
+    def loads_in_transformers(self) -> bool:
+        """Whether transformers loads a quantized checkpoint; `tlq.load_model` loads every one."""
+        return self.experts is None and not self.joined
 
     @property
     def final_norm(self) -> str:
@@ -85,7 +95,14 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         )
     layers = decoder.layers(config.get_text_config())
     return Architecture(
-        config.model_type, family.layers, layers, decoder.norm_offset, family.ignore, decoder.final_norm
+        config.model_type,
+        family.layers,
+        layers,
+        decoder.norm_offset,
+        family.ignore,
+        decoder.final_norm,
+        decoder.kept,
+        family.joined,
     )
 
 

@@ -12,10 +12,13 @@ class Family:
     Attributes:
         ignore: linears that stay in full precision, in compressed-tensors' notation.
         layers: module path of the decoder layers.
+        joined: whether checkpoints keep several linears of a layer in one tensor. So do exports, which engines load;
+            transformers takes the tensors apart, but not those of a quantized weight.
     """
 
     ignore: tuple[str, ...]
     layers: str = "model.language_model.layers"
+    joined: bool = False
 
 
 QWEN_VL = Family(("lm_head", "re:.*visual.*"))
@@ -23,6 +26,18 @@ LLAVA = Family(("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"
 LIGHTON_OCR = Family(("lm_head", "re:.*vision_encoder.*", "re:.*vision_projection.*"))
 VISUAL_PROJECTOR = Family(("lm_head", "re:.*visual.*", "re:.*projector.*"))
 OVIS2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*visual_embeddings_table.*"))
+GRANITE = Family(("lm_head", "re:.*vision_tower.*", "re:.*layerwise_projectors.*", "re:.*spatial_projectors.*"))
+MINICPM_V = Family(("lm_head", "re:.*vision_tower.*", "re:.*merger.*"))
+# The names of transformers, then those of vLLM.
+ERNIE_VL = Family(("lm_head", "re:.*vision_(tower|model).*", "re:.*resampler_model.*", "re:.*_experts_gate"))
+# The names of transformers, then those of vLLM.
+MOLMO2 = Family(
+    ("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*", "re:.*vision_backbone.*"), joined=True
+)
+LLAMA4 = Family(
+    ("language_model.lm_head", "re:.*vision_model.*", "re:.*multi_modal_projector.*"), "language_model.model.layers"
+)
+DEEPSEEK_OCR2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*sam_model.*", "re:.*qwen2_model.*", "re:.*projector.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -41,12 +56,20 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": VISUAL_PROJECTOR,
     "ovis2": OVIS2,
     "lfm2_vl": LLAVA,
+    "minicpmv4_6": MINICPM_V,
+    "minicpmv4_7": MINICPM_V,
+    "granite4_vision": GRANITE,
     "cohere2_vision": LLAVA,
     "aya_vision": LLAVA,
     "vipllava": LLAVA,
     "llava_onevision": LLAVA,
     "llava_next": LLAVA,
+    "llava_next_video": LLAVA,
     "llava": LLAVA,
+    "llama4": LLAMA4,
+    "molmo2": MOLMO2,
+    "deepseek_ocr2": DEEPSEEK_OCR2,
+    "ernie4_5_vl_moe": ERNIE_VL,
     "internvl": LLAVA,
     "mistral3": LLAVA,
     "lighton_ocr": LIGHTON_OCR,

@@ -22,6 +22,7 @@ class LinearGroup:
         gain: the gain of the norm ``fold`` is ``gain + weight``; None takes the decoder's ``norm_offset``.
         experts: for a group of an expert, the module that holds all experts; it is called with the hidden states
             [tokens, hidden] and with the numbers of the experts [tokens, k] that each token is routed to.
+        modality: ``text`` or ``image`` if an expert computes only tokens of it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class LinearGroup:
     gain: float | None = None
     experts: str | None = None
     fold_last: bool = False
+    modality: str | None = None
 
     @property
     def block(self) -> str:

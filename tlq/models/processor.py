@@ -19,7 +19,7 @@ from tlq.models.checkpoint import load_config, processor_files
 from tlq.models.stored import read_json
 
 #: Families whose processors use their video processor for images too -> the packages that they need.
-NEEDS_VIDEO = {"smolvlm": "torchvision and num2words"}
+NEEDS_VIDEO = {"smolvlm": "torchvision and num2words", "minicpmv4_6": "torchvision", "minicpmv4_7": "torchvision"}
 
 
 def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:

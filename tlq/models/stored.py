@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,19 +44,20 @@ _QUANTIZED = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight"
 
 @dataclass(frozen=True)
 class Part:
-    """A linear's weight within a tensor that holds all experts of a layer.
+    """A tensor of the module tree within a stored tensor that holds several, or holds it transposed.
 
     Attributes:
-        name: its name in place of the tensor's own: ``3.up_proj.weight``.
-        expert: index in the first dimension.
-        rows: first row of the weight, and the row after its last.
-        transposed: whether the tensor is [experts, in, out] and not [experts, out, in].
+        rows: its first row, and the row after its last.
+        transposed: whether the stored tensor is [in, out] and not [out, in].
+        expert: index in the first dimension of a tensor that holds all experts of a layer.
+        name: the name of a linear of an expert in place of the stored tensor's own: ``3.up_proj.weight``. Other parts
+            are exported together again, under the name of the stored tensor.
     """
 
-    name: str
-    expert: int
     rows: tuple[int, int]
     transposed: bool
+    expert: int | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,47 +78,136 @@ class StoredTensor:
     @property
     def name(self) -> str:
         """The name under which an export stores it: the key, or that of a linear of its own."""
-        return self.key if self.part is None else f"{self.key.rpartition('.')[0]}.{self.part.name}"
+        if self.part is None or self.part.name is None:
+            return self.key
+        return f"{self.key.rpartition('.')[0]}.{self.part.name}"
 
-    def of_experts(self, rows: Mapping[str, int], width: int) -> Iterator[StoredTensor]:
-        """Places of the linears in a tensor that holds all experts of a layer.
+    @property
+    def is_joined(self) -> bool:
+        """Whether an export joins it with the other parts of the stored tensor."""
+        return self.part is not None and self.part.name is None
+
+    @property
+    def originals(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors that it is a part of, or that it consists of, whole."""
+        return (replace(self, part=None),)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the stored tensor is [in, out] and not [out, in]."""
+        return self.part is not None and self.part.transposed
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Its first row in the stored tensor, and the row after its last."""
+        return (0, self.shape[0] if self.shape else 1) if self.part is None else self.part.rows
+
+    def in_rows(self, shapes: Mapping[str, tuple[int, ...]], transposed: bool) -> Iterator[tuple[str, StoredTensor]]:
+        """Names and places of the tensors that follow each other in the rows of this one.
+
+        Args:
+            shapes: of the tensors, by name, in their order.
+            transposed: whether this one is [in, out].
+
+        Raises:
+            ValueError: this one has another shape.
+        """
+        total = (sum(shape[0] for shape in shapes.values()), *next(iter(shapes.values()))[1:])
+        needed = total[::-1] if transposed else total
+        if self.shape != needed:
+            raise ValueError(
+                f"{self.file}: {self.key} has shape {list(self.shape)}, the model of its config.json needs "
+                f"{list(needed)}; download the checkpoint again"
+            )
+        start = 0
+        for name, shape in shapes.items():
+            yield name, replace(self, shape=shape, part=Part((start, start + shape[0]), transposed))
+            start += shape[0]
+
+    def of_experts(self, rows: Mapping[str, int], width: int, transposed: bool = False) -> Iterator[StoredTensor]:
+        """Places of the linears in a tensor that holds all experts of a layer, whichever way round.
 
         Args:
             rows: output channels of each linear of an expert that the tensor holds, in their order.
             width: their input channels.
+            transposed: whether square weights are [in, out].
 
         Raises:
             ValueError: the tensor has another shape.
         """
         total = sum(rows.values())
-        plain, transposed = (total, width), (width, total)
-        if len(self.shape) != 3 or self.shape[1:] not in (plain, transposed):
+        forms = ((width, total), (total, width)) if transposed else ((total, width), (width, total))
+        if len(self.shape) != 3 or self.shape[1:] not in forms:
             raise ValueError(
                 f"{self.file}: {self.key} has shape {list(self.shape)}, the model of its config.json needs "
                 f"{total} x {width} for every expert; download the checkpoint again"
             )
+        transposed = transposed == (self.shape[1:] == forms[0])
         for expert in range(self.shape[0]):
             start = 0
             for linear, count in rows.items():
                 rows_of = (start, start + count)
-                part = Part(f"{expert}.{linear}.weight", expert, rows_of, self.shape[1:] != plain)
+                part = Part(rows_of, transposed, expert, f"{expert}.{linear}.weight")
                 yield replace(self, shape=(count, width), part=part)
                 start += count
 
     def read(self, opened: TensorFile) -> Tensor:
         """The tensor from its open file; it may be mapped from the file."""
-        if self.part is None:
-            return opened.get_tensor(self.key)
-        whole, rows = opened.get_slice(self.key), slice(*self.part.rows)
-        if self.part.transposed:
-            return whole[self.part.expert, :, rows].t().contiguous()
-        return whole[self.part.expert, rows]
+        return opened.get_tensor(self.key) if self.part is None else self.part_of(opened.get_slice(self.key))
+
+    def read_rows(self, opened: TensorFile, rows: Tensor) -> Tensor:
+        """Rows by their numbers [n], from its open file; no others are read."""
+        return self.read(opened)[rows]
+
+    def part_of(self, whole: Any) -> Tensor:
+        """The tensor from the stored one (or a slice of safetensors) that holds it."""
+        assert self.part is not None
+        rows, of_expert = slice(*self.part.rows), () if self.part.expert is None else (self.part.expert,)
+        part: Tensor = whole[(*of_expert, slice(None), rows)].t() if self.part.transposed else whole[(*of_expert, rows)]
+        return part.contiguous()
 
     @property
     def nbytes(self) -> int:
         """Size of the tensor's elements."""
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+@dataclass(frozen=True)
+class StackedTensor(StoredTensor):
+    """A tensor of the module tree whose rows are in several stored tensors, the first of which is in ``file``.
+
+    Attributes:
+        sources: the stored tensors, in the order of their rows.
+    """
+
+    sources: tuple[StoredTensor, ...] = ()
+
+    @classmethod
+    def of(cls, sources: Sequence[StoredTensor]) -> StackedTensor:
+        first = sources[0]
+        shape = (sum(source.shape[0] for source in sources), *first.shape[1:])
+        return cls(first.file, first.key, shape, first.dtype, sources=tuple(sources))
+
+    @property
+    def originals(self) -> tuple[StoredTensor, ...]:
+        return self.sources
+
+    def read(self, opened: TensorFile) -> Tensor:
+        return torch.cat([self._read(source, opened, slice(None)) for source in self.sources])
+
+    def read_rows(self, opened: TensorFile, rows: Tensor) -> Tensor:
+        found, order, start = [], [], 0
+        for source in self.sources:
+            own = (rows >= start) & (rows < start + source.shape[0])
+            found.append(self._read(source, opened, rows[own] - start))
+            order.append(own.nonzero().flatten())
+            start += source.shape[0]
+        return torch.cat(found)[torch.cat(order).argsort()]
+
+    def _read(self, source: StoredTensor, opened: TensorFile, rows: Any) -> Tensor:
+        whole = source.read(opened) if source.file == self.file else read_tensor(source)
+        return whole[rows]
 
 
 class TensorFile(Protocol):

@@ -19,13 +19,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Split,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from tlq.models.architectures import Architecture, architecture_of, get_linear
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
 from tlq.models.skeleton import empty_model
-from tlq.models.stored import WEIGHT_DTYPES, StoredTensor, open_tensors, read_tensor, refuse_quantized, stored_tensors
+from tlq.models.stored import (
+    WEIGHT_DTYPES,
+    StackedTensor,
+    StoredTensor,
+    open_tensors,
+    read_tensor,
+    refuse_quantized,
+    stored_tensors,
+)
 from tlq.runtime.memory import release_freed_memory
 
 
@@ -60,10 +76,26 @@ class LayeredModel(Protocol):
         ...
 
 
-def names_of_stored(model: PreTrainedModel) -> Callable[[str], str]:
-    """The function from the key of a stored tensor to its name in the module tree, as transformers renames it.
+@dataclass(frozen=True)
+class Content:
+    """What a stored tensor holds of the module tree.
 
-    It raises ValueError if transformers would also change the tensor's form, other than to put experts together.
+    Attributes:
+        names: of the tensors that follow each other in its rows; one as a rule.
+        transposed: whether it is [in, out] and not [out, in].
+        position: its place among the stored tensors that hold the rows of the one tensor that is named; None if it
+            holds all of them.
+    """
+
+    names: list[str]
+    transposed: bool = False
+    position: int | None = None
+
+
+def contents_of_stored(model: PreTrainedModel) -> Callable[[str], Content]:
+    """The function from the key of a stored tensor to its content, as transformers renames and converts it.
+
+    It raises ValueError if transformers would change the tensor in another way, other than to put experts together.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
@@ -77,13 +109,23 @@ def names_of_stored(model: PreTrainedModel) -> Callable[[str], str]:
         if isinstance(module, SeparateExperts):
             wanted |= dict.fromkeys((f"{path}.{GATE_UP}", f"{path}.{DOWN}"), True)  # None would count as absent
 
-    def name_of(key: str) -> str:
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-        if converter is not None:
-            raise ValueError(f"{key} is not stored in the form that the model uses; convert the checkpoint")
-        return key if name not in wanted and key in wanted else name
+    def content_of(key: str) -> Content:
+        name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        if source is None:
+            return Content([key if name not in wanted and key in wanted else name])
+        converter = next(each for each in converters if source in each.source_patterns)
+        targets, (operation, *more) = converter.target_patterns, converter.operations
+        names = [name.replace(targets[0], target) for target in targets]
+        if not more and all(name in wanted for name in names):
+            if isinstance(operation, Chunk | Split) and operation.dim == 0:
+                return Content(names)
+            if isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {0, 1}:
+                return Content(names, transposed=True)
+            if isinstance(operation, Concatenate) and operation.dim == 0:
+                return Content(names, position=converter.source_patterns.index(source))
+        raise ValueError(f"{key} is not stored in the form that the model uses; convert the checkpoint")
 
-    return name_of
+    return content_of
 
 
 @dataclass
@@ -141,7 +183,9 @@ class StreamedModel:
         self.skeleton = empty_model(self.config, checkpoint, self.dtype)
         self.skeleton.requires_grad_(False)
         #: They keep the dtype in which they are stored, as in transformers: a router's bias decides between experts.
-        self._buffers = {name for name, _ in self.skeleton.named_buffers()}
+        strict = self.skeleton._keep_in_fp32_modules_strict or ()
+        self._uncast = {name for name, _ in self.skeleton.named_buffers()}
+        self._uncast |= {name for name in self.skeleton.state_dict() for each in strict if f".{each}." in f".{name}."}
         self._experts = {
             path: module for path, module in self.skeleton.named_modules() if isinstance(module, SeparateExperts)
         }
@@ -169,18 +213,25 @@ class StreamedModel:
     def _find_tensors(self) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
         """Places of the tensors that the module tree names, and of those that it does not."""
         wanted = self.skeleton.state_dict()
-        rename = names_of_stored(self.skeleton)
+        content_of = contents_of_stored(self.skeleton)
         found: dict[str, StoredTensor] = {}
         unnamed: dict[str, StoredTensor] = {}
+        stacks: dict[str, dict[int, StoredTensor]] = {}
         for key, whole in self._stored().items():
             try:
-                name = rename(key)
+                content = content_of(key)
             except ValueError as error:
                 raise ValueError(f"{self.folder}: {error}") from error
-            for part, place in self._parts(name, whole):
-                if part in wanted:
-                    self._check_form(place, wanted[part])
-                (found if part in wanted else unnamed)[part] = place
+            if content.position is not None:
+                stacks.setdefault(content.names[0], {})[content.position] = whole
+                continue
+            for name, place in self._parts(content, whole, wanted):
+                if name in wanted:
+                    self._check_form(place, wanted[name])
+                (found if name in wanted else unnamed)[name] = place
+        for name, sources in stacks.items():
+            found[name] = StackedTensor.of([sources[position] for position in sorted(sources)])
+            self._check_form(found[name], wanted[name])
         self.untied = self._tie(found)
         missing = [name for name, value in wanted.items() if name not in found and value.is_meta]
         if missing:
@@ -190,8 +241,15 @@ class StreamedModel:
             )
         return found, unnamed
 
-    def _parts(self, name: str, place: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-        """The tensors of the module tree that a stored one holds, with their places: itself, or experts' linears."""
+    def _parts(
+        self, content: Content, place: StoredTensor, wanted: dict[str, Tensor]
+    ) -> Iterator[tuple[str, StoredTensor]]:
+        """The tensors of the module tree that a stored one holds, with their places: itself, or parts of it."""
+        if len(content.names) > 1 or content.transposed:
+            shapes = {name: tuple(wanted[name].shape) for name in content.names}
+            yield from place.in_rows(shapes, content.transposed)
+            return
+        (name,) = content.names
         path, _, leaf = name.rpartition(".")
         experts = self._experts.get(path)
         if experts is None or leaf not in (GATE_UP, DOWN):
@@ -206,7 +264,7 @@ class StreamedModel:
                 "download the checkpoint again"
             )
         parent = place.key.rpartition(".")[0]
-        for linear in place.of_experts(rows, width):
+        for linear in place.of_experts(rows, width, experts.transposed):
             yield f"{path}{linear.name.removeprefix(parent)}", linear
 
     def _check_form(self, place: StoredTensor, wanted: Tensor) -> None:
@@ -276,7 +334,7 @@ class StreamedModel:
         def read_rows(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             tokens, positions = args[0].unique(return_inverse=True)
             with open_tensors(place.file) as opened:
-                rows = place.read(opened)[tokens.cpu()].to(self.device, self.dtype)
+                rows = place.read_rows(opened, tokens.cpu()).to(self.device, self.dtype)
             embeddings.weight = nn.Parameter(rows, requires_grad=False)
             return (positions, *args[1:])
 
@@ -333,7 +391,7 @@ class StreamedModel:
                         tensors[name] = tensors[twin]
                         continue
                     tensor = self.weight_map[name].read(opened)
-                    cast = tensor.is_floating_point() and name not in self._buffers
+                    cast = tensor.is_floating_point() and name not in self._uncast
                     wanted = (dtype or self.dtype) if cast else tensor.dtype
                     # Copy even if dtype and device stay: the file must not remain mapped.
                     tensors[name] = tensor.to(self.device, wanted, copy=True)

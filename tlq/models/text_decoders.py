@@ -6,7 +6,7 @@ a norm computes its gain.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -39,6 +39,7 @@ class Experts:
         shared: path of the MLP that every token passes, or None.
         count: number of experts, from the config of the text decoder.
         sparse: whether a layer has experts, from that config and its index; the others have a plain MLP.
+        modalities: what equal parts of the experts compute, in their order; none if every expert computes any token.
     """
 
     path: str
@@ -46,12 +47,19 @@ class Experts:
     shared: str | None
     count: Callable[[Any], int]
     sparse: Callable[[Any, int], bool] = lambda _text, _index: True
+    modalities: tuple[str, ...] = ()
 
     def groups(self, count: int) -> tuple[LinearGroup, ...]:
         """The linear groups of a layer with ``count`` experts."""
         shared = () if self.shared is None else self._of("shared", self.shared, None)
         experts = (self._of(f"{EXPERTS}.{number}", f"{self.path}.{number}", self.path) for number in range(count))
-        return (*shared, *(group for pair in experts for group in pair))
+        pairs = zip(experts, self._modalities(count), strict=True)
+        return (*shared, *(replace(group, modality=modality) for pair, modality in pairs for group in pair))
+
+    def _modalities(self, count: int) -> Iterator[str | None]:
+        """The modality of each of ``count`` experts."""
+        kinds = self.modalities or (None,)
+        return (kinds[number * len(kinds) // count] for number in range(count))
 
     def _of(self, name: str, block: str, experts: str | None) -> tuple[LinearGroup, LinearGroup]:
         gate_up = (f"{block}.gate_proj", f"{block}.up_proj")
@@ -75,6 +83,8 @@ class Decoder:
             config.
         experts: what takes the place of the MLP, in some layers or in all.
         final_norm: name of the norm after the last layer.
+        kept: linears in no group, which stay in full precision.
+        post_norm: whether norms come only after attention and MLP, from the config: no scale folds into them.
     """
 
     attention: tuple[LinearGroup, ...] = (QKV, O_PROJ)
@@ -83,16 +93,19 @@ class Decoder:
     kinds: tuple[tuple[str, tuple[LinearGroup, ...]], ...] = ()
     experts: Experts | None = None
     final_norm: str = "norm"
+    kept: tuple[str, ...] = ()
+    post_norm: Callable[[Any], bool] = lambda _text: False
 
     def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
         """The groups of every layer of a decoder, from its config."""
-        kinds = dict(self.kinds)
+        kinds, post_norm = dict(self.kinds), self.post_norm(text)
         stated = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
         sparse = () if self.experts is None else self.experts.groups(self.experts.count(text))
 
         @cache
         def groups(kind: str | None, has_experts: bool) -> tuple[LinearGroup, ...]:
-            return (*kinds.get(kind or "", self.attention), *(sparse if has_experts else self.mlp))
+            layer = (*kinds.get(kind or "", self.attention), *(sparse if has_experts else self.mlp))
+            return tuple(replace(each, fold=None) if each.parent else each for each in layer) if post_norm else layer
 
         return tuple(
             groups(kind, self.experts is not None and self.experts.sparse(text, index))
@@ -153,16 +166,58 @@ GLM4V_MOE = Decoder(
         lambda text, index: index >= text.first_k_dense_replace,
     )
 )
+DEEPSEEK_OCR2 = Decoder(
+    experts=Experts(
+        "mlp.experts",
+        ("mlp.gate",),
+        "mlp.shared_experts",
+        lambda text: text.n_routed_experts,
+        lambda text, index: text.mlp_layer_types[index] == "sparse",
+    )
+)
+MOLMO2 = Decoder(post_norm=lambda text: text.norm_after)
+ERNIE4_5_VL_MOE = Decoder(
+    experts=Experts(
+        "mlp.experts",
+        ("mlp.text_moe.gate", "mlp.vision_moe.gate"),
+        "mlp.shared_experts",
+        lambda text: 2 * text.num_experts,
+        lambda text, index: text.mlp_layer_types[index] == "sparse",
+        modalities=("text", "image"),
+    )
+)
+# Engines reorder the rows of queries and keys as they load them, but not those of packed codes and their scales
+# (https://github.com/vllm-project/vllm/pull/34997), and they fuse queries, keys and values: all three stay as they are.
+LLAMA4 = Decoder(
+    attention=(O_PROJ,),
+    mlp=(
+        LinearGroup(
+            "gate_up", ("feed_forward.gate_proj", "feed_forward.up_proj"), "post_attention_layernorm", "feed_forward"
+        ),
+        LinearGroup("down", ("feed_forward.down_proj",), "feed_forward.up_proj", tokenwise=True),
+    ),
+    experts=Experts(
+        "feed_forward.experts",
+        ("feed_forward.router",),
+        "feed_forward.shared_expert",
+        lambda text: text.num_local_experts,
+        lambda text, index: index in text.moe_layers,
+    ),
+    kept=QKV.linears,
+)
 
 #: By the ``model_type`` of the text config.
 DECODERS: dict[str, Decoder] = {
     "llama": LLAMA,
+    "llama4_text": LLAMA4,
+    "molmo2_text": MOLMO2,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "qwen2_vl_text": LLAMA,
     "qwen2_5_vl_text": LLAMA,
     "qwen3_vl_text": LLAMA,
+    "granite4_vision_text": LLAMA,
     "glm4v_text": GLM4V,
     "glm_ocr_text": GLM4V,
     "exaone4": UNSCALED_INPUTS,
@@ -174,6 +229,8 @@ DECODERS: dict[str, Decoder] = {
     "qwen3_5_text": QWEN3_5,
     "qwen3_5_moe_text": QWEN3_5_MOE,
     "glm4v_moe_text": GLM4V_MOE,
+    "deepseek_ocr2_text": DEEPSEEK_OCR2,
+    "ernie4_5_vl_moe_text": ERNIE4_5_VL_MOE,
     "gemma3_text": GEMMA3,
 }
 
@@ -183,9 +240,8 @@ UNSUPPORTED: dict[str, str] = {
     "mixtral": "its mlp.experts is a mixture of experts",
     "qwen2_moe": "its mlp.experts is a mixture of experts",
     "gpt_oss": "its mlp.experts is a mixture of experts",
-    "ernie4_5_vl_moe": "its mlp has one mixture of experts for text and one for images",
     "gemma4": "its decoder layers add inputs of their own and share keys and values",
     "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
+    "paligemma": "it reads a prompt in both directions, so that an answer behind it would see itself",
     "hunyuan_vl": "transformers 5.23 computes other logits for a sample in a batch than alone",
-    "llama4": "its feed_forward.experts is a mixture of experts whose weights are stored transposed",
 }

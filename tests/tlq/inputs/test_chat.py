@@ -146,6 +146,36 @@ def test_a_chat_alone_and_in_a_batch_has_the_same_tokens(family: Path) -> None:
     assert torch.equal(both["pixel_values"], two["pixel_values"])
 
 
+def test_patches_of_all_images_follow_each_other_where_their_sizes_are_given() -> None:
+    """MiniCPM-V reads the patches of a whole batch from its first row."""
+    rows = [
+        {
+            "input_ids": torch.ones(1, 2, dtype=torch.long),
+            "pixel_values": torch.full((1, 3, 4, 4 * patches), float(patches)),
+            "target_sizes": torch.tensor([[1, patches]]),
+        }
+        for patches in (2, 5)
+    ]
+    both = collate(rows, pad_id=0)
+    assert both["pixel_values"].shape == (1, 3, 4, 28)
+    assert both["pixel_values"][0, 0, 0].tolist() == [2.0] * 8 + [5.0] * 20
+    assert both["target_sizes"].tolist() == [[1, 2], [1, 5]]
+
+
+def test_numbers_of_patches_count_those_of_the_chats_before() -> None:
+    """Molmo 2 pools patches of all images of a batch by their numbers."""
+    rows = [
+        {
+            "input_ids": torch.ones(1, 2, dtype=torch.long),
+            "pixel_values": torch.zeros(crops, 4, 12),
+            "image_token_pooling": torch.tensor([[0, 1], [2, -1]]),
+        }
+        for crops in (2, 1)
+    ]
+    both = collate([*rows, {"input_ids": torch.ones(1, 3, dtype=torch.long)}], pad_id=0)
+    assert both["image_token_pooling"].tolist() == [[0, 1], [2, -1], [8, 9], [10, -1]]
+
+
 def test_image_tokens_that_somebody_typed_become_words(family: Path) -> None:
     processor = load_processor(family)
     picture = Image.new("RGB", (16, 16))

@@ -18,12 +18,16 @@ from support.families import TINY, batches_of, tiny_config, write_tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from tlq.api import quantize
 from tlq.calibration.group import GroupSolver
 from tlq.calibration.install import QuantizedLayer
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerLoop, calibrate
 from tlq.calibration.streams import Streams
+from tlq.export.compressed_tensors import read_layer, write_layer
 from tlq.export.loading import load_model
+from tlq.export.quantized import PackedTensor
+from tlq.export.streamed import PackedModel
 from tlq.importance.gradients import keeps_graph, score_tokens
 from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_weights import TokenWeights
@@ -164,9 +168,10 @@ def test_layer_by_layer_execution_equals_the_model(build: Builder, name: str) ->
         torch.testing.assert_close(exposed[batch.valid], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(build: Builder) -> None:
-    """Qwen3-VL's DeepStack; it is large enough here that leaving it out changes the result."""
-    built = build("qwen3_vl")
+@pytest.mark.parametrize("name", ["qwen3_vl", "granite4_vision"])
+def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(build: Builder, name: str) -> None:
+    """DeepStack; it is large enough here that leaving it out changes the result."""
+    built = build(name)
     for call, batch in zip(enter_decoder(built.model, built.architecture, built.batches), built.batches, strict=True):
         first, added = call.injected
         assert first is None
@@ -176,10 +181,10 @@ def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(
 
 
 @every_family
-def test_only_qwen3_vl_adds_anything_between_layers(build: Builder, name: str) -> None:
+def test_deepstack_alone_adds_anything_between_layers(build: Builder, name: str) -> None:
     built = build(name)
     (call, *_) = enter_decoder(built.model, built.architecture, built.batches)
-    assert (call.injected == [None, None]) == (name not in ("qwen3_vl", "qwen3_vl_moe"))
+    assert (call.injected == [None, None]) == (name not in ("qwen3_vl", "qwen3_vl_moe", "granite4_vision"))
 
 
 def unquantized(weight: Tensor) -> QuantizedWeight:
@@ -256,7 +261,7 @@ def test_importance_reaches_image_and_text_tokens_of_every_group(build: Builder,
 
 #: compressed-tensors 0.20 turns the image features that `generate` hands to these models into a plain dict, in every
 #: checkpoint that is not dequantized on loading. When this no longer fails, the README's note can go.
-GENERATE_FAILS_WHEN_LOADED_PLAINLY = {"llava_next", "llava_onevision"}
+GENERATE_FAILS_WHEN_LOADED_PLAINLY = {"llava_next", "llava_next_video", "llava_onevision", "granite4_vision"}
 
 Exported = tuple[nn.Module, Path]
 
@@ -303,7 +308,7 @@ def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
         assert float((expected - original).abs().max()) > least  # it really is quantized
     assert_generates(loaded, model, name, scheme)
     everything_else_is_in_full_precision(built, loaded, path)
-    if built.architecture.experts is None:  # transformers 5.23 does not load quantized experts; tlq.load_model does
+    if built.architecture.loads_in_transformers:  # tlq.load_model loads the others
         loads_with_plain_transformers(built, model, path, name, scheme)
 
 
@@ -313,7 +318,7 @@ def loads_with_plain_transformers(built: Built, model: Any, path: Path, name: st
         expected = model(**batch.encode()).logits[batch.valid]
         assert_same_logits(loaded(**batch.encode()).logits[batch.valid], expected, scheme)
     if get_scheme(scheme).activation_bits is not None and name in GENERATE_FAILS_WHEN_LOADED_PLAINLY:
-        with pytest.raises(AttributeError, match="'dict' object has no attribute 'pooler_output'"):
+        with pytest.raises(AttributeError, match="'dict' object has no attribute '(pooler_output|deepstack_features)'"):
             loaded.generate(**prompt_of(name), max_new_tokens=3)
     else:
         assert_generates(loaded, model, name, scheme)
@@ -355,7 +360,7 @@ def everything_else_is_in_full_precision(built: Built, loaded: nn.Module, path: 
     for name, parameter in built.model.named_parameters():
         if not name.startswith(built.architecture.layers):
             assert torch.equal(parameter, parameters[name]), name
-    packed = [name for name in read_tensors(path) if name.endswith("weight_scale")]
+    packed = [name for name, place in PackedModel(path).weight_map.items() if isinstance(place, PackedTensor)]
     there = [name for layer in built.layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
     kept = [name for name in there if name in built.architecture.kept]
     assert len(packed) == len(linears) == len(there) - len(kept)
@@ -438,6 +443,52 @@ def test_invalid_overrides_are_refused(build: Builder, scheme: str, override: tu
         attempt()
 
 
+# -- linears that a checkpoint keeps in one tensor ---------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["molmo2"])
+def test_linears_in_one_tensor_are_exported_in_one(build: Builder, tmp_path: Path, name: str) -> None:
+    """Engines read Molmo 2 as it was published; a layer kept in full precision has its folded scales there too."""
+    built, stored = build(name), read_tensors(build(name).path)
+    mixed = replace(get_scheme("w4a16"), overrides=(("*.layers.1.mlp.[gu]*", "full_precision"),))
+    weights = {key: [batch.valid.float() for batch in built.batches] for key in built.scores}
+    model = copy.deepcopy(built.model)
+    calibrated = calibrate(model, job_of(quick("tlq"), mixed, built.batches, weights))
+    write_export(built.path, calibrated, mixed, tmp_path / "out")
+    exported = read_tensors(tmp_path / "out")
+    block = "model.transformer.blocks.1"
+    assert exported[f"{block}.self_attn.att_proj.weight_scale"].shape == (256, 1)
+    assert exported[f"{block}.mlp.ff_proj.weight"].shape == stored[f"{block}.mlp.ff_proj.weight"].shape
+    assert not torch.equal(exported[f"{block}.mlp.ff_proj.weight"], stored[f"{block}.mlp.ff_proj.weight"])
+    for part in ("embedding", "new_embedding"):
+        assert torch.equal(exported[f"model.transformer.wte.{part}"], stored[f"model.transformer.wte.{part}"])
+    streamed = StreamedModel(built.path)
+    for index, result in enumerate(calibrated.layers):
+        shard = tmp_path / f"{index}.safetensors"
+        write_layer(shard, streamed, result.weights, result.others, mixed)
+        read, others = read_layer(shard, streamed, index, mixed)
+        assert all(torch.equal(read[path].codes, weight.codes) for path, weight in result.weights.items())
+        assert all(torch.equal(others[each], value) for each, value in result.others.items())
+    loaded = load_model(tmp_path / "out")
+    for batch in built.batches:
+        expected = model(**batch.encode()).logits[batch.valid]
+        assert float((loaded(**batch.encode()).logits[batch.valid] - expected).abs().max()) < 1e-4
+
+
+def test_norms_that_only_follow_take_no_scales() -> None:
+    text_config = {**TINY["molmo2"].config["text_config"], "norm_after": True}
+    (groups, *_) = architecture_of(tiny_config("molmo2", text_config=text_config)).groups
+    assert [group.fold for group in groups] == [None, "self_attn.v_proj", None, "mlp.up_proj"]
+
+
+def test_an_engine_that_takes_no_linears_in_one_tensor_is_refused_before_any_work(
+    build: Builder, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="transformers 5.23 does not load quantized linears that a checkpoint keeps"):
+        quantize(build("molmo2").path, tmp_path / "out", recipe="rtn", scheme="w4a16", engine="transformers")
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -454,8 +505,8 @@ def test_a_decoder_without_a_row_is_refused_by_its_config(text_type: str, reason
 
 
 def test_a_family_without_a_row_is_refused_by_its_config() -> None:
-    with pytest.raises(ValueError, match="'llama4' is not supported: its feed_forward.experts is a.*qwen2_vl, "):
-        architecture_of(AutoConfig.for_model("llama4"))
+    with pytest.raises(ValueError, match="'hunyuan_vl' is not supported: transformers 5.23 computes.*qwen2_vl, "):
+        architecture_of(AutoConfig.for_model("hunyuan_vl"))
 
 
 def small_text(model_type: str, **more: Any) -> dict[str, Any]:
@@ -497,7 +548,8 @@ def test_a_linear_that_no_group_covers_is_refused(build: Builder) -> None:
 
 
 def test_one_row_adds_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LLaVA-NeXT-Video, which is not among the families: its vision tower and connector are named as LLaVA's."""
+    """LLaVA-NeXT-Video without its row: its vision tower and connector are named as LLaVA's."""
+    monkeypatch.delitem(architectures.FAMILIES, "llava_next_video")
     monkeypatch.setitem(architectures.FAMILIES, "llava_next_video", Family(FAMILIES["llava"].ignore))
     config = AutoConfig.for_model(
         "llava_next_video", text_config=small_text("llama"), vision_config=TINY["llava"].config["vision_config"]
