@@ -26,6 +26,7 @@ class Architecture:
     Attributes:
         groups: the linear groups of every decoder layer.
         norm: name of the norm after the last layer.
+        ungrouped: paths of linears inside decoder layers that are in no group and stay in full precision.
     """
 
     model_type: str
@@ -34,6 +35,7 @@ class Architecture:
     norm_offset: float
     ignore: tuple[str, ...]
     norm: str = "norm"
+    ungrouped: tuple[str, ...] = ()
 
     def linears(self, layer: int) -> list[str]:
         """Paths of the linears inside a decoder layer, in group order."""
@@ -47,7 +49,8 @@ class Architecture:
     @cached_property
     def kept(self) -> list[str]:
         """Paths of linears and routers inside decoder layers that stay in full precision, each once."""
-        return list(dict.fromkeys(path for groups in self.kinds for group in groups for path in group.kept))
+        of_groups = (path for groups in self.kinds for group in groups for path in group.kept)
+        return list(dict.fromkeys((*of_groups, *self.ungrouped)))
 
     @cached_property
     def experts(self) -> str | None:
@@ -83,9 +86,15 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"choose a model whose decoder is one of: {', '.join(DECODERS)}, or add a row to DECODERS in "
             "tlq/models/text_decoders.py"
         )
-    layers = decoder.layers(config.get_text_config())
+    text = config.get_text_config()
     return Architecture(
-        config.model_type, family.layers, layers, decoder.norm_offset, family.ignore, decoder.final_norm
+        config.model_type,
+        family.layers,
+        decoder.layers(text),
+        decoder.norm_offset,
+        family.ignore,
+        decoder.final_norm,
+        decoder.ungrouped(text),
     )
 
 
@@ -136,9 +145,10 @@ def check_linears(model: nn.Module, architecture: Architecture) -> None:
                 )
 
 
-def head_dim_of(config: Any) -> int:
-    """Width of an attention head of the decoder."""
+def head_dim_of(config: Any, index: int = 0) -> int:
+    """Width of an attention head of decoder layer ``index``."""
     text = config.get_text_config()
+    text = text.per_layer_config[index] if text.is_heterogeneous else text
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 

@@ -31,14 +31,16 @@ DELTA_OUT = LinearGroup("delta_out", ("linear_attn.out_proj",), "linear_attn.nor
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the MLP. Router and shared experts read the same input: it has no scales.
+    """A mixture of experts. The input of gate and up projections has no scales, because all experts read it.
 
     Attributes:
         path: the module that holds the experts (``tlq.models.experts``).
-        kept: router and gates, which stay in full precision.
+        kept: linears of routers and gates, which stay in full precision.
         shared: path of the MLP that every token passes, or None.
         count: number of experts, from the config of the text decoder.
         sparse: whether a layer has experts, from that config and its index; the others have a plain MLP.
+        beside_mlp: a layer with experts has the plain MLP too.
+        optional: only some models of the family have experts.
     """
 
     path: str
@@ -46,6 +48,8 @@ class Experts:
     shared: str | None
     count: Callable[[Any], int]
     sparse: Callable[[Any, int], bool] = lambda _text, _index: True
+    beside_mlp: bool = False
+    optional: bool = False
 
     def groups(self, count: int) -> tuple[LinearGroup, ...]:
         """The linear groups of a layer with ``count`` experts."""
@@ -61,6 +65,11 @@ class Experts:
         )
 
 
+def _layer_type(text: Any, index: int) -> str | None:
+    stated = getattr(text, "layer_types", None)
+    return stated[index] if stated else None
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A kind of text decoder.
@@ -71,9 +80,10 @@ class Decoder:
     Attributes:
         attention, mlp: linear groups in the order of computation.
         norm_offset: the gain of a norm is ``norm_offset + weight``.
-        kinds: what takes the place of attention in layers of another kind, by the name in ``layer_types`` of the
-            config.
+        kinds: what takes the place of attention in layers of another kind, by the name of the kind.
+        kind: the name of a layer's kind, from the config and its index; by default that in ``layer_types``.
         experts: what takes the place of the MLP, in some layers or in all.
+        ungrouped: from the config, linears in the layers that are in no group and stay in full precision.
         final_norm: name of the norm after the last layer.
     """
 
@@ -81,22 +91,25 @@ class Decoder:
     mlp: tuple[LinearGroup, ...] = (GATE_UP, DOWN)
     norm_offset: float = 0.0
     kinds: tuple[tuple[str, tuple[LinearGroup, ...]], ...] = ()
+    kind: Callable[[Any, int], str | None] = _layer_type
     experts: Experts | None = None
+    ungrouped: Callable[[Any], tuple[str, ...]] = lambda _text: ()
     final_norm: str = "norm"
 
     def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
         """The groups of every layer of a decoder, from its config."""
         kinds = dict(self.kinds)
-        stated = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
-        sparse = () if self.experts is None else self.experts.groups(self.experts.count(text))
+        sparse: tuple[LinearGroup, ...] = ()
+        if self.experts is not None:
+            sparse = (*(self.mlp if self.experts.beside_mlp else ()), *self.experts.groups(self.experts.count(text)))
 
         @cache
         def groups(kind: str | None, has_experts: bool) -> tuple[LinearGroup, ...]:
             return (*kinds.get(kind or "", self.attention), *(sparse if has_experts else self.mlp))
 
         return tuple(
-            groups(kind, self.experts is not None and self.experts.sparse(text, index))
-            for index, kind in enumerate(stated)
+            groups(self.kind(text, index), self.experts is not None and self.experts.sparse(text, index))
+            for index in range(text.num_hidden_layers)
         )
 
 
