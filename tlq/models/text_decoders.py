@@ -167,6 +167,46 @@ GLM4V_MOE = Decoder(
     )
 )
 
+
+def _gemma4_kind(text: Any, index: int) -> str | None:
+    if text.kv_sharing_modes[index] == "reuse":
+        return "shared_kv"
+    return "k_is_v" if text.attention_k_eq_v and text.layer_types[index] != "sliding_attention" else None
+
+
+# The norm on values comes after their projection, so nothing folds into its rows. The norm before the MLP feeds the MLP
+# alone: router and experts have norms of their own.
+GEMMA4_UNIFIED = Decoder(
+    attention=(QKV, replace(O_PROJ, fold=None)),
+    mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN),
+    kinds=(
+        ("k_is_v", (replace(QKV, linears=QKV.linears[:2]), replace(O_PROJ, fold=None))),
+        ("shared_kv", (replace(QKV, linears=QKV.linears[:1]), replace(O_PROJ, fold=None))),
+    ),
+    kind=_gemma4_kind,
+)
+#: In E2B and E4B an embedding of the token per layer enters between a gate and a projection. Both stay in full
+#: precision, as in llm-compressor's examples: they are few weights, and no norm before them could take a scale.
+GEMMA4 = replace(
+    GEMMA4_UNIFIED,
+    experts=Experts(
+        "experts",
+        ("router.proj",),
+        None,
+        lambda text: text.num_experts or 0,
+        lambda text, _index: text.enable_moe_block,
+        beside_mlp=True,
+        optional=True,
+    ),
+    ungrouped=lambda text: ("per_layer_input_gate", "per_layer_projection") if text.hidden_size_per_layer_input else (),
+)
+#: A gate on the output of attention reads its input. The norm on queries and keys follows their projections.
+MUSE_GLIMMER = Decoder(
+    attention=(replace(QKV, linears=(*QKV.linears, "self_attn.gate_proj")), O_PROJ),
+    mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN),
+    norm_offset=1.0,
+)
+
 #: By the ``model_type`` of the text config.
 DECODERS: dict[str, Decoder] = {
     "llama": LLAMA,
@@ -188,6 +228,9 @@ DECODERS: dict[str, Decoder] = {
     "qwen3_5_moe_text": QWEN3_5_MOE,
     "glm4v_moe_text": GLM4V_MOE,
     "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4_UNIFIED,
+    "muse_glimmer_text": MUSE_GLIMMER,
 }
 
 #: Well-known decoders and families that a row cannot describe -> the reason.
@@ -197,7 +240,7 @@ UNSUPPORTED: dict[str, str] = {
     "qwen2_moe": "its mlp.experts is a mixture of experts",
     "gpt_oss": "its mlp.experts is a mixture of experts",
     "ernie4_5_vl_moe": "its mlp has one mixture of experts for text and one for images",
-    "gemma4": "its decoder layers add inputs of their own and share keys and values",
+    "gemma3n": "the altup of its decoder layers takes four hidden states for each token; the nearest family is gemma4",
     "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
     "hunyuan_vl": "transformers 5.23 computes other logits for a sample in a batch than alone",
     "llama4": "its feed_forward.experts is a mixture of experts whose weights are stored transposed",
