@@ -780,17 +780,20 @@ def chat_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
     )
 
 
-def write_tiny_with_processor(model_type: str, folder: Path) -> Path:
+def write_tiny_with_processor(name: str, folder: Path) -> Path:
     """A random checkpoint of the family with tokenizer and processor files, images of up to three tiles."""
+    model_type = TINY[name].model_type
     tokenizer = chat_tokenizer(model_type)
     ids = {
         "image_token_id": tokenizer.convert_tokens_to_ids(tokenizer.image_token),
         "video_token_id": tokenizer.convert_tokens_to_ids(tokenizer.video_token),
     }
-    ids |= {name.replace("_id", "_index"): value for name, value in ids.items()}
-    own = TINY[model_type].config
-    changes = {name: value for name, value in ids.items() if name in own}
-    config = tiny_config(model_type, text_config={**own["text_config"], "vocab_size": len(tokenizer)}, **changes)
+    ids |= {field.replace("_id", "_index"): value for field, value in ids.items()}
+    own = TINY[name].config
+    changes = {field: value for field, value in ids.items() if field in own}
+    vocabularies = [field for field in own["text_config"] if field.startswith("vocab_size")]
+    text_config = {**own["text_config"], **dict.fromkeys(vocabularies, len(tokenizer))}
+    config = tiny_config(name, text_config=text_config, **changes)
     randomized(AutoModelForImageTextToText.from_config(config)).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor, processor = PROCESSORS[model_type]
