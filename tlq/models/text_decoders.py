@@ -180,8 +180,8 @@ GEMMA4_UNIFIED = Decoder(
     attention=(QKV, replace(O_PROJ, fold=None)),
     mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN),
     kinds=(
-        ("k_is_v", (replace(QKV, linears=QKV.linears[:2]), replace(O_PROJ, fold=None))),
-        ("shared_kv", (replace(QKV, linears=QKV.linears[:1]), replace(O_PROJ, fold=None))),
+        ("k_is_v", (replace(QKV, linears=QKV.linears[:2], lacking=QKV.linears[2:]), replace(O_PROJ, fold=None))),
+        ("shared_kv", (replace(QKV, linears=QKV.linears[:1], lacking=QKV.linears[1:]), replace(O_PROJ, fold=None))),
     ),
     kind=_gemma4_kind,
 )

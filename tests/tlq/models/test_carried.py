@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,34 @@ def test_keys_that_no_layer_computes_are_left_out(checkpoint: Path, tmp_path: Pa
     for batch in batches_of(SHARED_KV):
         with torch.no_grad():
             logits, same = (each(**batch.encode()).logits for each in (loaded, load_model(tmp_path / "without")))
+        torch.testing.assert_close(logits, same, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma4", SHARED_KV])
+@pytest.mark.parametrize("kept", ["w8a8", "full_precision"])
+def test_engines_find_one_scheme_for_all_that_they_fuse(tmp_path: Path, name: str, kept: str) -> None:
+    """Engines keep q, k and v in one weight, also of a layer that lacks some, and look for the scheme of each."""
+    source = write_tiny(name, tmp_path / "source")
+    architecture = StreamedModel(source).architecture
+    last = len(architecture.groups) - 1
+    mixed = replace(get_scheme("w4a8"), overrides=((f"*.layers.{last}.self_attn.?_proj", kept),))
+    quantize(source, tmp_path / "out", recipe="rtn", scheme=mixed)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+
+    def schemes(path: str) -> list[int | None]:
+        groups = config["config_groups"].values()
+        named = [group for group in groups if any(re.match(target[3:], path) for target in group["targets"])]
+        ignored = any(re.match(pattern[3:], path) for pattern in config["ignore"] if pattern.startswith("re:"))
+        return [None] if ignored else [group["weights"]["num_bits"] for group in named]
+
+    for index, bits in ((0, 4), (last, 8 if kept == "w8a8" else None)):
+        for linear in ("q_proj", "k_proj", "v_proj"):
+            found = schemes(f"model.language_model.layers.{index}.self_attn.{linear}")
+            assert found == [bits] or (kept == "full_precision" and bits == 4 and found == []), (index, linear)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for batch in batches_of(name):
+        logits, same = (each(**batch.encode()).logits[batch.valid] for each in (plain, load_model(tmp_path / "out")))
         torch.testing.assert_close(logits, same, rtol=1e-4, atol=1e-4)
 
 
