@@ -27,6 +27,7 @@ from benchmarks.data import BenchmarkError
 from benchmarks.divergence import ItemKey
 from benchmarks.items import AnswerOptions, Finished, Reference, Work
 from tlq.inputs.chat import Inputs
+from tlq.models.carried import CarriedStates
 from tlq.models.decoder import answer_logits, entering, run_layer
 from tlq.models.streaming import StreamedModel
 from tlq.runtime.activations import Activations, host_memory
@@ -146,16 +147,19 @@ class StreamedLM(ChatLM):
     def _run_layers(self, batches: Sequence[Batch], hidden: Activations, progress: Any) -> None:
         """Append the output of the last layer for every micro-batch, [batch, time, hidden], to ``hidden``."""
         model, calls = self.model, []
+        carried = CarriedStates(lambda: Activations(self._memory, model.device))
         with model.entrance() as entered:
             for call in entering(entered, model.architecture, batches, model.device):
                 hidden.append(call.take_hidden_states())
                 call.injected = [None if each is None else each.cpu() for each in call.injected]
                 calls.append(call)
-        for index, layer in model.layers(range(self._layers)):
-            for number, call in enumerate(calls):
-                output = run_layer(layer, hidden[number], call.kwargs[index])
-                hidden[number] = call.next_input(index, output)
-            progress.update()
+        with closing(carried):
+            for index, layer in model.layers(range(self._layers)):
+                for number, call in enumerate(calls):
+                    with call.arguments(index, carried, number) as arguments:
+                        output = run_layer(layer, hidden[number], arguments)
+                    hidden[number] = call.next_input(index, output)
+                progress.update()
 
     def _read(self, items: Sequence[Work], logits: torch.Tensor) -> list[Finished]:
         """Replies and divergences of a micro-batch, from the logits [answer tokens, vocabulary] of all its items."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.benchmark_rows import mmmu_rows, write_rows
+from support.families import write_tiny_with_processor
 
 from benchmarks import streamed
 from benchmarks.data import BenchmarkError, BenchmarkSource
@@ -68,6 +69,22 @@ def test_nll_and_kl_are_those_of_the_model_in_memory(
                 assert twin.nll == pytest.approx(item.nll, rel=0, abs=1e-4)
                 assert twin.kl == pytest.approx(item.kl, rel=0, abs=1e-4)
     assert min(item.kl or 0 for result in found[1] for item in result.items) > 1e-3
+
+
+def test_layers_that_share_keys_are_scored_as_in_memory(textvqa: Make, tmp_path: Path) -> None:
+    full, variant = write_tiny_with_processor("gemma4-shared_kv", tmp_path / "full"), tmp_path / "variant"
+    quantize(full, variant, recipe="rtn", scheme="w3a16")
+    benchmarks = load_benchmarks([textvqa(3)], None, 0)
+    (expected, found) = (
+        measured(answer, load, full, variant, tmp_path / answer.__name__, benchmarks)
+        for answer, load in ((run_benchmarks, load_model), (run_streamed, open_model))
+    )
+    for one, other in zip(expected, found, strict=True):
+        for item, twin in zip(one[0].items, other[0].items, strict=True):
+            assert twin.n_answer_tokens == item.n_answer_tokens > 0
+            assert twin.nll == pytest.approx(item.nll, rel=0, abs=1e-4)
+            assert twin.kl == pytest.approx(item.kl, rel=0, abs=1e-4)
+    assert min(item.kl or 0 for item in found[1][0].items) > 1e-3
 
 
 def test_a_letter_is_chosen_between_those_of_the_question(

@@ -39,12 +39,18 @@ class TinyFamily:
         image: (number of tiles, generator) -> number of image tokens, and the model's inputs for one sample's image.
         token_types: names of the inputs that mark image tokens with 1, with blanks between, if the model needs any;
             those of ``moe_`` also mark the tokens around an image.
+        variant: what distinguishes one of several models of the family.
     """
 
     model_type: str
     config: dict[str, Any]
     image: Callable[[int, torch.Generator], tuple[int, Inputs]]
     token_types: str | None = None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model_type}-{self.variant}" if self.variant else self.model_type
 
 
 def text(model_type: str, **more: Any) -> dict[str, Any]:
@@ -175,6 +181,28 @@ def packed_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     }
 
 
+def gemma4_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """4 x 4 patches per tile side by side, padded to three tiles; 2 x 2 patches are one token."""
+    y, x = torch.meshgrid(torch.arange(4), torch.arange(4 * tiles), indexing="ij")
+    positions = torch.stack([x, y], -1).reshape(1, -1, 2)
+    padding = 16 * (3 - tiles)
+    return 4 * tiles, {
+        "pixel_values": torch.nn.functional.pad(pixels(1, 16 * tiles, 48, generator=generator), (0, 0, 0, padding)),
+        "image_position_ids": torch.nn.functional.pad(positions, (0, 0, 0, padding), value=-1),
+    }
+
+
+def gemma4_unified_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """2 x 2 merged patches per tile side by side, padded to three tiles; each is one token."""
+    y, x = torch.meshgrid(torch.arange(2), torch.arange(2 * tiles), indexing="ij")
+    positions = torch.stack([x, y], -1).reshape(1, -1, 2)
+    padding = 4 * (3 - tiles)
+    return 4 * tiles, {
+        "pixel_values": torch.nn.functional.pad(pixels(1, 4 * tiles, 192, generator=generator), (0, 0, 0, padding)),
+        "image_position_ids": torch.nn.functional.pad(positions, (0, 0, 0, padding), value=-1),
+    }
+
+
 def mrope(sections: list[int], **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections, **more}}
 
@@ -229,6 +257,64 @@ def minicpm(model_type: str, token_types: str | None = None, **more: Any) -> Tin
     )
 
 
+#: Heads of another width in layers of full attention, whose keys are their values.
+GEMMA4_TEXT = {
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "use_bidirectional_attention": "vision",
+    "final_logit_softcapping": 30.0,
+}
+#: The last two layers have no keys and values of their own, and a wider MLP.
+SHARED_KV = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "attention_k_eq_v": False,
+    "use_bidirectional_attention": None,
+}
+
+
+#: The audio tower of E2B and E4B.
+GEMMA4_AUDIO = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [8, 4],
+    "output_proj_dims": 32,
+}
+
+
+def gemma4(variant: str, audio: dict[str, Any] | None = None, **more: Any) -> TinyFamily:
+    more = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY, **GEMMA4_TEXT, **more}
+    return TinyFamily(
+        "gemma4",
+        {
+            "text_config": text("gemma4_text", **more),
+            "vision_config": {
+                **tower("gemma4_vision", 4, num_key_value_heads=2, head_dim=16),
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 64,
+                "use_clipped_linears": audio is not None,
+                "standardize": audio is not None,
+            },
+            "audio_config": audio,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "audio_token_id": 89,
+            "boi_token_id": VISION_START,
+            "eoi_token_id": VISION_END,
+        },
+        gemma4_image,
+        "mm_token_type_ids",
+        variant,
+    )
+
+
 #: GLM's families with one description -> their decoder.
 GLM = {"glm4v": "glm4v_text", "glm46v": "glm4v_text", "glm_ocr": "glm_ocr_text"}
 
@@ -249,7 +335,7 @@ def glm(model_type: str, text_type: str, **more: Any) -> TinyFamily:
 
 
 TINY: dict[str, TinyFamily] = {
-    family.model_type: family
+    family.name: family
     for family in (
         TinyFamily(
             "qwen2_vl",
@@ -679,6 +765,56 @@ TINY: dict[str, TinyFamily] = {
             llava_image,
             "token_type_ids",
         ),
+        gemma4(""),
+        gemma4("experts", enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=128),
+        gemma4("shared_kv", GEMMA4_AUDIO, hidden_size_per_layer_input=32, **SHARED_KV),
+        TinyFamily(
+            "gemma4_unified",
+            {
+                "text_config": text("gemma4_unified_text", **GEMMA4_TEXT),
+                "vision_config": {
+                    "patch_size": 4,
+                    "pooling_kernel_size": 2,
+                    "mm_embed_dim": 32,
+                    "mm_posemb_size": 16,
+                    "output_proj_dims": 32,
+                },
+                "image_token_id": IMAGE,
+                "video_token_id": VIDEO,
+                "audio_token_id": 89,
+                "boi_token_id": VISION_START,
+                "eoi_token_id": VISION_END,
+            },
+            gemma4_unified_image,
+            "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "muse_glimmer",
+            {
+                "text_config": text(
+                    "muse_glimmer_text",
+                    head_dim=32,
+                    sliding_window=6,
+                    layer_types=["sliding_attention", "full_attention"],
+                    layer_rope_theta=[100.0, 0],
+                    output_multiplier=0.5,
+                ),
+                "vision_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "patch_size": 4,
+                    "pos_emb_height": 8,
+                    "pos_emb_width": 8,
+                },
+                "image_token_id": IMAGE,
+                "video_token_id": VIDEO,
+                "out_hidden_size": 128,
+                "projector_hidden_size": 64,
+            },
+            qwen_image,
+        ),
         TinyFamily(
             "smolvlm",
             {
@@ -704,39 +840,46 @@ TINY: dict[str, TinyFamily] = {
 }
 
 
-def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
-    return AutoConfig.for_model(model_type, **{**TINY[model_type].config, **changes})
+def tiny_config(name: str, **changes: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(TINY[name].model_type, **{**TINY[name].config, **changes})
 
 
-def write_tiny(model_type: str, folder: Path, **text_changes: Any) -> Path:
+def write_tiny(name: str, folder: Path, **text_changes: Any) -> Path:
     """A random checkpoint of the family in bfloat16; ``text_changes`` are fields of its text config."""
-    text_config = {**TINY[model_type].config["text_config"], **text_changes}
-    config = tiny_config(model_type, text_config=text_config)
+    text_config = {**TINY[name].config["text_config"], **text_changes}
+    config = tiny_config(name, text_config=text_config)
     randomized(AutoModelForImageTextToText.from_config(config)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
 def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Weights of unit gain, biases of a tenth, decoder norms with gains spread around 1."""
+    """Weights of unit gain, biases of a tenth, decoder norms, routers and layers with gains spread around 1."""
     offset = 1.0 if model.config.model_type == "gemma3" else 0.0
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
+        if ("norm" in name and name.endswith("weight")) or (".router." in name and name.endswith("scale")):
             parameter.copy_(torch.exp(0.5 * values) - offset)
         elif parameter.dim() >= 2:
             inputs = parameter[0, 0] if ".experts." in name else parameter[0]
             parameter.copy_(values / inputs.numel() ** 0.5)
         else:
             parameter.copy_(0.1 * values)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("layer_scalar", "std_scale")):
+            buffer.copy_(torch.exp(0.2 * torch.randn(buffer.shape, generator=generator)))
+        elif name.endswith(("input_min", "output_min")):
+            buffer.fill_(-1.5)
+        elif name.endswith(("input_max", "output_max")):
+            buffer.fill_(1.5)
     return model.eval()
 
 
-def batches_of(model_type: str, batch_size: int = 2) -> list[Batch]:
+def batches_of(name: str, batch_size: int = 2) -> list[Batch]:
     """Four samples: an image of one to three tiles between two texts, then an answer of four tokens."""
     generator = torch.Generator().manual_seed(3)
-    encoded = [_row(TINY[model_type], 1 + index % 3, 5 + 3 * index, generator) for index in range(4)]
+    encoded = [_row(TINY[name], 1 + index % 3, 5 + 3 * index, generator) for index in range(4)]
     rows = [EncodedRow.of(row, 4) for row in encoded]
     chunks = [list(range(start, min(start + batch_size, 4))) for start in range(0, 4, batch_size)]
     return [_batch(chunk, rows, encoded.__getitem__, 0, IMAGE) for chunk in chunks]
@@ -765,6 +908,7 @@ NAMED_TOKENS = {
     "boi_token": "<start_image>",
     "eoi_token": "<end_image>",
 }
+GEMMA4_TOKENS = {"audio_token": "<audio>", "boa_token": "<start_audio>", "eoa_token": "<end_audio>"}
 QWEN_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 QWEN_MARK = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
 OTHER_TOKENS = [
@@ -814,6 +958,15 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"image_processor_type": "Gemma3ImageProcessor", **SQUARE},
         {"processor_class": "Gemma3Processor", "image_seq_length": 4},
     ),
+    "gemma4": (
+        {
+            "image_processor_type": "Gemma4ImageProcessor",
+            "patch_size": 4,
+            "max_soft_tokens": 70,
+            "pooling_kernel_size": 2,
+        },
+        {"processor_class": "Gemma4Processor", "feature_extractor": {"feature_size": 8}},
+    ),
     "idefics3": (
         {"image_processor_type": "Idefics3ImageProcessor", **SPLIT},
         {"processor_class": "Idefics3Processor", "image_seq_len": 4},
@@ -827,14 +980,14 @@ def chat_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    qwen, gemma = model_type.startswith("qwen"), model_type == "gemma3"
-    named = NAMED_TOKENS | QWEN_TOKENS if qwen else NAMED_TOKENS
+    qwen, gemma = model_type.startswith("qwen"), model_type.startswith("gemma")
+    named = NAMED_TOKENS | (QWEN_TOKENS if qwen else GEMMA4_TOKENS if model_type == "gemma4" else {})
     chat = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>"]
     core.add_special_tokens([AddedToken(token, special=True) for token in [*chat, *OTHER_TOKENS, *named.values()]])
     if gemma:  # adds <bos>, which its chat template writes as well
         bos = ("<bos>", core.token_to_id("<bos>"))
         core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
-    mark = "".join(QWEN_MARK) if qwen else "<start_image>" if gemma else "<image>"
+    mark = "".join(QWEN_MARK) if qwen else "<start_image>" if model_type == "gemma3" else "<image>"
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<bos>" if gemma else None,
@@ -846,17 +999,20 @@ def chat_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
     )
 
 
-def write_tiny_with_processor(model_type: str, folder: Path) -> Path:
+def write_tiny_with_processor(name: str, folder: Path) -> Path:
     """A random checkpoint of the family with tokenizer and processor files, images of up to three tiles."""
+    model_type = TINY[name].model_type
     tokenizer = chat_tokenizer(model_type)
     ids = {
         "image_token_id": tokenizer.convert_tokens_to_ids(tokenizer.image_token),
         "video_token_id": tokenizer.convert_tokens_to_ids(tokenizer.video_token),
     }
-    ids |= {name.replace("_id", "_index"): value for name, value in ids.items()}
-    own = TINY[model_type].config
-    changes = {name: value for name, value in ids.items() if name in own}
-    config = tiny_config(model_type, text_config={**own["text_config"], "vocab_size": len(tokenizer)}, **changes)
+    ids |= {field.replace("_id", "_index"): value for field, value in ids.items()}
+    own = TINY[name].config
+    changes = {field: value for field, value in ids.items() if field in own}
+    vocabularies = [field for field in own["text_config"] if field.startswith("vocab_size")]
+    text_config = {**own["text_config"], **dict.fromkeys(vocabularies, len(tokenizer))}
+    config = tiny_config(name, text_config=text_config, **changes)
     randomized(AutoModelForImageTextToText.from_config(config)).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor, processor = PROCESSORS[model_type]

@@ -22,9 +22,9 @@ from tlq.quantization import rounding
 from tlq.recipes import get_recipe
 from tlq.samples import Batch
 
-#: A hybrid of delta nets and attention, experts after attention, experts in a hybrid with a shared expert, and experts
-#: whose input the router scales.
-FAMILIES = ("qwen3_5", "qwen3_vl_moe", "qwen3_5_moe", "llama4")
+#: A hybrid of delta nets and attention, experts after attention, experts in a hybrid with a shared expert, experts
+#: whose input the router scales, and layers that attend with the keys of others.
+FAMILIES = ("qwen3_5", "qwen3_vl_moe", "qwen3_5_moe", "llama4", "gemma4-shared_kv")
 
 Source = tuple[Path, Sequence[Batch]]
 

@@ -77,7 +77,7 @@ class GroupSolver:
     def __init__(self, model: LayeredModel, job: CalibrationJob, streams: Streams) -> None:
         self.architecture, self.job, self.streams = model.architecture, job, streams
         self.clock = job.ranks.clock
-        self.head_dim = head_dim_of(model.skeleton.config)
+        self.config = model.skeleton.config
 
     def problem(
         self, index: int, layer: nn.Module, group: LinearGroup, reference: FullPrecision | None
@@ -102,16 +102,16 @@ class GroupSolver:
                 no_tokens = torch.empty(0, device=weight.device)
                 inputs, parent = GroupInputs([], 0, no_tokens, weight.shape[1], True, self.job.ranks), None
         error = LinearsError(weight, inputs, quantizer, self.job.recipe.rounding_method.needs_statistics)
-        return GroupProblem(quantizer, error, self.fold(layer, group), parent, routed)
+        return GroupProblem(quantizer, error, self.fold(index, layer, group), parent, routed)
 
-    def fold(self, layer: nn.Module, group: LinearGroup) -> Fold | None:
-        """The module of ``layer`` that takes 1/s of ``group``; None if there is none."""
+    def fold(self, index: int, layer: nn.Module, group: LinearGroup) -> Fold | None:
+        """The module of ``layer``, decoder layer ``index``, that takes 1/s of ``group``; None if there is none."""
         if group.fold is None:
             return None
         return Fold.into(
             layer.get_submodule(group.fold),
             get_linear(layer, group.linears[0]).in_features,
-            self.head_dim,
+            head_dim_of(self.config, index),
             self.job.quantizer.scale_dtype,
             self.architecture.norm_offset if group.gain is None else group.gain,
             group.fold_last,

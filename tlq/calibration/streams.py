@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.routing import LEAST_TOKENS, ExpertTokens, expert_tokens
 from tlq.models.architectures import get_linear
+from tlq.models.carried import CarriedStates
 from tlq.models.decoder import LayerCalls, enter_decoder, observe, run_layer
 from tlq.models.linear_groups import EXPERTS, LinearGroup
 from tlq.models.streaming import LayeredModel
@@ -102,6 +103,7 @@ class Streams:
         first = [call.take_hidden_states() for call in self.calls]
         self.full = self._activations(first if self.sees_full_precision else [])
         self.exposed = self._activations(first if self.sees_exposed else [])
+        self._carried_full, self._carried_exposed = (CarriedStates(self._activations) for _ in range(2))
         self._finished: dict[str, Activations] = {}
         self._returns: dict[type, type] = {}
         self._routed: Routed | None = None  # on the stream whose routing decides
@@ -202,7 +204,8 @@ class Streams:
         inputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
         reference = FullPrecision(inputs, {parent: [] for parent in parents}, Routed(self._activations()))
         for number, call in enumerate(self.calls):
-            seen, output = observe(layer, self.full[number], call.kwargs[index], modules, stop)
+            with call.arguments(index, self._carried_full, number) as arguments:
+                seen, output = observe(layer, self.full[number], arguments, modules, stop)
             if output is not None and index != self._last:
                 self._advance(self.full, index, number, output)
             for group in groups:
@@ -243,9 +246,9 @@ class Streams:
     def advance_full_precision(self, index: int, layer: nn.Module) -> None:
         """Advance past ``layer``, which an earlier run solved and which still has its original weights."""
         for number in range(len(self.full)):
-            self._advance(
-                self.full, index, number, run_layer(layer, self.full[number], self.calls[number].kwargs[index])
-            )
+            with self.calls[number].arguments(index, self._carried_full, number) as arguments:
+                output = run_layer(layer, self.full[number], arguments)
+            self._advance(self.full, index, number, output)
 
     # -- exposed -------------------------------------------------------------------------------------------------
 
@@ -283,8 +286,8 @@ class Streams:
         """Advance past ``layer``, all of whose groups are installed; nothing runs past the last layer."""
         if index != self._last:
             for number in range(len(self.exposed)):
-                with self._shortcuts(layer, number):
-                    output = run_layer(layer, self.exposed[number], self.calls[number].kwargs[index])
+                with self._exposed_call(index, number, layer) as arguments:
+                    output = run_layer(layer, self.exposed[number], arguments)
                 self._advance(self.exposed, index, number, output)
         for outputs in self._finished.values():
             outputs.clear()
@@ -304,15 +307,19 @@ class Streams:
         self, index: int, number: int, layer: nn.Module, modules: dict[str, nn.Module], stop: nn.Module
     ) -> dict[str, Arguments]:
         """Arguments of ``modules`` on the exposed stream, in a pass that ends at ``stop``."""
-        with self._shortcuts(layer, number):
-            return observe(layer, self.exposed[number], self.calls[number].kwargs[index], modules, stop)[0]
+        with self._exposed_call(index, number, layer) as arguments:
+            return observe(layer, self.exposed[number], arguments, modules, stop)[0]
 
     @contextmanager
-    def _shortcuts(self, layer: nn.Module, number: int) -> Iterator[None]:
+    def _exposed_call(self, index: int, number: int, layer: nn.Module) -> Iterator[dict[str, Any]]:
+        """The arguments of one call of ``layer`` on the exposed stream; final modules return their cached outputs.
+
+        Attention last runs after all of its groups, so what it leaves for later layers is final.
+        """
         with ExitStack() as stack:
             for path, outputs in self._finished.items():
                 stack.enter_context(_shortcut(layer.get_submodule(path), outputs, number, self._returns))
-            yield
+            yield stack.enter_context(self.calls[number].arguments(index, self._carried_exposed, number))
 
     # ------------------------------------------------------------------------------------------------------------
 

@@ -208,12 +208,13 @@ def quantization_config(scheme: Scheme, architecture: Architecture, layers: int)
 
     Each scheme of an override becomes one config group, which lists its linears one by one, by the end of their paths,
     because inference engines put other prefixes before ``layers``. Without overrides the only group has all linears.
+    Linears that a layer lacks are listed with those that engines fuse them with, because engines look for all of them.
     """
     kept = {f"re:.*{re.escape(path)}$": None for path in architecture.kept}
     own_patterns: dict[str, None] = {}
     others: dict[str, dict[str, None]] = {}
-    for path in (path for index in range(layers) for path in linear_paths(architecture, index)):
-        own = scheme.of(path)
+    for path, present in (pair for index in range(layers) for pair in _listed_paths(architecture, index)):
+        own = scheme.of(present)
         pattern = _pattern(path.removeprefix(architecture.layers.removesuffix("layers")))
         if own is None:
             kept[pattern] = None
@@ -231,6 +232,14 @@ def quantization_config(scheme: Scheme, architecture: Architecture, layers: int)
         format=formats.pop().value if len(formats) == 1 else CompressionFormat.mixed_precision.value,
         quantization_status=QuantizationStatus.COMPRESSED,
     )
+
+
+def _listed_paths(architecture: Architecture, index: int) -> Iterator[tuple[str, str]]:
+    """Paths of linears of a decoder layer, also of those that it lacks, each with one that it has and that decides."""
+    prefix = f"{architecture.layers}.{index}."
+    for group in architecture.groups[index]:
+        yield from ((f"{prefix}{path}", f"{prefix}{path}") for path in group.linears)
+        yield from ((f"{prefix}{path}", f"{prefix}{group.linears[0]}") for path in group.lacking)
 
 
 def _pattern(path: str) -> str:

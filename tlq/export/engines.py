@@ -265,13 +265,14 @@ def table(schemes: list[Scheme], family: str | None = None, experts: bool = Fals
 
 def families() -> str:
     """The supported families as lines of text: ``model_type``, what loads an export, targets of ``tlq convert``."""
-    lines = [f"{'family':<18}{'loaded by':<18}tlq convert --to"]
+    lines = [f"{'family':<18}{'loaded by':<30}tlq convert --to"]
     for name in FAMILIES:
         decoder = DECODERS.get(f"{name}_text")
-        experts = decoder is not None and decoder.experts is not None
-        loader = "tlq.load_model" if experts or FAMILIES[name].joined else "transformers"
+        loader = "tlq.load_model" if FAMILIES[name].joined else "transformers"
+        if decoder is not None and decoder.experts is not None:
+            loader = "transformers (dense models)" if decoder.experts.optional else "tlq.load_model"
         targets = [to for to, known in (("gguf", GGUF_FAMILIES), ("mlx", MLX_FAMILIES)) if name in known]
-        lines.append(f"{name:<18}{loader:<18}{' '.join(targets)}".rstrip())
+        lines.append(f"{name:<18}{loader:<30}{' '.join(targets)}".rstrip())
     return "\n".join(lines) + "\n"
 
 

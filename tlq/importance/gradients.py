@@ -174,9 +174,9 @@ def keeps_graph(model: LayeredModel, batches: Sequence[Batch]) -> bool:
 
 
 def bytes_per_token(model: LayeredModel) -> int:
-    """Bytes of hidden states that scoring keeps per token: the inputs of all layers and the last layer's output."""
-    text = model.skeleton.config.get_text_config()
-    return int((text.num_hidden_layers + 1) * text.hidden_size * model.dtype.itemsize)
+    """Bytes that scoring keeps per token: inputs of all layers, the last one's output, what layers leave for later."""
+    sizes = ActivationSizes(model)
+    return int((sizes.layers + 1) * sizes.state + sizes.carried)
 
 
 def _passes(

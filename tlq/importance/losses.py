@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tlq.models.architectures import get_linear
+from tlq.models.carried import Carried, CarriedStates
 from tlq.models.decoder import LayerCalls, answer_logits, run_layer
 from tlq.models.linear_groups import EXPERTS
 from tlq.models.streaming import LayeredModel
@@ -31,6 +32,7 @@ class ResidentBatches:
     Attributes:
         inputs: per decoder layer, its input [batch, time, hidden] of every micro-batch; the last entry is the output of
             the last layer.
+        carried: what layers left for later ones.
         keeps_graph: all weights are in memory, and so is the autograd graph of a micro-batch through all layers.
     """
 
@@ -45,8 +47,9 @@ class ResidentBatches:
         self.model, self.batches, self.calls, self.keeps_graph = model, batches, calls, keeps_graph
         self._memory = memory
         self.inputs = [self._activations(call.take_hidden_states() for call in calls)]
+        self.carried = CarriedStates(self._activations)
 
-    def _activations(self, values: Iterable[Tensor]) -> Activations:
+    def _activations(self, values: Iterable[Tensor] = ()) -> Activations:
         return Activations(self._memory, self.model.device, values)
 
     @property
@@ -58,19 +61,26 @@ class ResidentBatches:
     def forward(self, index: int, layer: nn.Module) -> None:
         """Append the output of layer ``index`` for every micro-batch."""
         with _deterministic():  # as in ``segment``: both select the same kernel for attention
-            self.inputs.append(
-                self._activations(
-                    call.next_input(index, run_layer(layer, self.inputs[index][position], call.kwargs[index]))
-                    for position, call in enumerate(self.calls)
-                )
-            )
+            self.inputs.append(self._activations(self._outputs(index, layer)))
+
+    def _outputs(self, index: int, layer: nn.Module) -> Iterator[Tensor]:
+        """The input of the layer after ``index``, for every micro-batch."""
+        for position, call in enumerate(self.calls):
+            with call.arguments(index, self.carried, position) as arguments:
+                output = run_layer(layer, self.inputs[index][position], arguments)
+            yield call.next_input(index, output)
 
     def recompute(self, index: int, position: int, layer: nn.Module) -> Segment:
         """Layer ``index`` once more with an autograd graph, for the micro-batch at ``position``."""
         return self.segment(index, position, layer, self.inputs[index][position])
 
     def segment(self, index: int, position: int, layer: nn.Module, hidden_states: Tensor) -> Segment:
-        """Layer ``index`` with an autograd graph that begins at its input, for the micro-batch at ``position``."""
+        """Layer ``index`` with an autograd graph that begins at all it reads, for the micro-batch at ``position``."""
+
+        def find(name: str) -> tuple[Tensor, ...]:
+            return tuple(tensor.detach().requires_grad_() for tensor in self.carried.find(position, name))
+
+        arguments, carried = self.calls[position].bind(index, find)
         hidden = hidden_states.detach().requires_grad_()
         outputs: dict[str, GroupOutputs] = {}
         handles = []
@@ -91,16 +101,17 @@ class ResidentBatches:
                 observe(group.name, path, layer.get_submodule(group.block) if group.experts else None)
         try:
             with torch.enable_grad(), _deterministic():
-                output = run_layer(layer, hidden, self.calls[position].kwargs[index])
+                output = run_layer(layer, hidden, arguments)
         finally:
             for handle in handles:
                 handle.remove()
-        return Segment(hidden, output, outputs)
+        return Segment(hidden, output, outputs, carried.read, carried.left)
 
     def close(self) -> None:
         """Release the memory of all hidden states."""
         for states in self.inputs:
             states.clear()
+        self.carried.clear()
         release_freed_memory()
 
 
@@ -138,19 +149,43 @@ class Segment:
         hidden, output: input and output of the layer, [batch, time, hidden].
         outputs: group name -> outputs of the group's linears. ``EXPERTS`` is the name of the output of all experts of
             the layer together.
+        read, left: what the layer read of earlier ones, and what it left for later ones.
     """
 
     hidden: Tensor
     output: Tensor
     outputs: dict[str, GroupOutputs]
+    read: Carried
+    left: Carried
 
-    def gradients(self, output_gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient with respect to ``hidden``, and g_t [batch, time] of each group: mean over channels of |dL/dy_t|."""
+    def gradients(
+        self, output_gradient: Tensor, carried: CarriedGradients | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient with respect to ``hidden``, and g_t [batch, time] of each group: mean over channels of |dL/dy_t|.
+
+        Args:
+            carried: gradients of what this layer and others left, from the layers after it; those of what it left are
+                taken out, those of what it read are added. None means that the loss is of ``output`` alone.
+        """
+        carried = {} if carried is None else carried
         linear_outputs = [each for group in self.outputs.values() for each in group.outputs]
+        ends, end_gradients = [self.output], [output_gradient]
+        for name in (name for name in self.left if name in carried):
+            ends += self.left[name]
+            end_gradients += carried.pop(name)
+        read = [tensor for tensors in self.read.values() for tensor in tensors]
         with _deterministic():
-            input_gradient, *rest = torch.autograd.grad(self.output, [self.hidden, *linear_outputs], output_gradient)
+            input_gradient, *rest = torch.autograd.grad(ends, [self.hidden, *linear_outputs, *read], end_gradients)
         gradients, shape = iter(rest), self.hidden.shape[:-1]
-        return input_gradient, {name: group.importance(gradients, shape) for name, group in self.outputs.items()}
+        importance = {name: group.importance(gradients, shape) for name, group in self.outputs.items()}
+        for name, tensors in self.read.items():
+            own = [next(gradients) for _ in tensors]
+            carried[name] = [a + b for a, b in zip(carried[name], own, strict=True)] if name in carried else own
+        return input_gradient, importance
+
+
+#: Gradients of what layers left for later ones, by name, of one micro-batch: those of the layers seen so far, added up.
+CarriedGradients = dict[str, list[Tensor]]
 
 
 #: What ``Loss.gradients`` yields: layer, position of the micro-batch in the pass, group name -> g_t [batch, time].
@@ -188,11 +223,11 @@ class AnswerLoss:
             output_gradients = [
                 self._last_gradient(resident, position, hidden) for position, hidden in enumerate(resident.inputs[-1])
             ]
+        carried: list[CarriedGradients] = [{} for _ in output_gradients]
         for index, layer in resident.model.layers(resident.order[::-1]):
             for position, output_gradient in enumerate(output_gradients):
-                output_gradients[position], values = resident.recompute(index, position, layer).gradients(
-                    output_gradient
-                )
+                segment = resident.recompute(index, position, layer)
+                output_gradients[position], values = segment.gradients(output_gradient, carried[position])
                 yield index, position, values
 
     def _batch_by_batch(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
@@ -201,10 +236,12 @@ class AnswerLoss:
             hidden, segments = resident.inputs[0][position], []
             for index, layer in resident.model.layers(resident.order):
                 segments.append(resident.segment(index, position, layer, hidden))
+                resident.carried.keep(position, segments[-1].left)
                 hidden = call.next_input(index, segments[-1].output.detach())
             gradient = self._last_gradient(resident, position, hidden)
+            carried: CarriedGradients = {}
             for index in resident.order[::-1]:
-                gradient, values = segments.pop().gradients(gradient)
+                gradient, values = segments.pop().gradients(gradient, carried)
                 yield index, position, values
 
     def _last_gradient(self, resident: ResidentBatches, position: int, hidden_states: Tensor) -> Tensor:

@@ -93,15 +93,15 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"choose a model whose decoder is one of: {', '.join(DECODERS)}, or add a row to DECODERS in "
             "tlq/models/text_decoders.py"
         )
-    layers = decoder.layers(config.get_text_config())
+    text = config.get_text_config()
     return Architecture(
         config.model_type,
         family.layers,
-        layers,
+        decoder.layers(text),
         decoder.norm_offset,
         family.ignore,
         decoder.final_norm,
-        decoder.kept,
+        decoder.ungrouped(text),
         family.joined,
     )
 
@@ -153,9 +153,10 @@ def check_linears(model: nn.Module, architecture: Architecture) -> None:
                 )
 
 
-def head_dim_of(config: Any) -> int:
-    """Width of an attention head of the decoder."""
+def head_dim_of(config: Any, index: int = 0) -> int:
+    """Width of an attention head of decoder layer ``index``."""
     text = config.get_text_config()
+    text = text.per_layer_config[index] if text.is_heterogeneous else text
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 

@@ -2,22 +2,29 @@
 
 ``enter_decoder`` runs the embeddings and the vision tower once and records the arguments of every decoder layer. After
 that a layer needs only hidden states: ``run_layer`` runs it, ``observe`` records the inputs of its modules and may stop
-at one of them.
+at one of them. What a layer leaves for later ones beside its output is in ``tlq.models.carried``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import KVSharingDict
 
 from tlq.models.architectures import Architecture
+from tlq.models.carried import CarriedArgument, CarriedStates
 from tlq.samples import Batch
+
+#: What configs call the factor of logits: Cohere 2, Muse Glimmer.
+_LOGIT_SCALES = ("logit_scale", "output_multiplier")
 
 
 class _Stop(Exception):
@@ -30,14 +37,45 @@ class LayerCalls:
 
     Attributes:
         hidden_states: [batch, time, hidden], the first layer's input.
-        kwargs: one dict per layer (masks, rotary embeddings); layers may share the tensors.
+        kwargs: one dict per layer (masks, rotary embeddings); layers may share the tensors. Inputs [batch, time, width]
+            of one layer alone (the embeddings per layer of Gemma 4) are in host memory.
         injected: one per layer, [batch, time, hidden] that the model adds to the output of the previous layer to make
             the input of this one (visual features of Qwen3-VL, "DeepStack"), or None.
+        device: of computation.
+        carries: name of the argument in which layers leave keys and values for later ones; None if the model's layers
+            take none.
     """
 
     hidden_states: Tensor
     kwargs: list[dict[str, Any]]
     injected: list[Tensor | None]
+    device: torch.device
+    carries: str | None = None
+
+    def bind(self, index: int, find: Callable[[str], tuple[Tensor, ...]]) -> tuple[dict[str, Any], CarriedArgument]:
+        """Arguments of one call of layer ``index``, and the one among them in which it leaves what later layers read.
+
+        Args:
+            find: returns what earlier layers left, by name.
+        """
+        carried = CarriedArgument(find)
+        arguments = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in self.kwargs[index].items()
+        }
+        return arguments if self.carries is None else {**arguments, self.carries: carried}, carried
+
+    @contextmanager
+    def arguments(self, index: int, carried: CarriedStates, number: int) -> Iterator[dict[str, Any]]:
+        """Arguments of one call of layer ``index`` inside this context.
+
+        Args:
+            carried: what earlier layers of the stream left; what this one leaves is kept there.
+            number: of this micro-batch in the stream.
+        """
+        arguments, own = self.bind(index, partial(carried.find, number))
+        yield arguments
+        carried.keep(number, own.left)
 
     def take_hidden_states(self) -> Tensor:
         """Return the first layer's input and drop it from these calls."""
@@ -68,7 +106,19 @@ def entering(
             model(**to_device(batch.encode(), device), use_cache=False)
         hidden_states, *injected = [hidden for hidden, _ in recorded]
         assert hidden_states is not None
-        yield LayerCalls(hidden_states, [kwargs for _, kwargs in recorded], [None, *injected])
+        every = [kwargs for _, kwargs in recorded]
+        carries = next((name for name, value in every[0].items() if isinstance(value, KVSharingDict)), None)
+        kwargs = [_kept_arguments(each, hidden_states, carries) for each in every]
+        yield LayerCalls(hidden_states, kwargs, [None, *injected], device, carries)
+
+
+def _kept_arguments(kwargs: dict[str, Any], hidden_states: Tensor, carries: str | None) -> dict[str, Any]:
+    """The arguments of a layer without ``carries``; its own inputs [batch, time, width] in host memory."""
+
+    def is_input(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == hidden_states.shape[:2]
+
+    return {name: value.cpu() if is_input(value) else value for name, value in kwargs.items() if name != carries}
 
 
 @contextmanager
@@ -80,13 +130,17 @@ def _recorded_arguments(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor | N
     """
     recorded: list[tuple[Tensor | None, dict[str, Any]]] = []
 
-    def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        needed = not recorded or bool(hidden_states.any())
-        recorded.append((hidden_states if needed else None, kwargs))
-        return torch.zeros_like(hidden_states)
+    def recorder(names: Sequence[str]) -> Callable[..., Tensor]:
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            needed = not recorded or bool(hidden_states.any())
+            named = dict(zip(names, args, strict=False))
+            recorded.append((hidden_states if needed else None, {**named, **kwargs}))
+            return torch.zeros_like(hidden_states)
+
+        return record
 
     for layer in layers:
-        layer.forward = record
+        layer.forward = recorder(list(inspect.signature(layer.forward).parameters)[1:])
     try:
         yield recorded
     finally:
@@ -170,7 +224,8 @@ def answer_logits(model: PreTrainedModel, architecture: Architecture, hidden: Te
     embeddings: Any = model.get_output_embeddings()
     logits: Tensor = embeddings(normed)
     text = model.config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
+    scale = next((getattr(text, name) for name in _LOGIT_SCALES if getattr(text, name, None)), None)
+    scale = scale or 1 / (getattr(text, "logits_scaling", None) or 1)
     cap = getattr(text, "final_logit_softcapping", None)
     logits = logits if scale == 1 else logits * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -38,6 +38,17 @@ LLAMA4 = Family(
     ("language_model.lm_head", "re:.*vision_model.*", "re:.*multi_modal_projector.*"), "language_model.model.layers"
 )
 DEEPSEEK_OCR2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*sam_model.*", "re:.*qwen2_model.*", "re:.*projector.*"))
+GEMMA4 = Family(
+    (
+        "lm_head",
+        "re:.*vision_tower.*",
+        "re:.*embed_vision.*",
+        "re:.*audio_tower.*",
+        "re:.*embed_audio.*",
+        "re:.*per_layer_model_projection.*",
+    )
+)
+MUSE_GLIMMER = Family(("lm_head", "re:.*vision_tower.*", "re:.*vision_adapter.*", "re:.*vision_projection.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -74,6 +85,9 @@ FAMILIES: dict[str, Family] = {
     "mistral3": LLAVA,
     "lighton_ocr": LIGHTON_OCR,
     "gemma3": LLAVA,
+    "gemma4": GEMMA4,
+    "gemma4_unified": GEMMA4,
+    "muse_glimmer": MUSE_GLIMMER,
     "smolvlm": IDEFICS3,
     "idefics3": IDEFICS3,
 }

@@ -20,6 +20,7 @@ class LinearGroup:
         tokenwise: whether the module around the linears computes each token from its hidden state alone.
         kept: linears that read the same input and stay in full precision; the group's scale goes into their columns.
         gain: the gain of the norm ``fold`` is ``gain + weight``; None takes the decoder's ``norm_offset``.
+        lacking: linears that this kind of layer does not have, while engines fuse them with those of the group.
         experts: for a group of an expert, the module that holds all experts; it is called with the hidden states
             [tokens, hidden] and with the numbers of the experts [tokens, k] that each token is routed to.
         modality: ``text`` or ``image`` if an expert computes only tokens of it.
@@ -35,6 +36,7 @@ class LinearGroup:
     experts: str | None = None
     fold_last: bool = False
     modality: str | None = None
+    lacking: tuple[str, ...] = ()
 
     @property
     def block(self) -> str:

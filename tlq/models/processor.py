@@ -7,6 +7,7 @@ values and token ids.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ from transformers.utils import is_torchvision_available
 from tlq.models.checkpoint import load_config, processor_files
 from tlq.models.stored import read_json
 
-#: Families whose processors use their video processor for images too -> the packages that they need.
-NEEDS_VIDEO = {"smolvlm": "torchvision and num2words", "minicpmv4_6": "torchvision", "minicpmv4_7": "torchvision"}
+#: Families whose processors handle images with torchvision or with their video processor -> the packages they need.
+NEEDS_VIDEO = {
+    "smolvlm": "torchvision and num2words",
+    "minicpmv4_6": "torchvision",
+    "minicpmv4_7": "torchvision",
+    "gemma4_unified": "torchvision",
+    "muse_glimmer": "torchvision",
+}
 
 
 def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
@@ -63,11 +70,29 @@ def image_only_class(checkpoint: str | Path) -> Any:
             f"{checkpoint}: the processor of {model_type} needs {NEEDS_VIDEO[model_type]} even for images; install them"
         )
     base = getattr(transformers, name)
+    parts = base.get_attributes()
+    video = inspect.signature(base.__init__).parameters.get("video_processor")
+    required = video is not None and video.default is inspect.Parameter.empty
 
     class ImageOnly(base):  # type: ignore[misc, valid-type]
+        _loaded_parts = [part for part in parts if part != "video_processor"]
+
         @classmethod
         def get_attributes(cls) -> list[str]:
-            return [attribute for attribute in base.get_attributes() if attribute != "video_processor"]
+            return cls._loaded_parts
+
+        @classmethod
+        def from_args_and_dict(cls, args: list[Any], *more: Any, **named: Any) -> Any:
+            """Give a constructor that requires a video processor (Gemma 4) None in its place."""
+            if required:
+                args, cls._loaded_parts = list(args), parts
+                args.insert(parts.index("video_processor"), None)
+            return super().from_args_and_dict(args, *more, **named)
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor" and argument is None:
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
 
     ImageOnly.__name__ = ImageOnly.__qualname__ = name
     return ImageOnly

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tlq.models.architectures import get_linear, head_dim_of
+from tlq.models.carried import carried_width
 from tlq.models.linear_groups import LinearGroup
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.samples import Batch
@@ -31,16 +32,23 @@ class ActivationSizes:
         self.state = self.text.hidden_size * self.item
 
     def inside(self, streams: int) -> int:
-        """Hidden states per token that a layer with experts keeps: their input, and the shared experts' output."""
-        if self.architecture.experts is None:
+        """Hidden states per token that a layer with experts keeps: their input, the output of an MLP beside them."""
+        sparse = [groups for groups in self.architecture.kinds if any(group.experts for group in groups)]
+        if not sparse:
             return 0
-        names = {group.name for groups in self.architecture.kinds for group in groups}
-        return streams + ("shared.down" in names)
+        return streams + any(group.name in ("shared.down", "down") for groups in sparse for group in groups)
+
+    @property
+    def carried(self) -> int:
+        """Bytes per token of what layers leave for later ones."""
+        return carried_width(self.architecture.decoder_layers(self.skeleton)) * self.item
 
     def calls(self, batches: Sequence[Batch], own: int) -> int:
-        """Attention masks and rotary embeddings of all of this rank's micro-batches."""
+        """Attention masks, rotary embeddings and inputs per layer of all of this rank's micro-batches."""
         longest = max((batch.valid.shape[1] for batch in batches), default=0)
-        return own * (longest + 2 * head_dim_of(self.skeleton.config)) * self.item
+        head_dim = max(head_dim_of(self.skeleton.config, index) for index in self.architecture.kinds.values())
+        inputs = self.layers * (getattr(self.text, "hidden_size_per_layer_input", None) or 0)
+        return own * (longest + 2 * head_dim + inputs) * self.item
 
     def activations(self, batches: Sequence[Batch], graph: bool) -> int:
         """Activations of a micro-batch inside a decoder layer; with a graph, also those of the backward pass."""
@@ -87,7 +95,8 @@ class ActivationSizes:
         if group.experts is None:
             return 1.0
         experts: Any = self.module(index).get_submodule(group.experts)
-        return float(self.text.num_experts_per_tok / len(experts))
+        per_token = getattr(self.text, "num_experts_per_tok", None) or self.text.top_k_experts
+        return float(per_token / len(experts))
 
     def head(self, batches: Sequence[Batch]) -> int:
         """Output embeddings, and logits of a micro-batch's answers with their gradients."""

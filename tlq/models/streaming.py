@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from transformers.core_model_loading import (
 from tlq.models.architectures import Architecture, architecture_of, get_linear
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
+from tlq.models.linear_groups import LinearGroup
 from tlq.models.skeleton import empty_model
 from tlq.models.stored import (
     WEIGHT_DTYPES,
@@ -228,7 +230,9 @@ class StreamedModel:
             for name, place in self._parts(content, whole, wanted):
                 if name in wanted:
                     self._check_form(place, wanted[name])
-                (found if name in wanted else unnamed)[name] = place
+                    found[name] = place
+                elif not self._is_unread(name):
+                    unnamed[name] = place
         for name, sources in stacks.items():
             found[name] = StackedTensor.of([sources[position] for position in sorted(sources)])
             self._check_form(found[name], wanted[name])
@@ -240,6 +244,18 @@ class StreamedModel:
                 "incomplete, download it again"
             )
         return found, unnamed
+
+    def _is_unread(self, name: str) -> bool:
+        """Whether a stored tensor is of a linear that only other decoder layers have: keys of a layer that shares them.
+
+        The result leaves it out: no program computes with it, and in full precision it would not fit its layer.
+        """
+        path = name.removeprefix(self._inside).partition(".")[2].rpartition(".")[0]
+        return name.startswith(self._inside) and any(path in group.linears for group in self._every_group)
+
+    @cached_property
+    def _every_group(self) -> list[LinearGroup]:
+        return list(dict.fromkeys(group for groups in self.architecture.kinds for group in groups))
 
     def _parts(
         self, content: Content, place: StoredTensor, wanted: dict[str, Tensor]
@@ -315,15 +331,24 @@ class StreamedModel:
     @property
     def entrance_names(self) -> list[str]:
         """Names of the stored tensors that ``entrance`` reads whole: vision tower and connector, mostly."""
-        embeddings = f"{self._path_of(self.skeleton.get_input_embeddings())}.weight"
+        embeddings = {f"{path}.weight" for path in self._embeddings}
         output = self._path_of(self.skeleton.get_output_embeddings())
-        return [name for name in self.outside_names if name != embeddings and not name.startswith(f"{output}.")]
+        return [name for name in self.outside_names if name not in embeddings and not name.startswith(f"{output}.")]
+
+    @cached_property
+    def _embeddings(self) -> list[str]:
+        """Paths of the tokens' embeddings: the decoder's input, and others next to its layers (Gemma 4: per layer)."""
+        decoder = self.architecture.layers.rpartition(".")[0]
+        beside = self.skeleton.get_submodule(decoder).named_children()
+        others = [f"{decoder}.{name}" for name, module in beside if isinstance(module, nn.Embedding)]
+        return list(dict.fromkeys([self._path_of(self.skeleton.get_input_embeddings()), *others]))
 
     @contextmanager
     def entrance(self) -> Iterator[nn.Module]:
-        embeddings: Any = self.skeleton.get_input_embeddings()
-        place = self.weight_map[f"{self._path_of(embeddings)}.weight"]
-        with self._with_weights(self.entrance_names), self._read_by_row(embeddings, place):
+        with self._with_weights(self.entrance_names), ExitStack() as stack:
+            for path in self._embeddings:
+                embeddings: Any = self.skeleton.get_submodule(path)
+                stack.enter_context(self._read_by_row(embeddings, self.weight_map[f"{path}.weight"]))
             yield self.skeleton
 
     @contextmanager

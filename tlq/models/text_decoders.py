@@ -31,15 +31,17 @@ DELTA_OUT = LinearGroup("delta_out", ("linear_attn.out_proj",), "linear_attn.nor
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the MLP. Router and shared experts read the same input: it has no scales.
+    """A mixture of experts. The input of gate and up projections has no scales, because all experts read it.
 
     Attributes:
         path: the module that holds the experts (``tlq.models.experts``).
-        kept: router and gates, which stay in full precision.
+        kept: linears of routers and gates, which stay in full precision.
         shared: path of the MLP that every token passes, or None.
         count: number of experts, from the config of the text decoder.
         sparse: whether a layer has experts, from that config and its index; the others have a plain MLP.
         modalities: what equal parts of the experts compute, in their order; none if every expert computes any token.
+        beside_mlp: a layer with experts has the plain MLP too.
+        optional: only some models of the family have experts.
     """
 
     path: str
@@ -48,6 +50,8 @@ class Experts:
     count: Callable[[Any], int]
     sparse: Callable[[Any, int], bool] = lambda _text, _index: True
     modalities: tuple[str, ...] = ()
+    beside_mlp: bool = False
+    optional: bool = False
 
     def groups(self, count: int) -> tuple[LinearGroup, ...]:
         """The linear groups of a layer with ``count`` experts."""
@@ -69,6 +73,11 @@ class Experts:
         )
 
 
+def _layer_type(text: Any, index: int) -> str | None:
+    stated = getattr(text, "layer_types", None)
+    return stated[index] if stated else None
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A kind of text decoder.
@@ -79,11 +88,11 @@ class Decoder:
     Attributes:
         attention, mlp: linear groups in the order of computation.
         norm_offset: the gain of a norm is ``norm_offset + weight``.
-        kinds: what takes the place of attention in layers of another kind, by the name in ``layer_types`` of the
-            config.
+        kinds: what takes the place of attention in layers of another kind, by the name of the kind.
+        kind: the name of a layer's kind, from the config and its index; by default that in ``layer_types``.
         experts: what takes the place of the MLP, in some layers or in all.
+        ungrouped: from the config, linears in the layers that are in no group and stay in full precision.
         final_norm: name of the norm after the last layer.
-        kept: linears in no group, which stay in full precision.
         post_norm: whether norms come only after attention and MLP, from the config: no scale folds into them.
     """
 
@@ -91,16 +100,18 @@ class Decoder:
     mlp: tuple[LinearGroup, ...] = (GATE_UP, DOWN)
     norm_offset: float = 0.0
     kinds: tuple[tuple[str, tuple[LinearGroup, ...]], ...] = ()
+    kind: Callable[[Any, int], str | None] = _layer_type
     experts: Experts | None = None
+    ungrouped: Callable[[Any], tuple[str, ...]] = lambda _text: ()
     final_norm: str = "norm"
-    kept: tuple[str, ...] = ()
     post_norm: Callable[[Any], bool] = lambda _text: False
 
     def layers(self, text: Any) -> tuple[tuple[LinearGroup, ...], ...]:
         """The groups of every layer of a decoder, from its config."""
         kinds, post_norm = dict(self.kinds), self.post_norm(text)
-        stated = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
-        sparse = () if self.experts is None else self.experts.groups(self.experts.count(text))
+        sparse: tuple[LinearGroup, ...] = ()
+        if self.experts is not None:
+            sparse = (*(self.mlp if self.experts.beside_mlp else ()), *self.experts.groups(self.experts.count(text)))
 
         @cache
         def groups(kind: str | None, has_experts: bool) -> tuple[LinearGroup, ...]:
@@ -108,8 +119,8 @@ class Decoder:
             return tuple(replace(each, fold=None) if each.parent else each for each in layer) if post_norm else layer
 
         return tuple(
-            groups(kind, self.experts is not None and self.experts.sparse(text, index))
-            for index, kind in enumerate(stated)
+            groups(self.kind(text, index), self.experts is not None and self.experts.sparse(text, index))
+            for index in range(text.num_hidden_layers)
         )
 
 
@@ -203,7 +214,47 @@ LLAMA4 = Decoder(
         lambda text: text.num_local_experts,
         lambda text, index: index in text.moe_layers,
     ),
-    kept=QKV.linears,
+    ungrouped=lambda _text: QKV.linears,
+)
+
+
+def _gemma4_kind(text: Any, index: int) -> str | None:
+    if text.kv_sharing_modes[index] == "reuse":
+        return "shared_kv"
+    return "k_is_v" if text.attention_k_eq_v and text.layer_types[index] != "sliding_attention" else None
+
+
+# The norm on values comes after their projection, so nothing folds into its rows. The norm before the MLP feeds the MLP
+# alone: router and experts have norms of their own.
+GEMMA4_UNIFIED = Decoder(
+    attention=(QKV, replace(O_PROJ, fold=None)),
+    mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN),
+    kinds=(
+        ("k_is_v", (replace(QKV, linears=QKV.linears[:2], lacking=QKV.linears[2:]), replace(O_PROJ, fold=None))),
+        ("shared_kv", (replace(QKV, linears=QKV.linears[:1], lacking=QKV.linears[1:]), replace(O_PROJ, fold=None))),
+    ),
+    kind=_gemma4_kind,
+)
+#: In E2B and E4B an embedding of the token per layer enters between a gate and a projection. Both stay in full
+#: precision, as in llm-compressor's examples: they are 1 to 2 % of a layer, and no norm before them could take a scale.
+GEMMA4 = replace(
+    GEMMA4_UNIFIED,
+    experts=Experts(
+        "experts",
+        ("router.proj",),
+        None,
+        lambda text: text.num_experts or 0,
+        lambda text, _index: text.enable_moe_block,
+        beside_mlp=True,
+        optional=True,
+    ),
+    ungrouped=lambda text: ("per_layer_input_gate", "per_layer_projection") if text.hidden_size_per_layer_input else (),
+)
+#: A gate on the output of attention reads its input. The norm on queries and keys follows their projections.
+MUSE_GLIMMER = Decoder(
+    attention=(replace(QKV, linears=(*QKV.linears, "self_attn.gate_proj")), O_PROJ),
+    mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN),
+    norm_offset=1.0,
 )
 
 #: By the ``model_type`` of the text config.
@@ -232,6 +283,9 @@ DECODERS: dict[str, Decoder] = {
     "deepseek_ocr2_text": DEEPSEEK_OCR2,
     "ernie4_5_vl_moe_text": ERNIE4_5_VL_MOE,
     "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4_UNIFIED,
+    "muse_glimmer_text": MUSE_GLIMMER,
 }
 
 #: Well-known decoders and families that a row cannot describe -> the reason.
@@ -240,7 +294,7 @@ UNSUPPORTED: dict[str, str] = {
     "mixtral": "its mlp.experts is a mixture of experts",
     "qwen2_moe": "its mlp.experts is a mixture of experts",
     "gpt_oss": "its mlp.experts is a mixture of experts",
-    "gemma4": "its decoder layers add inputs of their own and share keys and values",
+    "gemma3n": "the altup of its decoder layers takes four hidden states for each token; the nearest family is gemma4",
     "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
     "paligemma": "it reads a prompt in both directions, so that an answer behind it would see itself",
     "hunyuan_vl": "transformers 5.23 computes other logits for a sample in a batch than alone",

@@ -153,7 +153,9 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         least=max(sizes.least_group(recipe), sizes.entrance if batches else 0),
         device=_allocated(sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own))),
         # On the exposed stream, also the output of the current layer's attention. Experts: ``inside``.
-        hidden_states=own * sizes.state * (streams + exposed + sizes.inside(streams)) if recipe.needs_data else 0,
+        hidden_states=own * (sizes.state * (streams + exposed + sizes.inside(streams)) + sizes.carried * streams)
+        if recipe.needs_data
+        else 0,
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
     )

@@ -274,6 +274,8 @@ def test_every_model_preset_has_a_supported_family() -> None:
         "qwen3.5": "qwen3_5",
         "qwen3.6": "qwen3_5",
         "qwen3.6-35b": "qwen3_5_moe",
+        "gemma-4": "gemma4",
+        "gemma-4-26b": "gemma4",
     }
     for preset in ALL:
         if preset.kind == "model" and preset.name != "demo":

@@ -33,6 +33,7 @@ from tlq.importance.pool import Importance, TokenPool
 from tlq.importance.token_weights import TokenWeights
 from tlq.models import architectures
 from tlq.models.architectures import Architecture, architecture_of, get_linear, linear_paths
+from tlq.models.carried import CarriedStates
 from tlq.models.decoder import enter_decoder, run_layer
 from tlq.models.families import FAMILIES, Family
 from tlq.models.linear_groups import EXPERTS, is_expert
@@ -41,12 +42,15 @@ from tlq.models.text_decoders import DECODERS, Decoder
 from tlq.quantization.equalization import Fold
 from tlq.quantization.formats import SCHEMES, QuantizedWeight, Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES, Recipe
+from tlq.runtime.activations import Activations, HostMemory
 from tlq.samples import Batch
 
 every_family = pytest.mark.parametrize("name", list(TINY))
 
-DECODER_OF = {name: DECODERS[family.config["text_config"]["model_type"]] for name, family in TINY.items()}
-#: The first family with each decoder.
+DECODER_OF = {
+    name: (DECODERS[family.config["text_config"]["model_type"]], family.variant) for name, family in TINY.items()
+}
+#: The first family with each decoder, and each variant of a family.
 FIRST = list({decoder: name for name, decoder in reversed(DECODER_OF.items())}.values())
 
 
@@ -126,7 +130,7 @@ def last_layer_inputs(built: Built, batch: Batch) -> Tensor:
 
 
 def test_every_family_is_tested_and_every_pair_of_decoder_recipe_and_scheme() -> None:
-    assert set(TINY) == set(FAMILIES)
+    assert {family.model_type for family in TINY.values()} == set(FAMILIES)
     assert {name for name, _, _ in PAIRWISE} == set(TINY)
     assert {(DECODER_OF[name], recipe) for name, recipe, _ in PAIRWISE} == set(product(DECODER_OF.values(), RECIPES))
     assert {(DECODER_OF[name], scheme) for name, _, scheme in PAIRWISE} == set(product(DECODER_OF.values(), SCHEMES))
@@ -184,7 +188,8 @@ def test_visual_features_that_enter_between_layers_are_kept_at_the_image_tokens(
 def test_deepstack_alone_adds_anything_between_layers(build: Builder, name: str) -> None:
     built = build(name)
     (call, *_) = enter_decoder(built.model, built.architecture, built.batches)
-    assert (call.injected == [None, None]) == (name not in ("qwen3_vl", "qwen3_vl_moe", "granite4_vision"))
+    deepstack = ("qwen3_vl", "qwen3_vl_moe", "granite4_vision")
+    assert (call.injected == [None] * len(built.layers)) == (name not in deepstack)
 
 
 def unquantized(weight: Tensor) -> QuantizedWeight:
@@ -203,23 +208,29 @@ def test_folded_scales_leave_every_layer_as_it_was(build: Builder, name: str) ->
     job = CalibrationJob(RECIPES["rtn"], WeightQuantizer(get_scheme("w3a16"), torch.float32))
     solver = GroupSolver(resident, job, Streams(resident, job))
     generator = torch.Generator().manual_seed(1)
+    carried = CarriedStates(lambda: Activations(HostMemory(2**30), torch.device("cpu")))
+
+    def run() -> Tensor:
+        with call.arguments(index, carried, 0) as arguments:
+            return run_layer(layer, call.hidden_states, arguments)
+
     for index, layer in enumerate(built.architecture.decoder_layers(model)):
         quantized = QuantizedLayer(index, layer, built.architecture, job.quantizer)
         for group in built.architecture.groups[index]:
             with torch.no_grad():
-                before = run_layer(layer, call.hidden_states, call.kwargs[index])
+                before = run()
                 weight = torch.cat([get_linear(layer, path).weight for path in group.linears])
-                fold = solver.fold(layer, group)
+                fold = solver.fold(index, layer, group)
                 if fold is None:
                     quantized.install(group, unquantized(weight.clone()), None, torch.ones(weight.shape[1]))
-                    assert torch.equal(run_layer(layer, call.hidden_states, call.kwargs[index]), before)
+                    assert torch.equal(run(), before)
                     continue
                 if not fold.is_norm:
                     path = f"{built.architecture.layers}.{index}.{group.fold}"
                     quantized.weights[path] = unquantized(get_linear(layer, group.fold or "").weight.clone())
                 s = fold.expand(fold.realizable(torch.rand(len(fold.weight), generator=generator) + 0.5))
                 quantized.install(group, unquantized(weight * s), fold, s)
-                after = run_layer(layer, call.hidden_states, call.kwargs[index])
+                after = run()
             torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
@@ -353,7 +364,7 @@ def assert_same_logits(found: Tensor, expected: Tensor, scheme: str) -> None:
 
 def everything_else_is_in_full_precision(built: Built, loaded: nn.Module, path: Path) -> None:
     quantized = {name for name, module in loaded.named_modules() if hasattr(module, "quantization_scheme")}
-    linears = {path for layer in range(2) for path in linear_paths(built.architecture, layer)}
+    linears = {path for layer in range(len(built.layers)) for path in linear_paths(built.architecture, layer)}
     if quantized:  # a dequantizing load leaves plain modules
         assert quantized == linears
     parameters = dict(loaded.named_parameters())

@@ -87,7 +87,7 @@ def test_every_family_reads_images_of_any_shape(name: str, tmp_path: Path) -> No
             answer = processor.tokenizer.decode(batch.input_ids[row][batch.is_answer[row]])
             assert answer == samples[sample].messages[-1]["content"] + "<|im_end|>"
             assert text.endswith("<|im_start|>assistant\n" + answer)
-            assert text.count("<bos>") == (name == "gemma3")
+            assert text.count("<bos>") == name.startswith("gemma")
     assert all(counts.values())
     if name == "llava_onevision":
         # The whole image is 2 x 2. 16 x 16: one tile of 2 rows and their newlines. 48 x 16: three tiles side by side.
@@ -96,9 +96,13 @@ def test_every_family_reads_images_of_any_shape(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="needs torchvision to be absent")
-def test_a_processor_that_needs_torchvision_is_refused_with_the_reason(tmp_path: Path) -> None:
-    tiny_config("smolvlm").save_pretrained(tmp_path)
-    with pytest.raises(ImportError, match="processor of smolvlm needs torchvision and num2words even for images"):
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [("smolvlm", "torchvision and num2words"), ("gemma4_unified", "torchvision"), ("muse_glimmer", "torchvision")],
+)
+def test_a_processor_that_needs_torchvision_is_refused_with_the_reason(name: str, needed: str, tmp_path: Path) -> None:
+    tiny_config(name).save_pretrained(tmp_path)
+    with pytest.raises(ImportError, match=f"processor of {name} needs {needed} even for images"):
         load_processor(tmp_path)
 
 
