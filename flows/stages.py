@@ -1,4 +1,4 @@
-"""Stages as Prefect tasks: each runs `dvc repro --single-item`, so flows and `dvc repro` write the same dvc.lock."""
+"""Stages as Prefect tasks: each runs DVC's `repro --single-item`, so flows and `dvc repro` write the same dvc.lock."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tasks.command import TRY_AGAIN
 from tlq.parallel import REDUCTION_CHUNKS
 
 #: The command that reproduces a stage; it waits while a concurrent stage holds DVC's lock to save its result.
-REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")
+REPRO = (sys.executable, "-m", "tasks.reproduce", "--single-item")
 
 #: Beginnings of DVC's lines of advice, which the log leaves out.
 _NOISE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`", "Updating lock")

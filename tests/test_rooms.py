@@ -30,7 +30,18 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "api",
         "cli",
     ),
-    "tasks": ("config", "cluster", "command", "files", "planning", "registry", "report", "stages", "preset"),
+    "tasks": (
+        "config",
+        "cluster",
+        "command",
+        "files",
+        "planning",
+        "registry",
+        "report",
+        "stages",
+        "preset",
+        "reproduce",
+    ),
 }
 
 #: What may import a package: the library imports none of the pipeline's packages.

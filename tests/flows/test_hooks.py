@@ -20,7 +20,7 @@ def test_advice_names_the_failed_stage_and_its_command() -> None:
         "Flow run encountered an exception: StageFailed: calibrate@tlq-w3a16 failed: ERROR tlq: no space left"
     )
     assert text.startswith("## Stage calibrate@tlq-w3a16 failed\n\n```\nERROR tlq: no space left\n```")
-    assert "`dvc repro --single-item calibrate@tlq-w3a16`" in text
+    assert "`python -m tasks.reproduce --single-item calibrate@tlq-w3a16`" in text
     assert "Start the flow again" in text
 
 

@@ -89,6 +89,17 @@ def test_a_stage_that_dvc_does_not_run_ends_as_skipped_or_cached(repository: Pat
     assert state() == ("Cached", StateType.COMPLETED, "its result was in DVC's cache")
 
 
+def test_a_flows_stage_keeps_a_users_file_in_its_output_folder(repository: Path) -> None:
+    stage = {"cmd": "mkdir out && cat in.txt > out/scores.txt", "deps": ["in.txt"], "outs": ["out"]}
+    (repository / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"score": stage}}))
+    (repository / "out").mkdir()
+    (repository / "out/notes.txt").write_text("mine")
+    lines: list[str] = []
+    stages.run_command([*stages.REPRO, "score"], "score", repository, lines.append)
+    assert (repository / "kept/out/notes.txt").read_text() == "mine"
+    assert [line for line in lines if "notes.txt" in line and "kept/out" in line]
+
+
 def logged(caplog: pytest.LogCaptureFixture, code: str) -> list[str]:
     """Lines that a stage's command logs when it runs ``code``."""
     caplog.clear()
