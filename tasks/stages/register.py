@@ -30,6 +30,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
+from mlflow.types.schema import AnyType
 
 import tlq
 from benchmarks.compare import FULL
@@ -74,8 +75,10 @@ logger = logging.getLogger("tlq.register")
 
 REGISTRY = Path("registry.json")
 _LOCK = Path(".tlq/register.lock")
+#: An image is of any type: for a binary column MLflow decodes base64 itself, drops letters that are no base64, and
+#: names no row. `served_model` decodes it.
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("binary", "image"), ColSpec("string", "question")]),
+    inputs=Schema([ColSpec(AnyType(), "image"), ColSpec("string", "question")]),
     outputs=Schema([ColSpec("string")]),
 )
 #: Packages that the registered model imports.
