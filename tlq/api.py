@@ -194,7 +194,7 @@ def plan(
     streamed = _opened(model, scheme_row, settings)
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
     plans = [plan_calibration(streamed, job, _counted(streamed, recipe_row, settings))]
-    if _scores_gradients(recipe_row):
+    if _scores_gradients(recipe_row, scheme_row):
         plans.insert(0, plan_importance(streamed, job.batches, job.ranks))
     return plans
 
@@ -205,7 +205,7 @@ def _job(
     if scheme.budget is not None and not samples:
         raise ValueError(f"scheme {scheme.name} distributes its bits by token importance; give calibration samples")
     reader = recipe if scheme.budget is None else MEASURED
-    batches = calibration_batches(model, samples, reader, settings.batch_size, settings.max_tokens)
+    batches = calibration_batches(model, samples, reader, settings.batch_size, settings.max_tokens, scheme)
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
     return CalibrationJob(recipe, quantizer, batches, ranks=Ranks(device=model.device))
 
@@ -235,8 +235,8 @@ def _counted(model: StreamedModel, recipe: Recipe, settings: CalibrationOptions)
     return settings.budget.of(widest).tokens_per_layer
 
 
-def _scores_gradients(recipe: Recipe) -> bool:
-    return recipe.needs_data and not (recipe.importance == "uniform" and recipe.tokens == "all")
+def _scores_gradients(recipe: Recipe, scheme: Scheme) -> bool:
+    return recipe.needs_data(scheme) and not (recipe.importance == "uniform" and recipe.tokens == "all")
 
 
 def _distributed(
@@ -277,7 +277,7 @@ def _weights(
     """
     recipe, batches = job.recipe, job.batches
     pool = TokenPool.of(batches)
-    if not _scores_gradients(recipe):
+    if not _scores_gradients(recipe, job.scheme):
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups[layer]]
         return uniform_tokens(keys, pool)

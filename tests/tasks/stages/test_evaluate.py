@@ -1,6 +1,5 @@
 """Stage `evaluate` from end to end on a tiny model: files, comparison, resuming, errors."""
 
-import errno
 import json
 import shutil
 import time
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from support.benchmark_rows import mmmu_rows, textvqa_rows, write_rows
+from support.disks import full_disk
 from support.tiny import png
 
 from benchmarks.data import BenchmarkError, BenchmarkSource
@@ -354,11 +354,8 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_continues(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(place, full)
+        patch.setattr(place, full_disk)
         with pytest.raises(OSError, match=rf"^{tmp_path}/.*: cannot be written .* run the same command again$"):
             evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
     assert not (tmp_path / "full").exists()

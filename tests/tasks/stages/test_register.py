@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from support.disks import full_disk
 from support.registry_results import BENCHMARKS, layer_report, write_params, write_project, write_scores, write_variant
 
 import tasks
@@ -316,16 +317,13 @@ def test_missing_scores_say_what_to_run_and_the_failure_is_recorded(workspace: P
 def test_an_interrupted_registration_is_marked_failed_and_continued(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(*arguments: Any, **options: Any) -> None:
-        raise OSError("No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_model_artifacts", full_disk)
         with pytest.raises(OSError, match="No space left"):
             register("rtn-w3a16")
     client = connect()
     (failed,) = client.search_runs(["1"], "attributes.status = 'FAILED'")
-    assert failed.data.tags["error"] == "No space left on device"
+    assert failed.data.tags["error"] == "[Errno 28] No space left on device"
     row = register("rtn-w3a16")["rtn-w3a16"]
     run = client.get_run(row["run_id"])
     assert (row["run_id"], run.info.status) == (failed.info.run_id, "FINISHED")
