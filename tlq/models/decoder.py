@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tlq.models.architectures import Architecture
 from tlq.samples import Batch
+
+if TYPE_CHECKING:  # it takes seconds to import, and parameters and flows import this module by way of the recipes
+    from transformers import PreTrainedModel
 
 
 class _Stop(Exception):
