@@ -33,6 +33,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "tasks": (
         "config",
         "cluster",
+        "errors",
         "command",
         "files",
         "planning",

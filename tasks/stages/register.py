@@ -3,7 +3,7 @@
 Reads models/<variant>, evaluation/<variant> and report/; writes registry.json: variant, model, version, run, verdict
 of the gate, aliases. The stage continues the run that stage `calibrate` logged the layers to, or else creates a run. A
 variant whose checkpoint and scores are already registered is skipped. With `register.promote` false, new versions are
-withheld from promotion and no alias moves. `--check` only checks that MLflow answers.
+withheld from promotion and no alias moves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import tempfile
 import time
 import warnings
-from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -310,19 +309,12 @@ def register_all(registrar: Registrar, variants: Sequence[str]) -> list[dict[str
     return [{**full, "gate": None, "aliases": []}, *rows]
 
 
-def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="only check that MLflow answers")
-
-
-def main(check: bool = False) -> None:
+def main() -> None:
     params = section("register", RegisterParams)
-    client = connect()
-    if check:
-        return
-    registrar = Registrar(client, params, section("evaluate", EvaluateParams), section("model", ModelParams))
+    registrar = Registrar(connect(), params, section("evaluate", EvaluateParams), section("model", ModelParams))
     rows = register_all(registrar, section("variants", VariantParams).names)
     write_text(json.dumps(rows, indent=2) + "\n", REGISTRY)
 
 
 if __name__ == "__main__":
-    command_line(main, __doc__, add_options)
+    command_line(main, __doc__)

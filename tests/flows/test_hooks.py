@@ -12,7 +12,7 @@ from prefect.states import Failed
 from flows import stages
 from flows.hooks import HOOKS, advice
 from flows.stages import StageFailed, StageUnavailable, is_retryable
-from tasks.command import TRY_AGAIN, is_transient
+from tasks.errors import TRY_AGAIN, is_transient
 
 
 def test_advice_names_the_failed_stage_and_its_command() -> None:

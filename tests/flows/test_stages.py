@@ -132,3 +132,19 @@ def test_a_stage_finds_the_python_of_its_flow(
     monkeypatch.setenv("PATH", str(tmp_path))
     found = logged(caplog, "import shutil; print(shutil.which('python'))")
     assert [Path(path).parent for path in found] == [Path(sys.executable).parent]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("flows.quantize", ["transformers.modeling_utils"]),
+        ("tasks.stages.calibset", ["transformers.modeling_utils"]),
+        ("tasks.registry.check", ["torch", "transformers"]),
+        ("tasks.reproduce", ["torch", "transformers", "prefect"]),
+    ],
+)
+def test_what_starts_often_imports_no_models(module: str, absent: list[str]) -> None:
+    """They take seconds of CPU, which a run spends once a stage."""
+    code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

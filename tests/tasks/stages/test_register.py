@@ -18,9 +18,9 @@ from support.disks import full_disk
 from support.registry_results import BENCHMARKS, layer_report, write_params, write_project, write_scores, write_variant
 
 import tasks
-from tasks.command import TRY_AGAIN
 from tasks.config.params import section
 from tasks.config.sections import EvaluateParams, ModelParams, RegisterParams, VariantParams
+from tasks.errors import TRY_AGAIN
 from tasks.registry.connection import connect
 from tasks.registry.layers import layer_metrics
 from tasks.registry.runs import CHECKPOINT, log_metrics, new_run
@@ -343,9 +343,9 @@ def test_the_stage_writes_what_it_registered(workspace: Path) -> None:
 
 
 def check() -> subprocess.CompletedProcess[str]:
-    """`python -m tasks.stages.register --check` in this folder, with the code under test."""
+    """`python -m tasks.registry.check` in this folder, with the code under test."""
     environment = {**os.environ, "PYTHONPATH": str(Path(tasks.__file__).parents[1])}
-    command = [sys.executable, "-m", "tasks.stages.register", "--check"]
+    command = [sys.executable, "-m", "tasks.registry.check"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
