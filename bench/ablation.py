@@ -167,7 +167,7 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     """Calibrate a copy of the model with ``choice``, and return its score, KL, NLL and seconds."""
     model = copy.deepcopy(laboratory.model)
     weights: Mapping[Any, Any] = {}
-    if choice.recipe.needs_data:
+    if choice.recipe.needs_data(pool.scheme(scheme)):
         weights = to_batches(pool.weights(choice, seed), pool.batches)
     started = time.perf_counter()
     quantizer = WeightQuantizer(pool.scheme(scheme), laboratory.checkpoint_dtype)

@@ -13,7 +13,17 @@ from benchmarks.data import BenchmarkError
 from benchmarks.divergence import ItemKey
 from benchmarks.items import AnswerOptions, Finished, Reference, Work, pixels
 from benchmarks.replies import final_answer
-from tlq.inputs.chat import Inputs, Message, answer_ids, chat, encode, ids_after, render_answer, render_prompt
+from tlq.inputs.chat import (
+    AnsweredText,
+    Inputs,
+    Message,
+    answer_ids,
+    chat,
+    encode,
+    ids_after,
+    render_answers,
+    render_prompt,
+)
 from tlq.inputs.images import IMAGE_ERRORS
 
 T = TypeVar("T")
@@ -28,6 +38,9 @@ class ChatLM(LM):
     """An lm-eval model that answers chats with images, and keeps what it has answered in ``finished``."""
 
     MULTIMODAL = True
+
+    #: What else shortens an item that is too long, in words that follow the first.
+    _also_lower = ""
 
     def __init__(
         self,
@@ -125,9 +138,17 @@ class ChatLM(LM):
 
     def _reference(self, key: ItemKey, prompt: str, answer: str) -> Reference:
         """An answer as the chat template writes it after the question."""
+        (reference,) = self._references(key, prompt, [answer])
+        return reference
+
+    def _references(self, key: ItemKey, prompt: str, answers: Sequence[str]) -> list[Reference]:
+        """Several answers to one question, each as ``_reference``."""
         if prompt not in self._chats:
             raise BenchmarkError(f"{key}: its prompt is not from the chat template; remove gen_prefix from the task")
-        answered = render_answer(self.processor, [*self._chats[prompt], Message(role="assistant", content=answer)])
+        rendered = render_answers(self.processor, self._chats[prompt], answers)
+        return [self._reference_of(prompt, answered) for answered in rendered]
+
+    def _reference_of(self, prompt: str, answered: AnsweredText) -> Reference:
         text = answered.context + answered.answer
         own = answer_ids(self.tokenizer, answered)
         if text.startswith(prompt):
@@ -135,6 +156,19 @@ class ChatLM(LM):
             if follows:
                 return Reference(tuple(tokens), len(tokens) - len(own))
         return Reference(tuple(own), 0, text)
+
+    def _check_length(self, item: Work, prompt: int, reply: int, limit: int | None) -> None:
+        """Raise an error if prompt and reply are longer than a context: cutting the prompt would cut its image.
+
+        Args:
+            prompt, reply: tokens.
+            limit: of the model; None if its config states none.
+        """
+        if limit is not None and prompt + reply > limit:
+            raise BenchmarkError(
+                f"{item.key}: the prompt has {prompt} tokens and with the reply may reach {prompt + reply}, the model "
+                f"takes {limit}; lower evaluate.max_pixels{self._also_lower}"
+            )
 
     def _encode_item(self, item: Work) -> tuple[Inputs, Inputs]:
         """An item's prompt, and what its reference answer follows, which is nearly always the same.
@@ -164,6 +198,11 @@ class ChatLM(LM):
             except IMAGE_ERRORS as error:
                 failed.append(Finished(item.key, failure=f"it cannot be encoded: {error}"[:200]))
         return usable, failed
+
+
+def context_length(config: Any) -> int | None:
+    """The number of tokens that a model takes; None if its config states none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def append_answers(inputs: Any, answers: Sequence[Sequence[int]], longest: int, pad: int) -> dict[str, Any]:

@@ -94,9 +94,9 @@ class ReferenceRecorder:
             self._files = int(path.stem.removeprefix("part-")) + 1
             try:
                 with safe_open(path, "pt") as file:
-                    sound = {key for key in _items_in(file) if _read_item(file, key) is not None}
-                    damaged = len(_items_in(file)) - len(sound)
-                if damaged:
+                    items = _items_in(file)
+                    sound = [key for key in items if _read_item(file, key) is not None]
+                if damaged := len(items) - len(sound):
                     logger.warning("%s: %d answers are damaged; they are asked again", path, damaged)
                 self._names |= {f"{key}/log_p" for key in sound}
             except SafetensorError as error:

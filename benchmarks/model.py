@@ -16,8 +16,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from benchmarks.chat_model import ChatLM, append_answers, log_softmax
-from benchmarks.data import BenchmarkError
+from benchmarks.chat_model import ChatLM, append_answers, context_length, log_softmax
 from benchmarks.divergence import Divergence, ItemKey
 from benchmarks.items import AnswerOptions, Finished, Work
 from tlq.inputs.chat import Inputs, collate
@@ -44,6 +43,8 @@ class Encoded:
 
 class VisionLM(ChatLM):
     """lm-eval model around an already loaded transformers model and its processor."""
+
+    _also_lower = " or evaluate.max_new_tokens"
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class VisionLM(ChatLM):
         usable, failed = encoded.usable, encoded.failed
         if encoded.inputs is None:
             return failed
-        self._check_length(usable, encoded.inputs)
+        self._check_lengths(usable, encoded.inputs)
         try:
             return failed + self._run(usable, encoded.inputs, encoded.contexts)
         except torch.OutOfMemoryError:
@@ -127,17 +128,13 @@ class VisionLM(ChatLM):
         halves = (usable[:middle], usable[middle:])
         return failed + [done for half in halves for done in self._answer(half, self._encode(half))]
 
-    def _check_length(self, batch: Sequence[Work], inputs: Any) -> None:
-        """Raise an error if a prompt is too long, because cutting the prompt would cut its image."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    def _check_lengths(self, batch: Sequence[Work], inputs: Any) -> None:
+        """Check the longest prompt of a batch."""
         lengths = inputs["attention_mask"].sum(-1)
         longest = int(lengths.argmax())
-        needed = int(lengths[longest]) + max(batch[longest].max_new_tokens, len(batch[longest].reference.tokens))
-        if limit is not None and needed > limit:
-            raise BenchmarkError(
-                f"{batch[longest].key}: the prompt has {int(lengths[longest])} tokens and with the reply may reach "
-                f"{needed}, the model takes {limit}; lower evaluate.max_pixels or evaluate.max_new_tokens"
-            )
+        item = batch[longest]
+        reply = max(item.max_new_tokens, len(item.reference.tokens))
+        self._check_length(item, int(lengths[longest]), reply, context_length(self.model.config))
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[Work], inputs: Any, contexts: Any) -> list[Finished]:

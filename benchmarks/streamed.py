@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.chat_model import ChatLM, append_answers, log_softmax
-from benchmarks.data import BenchmarkError
+from benchmarks.chat_model import ChatLM, append_answers, context_length, log_softmax
 from benchmarks.divergence import ItemKey
-from benchmarks.items import AnswerOptions, Finished, Reference, Work
+from benchmarks.items import AnswerOptions, Finished, Work
 from tlq.inputs.chat import Inputs
 from tlq.models.carried import CarriedStates
 from tlq.models.decoder import answer_logits, entering, run_layer
@@ -95,8 +94,10 @@ class StreamedLM(ChatLM):
         prepared, done = self._prepared(wave, self._row)
         asked = [(item, row) for item, row in prepared if row is not None]
         done += [Finished(item.key) for item, row in prepared if row is None]  # an empty reply, which the scorer reads
+        limit = context_length(self.model.config)
         for item, row in asked:
-            self._check_length(item, row.length)
+            answer = len(item.reference.tokens)
+            self._check_length(item, row.length - answer, answer, limit)
         while True:
             try:
                 return done + self._pass(asked, progress)
@@ -109,7 +110,7 @@ class StreamedLM(ChatLM):
 
     def _row(self, item: Work) -> EncodedRow | None:
         """An item's question with its reference answer; None if it has no answer to follow."""
-        return EncodedRow.of(*self._with_answer(item)) if item.reference.tokens else None
+        return EncodedRow.of(*self._with_answer(item), with_digest=False) if item.reference.tokens else None
 
     def _pass(self, asked: Sequence[tuple[Work, EncodedRow]], progress: Any) -> list[Finished]:
         batches = micro_batches(
@@ -127,14 +128,6 @@ class StreamedLM(ChatLM):
                     logits = answer_logits(self.model.skeleton, self.model.architecture, states, batch)
                     done += self._read([asked[number][0] for number in batch.samples], logits)
         return done
-
-    def _check_length(self, item: Work, length: int) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise BenchmarkError(
-                f"{item.key}: question and answer have {length} tokens, the model takes {limit}; lower "
-                "evaluate.max_pixels"
-            )
 
     def _with_answer(self, item: Work) -> tuple[Inputs, int]:
         """An item's question with its reference answer, and the number of tokens of the answer."""
@@ -180,7 +173,7 @@ class StreamedLM(ChatLM):
     def _reply(self, item: Work, answer: Sequence[int], log_probs: torch.Tensor) -> str:
         """The preferred option, or the greedy reply up to the first token that differs from the reference answer."""
         options = self._questions.options.get(item.key, ())
-        first = [self._first_token(item, option) for option in options]
+        first = self._first_tokens(item, options) if options else []
         if options and len(set(first)) == len(first):
             return options[int(log_probs[0, first].argmax())]
         greedy = log_probs.argmax(-1).tolist()
@@ -188,9 +181,9 @@ class StreamedLM(ChatLM):
         reply = self.tokenizer.decode(greedy[: same + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(reply)
 
-    def _first_token(self, item: Work, option: str) -> int:
-        reference: Reference = self._reference(item.key, item.prompt, option)
-        return reference.tokens[reference.start]
+    def _first_tokens(self, item: Work, options: Sequence[str]) -> list[int]:
+        references = self._references(item.key, item.prompt, options)
+        return [reference.tokens[reference.start] for reference in references]
 
 
 def _waves(items: Sequence[Work]) -> list[list[Work]]:

@@ -107,8 +107,8 @@ def _cure(stage: str, reason: str) -> str:
             "An output of an earlier stage is missing, perhaps because a run was interrupted: start `quantize` first."
         )
     return (
-        f"Correct what the message names. `dvc repro --single-item {stage}` in the project's folder shows the same "
-        "failure in a terminal, with `TLQ_LOG=debug` its traceback too."
+        f"Correct what the message names. `python -m tasks.reproduce --single-item {stage}` in the project's folder "
+        "shows the same failure in a terminal, with `TLQ_LOG=debug` its traceback too."
     )
 
 

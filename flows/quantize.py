@@ -93,8 +93,9 @@ def run_stages(variants: Sequence[str], force: Sequence[str]) -> None:
     Raises:
         StageFailed: a stage failed.
     """
-    check_tracking()
+    checked = check_tracking.submit()  # next to the demo, which takes seconds; what takes longer waits for it
     run_stage("demo", "demo" in force)
+    checked.result()
     for name in section("fetch", dict, parameters.PARAMS):
         run_stage(f"fetch@{name}", "fetch" in force)
     baseline = stage.submit("baseline", "baseline" in force)

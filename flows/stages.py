@@ -1,4 +1,4 @@
-"""Stages as Prefect tasks: each runs `dvc repro --single-item`, so flows and `dvc repro` write the same dvc.lock."""
+"""Stages as Prefect tasks: each runs DVC's `repro --single-item`, so flows and `dvc repro` write the same dvc.lock."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ from flows.overview import Overview, current, earlier_durations, followed
 from flows.progress import BAR_ENVIRONMENT, MARK, Bar, clock_time, lines_and_pauses, with_progress
 from services.processes import OWNER, ROOT, owner, stop, stop_stages, tree
 from services.reaper import watch_this_process
-from tasks.command import TRY_AGAIN
+from tasks.config.params import PARAMS, section
+from tasks.config.sections import RegisterParams
+from tasks.errors import TRY_AGAIN
 from tlq.parallel import REDUCTION_CHUNKS
 
 #: The command that reproduces a stage; it waits while a concurrent stage holds DVC's lock to save its result.
-REPRO = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")
+REPRO = (sys.executable, "-m", "tasks.reproduce", "--single-item")
+
+#: The command that checks that MLflow answers.
+CHECK = (sys.executable, "-m", "tasks.registry.check")
 
 #: Beginnings of DVC's lines of advice, which the log leaves out.
 _NOISE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`", "Updating lock")
@@ -42,6 +47,9 @@ _NOT_RUN = (
 
 #: The stages at the end of a flow.
 LAST = ("report", "register")
+
+
+_STOPPED = "stopped, because its flow run was"
 
 
 class StageFailed(RuntimeError):
@@ -77,7 +85,7 @@ def stage(stage: str, force: bool = False) -> State[Any]:
         if not overview.stopping.is_set():
             raise
     if overview.stopping.is_set():  # the exit status may be lost then, because psutil has already read it
-        return Cancelled(message="stopped, because its flow run was")
+        return Cancelled(message=_STOPPED)
     state = _completed(lines)
     logger.info(overview.end(stage, state.message or "", ran=state.name == "Completed"))
     return state
@@ -117,13 +125,24 @@ def report_and_register(force: Sequence[str] = ()) -> None:
 
 
 @task(task_run_name="check MLflow", retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=is_retryable)
-def check_tracking() -> None:
-    """Fail before the long work, and not after it, if MLflow does not answer.
+def check_tracking() -> State[Any]:
+    """Fail before the long work, and not after it, if MLflow does not answer or section `register` is wrong.
+
+    Returns the state of the task run: Completed, or Cancelled if the flow run was stopped.
 
     Raises:
         StageFailed: MLflow does not answer.
+        ParamsError: section `register` of params.yaml.
     """
-    run_command([sys.executable, "-m", "tasks.stages.register", "--check"], "check MLflow")
+    section("register", RegisterParams, ROOT / PARAMS)
+    overview = current()
+    try:
+        run_command([*CHECK], "check MLflow")
+    except StageFailed:
+        if overview is None or not overview.stopping.is_set():
+            raise
+        return Cancelled(message=_STOPPED)
+    return Completed()
 
 
 def run_command(

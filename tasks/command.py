@@ -9,26 +9,17 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import torch
 
 from tasks.cluster.launch import Interrupted, failed_already, is_rank, report_failure
 from tasks.config.environment import value
+from tasks.errors import exit_status, one_line
 from tlq.runtime.device import device_named
-from tlq.runtime.files import FREE_SOME, is_full
 from tlq.runtime.log import log_level
 
 logger = logging.getLogger("tlq")
-
-#: Errors of input or environment, reported in one line; any other error is a defect and keeps its traceback.
-EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError)
-
-#: Exit status of a stage that failed because a server did not answer (EX_TEMPFAIL of sysexits.h).
-TRY_AGAIN = 75
-
-_BUSY = (429, 500, 502, 503, 504)  # HTTP statuses of a server that may answer later
 
 
 def command_line(
@@ -100,33 +91,14 @@ def _run(main: Callable[[], None], interruptions: list[int]) -> None:
     except Exception as error:
         if interruptions:
             raise Interrupted(interruptions[0]) from error
-        full = is_full(error)
-        if not isinstance(error, EXPECTED) and not full:
+        message = one_line(error)
+        if message is None:
             raise
         logger.debug("traceback", exc_info=True)
-        message = " ".join(str(error).split())
-        if full and FREE_SOME not in message:  # a library that writes a file of its own
-            message = f"a disk is full ({message}), that of {Path.cwd()} or of temporary files; {FREE_SOME}"
         if report_failure(message):
             return  # a rank: the stage's own process reports the error once
         logger.error("%s", message)
-        sys.exit(TRY_AGAIN if is_transient(error) else 1)
-
-
-def is_transient(error: BaseException | None) -> bool:
-    """Whether ``error`` or one of its causes is that a server (the hub, MLflow) did not answer: a retry may succeed."""
-    import httpx
-    import requests
-
-    while error is not None:
-        if isinstance(error, (ConnectionError, TimeoutError, httpx.TransportError)):
-            return True
-        if isinstance(error, (requests.ConnectionError, requests.Timeout)):
-            return True
-        if getattr(getattr(error, "response", None), "status_code", None) in _BUSY:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        sys.exit(exit_status(error))
 
 
 def quiet_libraries() -> None:

@@ -27,6 +27,7 @@ BESIDE_RESULTS = (
     "tasks/config/",
     "tasks/registry/",
     "tasks/command.py",
+    "tasks/errors.py",
     "tasks/plan.py",
     "tasks/planning.py",
     "tlq/plan",

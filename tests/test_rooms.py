@@ -30,7 +30,20 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "api",
         "cli",
     ),
-    "tasks": ("config", "cluster", "command", "files", "planning", "registry", "report", "stages", "plan", "preset"),
+    "tasks": (
+        "config",
+        "cluster",
+        "errors",
+        "command",
+        "files",
+        "planning",
+        "registry",
+        "report",
+        "stages",
+        "plan",
+        "preset",
+        "reproduce",
+    ),
 }
 
 #: What may import a package: the library imports none of the pipeline's packages.

@@ -200,7 +200,8 @@ def plan(
     streamed = _opened(model, scheme_row, settings)
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
     calibration = plan_calibration(streamed, job, _counted(streamed, recipe_row, settings))
-    importance = [plan_importance(streamed, job.batches, job.ranks)] if _scores_gradients(recipe_row) else []
+    scores = _scores_gradients(recipe_row, scheme_row)
+    importance = [plan_importance(streamed, job.batches, job.ranks)] if scores else []
     if timed:
         read = samples if job.batches else []
         speed = measure_speed(streamed, read, settings.batch_size, settings.max_tokens)
@@ -215,7 +216,7 @@ def _job(
     if scheme.budget is not None and not samples:
         raise ValueError(f"scheme {scheme.name} distributes its bits by token importance; give calibration samples")
     reader = recipe if scheme.budget is None else MEASURED
-    batches = calibration_batches(model, samples, reader, settings.batch_size, settings.max_tokens)
+    batches = calibration_batches(model, samples, reader, settings.batch_size, settings.max_tokens, scheme)
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
     return CalibrationJob(recipe, quantizer, batches, ranks=Ranks(device=model.device))
 
@@ -245,8 +246,8 @@ def _counted(model: StreamedModel, recipe: Recipe, settings: CalibrationOptions)
     return settings.budget.of(widest).tokens_per_layer
 
 
-def _scores_gradients(recipe: Recipe) -> bool:
-    return recipe.needs_data and not (recipe.importance == "uniform" and recipe.tokens == "all")
+def _scores_gradients(recipe: Recipe, scheme: Scheme) -> bool:
+    return recipe.needs_data(scheme) and not (recipe.importance == "uniform" and recipe.tokens == "all")
 
 
 def _distributed(
@@ -287,7 +288,7 @@ def _weights(
     """
     recipe, batches = job.recipe, job.batches
     pool = TokenPool.of(batches)
-    if not _scores_gradients(recipe):
+    if not _scores_gradients(recipe, job.scheme):
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups[layer]]
         return uniform_tokens(keys, pool)

@@ -147,9 +147,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _samples(arguments: argparse.Namespace) -> list[Sample]:
     from tlq import load_samples
+    from tlq.quantization.formats import get_scheme
     from tlq.recipes import get_recipe
 
-    if not get_recipe(arguments.recipe).needs_data:
+    if not get_recipe(arguments.recipe).needs_data(get_scheme(arguments.scheme)):
         return []
     if arguments.data is None:
         raise ValueError(f"recipe {arguments.recipe} needs calibration samples; give --data, or choose --recipe rtn")

@@ -22,6 +22,7 @@ from tlq.models.stored import check_finite, source_digest
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan.needs import plan_calibration, refuse_impossible
+from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.results import CalibrationReport, LayerReport
 from tlq.runtime.activations import host_memory
@@ -65,7 +66,7 @@ def quantize_checkpoint(
     ranks, work = job.ranks, ResumeState(out)
     needed = plan_calibration(model, job, counted)
     refuse_impossible(needed, out, ranks.device, processes_here(), work.size())
-    if weigh is not None and job.recipe.needs_data:
+    if weigh is not None and job.needs_data:
         job = replace(job, weights=weigh())
     job = replace(job, memory=host_memory(work.folder))
     with work.locked() if ranks.leads else nullcontext():
@@ -91,10 +92,15 @@ def quantize_checkpoint(
 
 
 def calibration_batches(
-    model: StreamedModel, samples: Sequence[Sample], recipe: Recipe, batch_size: int, max_tokens: int
+    model: StreamedModel,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    batch_size: int,
+    max_tokens: int,
+    scheme: Scheme | None = None,
 ) -> list[Batch]:
-    """Encoded micro-batches of the samples; none for a recipe that needs no data."""
-    if not recipe.needs_data:
+    """Encoded micro-batches of the samples; none for a recipe that needs no data for the scheme."""
+    if not recipe.needs_data(scheme):
         return []
     processor = load_processor(model.folder)
     return encode_batches(samples, processor, image_token_id(model.config), batch_size, max_tokens)

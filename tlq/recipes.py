@@ -57,10 +57,12 @@ class Recipe:
         _check("rounding", self.rounding, ROUNDINGS)
         _check("equalization.error", self.equalization.error, ERROR_MEASURES)
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether the recipe reads calibration data; plain round-to-nearest depends on the weights only."""
-        return self.equalization.method != "none" or self.rounding_method.needs_data or self.ranges.needs_data
+    def needs_data(self, scheme: Scheme | None = None) -> bool:
+        """Whether the recipe reads calibration data for a scheme; without one, for some scheme.
+
+        Plain round-to-nearest depends on the weights only.
+        """
+        return self.equalization.method != "none" or self.rounding_method.needs_data or self.ranges.needs_data(scheme)
 
     @property
     def rounding_method(self) -> Rounding:

@@ -99,7 +99,7 @@ class EncodedRow:
     Attributes:
         input_ids: [tokens].
         answer_length: number of answer tokens, at the end of the sample.
-        size, digest: bytes and SHA-256 of all inputs of the model's forward.
+        size, digest: bytes and SHA-256 of all inputs of the model's forward; the digest may be left out.
     """
 
     input_ids: Tensor
@@ -108,12 +108,13 @@ class EncodedRow:
     digest: bytes
 
     @classmethod
-    def of(cls, encoded: Inputs, answer_length: int) -> EncodedRow:
+    def of(cls, encoded: Inputs, answer_length: int, with_digest: bool = True) -> EncodedRow:
+        """The row of an encoded sample; ``with_digest`` if a resumed job has to recognise it."""
         total = hashlib.sha256()
-        for name, tensor in sorted(encoded.items()):
+        for name, tensor in sorted(encoded.items()) if with_digest else ():
             update_with_tensor(total, name, tensor)
         size = sum(value.numel() * value.element_size() for value in encoded.values())
-        return cls(encoded["input_ids"][0], answer_length, size, total.digest())
+        return cls(encoded["input_ids"][0], answer_length, size, total.digest() if with_digest else b"")
 
     @property
     def length(self) -> int:

@@ -58,7 +58,7 @@ def lineage(variant: str) -> dict[str, str]:
 def calibration_inputs(recipe: Recipe) -> list[DatasetInput]:
     """The data sets that a recipe calibrates on; files that are missing (after ``dvc pull models``) are left out."""
     paths = {}
-    if recipe.needs_data:
+    if recipe.needs_data():
         paths["calibration"] = PREPARED / "calibration.parquet"
         if recipe.tokens == "set":
             paths["tokens"] = CALIBSET / "tokens.parquet"

@@ -7,7 +7,7 @@ version stores the checkpoint's path and digest, and loading fails if the digest
 from __future__ import annotations
 
 import base64
-import binascii
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,10 @@ from tlq.inputs.chat import IMAGE_MARK, Message, encode, render_prompt
 from tlq.inputs.images import decode_image
 from tlq.models.processor import load_processor
 from tlq.runtime.digest import checkpoint_digest
+from tlq.runtime.limit import EndlessError
+
+#: What to send.
+_BASE64 = "give the bytes of a PNG or JPEG file, in JSON as base64 without `data:` before it"
 
 
 class VisionQuestionAnswering(PythonModel):
@@ -52,10 +56,11 @@ class VisionQuestionAnswering(PythonModel):
         if model_input.empty:
             raise MlflowException("no rows; give at least one image and question", INVALID_PARAMETER_VALUE)
         columns = zip(model_input["image"], model_input["question"], strict=True)
-        return [self._answer(row, image, question) for row, (image, question) in enumerate(columns)]
+        rows = [(_file(row, image), _words(row, question)) for row, (image, question) in enumerate(columns)]
+        return [self._answer(row, file, question) for row, (file, question) in enumerate(rows)]
 
-    def _answer(self, row: int, image: Any, question: Any) -> str:
-        inputs = self._encode(row, _picture(row, image), _words(row, question))
+    def _answer(self, row: int, file: bytes, question: str) -> str:
+        inputs = self._encode(row, _picture(row, file), question)
         with torch.no_grad():
             output = cast(Any, self.model).generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         reply = output[0, inputs["input_ids"].shape[1] :]
@@ -66,7 +71,7 @@ class VisionQuestionAnswering(PythonModel):
         message = Message(role="user", content=IMAGE_MARK + question.replace(IMAGE_MARK, "image"))
         try:
             inputs = BatchFeature(encode(self.processor, render_prompt(self.processor, [message]), [picture]))
-        except ValueError as error:
+        except (ValueError, EndlessError) as error:
             raise _refusal(row, f"the model cannot process this image and question: {error}") from error
         length = inputs["input_ids"].shape[1]
         most = self.model.config.get_text_config().max_position_embeddings - self.max_new_tokens
@@ -93,21 +98,25 @@ def _folder(stated: Path, relative: str | None) -> Path:
     return next((place for place in places if place.is_dir()), stated)
 
 
-def _picture(row: int, image: Any) -> Image:
-    """Decode an image from a file's bytes, or from their base64."""
+def _file(row: int, image: Any) -> bytes:
+    """The bytes of an image file, from bytes or base64; base64 may be broken into lines."""
+    if isinstance(image, str):
+        try:
+            image = base64.b64decode("".join(image.split()), validate=True)
+        except ValueError as error:
+            raise _refusal(row, f"column image: not base64 ({error}); {_BASE64}") from error
+    if image is None or image == b"" or (isinstance(image, float) and math.isnan(image)):  # a table's null is NaN
+        raise _refusal(row, f"column image: empty; {_BASE64}")
+    if not isinstance(image, bytes):
+        raise _refusal(row, f"column image: of type {type(image).__name__}; {_BASE64}")
+    return image
+
+
+def _picture(row: int, file: bytes) -> Image:
     try:
-        data = base64.b64decode(image, validate=True) if isinstance(image, str) else image
-    except (ValueError, binascii.Error) as error:
-        raise _refusal(row, f"column image: not base64 ({error})") from error
-    if not isinstance(data, bytes) or not data:
-        raise _refusal(row, "column image: empty; give the bytes of a PNG or JPEG file, in JSON as base64")
-    try:
-        return decode_image(data)
+        return decode_image(file)
     except ValueError as error:
-        raise _refusal(
-            row,
-            f"column image: {error}; give the bytes of a PNG or JPEG file, in JSON as base64 without `data:` before it",
-        ) from error
+        raise _refusal(row, f"column image: {error}; {_BASE64}") from error
 
 
 def _words(row: int, question: Any) -> str:

@@ -148,7 +148,7 @@ def render_card(
             benchmarks=results.benchmarks,
             demo=demo,
             base=base,
-            data=data if recipe.needs_data else None,
+            data=data if recipe.needs_data(variant.scheme) else None,
             groups=variant.groups,
             path=checkpoint.as_posix(),
             backend=backend,

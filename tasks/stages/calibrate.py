@@ -90,7 +90,7 @@ def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
     samples: list[Sample] = []
     longest = 0
     weights = PoolWeights.empty()
-    if row.needs_data:
+    if row.needs_data(scheme):
         pool = read_pool(IMPORTANCE)
         samples, longest = read_samples(PREPARED / "calibration.parquet", pool.samples), int(pool.lengths.max())
         weights = weights_of(row, section("calibset", CalibsetParams), pool, IMPORTANCE, CALIBSET / "tokens.parquet")
@@ -98,7 +98,7 @@ def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
     model = StreamedModel(model_params.path, model_params.torch_dtype, device())
     check_served(read(), [scheme_name], model.architecture.experts is not None)
     out = MODELS / f"{row.name}-{scheme.name}"
-    batches = calibration_batches(model, samples, row, params.batch_size, longest)
+    batches = calibration_batches(model, samples, row, params.batch_size, longest, scheme)
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
     job = CalibrationJob(row, quantizer, batches, to_batches(weights, batches))
     if dry_run:

@@ -94,7 +94,7 @@ def used_by(recipe: Recipe, params: CalibsetParams, digests: Mapping[str, str]) 
     Args:
         digests: of the `samples`, the `pool`, its `scores`, and the `tokens` of the token-level calibration set.
     """
-    if not recipe.needs_data:
+    if not recipe.needs_data():
         return {}
     used = {name: digests[name] for name in ("samples", "pool")}
     if recipe.tokens == "set":

@@ -56,6 +56,8 @@ from tlq.runtime.memory import peak_resident
 
 logger = logging.getLogger("tlq.evaluate")
 
+#: Files of an evaluation, in evaluation/<variant>/.
+RESULTS = ("items.parquet", "metrics.json", "reference", "run.json", "scores.csv", "skipped.csv", "summary.json")
 RAW_COLUMNS = ("task", "doc", "prompt", "target", "reply", "score", "n_answer_tokens", "nll", "kl")
 
 
@@ -222,7 +224,19 @@ def _write(
             (folder / "reference").mkdir()
             for part in sorted((working / "reference").glob("*.safetensors")):
                 link_or_copy(part, folder / "reference" / part.name)
+        _keep_own_files(out, folder)
     shutil.rmtree(working)
+
+
+def _keep_own_files(old: Path, new: Path) -> None:
+    """Carry over what no evaluation wrote: only the files of ``RESULTS`` are DVC's, the folder is the user's too."""
+    for each in sorted(old.iterdir()) if old.is_dir() else ():
+        if each.name in RESULTS:
+            continue
+        if each.is_dir() and not each.is_symlink():
+            shutil.copytree(each, new / each.name, symlinks=True)
+        else:
+            shutil.copy2(each, new / each.name, follow_symlinks=False)
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from support.benchmark_rows import mmmu_rows, png, textvqa_rows, write_rows
+from support.benchmark_rows import ROWS, write_rows
 
 from benchmarks.harness import FOLDER
 
@@ -42,28 +42,6 @@ class Oracle(LM):
         raise NotImplementedError
 
 
-def image() -> dict[str, Any]:
-    return {"bytes": png(0), "path": None}
-
-
-ROWS: dict[str, list[dict[str, Any]]] = {
-    "textvqa": textvqa_rows(4),
-    "vizwiz": textvqa_rows(4),
-    "mmmu": mmmu_rows(6),
-    "chartqa": [
-        {"image": image(), "question": "How high?", "answer": answer, "type": kind}
-        for answer, kind in (("12", "human_test"), ("5%", "augmented_test"), ("Yes", "human_test"))
-    ],
-    "ocrbench": [
-        {"image": image(), "question": "?", "answer": ["X^2"], "dataset": dataset, "question_type": kind}
-        for dataset, kind in (("HME100k", "Handwritten Mathematical Expression Recognition"), ("x", "Doc-oriented VQA"))
-    ],
-    "seedbench2plus": [
-        {"image": image(), "question": "?", "answer": letter, "question_image_type": kind, "question_id": kind}
-        | {f"choice_{other}": other for other in "ABCD"}
-        for letter, kind in (("A", "Chart"), ("B", "Map"), ("C", "Web"))
-    ],
-}
 EXPECTED = {
     "textvqa": {"vqa_accuracy": 1, "vqa_accuracy_repaired": 1},
     "vizwiz": {"vqa_accuracy": 1},

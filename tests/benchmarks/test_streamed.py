@@ -207,8 +207,18 @@ def test_an_item_without_an_answer_is_scored_and_too_long_a_one_refused(
     assert not result.skipped
     model = open_model(tiny_checkpoint)
     model.config.get_text_config().max_position_embeddings = 20
-    with pytest.raises(BenchmarkError, match=r"question and answer have \d+ tokens, the model takes 20; lower"):
+    with pytest.raises(BenchmarkError, match=r"reach \d+, the model takes 20; lower evaluate.max_pixels$"):
         run_streamed(benchmarks, model, processor, AnswerOptions(4))
+
+
+def test_pixels_of_an_evaluation_are_not_hashed(
+    textvqa: Make, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A digest identifies the samples of a calibration that is resumed; the journal identifies benchmarks by rows."""
+    monkeypatch.setattr("tlq.samples.update_with_tensor", lambda *_: pytest.fail("pixels were hashed"))
+    benchmarks, processor = load_benchmarks([textvqa(3)], None, 0), load_processor(tiny_checkpoint)
+    (result,) = run_streamed(benchmarks, open_model(tiny_checkpoint), processor, AnswerOptions(4))
+    assert len(result.items) == 3
 
 
 def test_waves_are_bounded_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

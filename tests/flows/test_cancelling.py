@@ -29,17 +29,21 @@ def flow_run_id() -> UUID:
     return UUID(str(run.id))
 
 
-def test_a_stage_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
-    prefect_server: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["REPRO", "CHECK"])
+def test_a_command_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
+    command: str, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "REPRO", (sys.executable, "-c", "import time; time.sleep(120)"))
+    monkeypatch.setattr(stages, command, (sys.executable, "-c", "import time; time.sleep(120)"))
     runs: list[UUID] = []
 
     @flow
     def interrupted() -> None:
         runs.append(flow_run_id())
         with stages.following(["slow"]):
-            stages.stage.submit("slow")
+            if command == "REPRO":
+                stages.stage.submit("slow")
+            else:
+                stages.check_tracking.submit()
             eventually(lambda: bool(with_environment(OWNER, owner())))
             raise KeyboardInterrupt
 
@@ -48,7 +52,8 @@ def test_a_stage_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
         interrupted()
     assert time.monotonic() - start < 100
     assert with_environment(OWNER, owner()) == []
-    eventually(lambda: states(runs[0]) == {"slow": StateType.CANCELLED})
+    name = {"REPRO": "slow", "CHECK": "check MLflow"}[command]
+    eventually(lambda: states(runs[0]) == {name: StateType.CANCELLED})
 
 
 def test_a_flow_that_ctrl_c_ends_is_cancelled_not_crashed(prefect_server: None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from argparse import ArgumentParser
 from datetime import date
 from pathlib import Path
@@ -16,7 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.utilities.callables import parameter_schema
 
-from flows import command, evaluate, names, parameters, quantize, sweep
+from flows import command, evaluate, names, parameters, quantize, stages, sweep
 from flows.form import ROOT, STAGES, Options, QuantizeOptions
 from flows.parameters import ParametersError
 from tasks.config.params import ParamsError
@@ -53,13 +54,27 @@ def test_evaluate_scores_only_the_models_named(commands: Commands, monkeypatch: 
 def test_quantize_evaluates_each_variant_after_its_calibration_and_registers_last(commands: Commands) -> None:
     quantize.quantize()
     names = [name for name, _ in commands]
-    assert names[:3] == ["check MLflow", "demo", "fetch@qwen"]
+    assert sorted(names[:2]) == ["check MLflow", "demo"]  # at the same time
+    assert names[2] == "fetch@qwen"
     assert names.index("prepare") < names.index("importance") < names.index("calibset")
     for variant in ("rtn-w3a16", "tlq-w3a16"):
         assert names.index("calibset") < names.index(f"calibrate@{variant}") < names.index(f"evaluate@{variant}")
         assert names.index("baseline") < names.index(f"evaluate@{variant}")
     assert names[-2:] == ["report", "register"]
     assert not any(forced for _, forced in commands)
+
+
+def test_nothing_long_begins_before_mlflow_has_answered(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], name: str, forward: Any = None) -> None:
+        commands.append((name, False))
+        if name == "check MLflow":
+            time.sleep(0.5)  # longer than the demo
+            raise stages.StageFailed("check MLflow failed: MLflow at nowhere does not answer")
+
+    monkeypatch.setattr(stages, "run_command", run)
+    with pytest.raises(stages.StageFailed, match="^check MLflow failed: MLflow at nowhere does not answer$"):
+        quantize.quantize()
+    assert sorted(commands) == [("check MLflow", False), ("demo", False)]
 
 
 def test_a_real_model_alone_is_refused_before_the_first_stage(commands: Commands) -> None:

@@ -12,7 +12,7 @@ from prefect.states import Failed
 from flows import stages
 from flows.hooks import HOOKS, advice
 from flows.stages import StageFailed, StageUnavailable, is_retryable
-from tasks.command import TRY_AGAIN, is_transient
+from tasks.errors import TRY_AGAIN, is_transient
 
 
 def test_advice_names_the_failed_stage_and_its_command() -> None:
@@ -20,7 +20,7 @@ def test_advice_names_the_failed_stage_and_its_command() -> None:
         "Flow run encountered an exception: StageFailed: calibrate@tlq-w3a16 failed: ERROR tlq: no space left"
     )
     assert text.startswith("## Stage calibrate@tlq-w3a16 failed\n\n```\nERROR tlq: no space left\n```")
-    assert "`dvc repro --single-item calibrate@tlq-w3a16`" in text
+    assert "`python -m tasks.reproduce --single-item calibrate@tlq-w3a16`" in text
     assert "Start the flow again" in text
 
 

@@ -89,6 +89,17 @@ def test_a_stage_that_dvc_does_not_run_ends_as_skipped_or_cached(repository: Pat
     assert state() == ("Cached", StateType.COMPLETED, "its result was in DVC's cache")
 
 
+def test_a_flows_stage_keeps_a_users_file_in_its_output_folder(repository: Path) -> None:
+    stage = {"cmd": "mkdir out && cat in.txt > out/scores.txt", "deps": ["in.txt"], "outs": ["out"]}
+    (repository / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"score": stage}}))
+    (repository / "out").mkdir()
+    (repository / "out/notes.txt").write_text("mine")
+    lines: list[str] = []
+    stages.run_command([*stages.REPRO, "score"], "score", repository, lines.append)
+    assert (repository / "kept/out/notes.txt").read_text() == "mine"
+    assert [line for line in lines if "notes.txt" in line and "kept/out" in line]
+
+
 def logged(caplog: pytest.LogCaptureFixture, code: str) -> list[str]:
     """Lines that a stage's command logs when it runs ``code``."""
     caplog.clear()
@@ -121,3 +132,19 @@ def test_a_stage_finds_the_python_of_its_flow(
     monkeypatch.setenv("PATH", str(tmp_path))
     found = logged(caplog, "import shutil; print(shutil.which('python'))")
     assert [Path(path).parent for path in found] == [Path(sys.executable).parent]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("flows.quantize", ["transformers.modeling_utils"]),
+        ("tasks.stages.calibset", ["transformers.modeling_utils"]),
+        ("tasks.registry.check", ["torch", "transformers"]),
+        ("tasks.reproduce", ["torch", "transformers", "prefect"]),
+    ],
+)
+def test_what_starts_often_imports_no_models(module: str, absent: list[str]) -> None:
+    """They take seconds of CPU, which a run spends once a stage."""
+    code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

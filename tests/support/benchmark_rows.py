@@ -60,3 +60,28 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
             table = table.cast_column(column, datasets.Image())
     table.to_parquet(str(path))
     return str(path)
+
+
+def image() -> dict[str, Any]:
+    return {"bytes": png(0), "path": None}
+
+
+#: Rows of every benchmark, by its folder.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "textvqa": textvqa_rows(4),
+    "vizwiz": textvqa_rows(4),
+    "mmmu": mmmu_rows(6),
+    "chartqa": [
+        {"image": image(), "question": "How high?", "answer": answer, "type": kind}
+        for answer, kind in (("12", "human_test"), ("5%", "augmented_test"), ("Yes", "human_test"))
+    ],
+    "ocrbench": [
+        {"image": image(), "question": "?", "answer": ["X^2"], "dataset": dataset, "question_type": kind}
+        for dataset, kind in (("HME100k", "Handwritten Mathematical Expression Recognition"), ("x", "Doc-oriented VQA"))
+    ],
+    "seedbench2plus": [
+        {"image": image(), "question": "?", "answer": letter, "question_image_type": kind, "question_id": kind}
+        | {f"choice_{other}": other for other in "ABCD"}
+        for letter, kind in (("A", "Chart"), ("B", "Map"), ("C", "Web"))
+    ],
+}

@@ -215,7 +215,13 @@ QWEN_IDS = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 QWEN_TOWER = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-QWEN3_TOWER = {**QWEN_TOWER, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128}
+QWEN3_TOWER = {
+    **QWEN_TOWER,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "out_hidden_size": 128,
+    "num_position_embeddings": 16,
+}
 DELTA_NETS = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -366,11 +372,7 @@ TINY: dict[str, TinyFamily] = {
             "qwen3_vl",
             {
                 "text_config": text("qwen3_vl_text", head_dim=64, **mrope([12, 10, 10], mrope_interleaved=True)),
-                "vision_config": {
-                    **QWEN3_TOWER,
-                    "num_position_embeddings": 16,
-                    "deepstack_visual_indexes": [0],
-                },
+                "vision_config": {**QWEN3_TOWER, "deepstack_visual_indexes": [0]},
                 **QWEN_IDS,
             },
             qwen_image,
@@ -385,10 +387,7 @@ TINY: dict[str, TinyFamily] = {
                     **DELTA_NETS,
                     **mrope([4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
                 ),
-                "vision_config": {
-                    **QWEN3_TOWER,
-                    "num_position_embeddings": 16,
-                },
+                "vision_config": QWEN3_TOWER,
                 **QWEN_IDS,
             },
             qwen_image,
@@ -405,11 +404,7 @@ TINY: dict[str, TinyFamily] = {
                     **EXPERTS,
                     **mrope([12, 10, 10], mrope_interleaved=True),
                 ),
-                "vision_config": {
-                    **QWEN3_TOWER,
-                    "num_position_embeddings": 16,
-                    "deepstack_visual_indexes": [0],
-                },
+                "vision_config": {**QWEN3_TOWER, "deepstack_visual_indexes": [0]},
                 **QWEN_IDS,
             },
             qwen_image,
@@ -426,10 +421,7 @@ TINY: dict[str, TinyFamily] = {
                     **EXPERTS,
                     **mrope([4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
                 ),
-                "vision_config": {
-                    **QWEN3_TOWER,
-                    "num_position_embeddings": 16,
-                },
+                "vision_config": QWEN3_TOWER,
                 **QWEN_IDS,
             },
             qwen_image,

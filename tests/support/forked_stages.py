@@ -63,7 +63,7 @@ def attempt(stage: str, folder: Path) -> None:
     sys.stdout = sys.stderr = log
     for handler in logging.root.handlers[:]:
         logging.root.removeHandler(handler)
-    os.environ["TLQ_DEVICE"] = "cpu"
+    os.environ.setdefault("TLQ_DEVICE", "cpu")  # a case may have set another
     os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import runpy
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.disks import full_disk
 
 from tasks.command import command_line, device, run
 from tasks.planning import add_dry_run
@@ -48,7 +48,7 @@ def test_a_full_disk_of_any_library_is_told_with_the_next_step(
 
     def full() -> None:
         try:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            full_disk()
         except OSError as error:
             if not wrapped:
                 raise

@@ -19,6 +19,7 @@ from tlq.export.loading import load_model
 from tlq.importance.token_set import TokenBudget
 from tlq.models.architectures import architecture_of, input_widths
 from tlq.quantization.equalization import Equalization
+from tlq.quantization.ranges import Ranges
 from tlq.recipes import Recipe
 from tlq.samples import Sample
 
@@ -133,6 +134,19 @@ def test_the_result_has_a_model_card(tiny_checkpoint: Path, samples: list[Sample
     assert "| calibration samples | 6 |" in card.text
     quantize(tiny_checkpoint, tmp_path / "rtn", [], "rtn", "w4a8")
     assert "the recipe needs no data" in (tmp_path / "rtn/README.md").read_text()
+
+
+def test_no_samples_are_needed_for_a_scheme_whose_ranges_are_not_searched(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe("rtn", ranges=Ranges("search", most_bits=2))
+    quantize(tiny_checkpoint, tmp_path / "one", [], recipe, "w3a16")
+    quantize(tiny_checkpoint, tmp_path / "other", [], "rtn", "w3a16")
+    one, other = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.safetensors")} for name in ("one", "other")
+    )
+    assert one
+    assert one == other
 
 
 def test_the_plan_has_a_part_for_importance_where_gradients_are_scored(

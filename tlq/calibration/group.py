@@ -92,11 +92,11 @@ class GroupSolver:
             return None
         weight = torch.cat([get_linear(layer, path).weight.float() for path in group.linears])
         routed = None
-        if group.experts is not None and self.job.recipe.needs_data:
+        if group.experts is not None and self.job.needs_data:
             with self.clock.phase("forward"):
                 routed = self.streams.prepare_expert(index, layer, group, reference)
         with self.clock.phase("search"):
-            if self.job.recipe.needs_data:
+            if self.job.needs_data:
                 inputs, parent = self._gather(index, layer, group, reference, weight.shape[1])
             else:
                 no_tokens = torch.empty(0, device=weight.device)
@@ -169,7 +169,7 @@ class GroupSolver:
             candidate = self._search(problem)
         with self.clock.phase("round"):
             rounded = recipe.rounding_method.solve(error, candidate.s, recipe.ranges, recipe.damping)
-        if not recipe.needs_data:
+        if not self.job.needs_data:
             return GroupSolution(candidate, rounded.weight)
         with self.clock.phase("search"):
             total = float(problem.inputs.w.sum())

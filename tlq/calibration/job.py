@@ -23,8 +23,8 @@ class CalibrationJob:
     Attributes:
         recipe: the method.
         quantizer: the scheme, and the dtype in which the checkpoint stores scales and norms.
-        batches: all micro-batches, the same on every rank; none for a recipe that needs no data.
-        weights: token weights of every layer and group; none for a recipe that needs no data.
+        batches: all micro-batches, the same on every rank; none for a job that needs no data.
+        weights: token weights of every layer and group; none for a job that needs no data.
         ranks: this process's place in a group of ranks, on the model's device.
         memory: limit on hidden states in host memory, and the folder for the rest.
     """
@@ -41,9 +41,14 @@ class CalibrationJob:
         return self.quantizer.scheme
 
     @property
+    def needs_data(self) -> bool:
+        """Whether the job reads calibration data."""
+        return self.recipe.needs_data(self.scheme)
+
+    @property
     def chunks(self) -> list[range]:
-        """Indices of the micro-batches of every reduction chunk; none for a recipe that needs no data."""
-        return chunk_ranges(len(self.batches)) if self.recipe.needs_data else []
+        """Indices of the micro-batches of every reduction chunk; none for a job that needs no data."""
+        return chunk_ranges(len(self.batches)) if self.needs_data else []
 
     @property
     def own_batches(self) -> list[int]:

@@ -93,7 +93,7 @@ def calibrate_layers(
     if len(finished) == layers:
         return
     loop = LayerLoop(model, job)
-    order = range(layers) if job.recipe.needs_data else range(len(finished), layers)
+    order = range(layers) if job.needs_data else range(len(finished), layers)
     coming = model.layers(order)
     for _ in order:
         with loop.clock.phase("load"):

@@ -29,7 +29,7 @@ def check_job(model: LayeredModel, job: CalibrationJob) -> None:
             "Ranks with the model's device"
         )
     check_shapes(model.skeleton, model.architecture, job.scheme)
-    if job.recipe.needs_data:
+    if job.needs_data:
         layers = len(model.architecture.decoder_layers(model.skeleton))
         check_data(model.architecture, layers, job.batches, job.weights)
 

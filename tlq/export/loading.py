@@ -13,7 +13,7 @@ from tlq.models.architectures import architecture_of
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.experts import separate_experts
 from tlq.models.skeleton import empty_model
-from tlq.models.stored import refuse_foreign_quantization, refuse_quantized, stored_tensors
+from tlq.models.stored import refuse_foreign_quantization, refuse_non_finite, refuse_quantized, stored_tensors
 
 
 def load_model(
@@ -113,8 +113,4 @@ def _check_complete(checkpoint: str | Path, model: PreTrainedModel, loading: dic
             f"model {checkpoint!s}: {len(missing)} weights are missing, the first is {missing[0]}; the checkpoint is "
             "incomplete, download it again"
         )
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and value.itemsize > 1 and not torch.isfinite(value).all():
-            raise FloatingPointError(
-                f"model {checkpoint!s}: {name} is not finite; the checkpoint is damaged, download it again"
-            )
+    refuse_non_finite(model.state_dict().items(), f"model {checkpoint!s}")

@@ -123,15 +123,38 @@ def render_answer(processor: Any, messages: Sequence[Message]) -> AnsweredText:
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("the last turn must be the assistant's answer")
-    turns = chat(messages, processor)
-    if not messages[-1]["content"].strip():
-        raise ValueError("its answer is empty")
-    prompt = _render(processor, turns[:-1], add_generation_prompt=True)
-    text = _render(processor, turns)
-    probes = [
-        _render(processor, [*turns[:-1], {"role": "assistant", "content": [{"type": "text", "text": probe}]}])
-        for probe in _PROBES
-    ]
+    (answered,) = render_answers(processor, messages[:-1], [messages[-1]["content"]])
+    return answered
+
+
+def render_answers(processor: Any, question: Sequence[Message], answers: Sequence[str]) -> list[AnsweredText]:
+    """Several answers to one question, each as ``render_answer``; what they share is rendered once."""
+    asked: list[dict[str, Any]] = []
+    prompt = ""
+    probes: list[str] = []
+    rendered = []
+    for answer in answers:
+        turns = chat([*question, Message(role="assistant", content=answer)], processor)
+        if not answer.strip():
+            raise ValueError("its answer is empty")
+        if not probes:
+            asked = turns[:-1]
+            prompt = _render(processor, asked, add_generation_prompt=True)
+            probes = [
+                _render(processor, [*asked, {"role": "assistant", "content": [{"type": "text", "text": probe}]}])
+                for probe in _PROBES
+            ]
+        rendered.append(_part(processor, _render(processor, turns), prompt, probes))
+    return rendered
+
+
+def _part(processor: Any, text: str, prompt: str, probes: Sequence[str]) -> AnsweredText:
+    """A conversation's ``text``, parted where its answer begins.
+
+    Args:
+        prompt: the question's rendering, from which the model generates.
+        probes: the conversation's renderings with two other answers.
+    """
     start = len(os.path.commonprefix([text, *probes]))
     after = len(os.path.commonprefix([each[::-1] for each in (text[start:], *(probe[start:] for probe in probes))]))
     answer = text[start : len(text) - after]

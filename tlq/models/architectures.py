@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
-from transformers import PretrainedConfig
 
 from tlq.models.families import FAMILIES
 from tlq.models.linear_groups import LinearGroup
 from tlq.models.text_decoders import DECODERS, UNSUPPORTED
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import KVSharingDict
 
 from tlq.models.architectures import Architecture
 from tlq.models.carried import CarriedArgument, CarriedStates
 from tlq.samples import Batch
+
+if TYPE_CHECKING:  # it takes seconds to import, and parameters and flows import this module by way of the recipes
+    from transformers import PreTrainedModel
 
 #: What configs call the factor of logits: Cohere 2, Muse Glimmer.
 _LOGIT_SCALES = ("logit_scale", "output_multiplier")
@@ -99,6 +100,8 @@ def entering(
     model: nn.Module, architecture: Architecture, batches: Sequence[Batch], device: torch.device | None = None
 ) -> Iterator[LayerCalls]:
     """``enter_decoder`` one micro-batch at a time, for a caller who moves its hidden states elsewhere."""
+    from transformers.cache_utils import KVSharingDict  # seconds, which a stage without a model saves
+
     layers = architecture.decoder_layers(model)
     device = device or next(model.parameters()).device
     for batch in batches:

@@ -334,14 +334,28 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def stated_quantization(config: Any) -> str | None:
+    """The method of quantization that a config states; None if it states none."""
+    stated = getattr(config, "quantization_config", None)
+    return str(dict(stated).get("quant_method", "of an unknown method")) if stated is not None else None
+
+
 def refuse_foreign_quantization(config: Any, checkpoint: str | Path) -> None:
     """Raise ValueError if a config states a quantization that is not stored as compressed-tensors."""
-    stated = getattr(config, "quantization_config", None)
-    method = dict(stated).get("quant_method", "of an unknown method") if stated is not None else "compressed-tensors"
-    if method != "compressed-tensors":
+    method = stated_quantization(config)
+    if method not in (None, "compressed-tensors"):
         raise ValueError(
             f"model {checkpoint!s}: it is quantized ({method}); this program loads only checkpoints of "
             "compressed-tensors, give one of those or the original, whose weights have 16 or 32 bits"
+        )
+
+
+def refuse_stated_quantization(config: Any, checkpoint: str | Path) -> None:
+    """Raise ValueError if a config states any quantization: what is to be quantized must be an original."""
+    if method := stated_quantization(config):
+        raise ValueError(
+            f"model {checkpoint!s}: it is quantized already ({method}); quantize the original, whose weights have "
+            f"16 or 32 bits, or if its weights are FP8 the result of `tlq dequantize {checkpoint!s} --out FOLDER`"
         )
 
 
@@ -356,13 +370,17 @@ def refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
             )
 
 
+def refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], place: str) -> None:
+    """Raise FloatingPointError, with the name and the ``place`` of the tensors, if one of them is not finite."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"{place}: {name} is not finite; the checkpoint is damaged, download it again")
+
+
 def check_finite(file: Path) -> None:
-    """Raise FloatingPointError if a tensor of a weight file is not finite: an export would contain it as it is."""
+    """``refuse_non_finite`` for the tensors of a weight file: an export would contain them as they are."""
     with open_tensors(file) as opened:
-        for key in opened.keys():  # noqa: SIM118
-            tensor = opened.get_tensor(key)
-            if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
-                raise FloatingPointError(f"{file}: {key} is not finite; the checkpoint is damaged, download it again")
+        refuse_non_finite(((key, opened.get_tensor(key)) for key in opened.keys()), str(file))  # noqa: SIM118
 
 
 def source_digest(folder: Path, check: Callable[[Path], None] | None = None) -> str:

@@ -42,6 +42,7 @@ from tlq.models.stored import (
     open_tensors,
     read_tensor,
     refuse_quantized,
+    refuse_stated_quantization,
     stored_tensors,
 )
 from tlq.runtime.memory import release_freed_memory
@@ -198,12 +199,7 @@ class StreamedModel:
 
     def _read_config(self, checkpoint: str | Path) -> Any:
         config = read_config(checkpoint)
-        if quantized := getattr(config, "quantization_config", None):
-            method = dict(quantized).get("quant_method", "of an unknown method")
-            raise ValueError(
-                f"model {checkpoint!s}: it is quantized already ({method}); quantize the original, whose weights have "
-                f"16 or 32 bits, or if its weights are FP8 the result of `tlq dequantize {checkpoint!s} --out FOLDER`"
-            )
+        refuse_stated_quantization(config, checkpoint)
         return config
 
     def _stored(self) -> dict[str, StoredTensor]:

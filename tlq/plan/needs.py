@@ -149,12 +149,12 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         layer=sizes.layer,
         outside=sizes.outside,
         tokens=tokens,
-        counted=counted if recipe.needs_data else 0,
+        counted=counted if job.needs_data else 0,
         least=max(sizes.least_group(recipe), sizes.entrance if batches else 0),
         device=_allocated(sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own))),
         # On the exposed stream, also the output of the current layer's attention. Experts: ``inside``.
         hidden_states=own * (sizes.state * (streams + exposed + sizes.inside(streams)) + sizes.carried * streams)
-        if recipe.needs_data
+        if job.needs_data
         else 0,
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
@@ -237,9 +237,10 @@ class _JobSizes(ModelSizes):
         """
         width, rows = self._shape(index, group)
         rounding = recipe.rounding_method
-        copies = _WEIGHTS + recipe.needs_data + rounding.needs_statistics  # the target of the rounding
+        needs_data = recipe.needs_data(scheme)
+        copies = _WEIGHTS + needs_data + rounding.needs_statistics  # the target of the rounding
         weights = copies * rows * width * _FLOAT
-        if not recipe.needs_data:
+        if not needs_data:
             return weights
         inputs = own * (2 * streams * width * self.item + rows * _FLOAT)
         if streams == 2:  # one pass records the original inputs of all groups; those of later groups are waiting

@@ -64,6 +64,13 @@ class Scheme:
                 return None if name == FULL_PRECISION else get_scheme(name)
         return replace(self, overrides=())
 
+    @property
+    def parts(self) -> list[Scheme]:
+        """The schemes of all linears: its own and those of its overrides, or all that its budget may distribute."""
+        names = [name for _, name in self.overrides] if self.budget is None else [*MIXED]
+        others = [get_scheme(name) for name in dict.fromkeys(names) if name != FULL_PRECISION]
+        return [replace(self, overrides=()), *others]
+
     def bytes_of(self, out_features: int, in_features: int, scale_dtype: torch.dtype) -> int:
         """Size of a weight's codes, scales and zero-points in a checkpoint."""
         groups = out_features * (1 if self.group_size is None else in_features // self.group_size)

@@ -57,10 +57,11 @@ class Ranges:
         """Whether weights of a scheme get searched ranges."""
         return self.method == "search" and scheme.weight_bits <= self.most_bits
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether the ranges depend on calibration data."""
-        return self.method != "minmax" and self.channels != "ones"
+    def needs_data(self, scheme: Scheme | None = None) -> bool:
+        """Whether the ranges depend on calibration data, for any linear of a scheme; without one, for some scheme."""
+        if self.method == "minmax" or self.channels == "ones":
+            return False
+        return scheme is None or any(self.searched(each) for each in scheme.parts)
 
     def qparams(self, weight: Tensor, quantizer: WeightQuantizer, channels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and zero-point of every group of a weight.

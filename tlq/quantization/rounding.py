@@ -79,7 +79,7 @@ class Nearest:
 
     def solve(self, error: LinearsError, s: Tensor, ranges: Ranges, damping: float) -> Rounded:
         weight, quantizer = error.weight * s, error.quantizer
-        moments = ranges.needs_data and ranges.searched(quantizer.scheme)
+        moments = ranges.needs_data(quantizer.scheme)
         channels = error.inputs.second_moments() / s.square() if moments else None
         scale, zero_point = ranges.qparams(weight, quantizer, channels)
         return Rounded(QuantizedWeight(quantizer.quantize(weight, scale, zero_point), scale, zero_point))

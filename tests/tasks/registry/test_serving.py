@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ def post(server: str, body: Any, **headers: str) -> tuple[int, Any]:
 
 
 def ask(image: Any, question: Any) -> dict[str, Any]:
-    return {"dataframe_split": {"columns": ["image", "question"], "data": [[image, question]]}}
+    return table([image, question])
+
+
+def table(*rows: list[Any]) -> dict[str, Any]:
+    return {"dataframe_split": {"columns": ["image", "question"], "data": list(rows)}}
 
 
 def encoded(seed: int = 0) -> str:
@@ -106,6 +111,13 @@ def test_a_question_about_an_image_is_answered(server: str, registered: Path) ->
     (served,) = answer["predictions"]
     frame = pd.DataFrame({"image": [png(0)], "question": [QUESTION]})
     assert mlflow.pyfunc.load_model(URI).predict(frame) == [served]
+
+
+def test_base64_in_lines_is_read(server: str) -> None:
+    """As the command `base64` and Python's `encodebytes` write it."""
+    status, answer = post(server, ask(base64.encodebytes(png(0)).decode(), QUESTION))
+    assert (status, answer) == post(server, ask(encoded(), QUESTION))
+    assert status == 200
 
 
 def header_of_a_huge_picture() -> str:
@@ -122,14 +134,36 @@ JUNK = {
         "missing inputs ['image']",
     ),
     "no question column": ({"dataframe_split": {"columns": ["image"], "data": [[encoded()]]}}, "missing inputs"),
-    "not base64": (ask("%%% not base64 %%%", QUESTION), "image"),
+    "not base64": (ask("%%% not base64 %%%", QUESTION), "row 0: column image: not base64"),
     "not an image": (ask(base64.b64encode(b"some text").decode(), QUESTION), "row 0: column image: unreadable image"),
     "half an image": (ask(base64.b64encode(png(0)[:200]).decode(), QUESTION), "row 0: column image: unreadable image"),
-    "a data URL": (ask(f"data:image/png;base64,{encoded()}", QUESTION), "Invalid base64"),
+    "a data URL": (ask(f"data:image/png;base64,{encoded()}", QUESTION), "row 0: column image: not base64"),
     "an empty image": (ask("", QUESTION), "row 0: column image: empty"),
-    "no image": (ask(None, QUESTION), "image"),
+    "no image": (ask(None, QUESTION), "row 0: column image: empty"),
+    "a number as image": (ask(7, QUESTION), "row 0: column image: of type int"),
+    "a list as image": (ask([1, 2], QUESTION), "row 0: column image: of type list"),
     "an empty question": (ask(encoded(), "  "), "row 0: column question: empty"),
-    "no question": (ask(encoded(), None), "question"),
+    "no question": (ask(encoded(), None), "row 0: column question: empty"),
+    "not base64 in the third row": (
+        table([encoded(), QUESTION], [encoded(), QUESTION], ["%%%", QUESTION]),
+        "row 2: column image: not base64",
+    ),
+    "no image in the second row": (
+        table([encoded(), QUESTION], [None, QUESTION], [encoded(), QUESTION]),
+        "row 1: column image: empty",
+    ),
+    "no question in the second row": (
+        table([encoded(), QUESTION], [encoded(), None]),
+        "row 1: column question: empty",
+    ),
+    "a question that is a number in the second row": (
+        table([encoded(), QUESTION], [encoded(), 7]),
+        "row 1: column question: ",
+    ),
+    "a number as image in the second row": (
+        table([encoded(), QUESTION], [7, QUESTION]),
+        "row 1: column image: of type int",
+    ),
     "a book": (ask(encoded(), "why " * 200), "more than the 448 that leave room to answer"),
     "no table": ({"question": QUESTION}, "dataframe_split"),
     "no JSON": (b"{", "valid JSON"),
@@ -170,6 +204,28 @@ def test_errors_name_the_bad_row(registered: Path) -> None:
     frame = pd.DataFrame({"image": [png(0), b"junk"], "question": [QUESTION, QUESTION]})
     with pytest.raises(MlflowException, match="row 1: column image: unreadable image"):
         mlflow.pyfunc.load_model(URI).predict(frame)
+
+
+def test_no_row_is_answered_before_all_cells_are_checked(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlflow.pyfunc.load_model(URI)
+    inner = model.unwrap_python_model()
+    monkeypatch.setattr(inner, "_answer", lambda *_: pytest.fail("a row was answered"))
+    frame = pd.DataFrame({"image": [png(0), "%%%"], "question": [QUESTION, QUESTION]})
+    with pytest.raises(MlflowException, match="row 1: column image: not base64"):
+        model.predict(frame)
+
+
+def test_a_chat_template_without_end_is_refused_in_a_servers_thread(
+    registered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's server predicts in a thread, which no signal reaches."""
+    monkeypatch.setattr("tlq.inputs.chat.TEMPLATE_SECONDS", 0.2)
+    model = mlflow.pyfunc.load_model(URI)
+    loop = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    model.unwrap_python_model().processor.chat_template = loop
+    frame = pd.DataFrame({"image": [png(0)], "question": [QUESTION]})
+    with ThreadPoolExecutor(1) as pool, pytest.raises(MlflowException, match=r"^row 0: .* not finished after 0\.2 sec"):
+        pool.submit(model.predict, frame).result(30)
 
 
 def test_the_version_brings_its_own_code(registered: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from support.disks import full_disk
 from support.report_results import VARIANTS, metrics, write_metrics
 
 from tasks.config.sections import Bounds, VariantParams
@@ -125,11 +125,7 @@ def test_a_full_disk_keeps_the_old_report_and_the_same_command_continues(
     monkeypatch.chdir(copy)
     before = {path: path.read_bytes() for path in (copy / "report").rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
-
-        def full(*_: object, **__: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        patch.setattr("tasks.stages.report.write_cards", full)
+        patch.setattr("tasks.stages.report.write_cards", full_disk)
         with pytest.raises(OSError, match="^report: cannot be written .* the same command again$"):
             report.main()
     assert {path: path.read_bytes() for path in (copy / "report").rglob("*") if path.is_file()} == before

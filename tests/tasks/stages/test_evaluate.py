@@ -1,6 +1,5 @@
 """Stage `evaluate` from end to end on a tiny model: files, comparison, resuming, errors."""
 
-import errno
 import json
 import shutil
 import time
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from support.benchmark_rows import mmmu_rows, textvqa_rows, write_rows
+from support.disks import full_disk
 from support.tiny import png
 
 from benchmarks.data import BenchmarkError, BenchmarkSource
@@ -253,6 +253,23 @@ def test_a_variant_needs_full_precision_first(params: EvaluateParams, tiny_check
         evaluate.evaluate_variant("rtn-w3a16", str(tiny_checkpoint), params, tmp_path)
 
 
+def test_an_evaluation_keeps_files_of_the_users_own(
+    params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    plain = EvaluateParams(benchmarks=params.benchmarks, limit=2, divergence=False, max_new_tokens=2, resamples=10)
+    own = tmp_path / "full" / "mine" / "notes.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    (tmp_path / "full" / "link").symlink_to("nothing")
+    (tmp_path / "full" / "reference").mkdir()
+    (tmp_path / "full" / "scores.csv").write_text("old")
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), plain, tmp_path)
+    assert own.read_text() == "mine"
+    assert (tmp_path / "full" / "link").is_symlink()
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {*evaluate.RESULTS, "mine", "link"} - {"reference"}
+    assert (tmp_path / "full" / "scores.csv").read_text() != "old"
+
+
 @pytest.mark.parametrize("rename", [1, 2])
 def test_a_kill_while_results_are_replaced_loses_neither(
     rename: int, params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -294,7 +311,9 @@ def test_a_kill_while_results_are_written_keeps_the_old_ones_and_the_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(results / "full", tmp_path / "full")
-    (tmp_path / "full" / "old").touch()
+    scores = tmp_path / "full" / "scores.csv"
+    scores.unlink()
+    scores.write_text("old")
     parts = len(list((results / "full" / "reference").iterdir()))
     assert parts > 1
     links = 0
@@ -316,7 +335,7 @@ def test_a_kill_while_results_are_written_keeps_the_old_ones_and_the_answers(
         patch.setattr(shutil, "rmtree", lambda path, **_: killed() if path == tmp_path / ".working/full" else None)
         with pytest.raises(SystemExit):
             evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
-    assert (tmp_path / "full" / "old").exists() == (moment != "end")
+    assert (scores.read_text() == "old") == (moment != "end")
     assert len(list((tmp_path / "full" / "reference").iterdir())) == parts
     answered = counted_answers(monkeypatch)
     evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
@@ -335,11 +354,8 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_continues(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(place, full)
+        patch.setattr(place, full_disk)
         with pytest.raises(OSError, match=rf"^{tmp_path}/.*: cannot be written .* run the same command again$"):
             evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
     assert not (tmp_path / "full").exists()

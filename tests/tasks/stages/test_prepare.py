@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
+from support.disks import full_disk
 
 from tasks.config.sections import Columns, PrepareParams
 from tasks.files import read_samples
@@ -167,11 +167,8 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_continues(
 ) -> None:
     out, params = tmp_path / "prepared", table(rows(10), samples=5)
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.files.pq.write_table", full)
+        patch.setattr("tasks.files.pq.write_table", full_disk)
         with pytest.raises(
             OSError, match=rf"^{tmp_path}/.?prepared.*: cannot be written .* run the same command again$"
         ):

@@ -14,12 +14,13 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from support.disks import full_disk
 from support.registry_results import BENCHMARKS, layer_report, write_params, write_project, write_scores, write_variant
 
 import tasks
-from tasks.command import TRY_AGAIN
 from tasks.config.params import section
 from tasks.config.sections import EvaluateParams, ModelParams, RegisterParams, VariantParams
+from tasks.errors import TRY_AGAIN
 from tasks.registry.connection import connect
 from tasks.registry.layers import layer_metrics
 from tasks.registry.runs import CHECKPOINT, log_metrics, new_run
@@ -316,16 +317,13 @@ def test_missing_scores_say_what_to_run_and_the_failure_is_recorded(workspace: P
 def test_an_interrupted_registration_is_marked_failed_and_continued(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(*arguments: Any, **options: Any) -> None:
-        raise OSError("No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_model_artifacts", full_disk)
         with pytest.raises(OSError, match="No space left"):
             register("rtn-w3a16")
     client = connect()
     (failed,) = client.search_runs(["1"], "attributes.status = 'FAILED'")
-    assert failed.data.tags["error"] == "No space left on device"
+    assert failed.data.tags["error"] == "[Errno 28] No space left on device"
     row = register("rtn-w3a16")["rtn-w3a16"]
     run = client.get_run(row["run_id"])
     assert (row["run_id"], run.info.status) == (failed.info.run_id, "FINISHED")
@@ -345,9 +343,9 @@ def test_the_stage_writes_what_it_registered(workspace: Path) -> None:
 
 
 def check() -> subprocess.CompletedProcess[str]:
-    """`python -m tasks.stages.register --check` in this folder, with the code under test."""
+    """`python -m tasks.registry.check` in this folder, with the code under test."""
     environment = {**os.environ, "PYTHONPATH": str(Path(tasks.__file__).parents[1])}
-    command = [sys.executable, "-m", "tasks.stages.register", "--check"]
+    command = [sys.executable, "-m", "tasks.registry.check"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 

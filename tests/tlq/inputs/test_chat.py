@@ -22,6 +22,7 @@ from tlq.inputs.chat import (
     encode,
     image_tokens,
     render_answer,
+    render_answers,
     render_prompt,
 )
 from tlq.models.checkpoint import read_config
@@ -104,6 +105,19 @@ def test_thoughts_are_closed_before_the_answer(processor: Any) -> None:
     dropped = render_answer(templated(THOUGHTS_DROPPED, processor), messages)
     assert dropped.context.endswith("<|im_start|>assistant\n")
     assert closed.answer == dropped.answer == "OAK<|im_end|>"
+
+
+def test_several_answers_to_a_question_share_its_renderings(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = load_processor(family)
+    options = ["A", "B", "OAK", "e"]
+    alone = [render_answer(processor, [QUESTION, answer(option)]) for option in options]
+    calls: list[None] = []
+    original = type(processor).apply_chat_template
+    monkeypatch.setattr(
+        type(processor), "apply_chat_template", lambda *a, **k: (calls.append(None), original(*a, **k))[1]
+    )
+    assert render_answers(processor, [QUESTION], options) == alone
+    assert len(calls) == 3 + len(options)
 
 
 def test_calibration_evaluation_and_serving_encode_a_question_as_transformers_does(family: Path) -> None:

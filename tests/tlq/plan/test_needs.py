@@ -118,7 +118,7 @@ def test_a_job_between_lower_bound_and_estimate_is_warned_about_once(
 
 def test_the_lower_bound_is_below_the_estimate(streamed: StreamedModel, batches: list[Batch]) -> None:
     for recipe in RECIPES:
-        plan = plan_calibration(streamed, job_of(recipe, batches if RECIPES[recipe].needs_data else []))
+        plan = plan_calibration(streamed, job_of(recipe, batches if RECIPES[recipe].needs_data() else []))
         assert plan.layer < plan.least < plan.device
     plan = plan_importance(streamed, batches, Ranks())
     assert plan.outside <= plan.least < plan.device

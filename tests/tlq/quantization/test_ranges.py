@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,6 +15,7 @@ from tlq.quantization.formats import WeightQuantizer, dequantize, get_scheme, qu
 from tlq.quantization.objective import ChunkInputs, Factor, Statistics
 from tlq.quantization.ranges import Ranges
 from tlq.quantization.rounding import ROUNDINGS, round_compensated
+from tlq.recipes import get_recipe
 
 SEARCH = Ranges("search")
 SCHEMES = ["w2a16", "w3a16", "w4a16s", "w4a8", "q4_1"]
@@ -149,3 +151,24 @@ def test_a_target_has_the_same_codes_alone_and_among_others() -> None:
 def test_values_out_of_range_are_named(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Ranges("search", **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides", "needed"),
+    [
+        ("w2a16", (), True),
+        ("w3a16", (), False),
+        ("w4a16s", (("*.layers.0.*", "w2a16s"),), True),
+        ("w4a16s", (("*.layers.0.*", "w8a16s"), ("*.layers.1.*", "full_precision")), False),
+        ("mix3.5", (), True),
+    ],
+)
+def test_data_are_needed_where_a_linear_has_few_enough_bits_for_the_search(
+    scheme: str, overrides: tuple[tuple[str, str], ...], needed: bool
+) -> None:
+    recipe = replace(get_recipe("rtn"), ranges=Ranges("search", most_bits=2))
+    assert recipe.needs_data(replace(get_scheme(scheme), overrides=overrides)) == needed
+    assert recipe.needs_data()  # for some scheme
+    of_weights = replace(recipe, ranges=Ranges("search", channels="ones"))
+    assert not of_weights.needs_data()
+    assert not of_weights.needs_data(get_scheme(scheme))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from support.disks import full_disk
 
 from tlq.runtime.files import is_full, new_directory, new_file
 
@@ -38,7 +39,7 @@ def test_a_full_disk_is_told_with_path_and_next_step_and_nothing_is_left(
     place = tmp_path / "made"
     told = r"made: cannot be written .*; free some space and run the same command again$"
     with pytest.raises(OSError, match=told), new(place):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        full_disk()
     assert list(tmp_path.iterdir()) == []
 
 
