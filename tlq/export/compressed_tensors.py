@@ -208,7 +208,7 @@ def quantization_config(scheme: Scheme, architecture: Architecture, layers: int)
 
     Each scheme of an override becomes one config group, which lists its linears one by one, by the end of their paths,
     because inference engines put other prefixes before ``layers``. Without overrides the only group has all linears.
-    Linears that a layer lacks are listed with those that engines fuse them with, because engines look for all of them.
+    The aliases of a linear group are listed with its linears.
     """
     kept = {f"re:.*{re.escape(path)}$": None for path in architecture.kept}
     own_patterns: dict[str, None] = {}
@@ -235,11 +235,11 @@ def quantization_config(scheme: Scheme, architecture: Architecture, layers: int)
 
 
 def _listed_paths(architecture: Architecture, index: int) -> Iterator[tuple[str, str]]:
-    """Paths of linears of a decoder layer, also of those that it lacks, each with one that it has and that decides."""
+    """Paths of the linears of a decoder layer and of their aliases, each with the linear whose scheme it has."""
     prefix = f"{architecture.layers}.{index}."
     for group in architecture.groups[index]:
         yield from ((f"{prefix}{path}", f"{prefix}{path}") for path in group.linears)
-        yield from ((f"{prefix}{path}", f"{prefix}{group.linears[0]}") for path in group.lacking)
+        yield from ((f"{prefix}{path}", f"{prefix}{group.linears[0]}") for path in group.aliases)
 
 
 def _pattern(path: str) -> str:

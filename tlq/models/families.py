@@ -48,6 +48,8 @@ GEMMA4 = Family(
         "re:.*per_layer_model_projection.*",
     )
 )
+#: ``vision_embedder`` is where checkpoints and vLLM have what transformers puts into ``embed_vision``.
+GEMMA4_UNIFIED = Family(("lm_head", "re:.*vision_embedder.*", "re:.*embed_vision.*", "re:.*embed_audio.*"))
 MUSE_GLIMMER = Family(("lm_head", "re:.*vision_tower.*", "re:.*vision_adapter.*", "re:.*vision_projection.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
@@ -86,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     "lighton_ocr": LIGHTON_OCR,
     "gemma3": LLAVA,
     "gemma4": GEMMA4,
-    "gemma4_unified": GEMMA4,
+    "gemma4_unified": GEMMA4_UNIFIED,
     "muse_glimmer": MUSE_GLIMMER,
     "smolvlm": IDEFICS3,
     "idefics3": IDEFICS3,

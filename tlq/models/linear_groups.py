@@ -20,7 +20,8 @@ class LinearGroup:
         tokenwise: whether the module around the linears computes each token from its hidden state alone.
         kept: linears that read the same input and stay in full precision; the group's scale goes into their columns.
         gain: the gain of the norm ``fold`` is ``gain + weight``; None takes the decoder's ``norm_offset``.
-        lacking: linears that this kind of layer does not have, while engines fuse them with those of the group.
+        aliases: other paths by which engines look for the group's scheme: of linears that this kind of layer lacks, but
+            that engines fuse with those of the group, or an engine's own name of one.
         experts: for a group of an expert, the module that holds all experts; it is called with the hidden states
             [tokens, hidden] and with the numbers of the experts [tokens, k] that each token is routed to.
         modality: ``text`` or ``image`` if an expert computes only tokens of it.
@@ -35,8 +36,8 @@ class LinearGroup:
     gain: float | None = None
     experts: str | None = None
     fold_last: bool = False
+    aliases: tuple[str, ...] = ()
     modality: str | None = None
-    lacking: tuple[str, ...] = ()
 
     @property
     def block(self) -> str:

@@ -230,8 +230,8 @@ GEMMA4_UNIFIED = Decoder(
     attention=(QKV, replace(O_PROJ, fold=None)),
     mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN),
     kinds=(
-        ("k_is_v", (replace(QKV, linears=QKV.linears[:2], lacking=QKV.linears[2:]), replace(O_PROJ, fold=None))),
-        ("shared_kv", (replace(QKV, linears=QKV.linears[:1], lacking=QKV.linears[1:]), replace(O_PROJ, fold=None))),
+        ("k_is_v", (replace(QKV, linears=QKV.linears[:2], aliases=QKV.linears[2:]), replace(O_PROJ, fold=None))),
+        ("shared_kv", (replace(QKV, linears=QKV.linears[:1], aliases=QKV.linears[1:]), replace(O_PROJ, fold=None))),
     ),
     kind=_gemma4_kind,
 )
@@ -250,9 +250,12 @@ GEMMA4 = replace(
     ),
     ungrouped=lambda text: ("per_layer_input_gate", "per_layer_projection") if text.hidden_size_per_layer_input else (),
 )
-#: A gate on the output of attention reads its input. The norm on queries and keys follows their projections.
+#: A gate on the output of attention reads its input; vLLM calls it output_gate_proj.
 MUSE_GLIMMER = Decoder(
-    attention=(replace(QKV, linears=(*QKV.linears, "self_attn.gate_proj")), O_PROJ),
+    attention=(
+        replace(QKV, linears=(*QKV.linears, "self_attn.gate_proj"), aliases=("self_attn.output_gate_proj",)),
+        O_PROJ,
+    ),
     mlp=(replace(GATE_UP, fold="pre_feedforward_layernorm"), DOWN),
     norm_offset=1.0,
 )

@@ -181,7 +181,7 @@ def plan_importance(
     tokens = sum(all_tokens(batch) for batch in batches)
     wave = min(own, -(-tokens // MIN_PASSES))
     per_token = bytes_per_token(model)
-    backward = 2 * sizes.layer + sizes.activations(batches, graph=True) + wave * sizes.state
+    backward = 2 * sizes.layer + sizes.activations(batches, graph=True) + wave * (sizes.state + sizes.carried)
     device = sizes.calls(batches, wave) + max(backward, sizes.enter(batches, wave), sizes.head(batches))
     hidden_states = max(largest * per_token, min(wave * per_token, host_budget()))
     return _plan_of_scoring(sizes, batches, max(kept, device), hidden_states, len(losses))

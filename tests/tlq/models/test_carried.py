@@ -242,14 +242,18 @@ def test_keys_that_no_layer_computes_are_left_out(checkpoint: Path, tmp_path: Pa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gemma4", SHARED_KV])
+@pytest.mark.parametrize("name", ["gemma4", SHARED_KV, "muse_glimmer"])
 @pytest.mark.parametrize("kept", ["w8a8", "full_precision"])
 def test_engines_find_one_scheme_for_all_that_they_fuse(tmp_path: Path, name: str, kept: str) -> None:
-    """Engines keep q, k and v in one weight, also of a layer that lacks some, and look for the scheme of each."""
+    """Engines keep q, k and v in one weight, also of a layer that lacks some, and look for the scheme of each.
+
+    vLLM calls the gate of Muse Glimmer's attention ``output_gate_proj``.
+    """
+    gate = ("output_gate_proj",) if name == "muse_glimmer" else ()
     source = write_tiny(name, tmp_path / "source")
     architecture = StreamedModel(source).architecture
     last = len(architecture.groups) - 1
-    mixed = replace(get_scheme("w4a8"), overrides=((f"*.layers.{last}.self_attn.?_proj", kept),))
+    mixed = replace(get_scheme("w4a8"), overrides=((f"*.layers.{last}.self_attn.*", kept),))
     quantize(source, tmp_path / "out", recipe="rtn", scheme=mixed)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
 
@@ -260,7 +264,7 @@ def test_engines_find_one_scheme_for_all_that_they_fuse(tmp_path: Path, name: st
         return [None] if ignored else [group["weights"]["num_bits"] for group in named]
 
     for index, bits in ((0, 4), (last, 8 if kept == "w8a8" else None)):
-        for linear in ("q_proj", "k_proj", "v_proj"):
+        for linear in ("q_proj", "k_proj", "v_proj", *gate):
             found = schemes(f"model.language_model.layers.{index}.self_attn.{linear}")
             assert found == [bits] or (kept == "full_precision" and bits == 4 and found == []), (index, linear)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
