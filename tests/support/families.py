@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -704,14 +704,18 @@ TINY: dict[str, TinyFamily] = {
 }
 
 
-def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
-    return AutoConfig.for_model(model_type, **{**TINY[model_type].config, **changes})
+#: A known family around a decoder that no family here has by itself.
+TINY["llava phi3"] = replace(TINY["llava"], config={**TINY["llava"].config, "text_config": text("phi3")})
 
 
-def write_tiny(model_type: str, folder: Path, **text_changes: Any) -> Path:
+def tiny_config(name: str, **changes: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(TINY[name].model_type, **{**TINY[name].config, **changes})
+
+
+def write_tiny(name: str, folder: Path, **text_changes: Any) -> Path:
     """A random checkpoint of the family in bfloat16; ``text_changes`` are fields of its text config."""
-    text_config = {**TINY[model_type].config["text_config"], **text_changes}
-    config = tiny_config(model_type, text_config=text_config)
+    text_config = {**TINY[name].config["text_config"], **text_changes}
+    config = tiny_config(name, text_config=text_config)
     randomized(AutoModelForImageTextToText.from_config(config)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
