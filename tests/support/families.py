@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -830,6 +830,10 @@ TINY: dict[str, TinyFamily] = {
         ),
     )
 }
+
+
+#: A known family around a decoder that no family here has by itself.
+TINY["llava phi3"] = replace(TINY["llava"], config={**TINY["llava"].config, "text_config": text("phi3")})
 
 
 def tiny_config(name: str, **changes: Any) -> PretrainedConfig:

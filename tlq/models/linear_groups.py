@@ -14,8 +14,8 @@ class LinearGroup:
         linears: module paths inside the decoder layer.
         fold: module whose output is the group's input, into which 1/s is folded: a norm, or a linear's rows; None if
             others read the same input, so that the group has no scales.
-        fold_last: whether only the last rows of the linear ``fold`` are the group's input: those of a projection that
-            follows another one in a fused linear.
+        fold_last: number of projections of equal size that follow the first one in a fused linear ``fold``, if the last
+            of them is the group's input; the first has as many rows as the input has channels. 0 for all rows.
         parent: module whose output error AWQ and MBQ measure; None if they measure the linear itself.
         tokenwise: whether the module around the linears computes each token from its hidden state alone.
         kept: linears that read the same input and stay in full precision; the group's scale goes into their columns.
@@ -35,7 +35,7 @@ class LinearGroup:
     kept: tuple[str, ...] = ()
     gain: float | None = None
     experts: str | None = None
-    fold_last: bool = False
+    fold_last: int = 0
     aliases: tuple[str, ...] = ()
     modality: str | None = None
 

@@ -131,7 +131,7 @@ def _qwen_sparse(text: Any, index: int) -> bool:
 #: Gate and up are rows of one linear, in this order; the norms after attention and MLP take no scales.
 FUSED_MLP = (
     LinearGroup("gate_up", ("mlp.gate_up_proj",), "post_attention_layernorm", "mlp"),
-    replace(DOWN, fold="mlp.gate_up_proj", fold_last=True),
+    replace(DOWN, fold="mlp.gate_up_proj", fold_last=1),
 )
 #: Norms come only after attention and MLP (EXAONE 4), or both read the same norm (Cohere 2): no scale folds into it.
 UNSCALED_INPUTS = Decoder(attention=(replace(QKV, fold=None), O_PROJ), mlp=(replace(GATE_UP, fold=None), DOWN))
@@ -185,6 +185,14 @@ DEEPSEEK_OCR2 = Decoder(
         lambda text: text.n_routed_experts,
         lambda text, index: text.mlp_layer_types[index] == "sparse",
     )
+)
+#: Queries, keys and values are rows of one linear, in this order.
+PHI3 = Decoder(
+    attention=(
+        replace(QKV, linears=("self_attn.qkv_proj",)),
+        replace(O_PROJ, fold="self_attn.qkv_proj", fold_last=2),
+    ),
+    mlp=FUSED_MLP,
 )
 MOLMO2 = Decoder(post_norm=lambda text: text.norm_after)
 ERNIE4_5_VL_MOE = Decoder(
@@ -266,6 +274,7 @@ DECODERS: dict[str, Decoder] = {
     "llama4_text": LLAMA4,
     "molmo2_text": MOLMO2,
     "mistral": LLAMA,
+    "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "qwen2_vl_text": LLAMA,
@@ -293,11 +302,15 @@ DECODERS: dict[str, Decoder] = {
 
 #: Well-known decoders and families that a row cannot describe -> the reason.
 UNSUPPORTED: dict[str, str] = {
-    "phi3": "its self_attn.qkv_proj and mlp.gate_up_proj are fused linears",
     "mixtral": "its mlp.experts is a mixture of experts",
     "qwen2_moe": "its mlp.experts is a mixture of experts",
     "gpt_oss": "its mlp.experts is a mixture of experts",
     "gemma3n": "the altup of its decoder layers takes four hidden states for each token; the nearest family is gemma4",
+    "phi4_multimodal": "transformers 5.23 does not load it for images and text",
+    "perception_lm": "its vision tower is one of timm's",
+    "fast_vlm": "its vision tower is one of timm's",
+    "kimi_k25": "its vision tower is not stored in the form that transformers uses",
+    "step3p7": "its vision tower is not stored in the form that transformers uses",
     "qianfan_ocr": "its vision tower is not stored in the form that transformers uses",
     "paligemma": "it reads a prompt in both directions, so that an answer behind it would see itself",
     "hunyuan_vl": "transformers 5.23 computes other logits for a sample in a batch than alone",

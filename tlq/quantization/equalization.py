@@ -92,20 +92,20 @@ class Fold:
         head_dim: int,
         checkpoint_dtype: torch.dtype,
         offset: float = 0.0,
-        only_last: bool = False,
+        parts: int = 0,
     ) -> Fold:
-        """The fold into ``module``, or only into its last ``in_features`` rows.
+        """The fold into ``module``, or only into the last of ``parts`` equal parts of its rows after ``in_features``.
 
         Raises:
             ValueError: the module's output cannot be the input of ``in_features`` channels.
         """
         weight = cast(Tensor, module.weight)
-        rows = in_features if only_last else weight.shape[0]
+        rows = (weight.shape[0] - in_features) // parts if parts else weight.shape[0]
         if weight.dim() == 1:  # a norm with one gain for all heads repeats as a whole
             head_dim = rows
         if in_features % rows:
             raise ValueError(f"cannot fold the scales of {in_features} channels into a module of {rows} outputs")
-        return cls(module, in_features // rows, head_dim, checkpoint_dtype, offset, rows if only_last else None)
+        return cls(module, in_features // rows, head_dim, checkpoint_dtype, offset, rows if parts else None)
 
     @property
     def weight(self) -> Tensor:

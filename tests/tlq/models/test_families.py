@@ -505,7 +505,11 @@ def test_an_engine_that_takes_no_linears_in_one_tensor_is_refused_before_any_wor
 
 @pytest.mark.parametrize(
     ("text_type", "reason"),
-    [("phi3", "mlp.gate_up_proj are fused"), ("mixtral", "mlp.experts is a mixture of experts"), ("olmo2", "")],
+    [
+        ("gpt_oss", "mlp.experts is a mixture of experts"),
+        ("mixtral", "mlp.experts is a mixture of experts"),
+        ("olmo2", ""),
+    ],
 )
 def test_a_decoder_without_a_row_is_refused_by_its_config(text_type: str, reason: str) -> None:
     config = tiny_config("llava", text_config={"model_type": text_type, "pad_token_id": 0})
