@@ -75,7 +75,13 @@ class CarriedStates:
     close = clear
 
 
+def leaving(layers: nn.ModuleList) -> list[int]:
+    """Indices of the layers that leave keys and values for later ones."""
+    attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
+    return [index for index, each in enumerate(attentions) if getattr(each, "store_full_length_kv", False)]
+
+
 def carried_width(layers: nn.ModuleList) -> int:
     """Elements per token of what the layers leave for later ones."""
-    attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
-    return sum(2 * each.k_proj.out_features for each in attentions if getattr(each, "store_full_length_kv", False))
+    attentions: list[Any] = [layers[index].self_attn for index in leaving(layers)]
+    return sum(2 * each.k_proj.out_features for each in attentions)

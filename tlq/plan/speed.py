@@ -11,18 +11,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tlq.models.decoder import LayerCalls, enter_decoder, run_layer
+from tlq.models.carried import CarriedStates, leaving
+from tlq.models.decoder import enter_decoder, run_layer
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.quantization.objective import Factor
 from tlq.quantization.ranges import Ranges
 from tlq.quantization.rounding import round_compensated
+from tlq.runtime.activations import Activations, host_memory
 from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 #: A measurement is repeated until it took as long, in seconds; the fastest run counts.
@@ -92,24 +94,28 @@ def measure_speed(model: StreamedModel, samples: Sequence[Sample], batch_size: i
     count = int(solving[0] / (_OPERATIONS * weights * batch.valid.numel()))  # in a second
     if count > 1:
         (batch,) = encode_batches(samples[: min(count, batch_size)], processor, image, batch_size, max_tokens)
-    enter, layers = _on_samples(model, batch)
+    enter, layers = layer_speeds(model, batch)
     return Speed(layers, enter, read, *solving)
 
 
-def _on_samples(model: StreamedModel, batch: Batch) -> tuple[float, dict[int, LayerSpeed]]:
-    """Seconds per token to enter the decoder, and the speed of a layer of every kind."""
+@torch.no_grad()
+def layer_speeds(model: StreamedModel, batch: Batch) -> tuple[float, dict[int, LayerSpeed]]:
+    """Seconds per token to enter the decoder, and the speed of a layer of every kind by the index of the first one."""
     tokens, device = batch.valid.numel(), model.device
     with model.entrance() as entered:
         enter, (call,) = _timed(lambda: enter_decoder(entered, model.architecture, [batch], device), device)
-    layers = {
-        index: _layer_speed(layer, index, call, tokens, device)
-        for index, layer in model.layers(sorted(model.architecture.kinds.values()))
-    }
+    layers: dict[int, LayerSpeed] = {}
+    every, memory = model.architecture.decoder_layers(model.skeleton), host_memory()
+    carried = CarriedStates(lambda: Activations(memory, device))
+    for index, layer in model.layers(sorted({*model.architecture.kinds.values(), *leaving(every)})):
+        with call.arguments(index, carried, 0) as kwargs:
+            layers[index] = _layer_speed(layer, call.hidden_states, kwargs, tokens, device)
     return enter / tokens, layers
 
 
-def _layer_speed(layer: nn.Module, index: int, call: LayerCalls, tokens: int, device: torch.device) -> LayerSpeed:
-    hidden, kwargs = call.hidden_states, call.kwargs[index]
+def _layer_speed(
+    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: int, device: torch.device
+) -> LayerSpeed:
     forward, _ = _timed(lambda: run_layer(layer, hidden, kwargs), device)
 
     def both() -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import batches_of, write_tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -24,7 +25,7 @@ from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan.duration import time_calibration, time_importance
 from tlq.plan.needs import plan_calibration, plan_importance
-from tlq.plan.speed import LayerSpeed, Speed, measure_speed
+from tlq.plan.speed import LayerSpeed, Speed, layer_speeds, measure_speed
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
 from tlq.runtime.clock import in_words
@@ -132,6 +133,15 @@ def test_a_machine_is_measured_with_the_jobs_model_and_samples(
     assert calibration.lines()[-1].startswith("time: about ")
     assert plan(tiny_checkpoint, [], "rtn", "w3a16", timed=True, device="cpu")[0].seconds["round"] > 0
     assert not plan(tiny_checkpoint, samples, "tlq-c", "w3a16", device="cpu")[0].seconds
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "llama4", "gemma4-shared_kv"])
+def test_layers_of_every_kind_are_measured(family: str, tmp_path: Path) -> None:
+    model = StreamedModel(write_tiny(family, tmp_path / "model"))
+    enter, layers = layer_speeds(model, batches_of(family)[0])
+    assert enter > 0
+    assert set(model.architecture.kinds.values()) <= set(layers)
+    assert all(0 < layer.forward < math.inf and 0 < layer.backward < math.inf for layer in layers.values())
 
 
 @pytest.mark.parametrize(
