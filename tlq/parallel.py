@@ -82,10 +82,10 @@ class Ranks:
         """Rows with one value per chunk, [rows, chunks] float64 in host memory.
 
         Args:
-            own: some rows each, float64, with the values of this rank's chunks.
+            own: some rows each, float64, with the values of this rank's chunks; none if nothing was measured.
         """
         columns = self.own_chunks(chunks)
-        values = torch.cat(list(own)).cpu()
+        values = torch.cat(list(own)).cpu() if own else torch.zeros(0, len(columns), dtype=torch.float64)
         table = torch.zeros(len(values), chunks, dtype=torch.float64)
         table[:, columns.start : columns.stop] = values
         return self.all_reduce(table)  # exact, because all ranks except one add zero

@@ -39,6 +39,12 @@ def test_every_micro_batch_belongs_to_one_chunk_and_every_chunk_to_one_rank(batc
     assert dealt == list(range(batches))
 
 
+@given(chunks=st.integers(0, 5), rows=st.lists(st.integers(1, 3), max_size=3))
+def test_a_table_has_the_rows_of_all_parts_in_order(chunks: int, rows: list[int]) -> None:
+    parts = [torch.arange(count * chunks).double().view(count, chunks) + 100 * count for count in rows]
+    assert Ranks().table(parts, chunks).tolist() == [row for part in parts for row in part.tolist()]
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_job(tmp_path_factory.mktemp("job"))

@@ -66,7 +66,7 @@ def speed(streamed: StreamedModel) -> Speed:
 
 def job_of(recipe: str, scheme: str, batches: list[Batch], scores: Importance, ranks: int = 1) -> CalibrationJob:
     row, quantizer = RECIPES[recipe], WeightQuantizer(get_scheme(scheme), torch.bfloat16)
-    if not row.needs_data:
+    if not row.needs_data():
         return CalibrationJob(row, quantizer, [])
     weights = to_batches(all_tokens(scores, TokenPool.of(batches), "uniform", Weighting()), batches)
     return CalibrationJob(row, quantizer, batches, weights, ranks=Ranks(size=ranks))
