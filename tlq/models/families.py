@@ -38,6 +38,7 @@ LLAMA4 = Family(
     ("language_model.lm_head", "re:.*vision_model.*", "re:.*multi_modal_projector.*"), "language_model.model.layers"
 )
 DEEPSEEK_OCR2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*sam_model.*", "re:.*qwen2_model.*", "re:.*projector.*"))
+VISION_MODEL = Family(("lm_head", "re:.*vision_(model|encoder).*", "re:.*projector.*", "re:.*aligner.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -71,6 +72,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_ocr2": DEEPSEEK_OCR2,
     "ernie4_5_vl_moe": ERNIE_VL,
     "internvl": LLAVA,
+    "got_ocr2": LLAVA,
+    "video_llama_3": VISION_MODEL,
+    "deepseek_vl": VISION_MODEL,
     "mistral3": LLAVA,
     "lighton_ocr": LIGHTON_OCR,
     "gemma3": LLAVA,
