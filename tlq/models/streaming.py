@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tlq.models.architectures import Architecture, architecture_of, get_linear
+from tlq.models.architectures import Architecture, architecture_of, get_linear, linear_paths
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.conversion import Content, StackedTensor, contents_of_stored
 from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
@@ -163,6 +163,7 @@ class StreamedModel:
         for name, sources in stacks.items():
             found[name] = StackedTensor.of([sources[position] for position in sorted(sources)])
             self._check_form(found[name], wanted[name])
+        self._check_joined(found)
         self.untied = self._tie(found)
         missing = [name for name, value in wanted.items() if name not in found and value.is_meta]
         if missing:
@@ -197,6 +198,22 @@ class StreamedModel:
         parent = place.key.rpartition(".")[0]
         for linear in place.of_experts(rows, width, experts.transposed):
             yield f"{path}{linear.name.removeprefix(parent)}", linear
+
+    def _check_joined(self, found: dict[str, StoredTensor]) -> None:
+        """Raise ValueError if several linears are in one tensor, where the family's row says that they are not.
+
+        Its exports would be said to load in transformers.
+        """
+        if self.architecture.joined:
+            return
+        for index in range(len(self.architecture.groups)):
+            for path in linear_paths(self.architecture, index):
+                place = found.get(f"{path}.weight")
+                if place is not None and place.is_joined:
+                    raise ValueError(
+                        f"{place.file}: {place.key} holds {path} and others, which is known of other families only; "
+                        "load the checkpoint with transformers and save it with save_original_format=False"
+                    )
 
     def _check_form(self, place: StoredTensor, wanted: Tensor) -> None:
         """Raise ValueError if a stored weight has another shape than the model's, or is no floating-point number."""
