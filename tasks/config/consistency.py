@@ -54,11 +54,14 @@ def _check_limits(least: int, evaluate: EvaluateParams) -> None:
             )
 
 
-def check_served(content: Mapping[str, Any], schemes: Sequence[str] | None = None, experts: bool = False) -> None:
+def check_served(
+    content: Mapping[str, Any], schemes: Sequence[str] | None = None, experts: bool = False, joined: bool = False
+) -> None:
     """Check that the engine of `export.engine`, if one is named, runs the schemes (by default those of the variants).
 
     Args:
         experts: whether the model has experts, where that is known.
+        joined: whether its checkpoints keep several linears in one tensor, where that is known.
 
     Raises:
         ParamsError: it refuses one; the message names the nearest that it runs.
@@ -71,7 +74,7 @@ def check_served(content: Mapping[str, Any], schemes: Sequence[str] | None = Non
     calibrate = parse("calibrate", content["calibrate"], CalibrateParams)
     for name in schemes:
         try:
-            check_engine(engine, calibrate.scheme(name), experts)
+            check_engine(engine, calibrate.scheme(name), experts, joined)
         except ValueError as error:
             raise ParamsError(f"export.engine: {error}; change variants.schemes, or export.engine") from error
 

@@ -96,7 +96,7 @@ def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
         weights = weights_of(row, section("calibset", CalibsetParams), pool, IMPORTANCE, CALIBSET / "tokens.parquet")
 
     model = StreamedModel(model_params.path, model_params.torch_dtype, device())
-    check_served(read(), [scheme_name], model.architecture.experts is not None)
+    check_served(read(), [scheme_name], model.architecture.experts is not None, model.architecture.joined)
     out = MODELS / f"{row.name}-{scheme.name}"
     batches = calibration_batches(model, samples, row, params.batch_size, longest, scheme)
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)

@@ -102,6 +102,17 @@ def ernie_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     return count, {**inputs, "pixel_values": pixels(16 * tiles, 3 * 4 * 4, generator=generator)}
 
 
+def merged_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """As ``ernie_image``, with the number of patches that make a token along a side."""
+    count, inputs = ernie_image(tiles, generator)
+    return count, {**inputs, "image_merge_sizes": torch.tensor([2])}
+
+
+def upsampled_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
+    """Tiles of 8 x 8 patches, 4 x 4 of them one token."""
+    return 4 * tiles, {"pixel_values": pixels(tiles, 3, 32, 32, generator=generator)}
+
+
 def patch_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     """As ``qwen_image``, the patches as pictures."""
     count, inputs = qwen_image(tiles, generator)
@@ -690,6 +701,45 @@ TINY: dict[str, TinyFamily] = {
             },
             molmo_image,
             "mm_token_type_ids",
+        ),
+        TinyFamily(
+            "got_ocr2",
+            {
+                "text_config": text("qwen2"),
+                "vision_config": {
+                    "hidden_size": 32,
+                    "output_channels": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 32,
+                    "patch_size": 4,
+                    "mlp_dim": 64,
+                    "global_attn_indexes": [0],
+                },
+                "image_token_index": IMAGE,
+                "image_seq_length": 4,
+            },
+            upsampled_image,
+        ),
+        TinyFamily(
+            "video_llama_3",
+            {
+                "text_config": text("qwen2"),
+                "vision_config": tower("video_llama_3_vision", 4),
+                "image_token_id": IMAGE,
+                "video_token_id": VIDEO,
+            },
+            merged_image,
+        ),
+        TinyFamily(
+            "deepseek_vl",
+            {
+                "text_config": text("llama"),
+                "vision_config": tower("siglip_vision_model", 8, vision_use_head=False),
+                "image_token_id": IMAGE,
+                "tie_word_embeddings": False,
+            },
+            llava_image,
         ),
         TinyFamily(
             "llama4",

@@ -51,6 +51,7 @@ GEMMA4 = Family(
 #: ``vision_embedder`` is where checkpoints and vLLM have what transformers puts into ``embed_vision``.
 GEMMA4_UNIFIED = Family(("lm_head", "re:.*vision_embedder.*", "re:.*embed_vision.*", "re:.*embed_audio.*"))
 MUSE_GLIMMER = Family(("lm_head", "re:.*vision_tower.*", "re:.*vision_adapter.*", "re:.*vision_projection.*"))
+VISION_MODEL = Family(("lm_head", "re:.*vision_(model|encoder).*", "re:.*projector.*", "re:.*aligner.*"))
 IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
@@ -84,6 +85,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_ocr2": DEEPSEEK_OCR2,
     "ernie4_5_vl_moe": ERNIE_VL,
     "internvl": LLAVA,
+    "got_ocr2": LLAVA,
+    "video_llama_3": VISION_MODEL,
+    "deepseek_vl": VISION_MODEL,
     "mistral3": LLAVA,
     "lighton_ocr": LIGHTON_OCR,
     "gemma3": LLAVA,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,43 +171,6 @@ class StoredTensor:
         """Size of the tensor's elements."""
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
-
-
-@dataclass(frozen=True)
-class StackedTensor(StoredTensor):
-    """A tensor of the module tree whose rows are in several stored tensors, the first of which is in ``file``.
-
-    Attributes:
-        sources: the stored tensors, in the order of their rows.
-    """
-
-    sources: tuple[StoredTensor, ...] = ()
-
-    @classmethod
-    def of(cls, sources: Sequence[StoredTensor]) -> StackedTensor:
-        first = sources[0]
-        shape = (sum(source.shape[0] for source in sources), *first.shape[1:])
-        return cls(first.file, first.key, shape, first.dtype, sources=tuple(sources))
-
-    @property
-    def originals(self) -> tuple[StoredTensor, ...]:
-        return self.sources
-
-    def read(self, opened: TensorFile) -> Tensor:
-        return torch.cat([self._read(source, opened, slice(None)) for source in self.sources])
-
-    def read_rows(self, opened: TensorFile, rows: Tensor) -> Tensor:
-        found, order, start = [], [], 0
-        for source in self.sources:
-            own = (rows >= start) & (rows < start + source.shape[0])
-            found.append(self._read(source, opened, rows[own] - start))
-            order.append(own.nonzero().flatten())
-            start += source.shape[0]
-        return torch.cat(found)[torch.cat(order).argsort()]
-
-    def _read(self, source: StoredTensor, opened: TensorFile, rows: Any) -> Tensor:
-        whole = source.read(opened) if source.file == self.file else read_tensor(source)
-        return whole[rows]
 
 
 class TensorFile(Protocol):

@@ -7,7 +7,7 @@ the same interface for a model in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,25 +19,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Chunk,
-    Concatenate,
-    Split,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
 
-from tlq.models.architectures import Architecture, architecture_of, get_linear
+from tlq.models.architectures import Architecture, architecture_of, get_linear, linear_paths
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
+from tlq.models.conversion import Content, StackedTensor, contents_of_stored
 from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
 from tlq.models.linear_groups import LinearGroup
 from tlq.models.skeleton import empty_model
 from tlq.models.stored import (
     WEIGHT_DTYPES,
-    StackedTensor,
     StoredTensor,
     open_tensors,
     read_tensor,
@@ -77,58 +67,6 @@ class LayeredModel(Protocol):
     def whole(self) -> AbstractContextManager[ResidentModel]:
         """A context in which all weights are in memory."""
         ...
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a stored tensor holds of the module tree.
-
-    Attributes:
-        names: of the tensors that follow each other in its rows; one as a rule.
-        transposed: whether it is [in, out] and not [out, in].
-        position: its place among the stored tensors that hold the rows of the one tensor that is named; None if it
-            holds all of them.
-    """
-
-    names: list[str]
-    transposed: bool = False
-    position: int | None = None
-
-
-def contents_of_stored(model: PreTrainedModel) -> Callable[[str], Content]:
-    """The function from the key of a stored tensor to its content, as transformers renames and converts it.
-
-    It raises ValueError if transformers would change the tensor in another way, other than to put experts together.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [
-        each
-        for each in transforms
-        if isinstance(each, WeightConverter) and not all(".experts." in target for target in each.target_patterns)
-    ]
-    wanted: dict[str, Any] = model.state_dict()
-    for path, module in model.named_modules():
-        if isinstance(module, SeparateExperts):
-            wanted |= dict.fromkeys((f"{path}.{GATE_UP}", f"{path}.{DOWN}"), True)  # None would count as absent
-
-    def content_of(key: str) -> Content:
-        name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-        if source is None:
-            return Content([key if name not in wanted and key in wanted else name])
-        converter = next(each for each in converters if source in each.source_patterns)
-        targets, (operation, *more) = converter.target_patterns, converter.operations
-        names = [name.replace(targets[0], target) for target in targets]
-        if not more and all(name in wanted for name in names):
-            if isinstance(operation, Chunk | Split) and operation.dim == 0:
-                return Content(names)
-            if isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {0, 1}:
-                return Content(names, transposed=True)
-            if isinstance(operation, Concatenate) and operation.dim == 0:
-                return Content(names, position=converter.source_patterns.index(source))
-        raise ValueError(f"{key} is not stored in the form that the model uses; convert the checkpoint")
-
-    return content_of
 
 
 @dataclass
@@ -232,6 +170,7 @@ class StreamedModel:
         for name, sources in stacks.items():
             found[name] = StackedTensor.of([sources[position] for position in sorted(sources)])
             self._check_form(found[name], wanted[name])
+        self._check_joined(found)
         self.untied = self._tie(found)
         missing = [name for name, value in wanted.items() if name not in found and value.is_meta]
         if missing:
@@ -278,6 +217,22 @@ class StreamedModel:
         parent = place.key.rpartition(".")[0]
         for linear in place.of_experts(rows, width, experts.transposed):
             yield f"{path}{linear.name.removeprefix(parent)}", linear
+
+    def _check_joined(self, found: dict[str, StoredTensor]) -> None:
+        """Raise ValueError if several linears are in one tensor, where the family's row says that they are not.
+
+        Its exports would be said to load in transformers.
+        """
+        if self.architecture.joined:
+            return
+        for index in range(len(self.architecture.groups)):
+            for path in linear_paths(self.architecture, index):
+                place = found.get(f"{path}.weight")
+                if place is not None and place.is_joined:
+                    raise ValueError(
+                        f"{place.file}: {place.key} holds {path} and others, which is known of other families only; "
+                        "load the checkpoint with transformers and save it with save_original_format=False"
+                    )
 
     def _check_form(self, place: StoredTensor, wanted: Tensor) -> None:
         """Raise ValueError if a stored weight has another shape than the model's, or is no floating-point number."""

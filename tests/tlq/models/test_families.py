@@ -487,6 +487,14 @@ def test_linears_in_one_tensor_are_exported_in_one(build: Builder, tmp_path: Pat
         assert float((loaded(**batch.encode()).logits[batch.valid] - expected).abs().max()) < 1e-4
 
 
+def test_linears_in_one_tensor_are_refused_in_a_family_that_is_not_known_for_them(
+    build: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(architectures.FAMILIES, "molmo2", replace(FAMILIES["molmo2"], joined=False))
+    with pytest.raises(ValueError, match=r"att_proj.weight holds .*q_proj and others, which is known of other"):
+        StreamedModel(build("molmo2").path)
+
+
 def test_norms_that_only_follow_take_no_scales() -> None:
     text_config = {**TINY["molmo2"].config["text_config"], "norm_after": True}
     (groups, *_) = architecture_of(tiny_config("molmo2", text_config=text_config)).groups

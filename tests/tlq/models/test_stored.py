@@ -18,11 +18,30 @@ from transformers import AutoModelForImageTextToText
 
 from tlq import quantize
 from tlq.export.loading import load_model
+from tlq.models.conversion import StackedTensor
+from tlq.models.stored import StoredTensor, open_tensors
 from tlq.models.streaming import StreamedModel
 from tlq.results import CalibrationReport
 
 WEIGHTS = "model.safetensors"
 FAMILY = "qwen2_5_vl"
+
+
+def test_rows_in_two_tensors_are_read_in_any_order(tmp_path: Path) -> None:
+    """Molmo 2 keeps the embeddings of further tokens in a tensor of their own, here also in a file of its own."""
+    tensors = {"first": torch.randn(5, 3), "second": torch.randn(4, 3)}
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    sources = [
+        StoredTensor(tmp_path / f"{name}.safetensors", name, tuple(tensor.shape), "F32")
+        for name, tensor in tensors.items()
+    ]
+    stacked, whole = StackedTensor.of(sources), torch.cat(list(tensors.values()))
+    rows = torch.tensor([8, 0, 5, 4, 0, 7])
+    with open_tensors(stacked.file) as opened:
+        assert torch.equal(stacked.read(opened), whole)
+        assert torch.equal(stacked.read_rows(opened, rows), whole[rows])
+    assert stacked.shape == (9, 3)
 
 
 @pytest.fixture
