@@ -131,4 +131,7 @@ if __name__ == "__main__":
     except OSError as error:
         logger.error("%s; move your own files out of the output folders, and run the same command again", error)
         status = 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; run the same command again to continue")
+        status = 130
     sys.exit(status)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.registry_results import write_project
 from support.report_results import write_results
 
 from tasks.stages.report import main
@@ -39,3 +40,12 @@ def new_tracking(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], s
         return f"sqlite:///{shutil.copyfile(path, folder / 'mlflow.db')}"
 
     return put
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder without variants, in which the test works, and its empty MLflow database."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_tracking(tmp_path))
+    write_project(tmp_path)
+    return tmp_path

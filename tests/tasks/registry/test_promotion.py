@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from support.forked import FORK, run_together
-from support.registry_results import answers, write_project, write_variant
+from support.registry_results import answers, write_variant
 
 from tasks.config.params import section
 from tasks.config.sections import EvaluateParams, ModelParams, RegisterParams
@@ -25,14 +25,6 @@ from tasks.registry.versions import aliases, described, model_versions, verdict_
 from tasks.stages.register import Registrar, register_all
 
 NAME = "tiny-w3a16"
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_tracking(tmp_path))
-    write_project(tmp_path)
-    return tmp_path
 
 
 def add_version(client: MlflowClient, right: int, kl: float = 0.1) -> int:

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from support.forked import Forked, run_together
-from support.registry_results import layer_report, write_project
+from support.registry_results import layer_report
 
 from tasks import command as cli
 from tasks.registry.connection import connect
@@ -34,15 +34,12 @@ OUT = Path("models/rtn-w3a16")
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(workspace: Path) -> Path:
     """A project folder that is ready for `calibrate`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_tracking(tmp_path))
-    write_project(tmp_path)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
-    (tmp_path / "model/model.safetensors").write_bytes(b"weights")
-    return tmp_path
+    (workspace / "model").mkdir()
+    (workspace / "model/config.json").write_text("{}")
+    (workspace / "model/model.safetensors").write_bytes(b"weights")
+    return workspace
 
 
 def tracked(leads: bool = True, recipe: str = "rtn") -> Any:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from support.disks import full_disk
-from support.registry_results import BENCHMARKS, layer_report, write_params, write_project, write_scores, write_variant
+from support.registry_results import BENCHMARKS, layer_report, write_params, write_scores, write_variant
 
 import tasks
 from tasks.config.params import section
@@ -35,13 +34,10 @@ NAME = "tiny-w3a16"
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, new_tracking: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(workspace: Path) -> Path:
     """A project folder with one variant that is ready to be registered."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_tracking(tmp_path))
-    write_project(tmp_path)
-    write_variant(tmp_path, "rtn-w3a16")
-    return tmp_path
+    write_variant(workspace, "rtn-w3a16")
+    return workspace
 
 
 def registrar() -> Registrar:
