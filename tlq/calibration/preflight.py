@@ -13,7 +13,7 @@ from tlq.importance.token_weights import TokenWeights
 from tlq.models.architectures import Architecture, check_linears, get_linear, linear_paths
 from tlq.models.linear_groups import EXPERTS, LinearGroup
 from tlq.models.streaming import LayeredModel
-from tlq.quantization.formats import Scheme, WeightQuantizer
+from tlq.quantization.formats import FULL_PRECISION, Scheme, WeightQuantizer
 from tlq.samples import Batch
 
 
@@ -42,6 +42,12 @@ def check_shapes(model: nn.Module, architecture: Architecture, scheme: Scheme) -
             matches no linear or only some linears of a group.
     """
     check_linears(model, architecture)
+    if architecture.joined and scheme.mixed:
+        raise ValueError(
+            f"scheme {scheme.name}: checkpoints of {architecture.model_type} keep several linears in one tensor, and "
+            "nothing loads those of several schemes; choose one scheme for all of them, with overrides to "
+            f"{FULL_PRECISION} at most"
+        )
     layers = architecture.decoder_layers(model)
     check_overrides(architecture, len(layers), scheme)
     for index, layer in enumerate(layers):

@@ -211,6 +211,11 @@ def check_engine(name: str, scheme: Scheme, experts: bool = False, joined: bool 
             f"{engine.title} {engine.version} does not load quantized linears that a checkpoint keeps in one tensor; "
             "choose another engine"
         )
+    if joined and scheme.overrides:
+        raise ValueError(
+            f"{engine.title} {engine.version} finds no override for linears that a checkpoint keeps in one tensor; "
+            "remove the overrides, or name no engine and load the result with tlq.load_model"
+        )
     if experts and not engine.experts:
         able = [each.name for each in ENGINES.values() if each.experts and each.container == CHECKPOINT]
         raise ValueError(

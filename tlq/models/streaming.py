@@ -168,6 +168,11 @@ class StreamedModel:
                 elif not self._is_unread(name):
                     unnamed[name] = place
         for name, sources in stacks.items():
+            if name.startswith(self._inside):
+                raise ValueError(
+                    f"{self.folder}: {name} is stored in {len(sources)} tensors, in which an export would not have a "
+                    "place; convert the checkpoint"
+                )
             found[name] = StackedTensor.of([sources[position] for position in sorted(sources)])
             self._check_form(found[name], wanted[name])
         self._check_joined(found)
@@ -185,8 +190,11 @@ class StreamedModel:
 
         The result leaves it out: no program computes with it, and in full precision it would not fit its layer.
         """
-        path = name.removeprefix(self._inside).partition(".")[2].rpartition(".")[0]
-        return name.startswith(self._inside) and any(path in group.linears for group in self._every_group)
+        if not name.startswith(self._inside):
+            return False
+        number, _, rest = name.removeprefix(self._inside).partition(".")
+        inside = number.isdecimal() and int(number) < len(self.architecture.groups)  # others predict further tokens
+        return inside and any(rest.rpartition(".")[0] in group.linears for group in self._every_group)
 
     @cached_property
     def _every_group(self) -> list[LinearGroup]:

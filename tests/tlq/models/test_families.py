@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.exporting import read_tensors, write_export
 from support.families import TINY, batches_of, tiny_config, write_tiny
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from tlq.calibration.group import GroupSolver
 from tlq.calibration.install import QuantizedLayer
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerLoop, calibrate
+from tlq.calibration.preflight import check_shapes
 from tlq.calibration.streams import Streams
 from tlq.export.compressed_tensors import read_layer, write_layer
 from tlq.export.loading import load_model
@@ -506,6 +509,36 @@ def test_an_engine_that_takes_no_linears_in_one_tensor_is_refused_before_any_wor
 ) -> None:
     with pytest.raises(ValueError, match="transformers 5.23 does not load quantized linears that a checkpoint keeps"):
         quantize(build("molmo2").path, tmp_path / "out", recipe="rtn", scheme="w4a16", engine="transformers")
+
+
+def test_an_engine_that_finds_no_override_in_one_tensor_is_refused_before_any_work(
+    build: Builder, tmp_path: Path
+) -> None:
+    scheme = replace(get_scheme("w4a16"), overrides=(("*.layers.0.*", "full_precision"),))
+    with pytest.raises(ValueError, match=r"vLLM, NVIDIA .* finds no override for linears .*; remove the overrides"):
+        quantize(build("molmo2").path, tmp_path / "out", recipe="rtn", scheme=scheme, engine="vllm")
+
+
+@pytest.mark.parametrize("overrides", [(("*.layers.0.*", "w8a16s"),), ()], ids=["override", "mix"])
+def test_linears_in_one_tensor_take_one_scheme(build: Builder, overrides: tuple[tuple[str, str], ...]) -> None:
+    scheme = replace(get_scheme("w4a16s"), overrides=overrides) if overrides else get_scheme("mix5")
+    model = StreamedModel(build("molmo2").path)
+    with pytest.raises(ValueError, match="keep several linears in one tensor, and nothing loads those"):
+        check_shapes(model.skeleton, model.architecture, scheme)
+
+
+def test_layers_that_predict_further_tokens_are_carried_over_whole(build: Builder, tmp_path: Path) -> None:
+    """GLM-OCR stores such a layer after those of the decoder; its linears have the names of the decoder's."""
+    folder = shutil.copytree(build("glm_ocr").path, tmp_path / "model")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    first = {key: value for key, value in tensors.items() if ".layers.0." in key and "visual" not in key}
+    further = {key.replace(".layers.0.", ".layers.2."): value.clone() for key, value in first.items()}
+    save_file({**tensors, **further}, file, metadata={"format": "pt"})
+    quantize(folder, tmp_path / "out", recipe="rtn", scheme="w4a16")
+    exported = read_tensors(tmp_path / "out")
+    assert further
+    assert all(torch.equal(exported[key], value) for key, value in further.items())
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
