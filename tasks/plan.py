@@ -9,8 +9,10 @@ evaluation is known once full precision was evaluated: every variant answers the
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 from benchmarks.compare import FULL
@@ -19,21 +21,20 @@ from tasks.cluster.launch import ranks_wanted
 from tasks.command import command_line
 from tasks.config.params import recipe, section
 from tasks.config.sections import CalibrateParams, CalibsetParams, VariantParams
-from tasks.files import EVALUATION, IMPORTANCE, MODELS
+from tasks.files import ALLOCATION, EVALUATION, IMPORTANCE, MODELS
 from tasks.planning import speed_of
 from tasks.stages.importance import ScoringJob
+from tlq.calibration.allocation import MEASURED
 from tlq.calibration.job import CalibrationJob
 from tlq.job import calibration_batches
-from tlq.models.architectures import input_widths
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan.duration import time_calibration
-from tlq.plan.needs import Plan, gib, plan_calibration, refuse_impossible
+from tlq.plan.duration import time_allocation, time_calibration, time_importance
+from tlq.plan.needs import Plan, gib, most_counted, plan_allocation, plan_calibration, refuse_impossible
 from tlq.plan.speed import Speed
-from tlq.quantization.formats import WeightQuantizer
+from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.recipes import Recipe
 from tlq.runtime.clock import in_words
-from tlq.samples import Sample
 
 _RUN = EVALUATION / FULL / "run.json"
 _COLUMNS = ("stage", "device", "host", "disk", "time")
@@ -41,10 +42,19 @@ _COLUMNS = ("stage", "device", "host", "disk", "time")
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The plan of a stage that writes ``out``, as a row of the table; ``Plan.work`` is the name of the stage."""
+    """The plan of a stage, as a row of the table; ``Plan.work`` is the name of the stage.
+
+    Attributes:
+        out: folder that the stage writes.
+        add_time: returns the plan with its seconds on a machine of a measured speed.
+    """
 
     out: Path
     plan: Plan
+    add_time: Callable[[Plan, Speed], Plan]
+
+    def timed(self, speed: Speed) -> StagePlan:
+        return replace(self, plan=self.add_time(self.plan, speed))
 
     @property
     def seconds(self) -> float:
@@ -52,51 +62,57 @@ class StagePlan:
 
     def cells(self) -> tuple[str, ...]:
         needs = (self.plan.device, self.plan.host, self.plan.disk)
-        return (self.plan.work, *map(gib, needs), in_words(self.seconds))
+        return (self.plan.work, *map(gib, needs), in_words(self.seconds) if self.plan.seconds else "unknown")
 
 
 def main() -> None:
     scoring = ScoringJob()
-    model, samples = scoring.model, scoring.samples
+    model = scoring.model
     ranks = Ranks(size=ranks_wanted(), device=model.device)
-    params = section("calibrate", CalibrateParams)
-    speed = speed_of(model, samples, params.batch_size, scoring.params.max_tokens, ranks)
-    stages = [
-        StagePlan(IMPORTANCE, scoring.timed_plan(ranks, speed)),
-        *_calibrations(model, samples, params, scoring.params.max_tokens, speed, ranks),
-    ]
+    stages = _stages(scoring, ranks)
+    probe = replace(scoring.probe, batch_size=section("calibrate", CalibrateParams).batch_size)
+    speed = speed_of([stage.plan for stage in stages], model, probe, ranks)
+    if speed is not None:
+        stages = [stage.timed(speed) for stage in stages]
     sys.stdout.write("\n".join([*_table([_COLUMNS, *(stage.cells() for stage in stages)]), *_totals(stages), ""]))
     for stage in stages:
         refuse_impossible(stage.plan, stage.out, model.device, ranks.size)
 
 
-def _calibrations(
-    model: StreamedModel,
-    samples: Sequence[Sample],
-    params: CalibrateParams,
-    longest: int,
-    speed: Speed,
-    ranks: Ranks,
-) -> list[StagePlan]:
-    """The calibration of every variant."""
-    variants = section("variants", VariantParams)
-    stages = []
-    for row in (recipe(name) for name in variants.recipes):
-        batches = calibration_batches(model, samples, row, params.batch_size, longest)
-        for scheme in (params.scheme(name) for name in variants.schemes):
-            job = CalibrationJob(row, WeightQuantizer(scheme, model.checkpoint_dtype), batches, ranks=ranks)
-            plan = time_calibration(plan_calibration(model, job, _counted(model, row)), model, job, speed)
-            name = f"{row.name}-{scheme.name}"
-            stages.append(StagePlan(MODELS / name, replace(plan, work=f"calibrate {name}")))
+def _stages(scoring: ScoringJob, ranks: Ranks) -> list[StagePlan]:
+    """The long stages: importance, the distribution of budgets, the calibration of every variant."""
+    model, params, variants = scoring.model, section("calibrate", CalibrateParams), section("variants", VariantParams)
+    losses, budget = list(scoring.losses.values()), section("calibset", CalibsetParams).budget
+
+    def importance(plan: Plan, speed: Speed) -> Plan:
+        return time_importance(plan, model, scoring.batches, speed, ranks.size, losses)
+
+    def job_of(row: Recipe, scheme: Scheme) -> CalibrationJob:
+        longest = scoring.params.max_tokens
+        batches = calibration_batches(model, scoring.samples, row, params.batch_size, longest, scheme)
+        return CalibrationJob(row, WeightQuantizer(scheme, model.checkpoint_dtype), batches, ranks=ranks)
+
+    stages = [StagePlan(IMPORTANCE, scoring.plan(ranks), importance)]
+    schemes = [params.scheme(name) for name in variants.schemes]
+    if mixes := [scheme for scheme in schemes if scheme.budget is not None]:
+        job = job_of(MEASURED, mixes[0])
+        plan = replace(plan_allocation(model, job), work="allocate")
+        stages.append(StagePlan(ALLOCATION, plan, partial(_timed, time_allocation, model, job)))
+    for row, scheme in product((recipe(name) for name in variants.recipes), schemes):
+        job, name = job_of(row, scheme), f"{row.name}-{scheme.name}"
+        plan = replace(plan_calibration(model, job, most_counted(model, row, budget)), work=f"calibrate {name}")
+        stages.append(StagePlan(MODELS / name, plan, partial(_timed, time_calibration, model, job)))
     return stages
 
 
-def _counted(model: StreamedModel, row: Recipe) -> int | None:
-    """Maximum number of tokens whose error counts in a linear group; None means all tokens."""
-    if row.tokens != "set":
-        return None
-    widest = max(input_widths(model.skeleton, model.architecture).values())
-    return section("calibset", CalibsetParams).budget.of(widest).tokens_per_layer
+def _timed(
+    time: Callable[[Plan, StreamedModel, CalibrationJob, Speed], Plan],
+    model: StreamedModel,
+    job: CalibrationJob,
+    plan: Plan,
+    speed: Speed,
+) -> Plan:
+    return time(plan, model, job, speed)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -110,11 +126,10 @@ def _totals(stages: Sequence[StagePlan]) -> list[str]:
     seconds = sum(stage.seconds for stage in stages)
     largest = max(stage.plan.device for stage in stages)
     disk = sum(stage.plan.disk for stage in stages)
-    lines = [
-        "",
-        f"importance and calibration: about {in_words(seconds)}, one stage after the other; largest peak on the device "
-        f"{gib(largest)}, disk {gib(disk)}",
-    ]
+    lines = ["", f"largest peak on the device {gib(largest)}, disk {gib(disk)}"]
+    if not seconds:
+        return lines
+    lines.append(f"importance and calibration: about {in_words(seconds)}, one stage after the other")
     if not _RUN.exists():
         return [*lines, "evaluations: their time is known when full precision has been evaluated (dvc repro baseline)"]
     run = EvaluationRun.load(_RUN)

@@ -12,21 +12,20 @@ import torch
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan.needs import Plan, refuse_impossible
-from tlq.plan.speed import Speed, measure_speed
-from tlq.samples import Sample
+from tlq.plan.speed import Probe, Speed, speed_for
 
 
 def add_dry_run(parser: ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print the memory, disk and time of the job")
 
 
-def speed_of(model: StreamedModel, samples: Sequence[Sample], batch_size: int, max_tokens: int, ranks: Ranks) -> Speed:
-    """Measure this machine for one of ``ranks``, which share the threads of a CPU (see ``measure_speed``)."""
+def speed_of(plans: Sequence[Plan], model: StreamedModel, probe: Probe, ranks: Ranks) -> Speed | None:
+    """As ``speed_for``, for one of ``ranks``, which share the threads of a CPU."""
     threads = torch.get_num_threads()
     if model.device.type == "cpu":
         torch.set_num_threads(max(1, threads // ranks.size))
     try:
-        return measure_speed(model, samples, batch_size, max_tokens)
+        return speed_for(plans, model, probe)
     finally:
         torch.set_num_threads(threads)
 

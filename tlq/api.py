@@ -32,9 +32,17 @@ from tlq.models.architectures import input_widths
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
-from tlq.plan.duration import time_calibration, time_importance
-from tlq.plan.needs import Plan, outside_bytes, plan_calibration, plan_importance, refuse_impossible
-from tlq.plan.speed import measure_speed
+from tlq.plan.duration import time_allocation, time_calibration, time_importance
+from tlq.plan.needs import (
+    Plan,
+    most_counted,
+    outside_bytes,
+    plan_allocation,
+    plan_calibration,
+    plan_importance,
+    refuse_impossible,
+)
+from tlq.plan.speed import Probe, speed_for
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.runtime.device import check_dtype, device_named
@@ -162,7 +170,8 @@ def quantize(
     streamed = _opened(model, scheme_row, settings)
     scoring = ResumeState(folder.with_name(f"{folder.name}-importance"))
 
-    job, counted = _job(streamed, samples, recipe_row, scheme_row, settings), _counted(streamed, recipe_row, settings)
+    job = _job(streamed, samples, recipe_row, scheme_row, settings)
+    counted = most_counted(streamed, recipe_row, settings.budget)
 
     def weigh() -> TokenWeights:
         return to_batches(_weights(streamed, job, settings, scoring), job.batches)
@@ -190,7 +199,8 @@ def plan(
     """Plan ``quantize`` with the same arguments: one plan per part of the work.
 
     Args:
-        timed: measure this machine for some seconds and add the expected time. Otherwise no weight is read.
+        timed: measure this machine for some seconds and add the expected time, if the device is large enough for it.
+            Otherwise no weight is read.
 
     Raises:
         ValueError: the scheme does not fit the model, or a sample cannot be encoded.
@@ -199,15 +209,23 @@ def plan(
     recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
     streamed = _opened(model, scheme_row, settings)
     job = _job(streamed, samples, recipe_row, scheme_row, settings)
-    calibration = plan_calibration(streamed, job, _counted(streamed, recipe_row, settings))
-    scores = _scores_gradients(recipe_row, scheme_row)
-    importance = [plan_importance(streamed, job.batches, job.ranks)] if scores else []
-    if timed:
-        read = samples if job.batches else []
-        speed = measure_speed(streamed, read, settings.batch_size, settings.max_tokens)
-        calibration = time_calibration(calibration, streamed, job, speed)
-        importance = [time_importance(each, streamed, job.batches, speed) for each in importance]
-    return [*importance, calibration]
+    mixed = scheme_row.budget is not None
+    calibration = plan_calibration(streamed, job, most_counted(streamed, recipe_row, settings.budget))
+    scoring = mixed or _scores_gradients(recipe_row, scheme_row)
+    importance = [plan_importance(streamed, job.batches, job.ranks)] if scoring else []
+    allocation = [plan_allocation(streamed, job)] if mixed else []
+    plans = [*importance, *allocation, calibration]
+    if not timed:
+        return plans
+    probe = Probe(samples if job.batches else [], settings.batch_size, settings.max_tokens, gradients=scoring)
+    speed = speed_for(plans, streamed, probe)
+    if speed is None:
+        return plans
+    return [
+        *(time_importance(each, streamed, job.batches, speed) for each in importance),
+        *(time_allocation(each, streamed, job, speed) for each in allocation),
+        time_calibration(calibration, streamed, job, speed),
+    ]
 
 
 def _job(
@@ -222,7 +240,7 @@ def _job(
 
 
 def _opened(model: str | Path, scheme: Scheme, settings: CalibrationOptions) -> StreamedModel:
-    """The checkpoint. Raises ValueError if it has experts, which the engine does not run."""
+    """The checkpoint. Raises ValueError if the engine does not run its experts, or its linears in one tensor."""
     streamed = settings.open_model(model)
     if settings.engine is not None:
         check_engine(settings.engine, scheme, streamed.architecture.experts is not None, streamed.architecture.joined)
@@ -236,14 +254,6 @@ def _rows(recipe: str | Recipe, scheme: str | Scheme, engine: str | None) -> tup
     if engine is not None:
         check_engine(engine, scheme_row)
     return recipe_row, scheme_row
-
-
-def _counted(model: StreamedModel, recipe: Recipe, settings: CalibrationOptions) -> int | None:
-    """Maximum number of tokens whose error counts in a linear group; None means all tokens."""
-    if recipe.tokens != "set":
-        return None
-    widest = max(input_widths(model.skeleton, model.architecture).values())
-    return settings.budget.of(widest).tokens_per_layer
 
 
 def _scores_gradients(recipe: Recipe, scheme: Scheme) -> bool:

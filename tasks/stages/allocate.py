@@ -27,7 +27,7 @@ from tlq.export.engines import mixed_by
 from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
-from tlq.plan.needs import outside_bytes, plan_calibration
+from tlq.plan.needs import outside_bytes, plan_allocation
 from tlq.quantization.allocation import Unit
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.files import new_directory
@@ -45,7 +45,7 @@ def main(dry_run: bool = False) -> None:
     if dry_run and mixes:
         model, job = _opened(mixes[0])
         ranks = Ranks(size=ranks_wanted(), device=model.device)
-        show_plan(plan_calibration(model, job), ALLOCATION, ranks)
+        show_plan(plan_allocation(model, job), ALLOCATION, ranks)
     elif dry_run:
         sys.stdout.write("no scheme of the variants is a mix: nothing is computed\n")
     elif mixes:

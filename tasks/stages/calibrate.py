@@ -40,6 +40,7 @@ from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.duration import time_calibration
 from tlq.plan.needs import plan_calibration
+from tlq.plan.speed import Probe
 from tlq.quantization.formats import SCHEMES, WeightQuantizer
 from tlq.recipes import RECIPES, Recipe
 from tlq.samples import Sample
@@ -104,8 +105,9 @@ def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
     if dry_run:
         ranks = Ranks(size=ranks_wanted(), device=model.device)
         job = replace(job, ranks=ranks)
-        speed = speed_of(model, samples, params.batch_size, longest, ranks)
-        show_plan(time_calibration(plan_calibration(model, job), model, job, speed), out, ranks)
+        plan = plan_calibration(model, job)
+        speed = speed_of([plan], model, Probe(samples, params.batch_size, longest, gradients=False), ranks)
+        show_plan(plan if speed is None else time_calibration(plan, model, job, speed), out, ranks)
         return
     with (
         joined_ranks(device(), meeting_place()) as ranks,

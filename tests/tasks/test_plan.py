@@ -52,6 +52,16 @@ def test_evaluations_take_as_long_as_that_of_full_precision(planned: Path, capsy
     assert "all together: about 4 h" in printed
 
 
+def test_a_mix_adds_the_stage_that_distributes_it(planned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = yaml.safe_load((planned / "params.yaml").read_text())
+    params["variants"] = {"recipes": ["rtn"], "schemes": ["mix4"]}
+    (planned / "params.yaml").write_text(yaml.safe_dump(params))
+    main()
+    rows = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
+    assert [row.split("  ")[0] for row in rows] == ["importance", "allocate", "calibrate rtn-mix4"]
+    assert not any("unknown" in row for row in rows)
+
+
 def test_a_stage_that_is_too_large_is_refused_by_name(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLQ_DEVICE_MEMORY", "0.0001")
     with pytest.raises(MemoryError, match="importance: one rank needs at least"):

@@ -157,7 +157,7 @@ def score_batches(
                         bar.update()
             except torch.OutOfMemoryError:
                 logger.warning("the device has too little memory for all layers at once; they are read one by one")
-        for one_pass in _passes(model, batches, left, memory.budget):
+        for one_pass in scoring_passes(model, batches, left, memory.budget):
             yield from _score_pass(model, batches, one_pass, loss, memory)
             bar.update(len(one_pass))
 
@@ -179,7 +179,7 @@ def bytes_per_token(model: LayeredModel) -> int:
     return int((sizes.layers + 1) * sizes.state + sizes.carried)
 
 
-def _passes(
+def scoring_passes(
     model: LayeredModel, batches: Sequence[Batch], indices: Sequence[int], budget: int
 ) -> Iterator[Sequence[int]]:
     """Micro-batches to score in one pass: as many as fit ``budget`` bytes, at least one.

@@ -197,10 +197,14 @@ class Loss(Protocol):
 
     Attributes:
         keeps_graph: it gains if the graph of a micro-batch through all layers is kept.
+        sweeps: how often a pass goes through all layers if no graph is kept.
     """
 
     @property
     def keeps_graph(self) -> bool: ...
+
+    @property
+    def sweeps(self) -> int: ...
 
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         """g_t of every layer, micro-batch and group, in any order."""
@@ -212,6 +216,7 @@ class AnswerLoss:
     """The cross-entropy of the answer (TLQ)."""
 
     keeps_graph: ClassVar[bool] = True
+    sweeps: ClassVar[int] = 2
 
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         if resident.keeps_graph:
@@ -267,6 +272,7 @@ class BlockLoss:
     scheme: Scheme
     checkpoint_dtype: torch.dtype
     keeps_graph: ClassVar[bool] = False  # a layer is rounded once for all micro-batches of a pass
+    sweeps: ClassVar[int] = 1
 
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         architecture = resident.model.architecture

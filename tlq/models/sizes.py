@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,25 @@ class ActivationSizes:
             return 0
         return streams + any(group.name in ("shared.down", "down") for groups in sparse for group in groups)
 
+    @cached_property
+    def alike(self) -> list[int]:
+        """For every decoder layer the first one with the same groups, shapes of weights, and kind of attention.
+
+        Layers with the same groups may have heads of other widths (Gemma 4).
+        """
+        kinds = getattr(self.text, "layer_types", None) or [None] * self.layers
+        first: dict[Any, int] = {}
+        found = []
+        for index, groups in enumerate(self.architecture.groups):
+            shapes = tuple(tuple(weight.shape) for weight in self.module(index).parameters())
+            found.append(first.setdefault((groups, shapes, kinds[index]), index))
+        return found
+
+    def shape(self, index: int, group: LinearGroup) -> tuple[int, int]:
+        """Output rows of all linears of a group of layer ``index``, and their input channels."""
+        linears = [get_linear(self.module(index), path) for path in group.linears]
+        return sum(linear.out_features for linear in linears), linears[0].in_features
+
     @property
     def carried(self) -> int:
         """Bytes per token of what layers leave for later ones."""
@@ -46,7 +66,7 @@ class ActivationSizes:
     def calls(self, batches: Sequence[Batch], own: int) -> int:
         """Attention masks, rotary embeddings and inputs per layer of all of this rank's micro-batches."""
         longest = max((batch.valid.shape[1] for batch in batches), default=0)
-        head_dim = max(head_dim_of(self.skeleton.config, index) for index in self.architecture.kinds.values())
+        head_dim = max(head_dim_of(self.skeleton.config, index) for index in set(self.alike))
         inputs = self.layers * (getattr(self.text, "hidden_size_per_layer_input", None) or 0)
         return own * (longest + 2 * head_dim + inputs) * self.item
 
@@ -57,7 +77,7 @@ class ActivationSizes:
                 share * linear.out_features + graph * share * linear.in_features
                 for linear, share in self._linears(index)
             )
-            for index in self.architecture.kinds.values()
+            for index in set(self.alike)
         )
         width = math.ceil(width) + 8 * int(self.text.hidden_size)
         return self._largest(batches) * width * self.item * (1 + graph)

@@ -10,16 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tlq.calibration.allocation import MEASURED
 from tlq.calibration.job import CalibrationJob
-from tlq.importance.gradients import keeps_graph
+from tlq.calibration.preflight import group_scheme
+from tlq.importance.gradients import keeps_graph, scoring_passes
 from tlq.importance.losses import AnswerLoss, Loss
-from tlq.models.architectures import get_linear
 from tlq.models.linear_groups import LinearGroup
 from tlq.models.sizes import ModelSizes, all_tokens
 from tlq.models.streaming import StreamedModel
 from tlq.plan.needs import Plan
 from tlq.plan.speed import Speed
 from tlq.quantization.errors import FEW_PARTS, from_statistics, row_parts
+from tlq.quantization.formats import MIXED, Scheme
 from tlq.quantization.objective import computed_elements
 from tlq.quantization.search import halving_rounds
 from tlq.recipes import Recipe
@@ -34,18 +36,34 @@ _EXHAUSTIVE_SHARE = 0.8
 def time_calibration(plan: Plan, model: StreamedModel, job: CalibrationJob, speed: Speed) -> Plan:
     """The plan of a calibration with its seconds by phase."""
     work = _Work(model, job, speed)
-    tokens = sum(all_tokens(batch) for batch in job.batches) / job.ranks.size
-    seconds = {"enter": tokens * speed.enter, "load": work.load, "forward": 0.0, "search": 0.0, "round": 0.0}
-    for groups in work.architecture.groups:
-        index = work.architecture.kinds[groups]
-        forward = work.forward(index, tokens, plan.counted / job.ranks.size)
-        search = sum(work.search(index, group, tokens, plan.counted) for group in groups) if job.batches else 0.0
-        rounding = sum(work.round(index, group, plan.counted) for group in groups)
+    ranks, tokens = job.ranks.size, sum(all_tokens(batch) for batch in job.batches)
+    seconds = {"enter": tokens / ranks * speed.enter, "load": work.load, "forward": 0.0, "search": 0.0, "round": 0.0}
+    for layer, groups in enumerate(work.architecture.groups):
+        index = work.alike[layer]
+        own = [(group, group_scheme(work.architecture, layer, group, work.scheme)) for group in groups]
+        solved = [(group, scheme) for group, scheme in own if scheme is not None]
+        forward = work.forward(index, tokens / ranks, plan.counted / ranks)
+        search = sum(work.search(index, *each, tokens, plan.counted) for each in solved) if job.batches else 0.0
+        rounding = sum(work.round(index, *each, plan.counted) for each in solved) / ranks
         seconds["forward"] += forward
-        seconds["search"] += search / job.ranks.size
-        seconds["round"] += rounding / job.ranks.size
-        # A thread reads the next layer meanwhile.
-        seconds["load"] += max(0.0, work.load - forward - (search + rounding) / job.ranks.size)
+        seconds["search"] += search
+        seconds["round"] += rounding
+        seconds["load"] += max(0.0, work.load - forward - search - rounding)  # a thread reads the next layer meanwhile
+    return replace(plan, seconds=seconds)
+
+
+def time_allocation(plan: Plan, model: StreamedModel, job: CalibrationJob, speed: Speed) -> Plan:
+    """The plan of distributing a budget with its seconds by phase: every group with each of the schemes ``MIXED``."""
+    work = _Work(model, replace(job, recipe=MEASURED), speed)
+    ranks, tokens = job.ranks.size, sum(all_tokens(batch) for batch in job.batches)
+    seconds = {"enter": tokens / ranks * speed.enter, "load": work.load, "forward": 0.0, "search": 0.0}
+    for layer, groups in enumerate(work.architecture.groups):
+        index = work.alike[layer]
+        forward = work.forward(index, tokens / ranks, tokens / ranks)
+        search = sum(work.measured(index, group, work.scheme, tokens, len(MIXED) - 1) for group in groups) / ranks
+        seconds["forward"] += forward
+        seconds["search"] += search
+        seconds["load"] += max(0.0, work.load - forward - search)
     return replace(plan, seconds=seconds)
 
 
@@ -62,16 +80,19 @@ def time_importance(
     tokens = sum(all_tokens(batch) for batch in batches) / ranks
     answers = sum(int(batch.is_answer.sum()) for batch in batches) / ranks
     head = 3 * _PAIR * answers * int(sizes.text.vocab_size) * int(sizes.text.hidden_size) / speed.products
-    stored = sizes.whole // sizes.item * model.checkpoint_dtype.itemsize
+    read = sizes.whole // sizes.item * model.checkpoint_dtype.itemsize / speed.read
+    own = range(0, len(batches), ranks)
+    passes = len(list(scoring_passes(model, batches, own, plan.budget)))
     kept = keeps_graph(model, batches)
     seconds = {"enter": 0.0, "load": 0.0, "gradients": 0.0}
     for loss in losses:
         once = kept and loss.keeps_graph
-        layers = (speed.layers[sizes.architecture.kinds[groups]] for groups in sizes.architecture.groups)
-        per_token = sum((1 if once else 2) * layer.forward + layer.backward for layer in layers)
+        layers = (speed.layers[index] for index in sizes.alike)
+        gradients = tokens * sum((1 if once else 2) * layer.forward + layer.backward for layer in layers) + head
         seconds["enter"] += tokens * speed.enter
-        seconds["load"] += stored / speed.read
-        seconds["gradients"] += tokens * per_token + head
+        seconds["gradients"] += gradients
+        # Layers that are read one by one are read while the layer before them computes.
+        seconds["load"] += read if once else max(read / sizes.layers, passes * loss.sweeps * read - gradients)
     return replace(plan, seconds=seconds)
 
 
@@ -106,54 +127,58 @@ class _Work(ModelSizes):
             passes += passed / sum(self._passed(index, group) for group in groups)
         return passes * self.speed.layers[index].forward if passes else 0.0
 
-    def search(self, index: int, group: LinearGroup, tokens: float, counted: float) -> float:
-        """The statistics of a group and the search for its scales."""
-        rows, width = self._shape(index, group)
-        own = counted * self._share(index, group)
-        measures = from_statistics(int(own), width, self.scheme, self.recipe.rounding_method.needs_statistics)
-        measures &= self.recipe.equalization.norm == "l2"
-        outputs = _PAIR * own * rows * width
-        products = _PAIR * rows * computed_elements(width) if measures else outputs
-        measured = products / self.speed.products + self._nearest(rows, width)
-        begin = self._statistics(own, rows, width) if measures else outputs / self.speed.products
-        seconds = begin + 2 * measured  # before and after
-        tried = _candidates(self.recipe, group)
+    def search(self, index: int, group: LinearGroup, scheme: Scheme, tokens: float, counted: float) -> float:
+        """The statistics of a group and the search for its scales, on one rank.
+
+        Args:
+            tokens, counted: of all ranks.
+        """
+        ranks, tried = self.job.ranks.size, _candidates(self.recipe, group)
         if tried == 1:
-            return seconds
+            return self.measured(index, group, scheme, counted, 2) / ranks
         if self.recipe.error_measure.parent_of(group) is not None:
-            call = self._share_of_block(index, group) * tokens * self.speed.layers[index].forward
+            call = self._share_of_block(index, group) * tokens / ranks * self.speed.layers[index].forward
             times = _EXHAUSTIVE_SHARE * tried
-            return seconds + (1 + times) * call + times * FEW_PARTS * self._nearest(rows, width)
-        parts = row_parts(rows) if self.scheme.activation_bits is None else min(FEW_PARTS, row_parts(rows))
+            every_rank = times * FEW_PARTS * self._nearest(*self.shape(index, group))
+            return self.measured(index, group, scheme, counted, 2) / ranks + (1 + times) * call + every_rank
+        parts = row_parts(self.shape(index, group)[0])
+        parts = parts if scheme.activation_bits is None else min(FEW_PARTS, parts)
+        times = _EXHAUSTIVE_SHARE * tried
         if self.recipe.equalization.search == "halving":
             times = sum(count * len(each) for count, each in halving_rounds(tried, parts)) / parts
-        else:
-            times = _EXHAUSTIVE_SHARE * tried
-        return seconds + times * measured
+        return self.measured(index, group, scheme, counted, 2 + times) / ranks
 
-    def round(self, index: int, group: LinearGroup, counted: float) -> float:
+    def measured(self, index: int, group: LinearGroup, scheme: Scheme, counted: float, times: float) -> float:
+        """What the error of a group needs before it can be measured, and ``times`` measurements of it."""
+        rows, width = self.shape(index, group)
+        own = counted * self._share(index, group)
+        moments = from_statistics(int(own), width, scheme, self.recipe.rounding_method.needs_statistics)
+        moments &= self.recipe.equalization.norm == "l2"
+        outputs = _PAIR * own * rows * width / self.speed.products
+        # C is symmetric; without it, the outputs of all tokens.
+        once = _PAIR * rows * computed_elements(width) / self.speed.products if moments else outputs
+        begin = self._statistics(scheme, own, rows, width) if moments else outputs
+        return begin + times * (once + self._nearest(rows, width))
+
+    def round(self, index: int, group: LinearGroup, scheme: Scheme, counted: float) -> float:
         """The codes of a group."""
-        rows, width = self._shape(index, group)
+        rows, width = self.shape(index, group)
         seconds, ranges = self._nearest(rows, width), self.recipe.ranges
-        if ranges.searched(self.scheme):
+        if ranges.searched(scheme):
             seconds += rows * width * ranges.points * ranges.zero_points / self.speed.ranges
         if not self.recipe.rounding_method.needs_statistics:
             return seconds
         own = counted * self._share(index, group)
-        if not from_statistics(int(own), width, self.scheme, needs_statistics=True):
-            seconds += self._statistics(own, rows, width)
-        products = rows * width**2 * (1 + _PAIR * self._streams_differ)  # error feedback, and the shifted target
+        if not from_statistics(int(own), width, scheme, needs_statistics=True):
+            seconds += self._statistics(scheme, own, rows, width)
+        # Error feedback, and the shifted target.
+        products = rows * width**2 * (1 + _PAIR * self._streams_differ(scheme))
         factor = width**3 / 3 / self.speed.factor
         return seconds + factor + products / self.speed.products + rows * width / self.speed.columns
 
-    def _shape(self, index: int, group: LinearGroup) -> tuple[int, int]:
-        """Rows of all linears of a group, and its input channels."""
-        linears = [get_linear(self.module(index), path) for path in group.linears]
-        return sum(linear.out_features for linear in linears), linears[0].in_features
-
     def _passed(self, index: int, group: LinearGroup) -> float:
         """Weights of a group that a token passes, on average."""
-        return self._share(index, group) * math.prod(self._shape(index, group))
+        return self._share(index, group) * math.prod(self.shape(index, group))
 
     def _share_of_block(self, index: int, group: LinearGroup) -> float:
         """The share of a layer's work that the module around a group does."""
@@ -164,14 +189,13 @@ class _Work(ModelSizes):
     def _nearest(self, rows: int, width: int) -> float:
         return rows * width / self.speed.nearest
 
-    def _statistics(self, tokens: float, rows: int, width: int) -> float:
+    def _statistics(self, scheme: Scheme, tokens: float, rows: int, width: int) -> float:
         """Second moments of a group's inputs; W G too, where full-precision and exposed inputs are two."""
-        cross = 2 * _PAIR * tokens * rows * width * self._streams_differ
+        cross = 2 * _PAIR * tokens * rows * width * self._streams_differ(scheme)
         return (_PAIR * tokens * computed_elements(width) + cross) / self.speed.products
 
-    @property
-    def _streams_differ(self) -> bool:
-        return self.recipe.target == "full_precision" and self.recipe.inputs_for(self.scheme) == "exposed"
+    def _streams_differ(self, scheme: Scheme) -> bool:
+        return self.recipe.target == "full_precision" and self.recipe.inputs_for(scheme) == "exposed"
 
 
 def _candidates(recipe: Recipe, group: LinearGroup) -> int:

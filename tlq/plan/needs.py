@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from tlq.calibration.allocation import MEASURED
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import check_shapes
 from tlq.importance.gradients import MIN_PASSES, bytes_per_token, keeps_graph
 from tlq.importance.losses import AnswerLoss, Loss
-from tlq.models.architectures import get_linear, linear_paths
+from tlq.importance.token_set import TokenBudget
+from tlq.models.architectures import input_widths, linear_paths
 from tlq.models.linear_groups import LinearGroup
 from tlq.models.sizes import ModelSizes, all_tokens, elements
 from tlq.models.streaming import StreamedModel
@@ -140,8 +142,8 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
     solving = 2 * sizes.layer + max(
         sizes.group(index, group, min(counted, own), recipe, scheme, streams)
         + (activations if recipe.error_measure.parent_of(group) is not None else 0)
-        for groups, index in model.architecture.kinds.items()
-        for group in groups
+        for index in set(sizes.alike)
+        for group in model.architecture.groups[index]
     )
     return Plan(
         work="calibration",
@@ -159,6 +161,19 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         budget=host_budget(),
         disk=exported_bytes(model, scheme),
     )
+
+
+def plan_allocation(model: StreamedModel, job: CalibrationJob) -> Plan:
+    """The needs of ``tlq.calibration.allocation.measure`` for a job whose scheme has a budget."""
+    return replace(plan_calibration(model, replace(job, recipe=MEASURED)), work="allocation")
+
+
+def most_counted(model: StreamedModel, recipe: Recipe, budget: TokenBudget) -> int | None:
+    """Maximum number of tokens whose error counts in a linear group, before they are chosen; None means all tokens."""
+    if recipe.tokens != "set":
+        return None
+    widest = max(input_widths(model.skeleton, model.architecture).values())
+    return budget.of(widest).tokens_per_layer
 
 
 def plan_importance(
@@ -217,16 +232,11 @@ class _JobSizes(ModelSizes):
     def least_group(self, recipe: Recipe) -> int:
         """A decoder layer, a group's weights stacked in float32, and the tensors of its rounding."""
         needed = []
-        for groups, index in self.architecture.kinds.items():
-            for group in groups:
-                width, rows = self._shape(index, group)
+        for index in set(self.alike):
+            for group in self.architecture.groups[index]:
+                rows, width = self.shape(index, group)
                 needed.append(rows * width * _FLOAT + recipe.rounding_method.bytes_needed(rows, width))
         return self.layer + max(needed)
-
-    def _shape(self, index: int, group: LinearGroup) -> tuple[int, int]:
-        """Input channels of a group of layer ``index``, and output rows of all its linears."""
-        linears = [get_linear(self.module(index), path) for path in group.linears]
-        return linears[0].in_features, sum(linear.out_features for linear in linears)
 
     def group(self, index: int, group: LinearGroup, own: int, recipe: Recipe, scheme: Scheme, streams: int) -> int:
         """Memory of solving a linear group of layer ``index``, in addition to the layers.
@@ -235,7 +245,7 @@ class _JobSizes(ModelSizes):
             own: tokens of this rank with a weight.
             streams: 2 if inputs of both streams are kept.
         """
-        width, rows = self._shape(index, group)
+        rows, width = self.shape(index, group)
         rounding = recipe.rounding_method
         needs_data = recipe.needs_data(scheme)
         copies = _WEIGHTS + needs_data + rounding.needs_statistics  # the target of the rounding
@@ -246,7 +256,7 @@ class _JobSizes(ModelSizes):
         if streams == 2:  # one pass records the original inputs of all groups; those of later groups are waiting
             groups = self.architecture.groups[index]
             waiting = [each for each in groups[groups.index(group) + 1 :] if not each.experts]
-            inputs += own * sum(self._shape(index, each)[0] for each in waiting) * self.item
+            inputs += own * sum(self.shape(index, each)[1] for each in waiting) * self.item
         if recipe.error_measure.parent_of(group) is not None:
             inputs += recipe.error_measure.bytes_needed(own, self.state)
         if rounding.needs_statistics and scheme.activation_bits is not None:  # quantized inputs, and before that scaled
