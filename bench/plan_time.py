@@ -63,11 +63,11 @@ class Compared:
             "model": f"{self.job.shape}, {self.job.layers} layer{'s' if self.job.layers > 1 else ''}",
             "samples": str(self.job.samples),
             "recipe, scheme": f"{self.job.recipe} {self.job.scheme.upper()}",
-            "calibration, s": f"{self.calibration:.0f}",
-            "expected": f"{expected[-1]:.0f}",
-            "whole job, s": f"{self.whole:.0f}",
-            "expected ": f"{sum(expected):.0f}",
-            "expected / measured": f"{sum(expected) / self.whole:.2f}",
+            "calibration, measured s": f"{self.calibration:.0f}",
+            "planned s": f"{expected[-1]:.0f}",
+            "whole job, measured s": f"{self.whole:.0f}",
+            "all planned s": f"{sum(expected):.0f}",
+            "planned / measured": f"{sum(expected) / self.whole:.2f}",
         }
 
 
