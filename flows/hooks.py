@@ -16,6 +16,7 @@ from prefect.states import Cancelled
 from services.processes import stop_stages
 
 _STAGE = re.compile(r"\b(?P<stage>[a-z]+(?:@[\w-]+)?) failed: (?P<reason>.*)", re.DOTALL)
+_CHECK = re.compile(r"\bcheck MLflow failed: (?P<reason>.*)", re.DOTALL)
 
 _UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CRASHED]
 
@@ -92,6 +93,9 @@ def cancel_tasks(flow_run: FlowRun) -> int:
 
 def advice(message: str) -> str:
     """Markdown advice on a failed run, from its state's message."""
+    if check := _CHECK.search(message):
+        cure = f"Correct what the message names. {_shown_by('python -m tasks.registry.check')}"
+        return _FAILED.format(what="MLflow did not pass the check", reason=check["reason"], cure=cure)
     found = _STAGE.search(message)
     if not found:
         return _FAILED.format(what="The flow failed", reason=message, cure="Correct what the message names.")
@@ -106,9 +110,14 @@ def _cure(stage: str, reason: str) -> str:
         return (
             "An output of an earlier stage is missing, perhaps because a run was interrupted: start `quantize` first."
         )
+    return f"Correct what the message names. {_shown_by(f'python -m tasks.reproduce --single-item {stage}')}"
+
+
+def _shown_by(command: str) -> str:
+    """Where to see a failure again."""
     return (
-        f"Correct what the message names. `python -m tasks.reproduce --single-item {stage}` in the project's folder "
-        "shows the same failure in a terminal, with `TLQ_LOG=debug` its traceback too."
+        f"`{command}` in the project's folder shows the same failure in a terminal, with `TLQ_LOG=debug` its traceback "
+        "too."
     )
 
 

@@ -103,7 +103,9 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine", choices=ENGINES, help="refuse a scheme that this engine does not run")
     parser.add_argument(
-        "--data", type=Path, help="calibration samples: .json, .jsonl, .parquet or a folder of images; rtn needs none"
+        "--data",
+        type=Path,
+        help="calibration samples: .json, .jsonl, .parquet or a folder of images; rtn needs none, except for a mix",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image names in --data are relative to")
     parser.add_argument("--samples", type=int, metavar="N", help="draw N samples of --data (default: all)")
@@ -150,9 +152,12 @@ def _samples(arguments: argparse.Namespace) -> list[Sample]:
     from tlq.quantization.formats import get_scheme
     from tlq.recipes import get_recipe
 
-    if not get_recipe(arguments.recipe).needs_data(get_scheme(arguments.scheme)):
+    scheme = get_scheme(arguments.scheme)
+    if not get_recipe(arguments.recipe).needs_data(scheme) and scheme.budget is None:  # a budget is spent by loss
         return []
     if arguments.data is None:
+        if scheme.budget is not None:
+            raise ValueError(f"scheme {scheme.name} needs calibration samples to distribute its bits; give --data")
         raise ValueError(f"recipe {arguments.recipe} needs calibration samples; give --data, or choose --recipe rtn")
     return load_samples(arguments.data, arguments.images, arguments.samples, arguments.seed)
 

@@ -18,6 +18,7 @@ import torch
 from benchmarks.data import BenchmarkSource
 from tasks.files import CALIBSET, PREPARED
 from tasks.registry.lineage import read_lineage
+from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -55,10 +56,13 @@ def lineage(variant: str) -> dict[str, str]:
     return tags | {f"dvc.{output.path}": output.md5 for output in found.outputs}
 
 
-def calibration_inputs(recipe: Recipe) -> list[DatasetInput]:
-    """The data sets that a recipe calibrates on; files that are missing (after ``dvc pull models``) are left out."""
+def calibration_inputs(recipe: Recipe, scheme: Scheme | None = None) -> list[DatasetInput]:
+    """The data sets that a recipe calibrates on for a scheme; without one, for some scheme.
+
+    Files that are missing (after ``dvc pull models``) are left out.
+    """
     paths = {}
-    if recipe.needs_data():
+    if recipe.needs_data(scheme):
         paths["calibration"] = PREPARED / "calibration.parquet"
         if recipe.tokens == "set":
             paths["tokens"] = CALIBSET / "tokens.parquet"

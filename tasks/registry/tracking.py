@@ -161,7 +161,7 @@ def _open(
         return LiveRun(client, run_id), True
     run_id = new_run(client, params.experiment, variant, {**tags, **lineage(variant), **machine()})
     log_params(client, run_id, made_with)
-    log_inputs(client, run_id, calibration_inputs(recipe))
+    log_inputs(client, run_id, calibration_inputs(recipe, scheme))
     return LiveRun(client, run_id), False
 
 

@@ -24,6 +24,14 @@ def test_advice_names_the_failed_stage_and_its_command() -> None:
     assert "Start the flow again" in text
 
 
+def test_advice_on_mlflow_names_the_command_that_checks_it() -> None:
+    text = advice("Flow run encountered an exception: StageFailed: check MLflow failed: ERROR tlq: store failed: why")
+    assert text.startswith("## MLflow did not pass the check\n\n```\nERROR tlq: store failed: why\n```")
+    assert "`python -m tasks.registry.check`" in text
+    assert "TLQ_LOG=debug" in text
+    assert "tasks.reproduce" not in text
+
+
 def test_advice_on_a_lock_held_by_another_command_is_to_wait() -> None:
     assert "Another `dvc` command is at work" in advice("StageFailed: demo failed: ERROR: '/p/dvc.yaml' is busy")
 

@@ -6,6 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,7 @@ def test_a_kept_file_is_not_replaced_by_another_of_its_name(repository: Path) ->
 def test_only_folders_of_the_stages_that_may_run_are_changed(repository: Path) -> None:
     (repository / "other/notes.txt").write_text("mine")
     assert reproduce(repository, "--single-item", "make")[0] == 0
+    assert reproduce(repository, "make")[0] == 0
     assert reproduce(repository, "--dry")[0] == 0
     assert (repository / "other/notes.txt").exists()
     assert reproduce(repository)[0] == 0
@@ -104,6 +108,77 @@ def test_results_of_another_commit_are_not_kept_twice(repository: Path) -> None:
     assert reproduce(repository, "--single-item", "make")[0] == 0
     assert files(repository / "out") == {"more.txt": "more\n"}
     assert not (repository / "kept").exists()
+
+
+@contextmanager
+def running(repository: Path, stage: str, command: str, **entries: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A stage whose command writes the file `started` and waits for the file `go`, while it runs."""
+    pipeline = yaml.safe_load((repository / "dvc.yaml").read_text())
+    pipeline["stages"][stage] = {"cmd": f"{command}; touch started; until [ -e go ]; do sleep 0.1; done", **entries}
+    (repository / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    words = [sys.executable, "-m", "tasks.reproduce", "--single-item", stage]
+    process = subprocess.Popen(words, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (repository / "started").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "the stage does not start"
+            time.sleep(0.05)
+        yield process
+    finally:
+        (repository / "go").touch()
+        process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [("--single-item", "make"), ("make",), ()])
+def test_the_output_of_a_stage_that_runs_stays(repository: Path, arguments: tuple[str, ...]) -> None:
+    (repository / "dvc.lock").unlink()
+    with running(repository, "make", "mkdir out; echo new > out/new.txt", outs=["out"]) as first:
+        status, output = reproduce(repository, *arguments)
+        assert status == 255
+        assert "out' is busy" in output
+    assert first.returncode == 0
+    assert files(repository / "out") == {"new.txt": "new\n"}
+    assert not (repository / "kept").exists()
+
+
+def test_a_folder_that_another_stage_reads_stays(repository: Path) -> None:
+    (repository / "in.txt").write_text("2")
+    with running(repository, "read", "true", deps=["out"]):
+        (repository / "out/notes.txt").write_text("mine")
+        status, output = reproduce(repository, "--single-item", "make")
+        assert status == 255
+        assert "out' is busy" in output
+        assert (repository / "out/notes.txt").read_text() == "mine"
+    assert not (repository / "kept").exists()
+    assert reproduce(repository, "--single-item", "make")[0] == 0
+    assert files(repository / "kept") == {"out/notes.txt": "mine"}
+
+
+def test_a_copy_of_a_result_and_an_empty_file_are_the_users(repository: Path) -> None:
+    """Their content is in DVC's cache, but under other paths."""
+    (repository / "other/empty.txt").touch()
+    subprocess.run([sys.executable, "-m", "dvc", "commit", "--force", "--quiet"], cwd=repository, check=True)
+    shutil.copy(repository / "out/a.txt", repository / "out/a-before.txt")
+    (repository / "out/todo.txt").touch()
+    (repository / "in.txt").write_text("2")
+    assert reproduce(repository, "--single-item", "make")[0] == 0
+    assert files(repository / "kept") == {"out/a-before.txt": "1", "out/todo.txt": ""}
+
+
+def test_links_are_kept_and_lead_to_the_same_place(repository: Path) -> None:
+    (repository / "mine").mkdir()
+    (repository / "mine/notes.txt").write_text("mine")
+    (repository / "out/relative").symlink_to("../mine")
+    (repository / "out/deep/absolute").symlink_to(repository / "mine")
+    (repository / "out/notes.txt").symlink_to("../mine/notes.txt")
+    (repository / "in.txt").write_text("2")
+    assert reproduce(repository, "--single-item", "make")[0] == 0
+    assert files(repository / "out") == {"a.txt": "2", "deep/b.txt": "2"}
+    kept = repository / "kept/out"
+    assert sorted(os.listdir(kept)) == ["deep", "notes.txt", "relative"]
+    for link in (kept / "relative/notes.txt", kept / "deep/absolute/notes.txt", kept / "notes.txt"):
+        assert link.read_text() == "mine"
 
 
 def test_a_file_that_cannot_be_moved_stops_before_anything_is_deleted(repository: Path) -> None:

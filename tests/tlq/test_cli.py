@@ -74,6 +74,19 @@ def test_rtn_needs_no_data_and_others_do(
     assert (tmp_path / "out/model.safetensors.index.json").exists()
 
 
+def test_a_mix_needs_data_for_every_recipe(
+    tiny_checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--recipe", "rtn", "--scheme", "mix5", "--device", "cpu", "--out", str(data / "out")]
+    assert main(["quantize", str(tiny_checkpoint), *more]) == 1
+    message = "tlq: error: scheme mix5 needs calibration samples to distribute its bits; give --data\n"
+    assert capsys.readouterr().err == message
+    assert main(["quantize", *job(tiny_checkpoint, data, *more)]) == 0, capsys.readouterr().err
+    report = json.loads((data / "out/calibration.json").read_text())
+    assert (report["recipe"]["name"], report["scheme"]["name"]) == ("rtn", "mix5")
+    assert main(["plan", *job(tiny_checkpoint, data, *more[:-2])]) == 0
+
+
 def test_plan_prints_memory_and_disk(tiny_checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *job(tiny_checkpoint, data, "--scheme", "w3a16", "--device", "cpu")]) == 0
     printed = capsys.readouterr().out

@@ -8,9 +8,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -26,6 +29,7 @@ from tasks.registry.runs import CHECKPOINT, new_run
 from tasks.registry.tracking import LiveRun, recorded_failure, tracked_calibration
 from tasks.stages import calibrate
 from tlq.quantization.formats import get_scheme
+from tlq.quantization.ranges import Ranges
 from tlq.recipes import get_recipe
 from tlq.results import CalibrationReport
 from tlq.runtime.digest import checkpoint_digest
@@ -238,6 +242,18 @@ def test_the_stage_logs_its_layers_and_links_run_and_checkpoint(
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["calibration", "tokens"]
     report = CalibrationReport.load(Path("models/tlq-w3a16/calibration.json"))
     assert fill_in_layers(connect(), run.info.run_id, report) == 0
+
+
+@pytest.mark.parametrize(("scheme", "names"), [("w2a16", ["calibration"]), ("w3a16", [])])
+def test_a_run_names_the_data_that_its_scheme_needs(workspace: Path, scheme: str, names: list[str]) -> None:
+    """A recipe that searches ranges at two bits reads no data at three, and its model card says so too."""
+    recipe = replace(get_recipe("rtn"), ranges=Ranges("search", most_bits=2))
+    (workspace / "data/prepared").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"question": ["Which?"]}), workspace / "data/prepared/calibration.parquet")
+    with tracked_calibration(OUT, Path("model"), recipe, get_scheme(scheme), leads=True):
+        finish()
+    (run,) = runs()
+    assert [each.dataset.name for each in run.inputs.dataset_inputs] == names
 
 
 def _begin(folder: Path) -> None:
