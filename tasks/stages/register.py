@@ -187,7 +187,7 @@ class Registrar:
         filled = fill_in_layers(self.client, run_id, result.calibration)
         if filled:
             logger.info("%s: metrics of %d layers taken from calibration.json", result.variant, filled)
-        log_inputs(self.client, run_id, calibration_inputs(result.calibration.recipe))
+        log_inputs(self.client, run_id, calibration_inputs(result.calibration.recipe, result.calibration.scheme))
         self.client.log_artifact(run_id, str(MODELS / result.variant / "calibration.json"))
 
     def _log_scores(self, run_id: str, result: Result, model_id: str | None = None) -> None:
