@@ -41,7 +41,7 @@ RECIPES = ("rtn", "awq", "tlq", "tlq-c")
 SCHEME = "w3a16"
 #: Recipes for which the smallest card is named.
 _SMALLEST = ("tlq-c", "awq")
-#: Too little for importance to keep the whole model on the device: the least that it needs is asked for.
+#: Too little for importance to keep the whole model on the device, so that its plan is the least that it needs.
 _SMALL_DEVICE = "0.001"
 
 

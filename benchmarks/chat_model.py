@@ -187,7 +187,7 @@ class ChatLM(LM):
     def _prepared(
         self, items: Sequence[Work], prepare: Callable[[Work], T]
     ) -> tuple[list[tuple[Work, T]], list[Finished]]:
-        """Items with what ``prepare`` makes of them, and the failures of those that the template or it refuses."""
+        """Items with what ``prepare`` returns for them, and a failure for each item that is refused."""
         usable, failed = [], []
         for item in items:
             if (reason := self._refused.get(item.prompt)) is not None:

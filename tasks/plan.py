@@ -27,7 +27,6 @@ from tasks.stages.importance import ScoringJob
 from tlq.calibration.allocation import MEASURED
 from tlq.calibration.job import CalibrationJob
 from tlq.job import calibration_batches
-from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan.duration import time_allocation, time_calibration, time_importance
 from tlq.plan.needs import Plan, gib, most_counted, plan_allocation, plan_calibration, refuse_impossible
@@ -46,15 +45,15 @@ class StagePlan:
 
     Attributes:
         out: folder that the stage writes.
-        add_time: returns the plan with its seconds on a machine of a measured speed.
+        add_time: returns the plan with its seconds on a machine of a measured ``speed``.
     """
 
     out: Path
     plan: Plan
-    add_time: Callable[[Plan, Speed], Plan]
+    add_time: Callable[..., Plan]
 
     def timed(self, speed: Speed) -> StagePlan:
-        return replace(self, plan=self.add_time(self.plan, speed))
+        return replace(self, plan=self.add_time(self.plan, speed=speed))
 
     @property
     def seconds(self) -> float:
@@ -83,36 +82,24 @@ def _stages(scoring: ScoringJob, ranks: Ranks) -> list[StagePlan]:
     """The long stages: importance, the distribution of budgets, the calibration of every variant."""
     model, params, variants = scoring.model, section("calibrate", CalibrateParams), section("variants", VariantParams)
     losses, budget = list(scoring.losses.values()), section("calibset", CalibsetParams).budget
-
-    def importance(plan: Plan, speed: Speed) -> Plan:
-        return time_importance(plan, model, scoring.batches, speed, ranks.size, losses)
+    encoded = calibration_batches(model, scoring.samples, MEASURED, params.batch_size, scoring.params.max_tokens)
 
     def job_of(row: Recipe, scheme: Scheme) -> CalibrationJob:
-        longest = scoring.params.max_tokens
-        batches = calibration_batches(model, scoring.samples, row, params.batch_size, longest, scheme)
+        batches = encoded if row.needs_data(scheme) else []
         return CalibrationJob(row, WeightQuantizer(scheme, model.checkpoint_dtype), batches, ranks=ranks)
 
+    importance = partial(time_importance, model=model, batches=scoring.batches, ranks=ranks.size, losses=losses)
     stages = [StagePlan(IMPORTANCE, scoring.plan(ranks), importance)]
     schemes = [params.scheme(name) for name in variants.schemes]
     if mixes := [scheme for scheme in schemes if scheme.budget is not None]:
         job = job_of(MEASURED, mixes[0])
         plan = replace(plan_allocation(model, job), work="allocate")
-        stages.append(StagePlan(ALLOCATION, plan, partial(_timed, time_allocation, model, job)))
+        stages.append(StagePlan(ALLOCATION, plan, partial(time_allocation, model=model, job=job)))
     for row, scheme in product((recipe(name) for name in variants.recipes), schemes):
         job, name = job_of(row, scheme), f"{row.name}-{scheme.name}"
         plan = replace(plan_calibration(model, job, most_counted(model, row, budget)), work=f"calibrate {name}")
-        stages.append(StagePlan(MODELS / name, plan, partial(_timed, time_calibration, model, job)))
+        stages.append(StagePlan(MODELS / name, plan, partial(time_calibration, model=model, job=job)))
     return stages
-
-
-def _timed(
-    time: Callable[[Plan, StreamedModel, CalibrationJob, Speed], Plan],
-    model: StreamedModel,
-    job: CalibrationJob,
-    plan: Plan,
-    speed: Speed,
-) -> Plan:
-    return time(plan, model, job, speed)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

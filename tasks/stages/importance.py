@@ -24,7 +24,7 @@ from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.duration import time_importance
 from tlq.plan.needs import Plan, plan_importance, refuse_impossible
-from tlq.plan.speed import Probe, Speed
+from tlq.plan.speed import Probe
 from tlq.quantization.formats import get_scheme
 from tlq.runtime.memory import processes_here
 from tlq.runtime.resume import ResumeState
@@ -35,7 +35,7 @@ def main(dry_run: bool = False) -> None:
     if dry_run:
         job = ScoringJob()
         ranks = Ranks(size=ranks_wanted(), device=job.model.device)
-        show_plan(job.timed_plan(ranks, speed_of([job.plan(ranks)], job.model, job.probe, ranks)), IMPORTANCE, ranks)
+        show_plan(job.timed_plan(ranks), IMPORTANCE, ranks)
     else:
         on_ranks("tasks.stages.importance", [], score)
 
@@ -65,9 +65,10 @@ class ScoringJob:
     def probe(self) -> Probe:
         return Probe(self.samples, self.params.batch_size, self.params.max_tokens)
 
-    def timed_plan(self, ranks: Ranks, speed: Speed | None) -> Plan:
-        """The plan with its seconds, if the speed is known."""
+    def timed_plan(self, ranks: Ranks) -> Plan:
+        """The plan with its seconds, if this machine can be measured."""
         plan, losses = self.plan(ranks), list(self.losses.values())
+        speed = speed_of([plan], self.model, self.probe, ranks)
         if speed is None:
             return plan
         return time_importance(plan, self.model, self.batches, speed, ranks.size, losses)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,26 +193,20 @@ def packed_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
     }
 
 
-def gemma4_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
-    """4 x 4 patches per tile side by side, padded to three tiles; 2 x 2 patches are one token."""
-    y, x = torch.meshgrid(torch.arange(4), torch.arange(4 * tiles), indexing="ij")
+def gemma4_image(tiles: int, generator: torch.Generator, side: int = 4) -> tuple[int, Inputs]:
+    """``side`` x ``side`` patches per tile side by side, padded to three tiles; a tile is four tokens."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side * tiles), indexing="ij")
     positions = torch.stack([x, y], -1).reshape(1, -1, 2)
-    padding = 16 * (3 - tiles)
+    padding = side * side * (3 - tiles)
+    patches = pixels(1, side * side * tiles, 768 // side**2, generator=generator)
     return 4 * tiles, {
-        "pixel_values": torch.nn.functional.pad(pixels(1, 16 * tiles, 48, generator=generator), (0, 0, 0, padding)),
+        "pixel_values": torch.nn.functional.pad(patches, (0, 0, 0, padding)),
         "image_position_ids": torch.nn.functional.pad(positions, (0, 0, 0, padding), value=-1),
     }
 
 
-def gemma4_unified_image(tiles: int, generator: torch.Generator) -> tuple[int, Inputs]:
-    """2 x 2 merged patches per tile side by side, padded to three tiles; each is one token."""
-    y, x = torch.meshgrid(torch.arange(2), torch.arange(2 * tiles), indexing="ij")
-    positions = torch.stack([x, y], -1).reshape(1, -1, 2)
-    padding = 4 * (3 - tiles)
-    return 4 * tiles, {
-        "pixel_values": torch.nn.functional.pad(pixels(1, 4 * tiles, 192, generator=generator), (0, 0, 0, padding)),
-        "image_position_ids": torch.nn.functional.pad(positions, (0, 0, 0, padding), value=-1),
-    }
+#: Patches that are merged before the model: each is one token.
+gemma4_unified_image = partial(gemma4_image, side=2)
 
 
 def mrope(sections: list[int], **more: Any) -> dict[str, Any]:

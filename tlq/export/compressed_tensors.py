@@ -157,8 +157,8 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
 def _outside_tensors(model: StreamedModel) -> Iterator[tuple[str, Tensor]]:
     """Tensors of no decoder layer under their stored names.
 
-    Those that the module tree does not name, or holds in another form, are carried over byte for byte, in the dtype in
-    which they are stored.
+    Tensors that the module tree does not name, or holds in another form, are carried over byte for byte, in the dtype
+    in which they are stored.
     """
     places = {name: model.weight_map[name] for name in model.outside_names}
     as_they_are = {name: place for name, place in places.items() if place.originals != (place,)}

@@ -33,7 +33,7 @@ class ActivationSizes:
         self.state = self.text.hidden_size * self.item
 
     def inside(self, streams: int) -> int:
-        """Hidden states per token that a layer with experts keeps: their input, the output of an MLP beside them."""
+        """Hidden states per token that a layer with experts keeps: their input, the output of an MLP next to them."""
         sparse = [groups for groups in self.architecture.kinds if any(group.experts for group in groups)]
         if not sparse:
             return 0

@@ -124,6 +124,10 @@ class Decoder:
         )
 
 
+def _stated_sparse(text: Any, index: int) -> bool:
+    return bool(text.mlp_layer_types[index] == "sparse")
+
+
 def _qwen_sparse(text: Any, index: int) -> bool:
     return index not in text.mlp_only_layers and (index + 1) % text.decoder_sparse_step == 0
 
@@ -168,24 +172,11 @@ QWEN3_5_MOE = replace(
     ),
 )
 GLM4V = Decoder(mlp=FUSED_MLP)
-GLM4V_MOE = Decoder(
-    experts=Experts(
-        "mlp.experts",
-        ("mlp.gate",),
-        "mlp.shared_experts",
-        lambda text: text.n_routed_experts,
-        lambda text, index: index >= text.first_k_dense_replace,
-    )
+DEEPSEEK_EXPERTS = Experts(
+    "mlp.experts", ("mlp.gate",), "mlp.shared_experts", lambda text: text.n_routed_experts, _stated_sparse
 )
-DEEPSEEK_OCR2 = Decoder(
-    experts=Experts(
-        "mlp.experts",
-        ("mlp.gate",),
-        "mlp.shared_experts",
-        lambda text: text.n_routed_experts,
-        lambda text, index: text.mlp_layer_types[index] == "sparse",
-    )
-)
+DEEPSEEK_OCR2 = Decoder(experts=DEEPSEEK_EXPERTS)
+GLM4V_MOE = Decoder(experts=replace(DEEPSEEK_EXPERTS, sparse=lambda text, index: index >= text.first_k_dense_replace))
 #: Queries, keys and values are rows of one linear, in this order.
 PHI3 = Decoder(
     attention=(
@@ -201,7 +192,7 @@ ERNIE4_5_VL_MOE = Decoder(
         ("mlp.text_moe.gate", "mlp.vision_moe.gate"),
         "mlp.shared_experts",
         lambda text: 2 * text.num_experts,
-        lambda text, index: text.mlp_layer_types[index] == "sparse",
+        _stated_sparse,
         modalities=("text", "image"),
     )
 )

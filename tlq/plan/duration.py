@@ -7,7 +7,7 @@ of ``tlq.plan.speed``. Phases have the names that ``calibration.json`` gives the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tlq.calibration.allocation import MEASURED
@@ -37,34 +37,34 @@ def time_calibration(plan: Plan, model: StreamedModel, job: CalibrationJob, spee
     """The plan of a calibration with its seconds by phase."""
     work = _Work(model, job, speed)
     ranks, tokens = job.ranks.size, sum(all_tokens(batch) for batch in job.batches)
-    seconds = {"enter": tokens / ranks * speed.enter, "load": work.load, "forward": 0.0, "search": 0.0, "round": 0.0}
-    for layer, groups in enumerate(work.architecture.groups):
-        index = work.alike[layer]
+
+    def of_layer(layer: int, index: int) -> dict[str, float]:
+        groups = work.architecture.groups[layer]
         own = [(group, group_scheme(work.architecture, layer, group, work.scheme)) for group in groups]
         solved = [(group, scheme) for group, scheme in own if scheme is not None]
-        forward = work.forward(index, tokens / ranks, plan.counted / ranks)
         search = sum(work.search(index, *each, tokens, plan.counted) for each in solved) if job.batches else 0.0
-        rounding = sum(work.round(index, *each, plan.counted) for each in solved) / ranks
-        seconds["forward"] += forward
-        seconds["search"] += search
-        seconds["round"] += rounding
-        seconds["load"] += max(0.0, work.load - forward - search - rounding)  # a thread reads the next layer meanwhile
-    return replace(plan, seconds=seconds)
+        return {
+            "forward": work.forward(index, tokens / ranks, plan.counted / ranks),
+            "search": search,
+            "round": sum(work.round(index, *each, plan.counted) for each in solved) / ranks,
+        }
+
+    return replace(plan, seconds={"enter": tokens / ranks * speed.enter, **work.all_layers(of_layer)})
 
 
 def time_allocation(plan: Plan, model: StreamedModel, job: CalibrationJob, speed: Speed) -> Plan:
     """The plan of distributing a budget with its seconds by phase: every group with each of the schemes ``MIXED``."""
     work = _Work(model, replace(job, recipe=MEASURED), speed)
     ranks, tokens = job.ranks.size, sum(all_tokens(batch) for batch in job.batches)
-    seconds = {"enter": tokens / ranks * speed.enter, "load": work.load, "forward": 0.0, "search": 0.0}
-    for layer, groups in enumerate(work.architecture.groups):
-        index = work.alike[layer]
-        forward = work.forward(index, tokens / ranks, tokens / ranks)
-        search = sum(work.measured(index, group, work.scheme, tokens, len(MIXED) - 1) for group in groups) / ranks
-        seconds["forward"] += forward
-        seconds["search"] += search
-        seconds["load"] += max(0.0, work.load - forward - search)
-    return replace(plan, seconds=seconds)
+
+    def of_layer(layer: int, index: int) -> dict[str, float]:
+        groups = work.architecture.groups[layer]
+        return {
+            "forward": work.forward(index, tokens / ranks, tokens / ranks),
+            "search": sum(work.measured(index, each, work.scheme, tokens, len(MIXED) - 1) for each in groups) / ranks,
+        }
+
+    return replace(plan, seconds={"enter": tokens / ranks * speed.enter, **work.all_layers(of_layer)})
 
 
 def time_importance(
@@ -107,6 +107,20 @@ class _Work(ModelSizes):
         super().__init__(model)
         self.job, self.recipe, self.scheme, self.speed = job, job.recipe, job.scheme, speed
         self.load = self.layer // self.item * model.checkpoint_dtype.itemsize / speed.read
+
+    def all_layers(self, of_layer: Callable[[int, int], dict[str, float]]) -> dict[str, float]:
+        """Seconds by phase of all layers, and of reading them as far as it takes longer than the layer before.
+
+        Args:
+            of_layer: seconds by phase of a layer, from its index and the index of the first layer that is alike.
+        """
+        total = {"load": self.load}
+        for layer, index in enumerate(self.alike):
+            seconds = of_layer(layer, index)
+            for phase, value in seconds.items():
+                total[phase] = total.get(phase, 0.0) + value
+            total["load"] += max(0.0, self.load - sum(seconds.values()))  # a thread reads the next layer meanwhile
+        return total
 
     def forward(self, index: int, tokens: float, counted: float) -> float:
         """All passes of layer ``index`` on the streams that the recipe sees.

@@ -1,4 +1,4 @@
-"""Expected seconds: the operations that a plan counts are those that the job computes."""
+"""Expected seconds: a plan counts the operations that the job computes."""
 
 from __future__ import annotations
 
