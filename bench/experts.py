@@ -2,11 +2,16 @@
 
     python -m bench.experts --seeds 0 1 2
 
-The model is the trained demo model with every MLP replaced by experts that are copies of it, and by a router whose rows
-are the centres of clusters of the MLP's inputs. The output stays that of the demo model, which is known to be good,
-while every expert sees, and is calibrated on, only the tokens of its clusters. Each result is appended to
-bench/results/experts.csv when its run ends, and a run with a result is not repeated. The last step writes
-docs/experts.md.
+The model is the demo's of the class qwen3_vl_moe, with experts in place of every MLP (``demo/qwen3_moe.py``). It is not
+part of the repository. These commands make it, in about 70 minutes on one CPU core, and continue if interrupted:
+
+    python -m demo.train --family qwen3_vl_moe --stage vision --minutes 9 --work build/moe --decoder data/demo/model
+    python -m demo.train --family qwen3_vl_moe --stage decoder --minutes 60 --images 32 --work build/moe \
+        --decoder data/demo/model
+    python -m demo.export --family qwen3_vl_moe --checkpoint build/moe/decoder.pt --out build/moe/model --megabytes 30
+
+Each result is appended to bench/results/experts.csv when its run ends, and a run with a result is not repeated. The
+last step writes docs/experts.md.
 """
 
 from __future__ import annotations
@@ -17,22 +22,19 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.ablation_page import half_width
-from bench.laboratory import MODEL, WORLD, Laboratory
+from bench.laboratory import WORLD, Laboratory
 from bench.sections import table, write_section
+from demo.qwen3_moe import ACTIVE, EXPERTS
 from tasks.command import quiet_libraries
 from tasks.config.sections import Columns, PrepareParams
 from tasks.stages.prepare import draw, read_table
@@ -44,88 +46,23 @@ from tlq.importance.pool import Importance, PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import all_tokens, to_batches, token_set, uniform_tokens
 from tlq.importance.weighting import Weighting
-from tlq.models.architectures import architecture_of
-from tlq.models.checkpoint import checkpoint_dtype_of, read_config
-from tlq.models.decoder import to_device
-from tlq.models.experts import SeparateExperts
 from tlq.models.linear_groups import is_expert
 from tlq.models.streaming import ResidentModel
-from tlq.models.text_decoders import DECODERS, Experts
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Batch, encode_batches, image_token_id
 
 logger = logging.getLogger("bench.experts")
 
+MODEL = Path("build/moe/model")
 RESULTS = Path("bench/results/experts.csv")
 PAGE = Path("docs/experts.md")
-EXPERTS, ACTIVE = 8, 2
 BUDGET = TokenBudget(1024)
-
-
-class Mixture(nn.Module):
-    """Experts that are copies of an MLP, and a router [experts, hidden]."""
-
-    def __init__(self, mlp: Any, router: Tensor) -> None:
-        super().__init__()
-        self.gate = nn.Linear(router.shape[1], len(router), bias=False)
-        self.gate.weight = nn.Parameter(router)
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-        copies = {"gate_up_proj": gate_up, "down_proj": mlp.down_proj.weight}
-        copies = {name: weight.repeat(len(router), 1, 1) for name, weight in copies.items()}
-        self.experts = SeparateExperts(SimpleNamespace(act_fn=mlp.act_fn, **copies))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        weights, chosen = self.gate(flat).softmax(-1).topk(ACTIVE)
-        output: Tensor = self.experts(flat, chosen, weights / weights.sum(-1, keepdim=True))
-        return output.view(hidden_states.shape)
-
-
-@contextmanager
-def decoder_with_experts() -> Iterator[None]:
-    """The demo's decoder has experts during the context."""
-    before = DECODERS["qwen2_vl_text"]
-    DECODERS["qwen2_vl_text"] = replace(
-        before, experts=Experts("mlp.experts", ("mlp.gate",), None, lambda _text: EXPERTS)
-    )
-    try:
-        yield
-    finally:
-        DECODERS["qwen2_vl_text"] = before
-
-
-@torch.no_grad()
-def with_experts(model: PreTrainedModel, batches: Sequence[Batch]) -> PreTrainedModel:
-    """A copy of the model with experts; ``batches`` are the data of the clusters."""
-    mixed = copy.deepcopy(model)
-    layers = architecture_of(mixed.config).decoder_layers(mixed)
-    inputs: list[list[Tensor]] = [[] for _ in layers]
-    handles = [
-        layer.get_submodule("mlp").register_forward_pre_hook(
-            lambda _module, args, kept=kept: kept.append(args[0].flatten(0, 1))
-        )
-        for layer, kept in zip(layers, inputs, strict=True)
-    ]
-    for batch in batches:
-        mixed(**to_device(batch.encode(), mixed.device), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    for layer, kept in zip(layers, inputs, strict=True):
-        layer.mlp = Mixture(layer.get_submodule("mlp"), clusters(torch.cat(kept)))
-    return mixed.requires_grad_(False)
-
-
-def clusters(points: Tensor, rounds: int = 20) -> Tensor:
-    """Centres [experts, hidden] of spherical k-means, scaled so that the router's softmax is soft."""
-    directions = nn.functional.normalize(points, dim=-1)
-    chosen = torch.randperm(len(directions), generator=torch.Generator().manual_seed(0))[:EXPERTS]
-    centres = directions[chosen.to(points.device)]
-    for _ in range(rounds):
-        nearest = (directions @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, directions)
-        centres = nn.functional.normalize(torch.where(sums.any(1, keepdim=True), sums, centres), dim=-1)
-    return 8 * centres / points.norm(dim=-1).mean()
+FULL = "full precision"
+COLUMNS = (
+    *("run", "seed", "scheme", "samples", "seconds", "effective_tokens", "fewest_tokens", "given_further"),
+    *("score", "nll", "kl", "items"),
+)
 
 
 @dataclass(frozen=True)
@@ -185,17 +122,17 @@ def calibration_batches(laboratory: Laboratory, size: int, seed: int) -> list[Ba
     return encode_batches(samples, laboratory.processor, image_token_id(laboratory.model.config), 32, 2048)
 
 
-def run_study(seeds: Sequence[int], samples: int, items: int, scheme: str) -> None:
+def run_study(folder: Path, seeds: Sequence[int], samples: int, items: int, scheme: str) -> None:
     """Run what has no result yet, and append each result."""
     done: set[tuple[str, int]] = set()
     if RESULTS.exists():
         done = set(pd.read_csv(RESULTS)[["run", "seed"]].itertuples(index=False, name=None))
-    quantizer = WeightQuantizer(get_scheme(scheme), checkpoint_dtype_of(read_config(MODEL), MODEL))
-    with tempfile.TemporaryDirectory() as folder, decoder_with_experts():
-        laboratory = Laboratory(items, Path(folder))
-        model = with_experts(laboratory.model, calibration_batches(laboratory, samples, seed=1000))
-        kept = laboratory.measure(model, laboratory.reader)
-        logger.info("KL of the model with experts before quantization: %.2g", kept["kl"])
+    with tempfile.TemporaryDirectory() as work:
+        laboratory = Laboratory(items, Path(work), folder)
+        model, quantizer = laboratory.model, WeightQuantizer(get_scheme(scheme), laboratory.checkpoint_dtype)
+        full = {"run": FULL, "seed": 0, "scheme": scheme, "samples": samples, **laboratory.full}
+        if (FULL, 0) not in done:
+            append(full)
         for seed in seeds:
             batches = calibration_batches(laboratory, samples, seed)
             scores = score_tokens(ResidentModel(model), batches)
@@ -203,9 +140,14 @@ def run_study(seeds: Sequence[int], samples: int, items: int, scheme: str) -> No
                 quantized, found = calibrated(model, run, quantizer, scores, batches, seed)
                 measured = laboratory.measure(quantized, laboratory.reader)
                 row = {"run": run.name, "seed": seed, "scheme": scheme, "samples": samples, **found, **measured}
-                logger.info("%s", row)
-                frame = pd.DataFrame([row])
-                frame.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False, float_format="%.6g")
+                append(row)
+
+
+def append(row: dict[str, Any]) -> None:
+    """Append the result of a run to the file of results."""
+    logger.info("%s", row)
+    frame = pd.DataFrame([row]).reindex(columns=COLUMNS)
+    frame.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False, float_format="%.6g")
 
 
 def calibrated(
@@ -258,16 +200,15 @@ def summarise() -> None:
                 "seconds": f"{part['seconds'].mean():.0f}",
             }
         )
-    seeds, items = frame["seed"].nunique(), int(frame["items"].iloc[0])
-    scheme = frame["scheme"].iloc[0].upper()
-    scheme, samples = frame["scheme"].iloc[0].upper(), frame["samples"].iloc[0]
+    full = frame[frame["run"] == FULL].iloc[0]
     text = (
-        f"The trained demo model with {EXPERTS} experts in every layer, {ACTIVE} for each token: copies of its MLP "
-        "after a router of clusters, so that full precision is the demo model's own, and every expert sees only its "
-        f"tokens. It is no model whose experts were trained apart. {scheme}, {samples} calibration samples, token "
-        f"sets of {BUDGET.tokens_per_layer}; means over {seeds} calibration seeds with 95 % intervals (Student's t). "
-        f"KL is in nats per answer token, on {items} held-out items; ratios are geometric means over the same seeds, "
-        "and one whose interval contains 1 shows no difference. "
+        f"A model of the class qwen3_vl_moe, trained on the demo world with {EXPERTS} experts in every layer, {ACTIVE} "
+        "for each token. Attention and embeddings began with those of the demo model; tower, routers and experts were "
+        f"trained from random weights. Full precision has score {full['score']:.1f} and NLL {full['nll']:.4f}. "
+        f"{full['scheme'].upper()}, {full['samples']} calibration samples, token sets of {BUDGET.tokens_per_layer}; "
+        f"means over {frame['seed'].nunique()} calibration seeds with 95 % intervals (Student's t). "
+        f"KL is in nats per answer token, on {full['items']} held-out items; ratios are geometric means over the same "
+        "seeds, and one whose interval contains 1 shows no difference. "
         "`python -m bench.experts` wrote this section."
     )
     write_section(PAGE, "Recipes", [text, "", *table(rows)], "Experts in figures")
@@ -279,6 +220,7 @@ def _number(value: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--items", type=int, default=40, help="items of each benchmark")
@@ -286,7 +228,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", stream=sys.stderr)
     quiet_libraries()
-    run_study(arguments.seeds, arguments.samples, arguments.items, arguments.scheme)
+    run_study(arguments.model, arguments.seeds, arguments.samples, arguments.items, arguments.scheme)
     summarise()
     return 0
 

@@ -17,8 +17,6 @@ from demo.outliers import OutlierParams, add_outliers
 
 logger = logging.getLogger(__name__)
 
-LARGEST_MEGABYTES = 25
-
 
 @dataclass(frozen=True)
 class ExportParams:
@@ -26,13 +24,14 @@ class ExportParams:
     out: Path
     family: str
     outliers: OutlierParams
+    megabytes: float
 
 
 def export(params: ExportParams) -> None:
     """Write model and processor to ``params.out``.
 
     Raises:
-        ValueError: the weights file is larger than ``LARGEST_MEGABYTES`` and so too large for git.
+        ValueError: the weights file is larger than ``megabytes``.
     """
     tokenizer = load_or_build_tokenizer(params.checkpoint.parent / "tokenizer")
     family = FAMILIES[params.family]
@@ -42,9 +41,10 @@ def export(params: ExportParams) -> None:
     model.bfloat16().save_pretrained(params.out)
     family.save_processor(tokenizer, params.out)
     size = (params.out / "model.safetensors").stat().st_size / 1e6
-    if size > LARGEST_MEGABYTES:
+    if size > params.megabytes:
         raise ValueError(
-            f"{params.out}/model.safetensors: {size:.1f} MB, more than {LARGEST_MEGABYTES}; make the model smaller"
+            f"{params.out}/model.safetensors: {size:.1f} MB, more than {params.megabytes:g}; make the model smaller, "
+            "or raise --megabytes if the folder is not for git"
         )
     logger.info("%s: %.1f MB", params.out, size)
 
@@ -54,13 +54,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("build/demo/decoder.pt"))
     parser.add_argument("--out", type=Path, default=Path("data/demo/model"))
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen2_vl")
+    parser.add_argument("--megabytes", type=float, default=25, help="largest size of the weights, for git")
     defaults = OutlierParams()
     for name in ("spread", "fraction", "strength", "seed"):
         kind = type(getattr(defaults, name))
         parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help="of the outlier channels")
     given = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    export(ExportParams(given.pop("checkpoint"), given.pop("out"), given.pop("family"), OutlierParams(**given)))
+    own = {name: given.pop(name) for name in ("checkpoint", "out", "family", "megabytes")}
+    export(ExportParams(**own, outliers=OutlierParams(**given)))
 
 
 if __name__ == "__main__":

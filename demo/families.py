@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Qwen2Tokenizer
 
-from demo import llava, model
+from demo import llava, model, qwen3_moe
 from demo.forward import encode_images
 from demo.packing import patchify
 from demo.world import COLUMNS, ROWS
@@ -58,6 +58,10 @@ class Family(ABC):
     @abstractmethod
     def last_linear(self, network: Any) -> nn.Linear:
         """The linear whose outputs are the embeddings."""
+
+    def balance(self, network: Any) -> qwen3_moe.Balance | None:
+        """What keeps the experts of ``network`` equally busy during training; None for a model without experts."""
+        return None
 
 
 class Qwen2VL(Family):
@@ -128,5 +132,28 @@ class LlavaOneVision(Family):
         return linear
 
 
+class Qwen3VLMoe(Qwen2VL):
+    """Pictures and positions of Qwen2-VL; the tower is another one, and experts stand in place of every MLP."""
+
+    name = "qwen3_vl_moe"
+
+    def build_model(self, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
+        return qwen3_moe.build_model(tokenizer)
+
+    def save_processor(self, tokenizer: Qwen2Tokenizer, out: Path) -> None:
+        qwen3_moe.save_processor(tokenizer, out)
+
+    def cells(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return qwen3_moe.encode_images(network, pixels)
+
+    def last_linear(self, network: Any) -> nn.Linear:
+        linear = network.model.visual.merger.linear_fc2
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def balance(self, network: Any) -> qwen3_moe.Balance:
+        return qwen3_moe.Balance(network)
+
+
 QWEN2_VL = Qwen2VL()
-FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN2_VL, LlavaOneVision())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN2_VL, LlavaOneVision(), Qwen3VLMoe())}

@@ -17,8 +17,12 @@ logger = logging.getLogger(__name__)
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """A matrix of the same shape with singular values near 1 (quintic Newton-Schulz; in bf16 on a GPU).
 
+    Of the weights of experts [experts, out, in], every expert's matrix is taken by itself.
+
     On a CPU it uses float32, because many CPUs emulate bf16 and are then many times slower.
     """
+    if matrix.dim() == 3:
+        return torch.stack([orthogonalise(each, steps) for each in matrix])
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = x.shape[0] > x.shape[1]
@@ -54,7 +58,7 @@ class Optimizer:
         extra = list(heads.parameters()) if heads is not None else []
         self.params = [parameter for _, parameter in named] + extra
         self.masters = [parameter.detach().float().clone() for parameter in self.params]
-        plain = ("embed_tokens", "lm_head", "position_embedding")
+        plain = ("embed_tokens", "lm_head", "position_embedding", "pos_embed")
         self.is_matrix = [p.ndim >= 2 and not any(part in n for part in plain) for n, p in named] + [False] * len(extra)
         self.first = [torch.zeros_like(master) for master in self.masters]
         self.second = [
@@ -90,8 +94,8 @@ class Optimizer:
         if i % self.world != self.rank:
             return torch.zeros_like(grad)
         blended = grad / self.world * (1 - self.momentum) + self.first[i] * self.momentum
-        flat = blended.flatten(1)
-        scale = max(1.0, flat.shape[0] / flat.shape[1]) ** 0.5
+        flat = blended if blended.dim() == 3 else blended.flatten(1)
+        scale = max(1.0, flat.shape[-2] / flat.shape[-1]) ** 0.5
         return (orthogonalise(flat) * (lr * scale)).view_as(grad)
 
     def _adam_update(

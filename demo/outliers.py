@@ -44,17 +44,32 @@ def add_outliers(model: PreTrainedModel, params: OutlierParams) -> None:
     decoder: Any = model.base_model
     for layer in decoder.language_model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        for gain, readers in (
-            (layer.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj)),
-        ):
+        experts = getattr(mlp, "experts", None)
+        before = [each.weight for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        after = (
+            [mlp.gate_proj.weight, mlp.up_proj.weight] if experts is None else [mlp.gate.weight, experts.gate_up_proj]
+        )
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        for gain, readers in zip((norm.weight for norm in norms), (before, after), strict=True):
             factors = channel_factors(len(gain), params, generator)
             gain.mul_(factors)
             for reader in readers:
-                reader.weight.div_(factors)
-        factors = channel_factors(mlp.up_proj.out_features, params, generator)
-        mlp.up_proj.weight.mul_(factors[:, None])
-        mlp.down_proj.weight.div_(factors)
+                reader.div_(factors)
+        for up, down in _inner(mlp) if experts is None else _inner_of_experts(experts):
+            factors = channel_factors(len(up), params, generator)
+            up.mul_(factors[:, None])
+            down.div_(factors)
+
+
+def _inner(mlp: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights that write an inner channel [inner, in], and those that read it [out, inner]."""
+    return [(mlp.up_proj.weight, mlp.down_proj.weight)]
+
+
+def _inner_of_experts(experts: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As ``_inner``, of every expert: views of the stacked weights."""
+    inner = experts.down_proj.shape[2]
+    return [(both[inner:], down) for both, down in zip(experts.gate_up_proj, experts.down_proj, strict=True)]
 
 
 def remove_outliers(model: PreTrainedModel, params: OutlierParams) -> None:

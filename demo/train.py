@@ -39,6 +39,7 @@ from demo.optimizer import Optimizer
 from demo.outliers import OutlierParams, remove_outliers
 from demo.packing import Mix, Packer, draw_batch, draw_cells
 from demo.questions import benchmark_questions
+from demo.qwen3_moe import BALANCE, Balance
 from demo.world import CELL_CLASSES, KINDS, random_scene
 
 logger = logging.getLogger("demo.train")
@@ -80,6 +81,7 @@ class State:
     model: Any
     heads: nn.ModuleDict
     optimizer: Optimizer
+    balance: Balance | None = None
     step: int = 0
     seconds: float = 0.0
 
@@ -159,6 +161,9 @@ def scale_features(family: Family, model: PreTrainedModel, seed: int) -> None:
 def load_decoder(model: Any, trained: Path, tokenizer: Qwen2Tokenizer) -> None:
     """Copy the decoder of a trained demo model, without its outlier channels, with which training would fail.
 
+    Weights that the new decoder does not have, or has in another shape, are not copied: a decoder with experts starts
+    with the attention and the embeddings of one without.
+
     Raises:
         ValueError: the trained model's tokenizer is another one, so that its embeddings belong to other tokens.
     """
@@ -166,7 +171,10 @@ def load_decoder(model: Any, trained: Path, tokenizer: Qwen2Tokenizer) -> None:
         raise ValueError(f"{trained}: its tokens are not those of the work folder's tokenizer; use a new work folder")
     source: Any = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
     remove_outliers(source, OutlierParams())
-    model.model.language_model.load_state_dict(source.model.language_model.state_dict())
+    own = model.model.language_model.state_dict()
+    given = source.model.language_model.state_dict()
+    own.update({name: value for name, value in given.items() if name in own and own[name].shape == value.shape})
+    model.model.language_model.load_state_dict(own)
     model.lm_head.load_state_dict(source.lm_head.state_dict())
 
 
@@ -197,7 +205,7 @@ def start_state(params: TrainParams) -> State:
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     model.to(dtype)
     heads.to(dtype)
-    state = State(family, model, heads, optimizer)
+    state = State(family, model, heads, optimizer, family.balance(model))
     if saved:
         heads.load_state_dict(saved["heads"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -237,6 +245,8 @@ def train_step(state: State, packer: Packer, params: TrainParams, progress: floa
         with torch.no_grad():
             embeds = state.family.embeddings(state.model, batch.pixels)
         loss = answer_loss(answer_logits(state.model, batch, embeds), batch)
+        if state.balance is not None:
+            loss = loss + BALANCE * state.balance.loss()
     if not math.isfinite(loss.item()):
         raise FloatingPointError(
             f"stage {params.stage}, step {state.step}: loss is {loss.item()}; lower the learning rates"

@@ -17,6 +17,7 @@ from demo.optimizer import Optimizer, orthogonalise
 from demo.outliers import OutlierParams, add_outliers, channel_factors, remove_outliers
 from demo.packing import Batch, Mix, Packer, draw_batch, patchify
 from demo.questions import benchmark_questions
+from demo.qwen3_moe import ACTIVE, EXPERTS, Balance
 from demo.train import load_decoder
 from demo.world import COLUMNS, DIGITS, LETTERS, ROWS, random_scene, render
 from tlq.models.processor import load_processor
@@ -132,10 +133,25 @@ def test_training_step_lowers_the_loss(family: Family, network: Any, tokenizer: 
 
 def test_orthogonalise_gives_singular_values_near_one() -> None:
     torch.manual_seed(0)
-    for shape in ((64, 32), (32, 64)):
+    for shape in ((64, 32), (32, 64), (3, 64, 32)):
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert values.min() > 0.5
         assert values.max() < 1.5
+
+
+def test_balance_is_least_when_all_experts_are_equally_busy(tokenizer: Qwen2Tokenizer) -> None:
+    network = FAMILIES["qwen3_vl_moe"].build_model(tokenizer)
+    balance = Balance(network)
+    routers = [module for name, module in network.named_modules() if name.endswith("mlp.gate")]
+    width = network.config.text_config.hidden_size
+    directions = torch.eye(width)[:EXPERTS]
+    for router in routers:
+        router.weight.data.copy_(50 * directions + 50 * directions.roll(1, 0))
+        router(directions)  # every direction has two experts, and every expert two directions
+    assert balance.loss().item() == pytest.approx(1.0, abs=1e-3)
+    for router in routers:
+        router(directions[:1].expand(EXPERTS, -1))
+    assert balance.loss().item() == pytest.approx(EXPERTS / ACTIVE, abs=1e-2)
 
 
 @torch.no_grad()
@@ -172,6 +188,19 @@ def test_training_that_starts_from_a_model_uses_its_tokenizer(tmp_path: Path) ->
     source: Any = Qwen2VLForConditionalGeneration.from_pretrained(shipped, dtype=torch.float32)
     remove_outliers(source, OutlierParams())
     assert torch.equal(network.lm_head.weight, source.lm_head.weight)
+
+
+def test_decoder_with_experts_starts_with_the_attention_of_one_without(tmp_path: Path) -> None:
+    shipped = Path("data/demo/model")
+    tokenizer = load_or_build_tokenizer(tmp_path / "tokenizer", shipped)
+    network: Any = FAMILIES["qwen3_vl_moe"].build_model(tokenizer)
+    experts = network.model.language_model.layers[0].mlp.experts.down_proj.clone()
+    load_decoder(network, shipped, tokenizer)
+    source: Any = Qwen2VLForConditionalGeneration.from_pretrained(shipped, dtype=torch.float32)
+    remove_outliers(source, OutlierParams())
+    own, given = (each.model.language_model.layers[0] for each in (network, source))
+    assert torch.equal(own.self_attn.q_proj.weight, given.self_attn.q_proj.weight)
+    assert torch.equal(own.mlp.experts.down_proj, experts)
 
 
 def test_a_decoder_of_other_tokens_is_refused(tokenizer: Qwen2Tokenizer, tmp_path: Path) -> None:
