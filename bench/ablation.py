@@ -45,7 +45,7 @@ from tlq.quantization.allocation import Unit
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.quantization.ranges import MINMAX, Ranges
 from tlq.recipes import Recipe, get_recipe
-from tlq.samples import Batch, encode_batches, image_token_id
+from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 logger = logging.getLogger("bench.ablation")
 
@@ -176,19 +176,23 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     return laboratory.measure(model, laboratory.reader) | {"seconds": round(seconds, 2)}
 
 
+def calibration_samples(size: int, seed: int) -> list[Sample]:
+    """Samples of the demo world, drawn with a seed as stage ``prepare`` draws them."""
+    params = PrepareParams(
+        kind="parquet",
+        path=str(WORLD / "calibration.parquet"),
+        samples=size,
+        seed=seed,
+        columns=Columns(id="id", source="source"),
+    )
+    return draw(*read_table(params), params)[0]
+
+
 class Pool:
     """Calibration samples drawn with one seed, and their importance."""
 
     def __init__(self, laboratory: Laboratory, size: int, seed: int) -> None:
-        params = PrepareParams(
-            kind="parquet",
-            path=str(WORLD / "calibration.parquet"),
-            samples=size,
-            seed=seed,
-            columns=Columns(id="id", source="source"),
-        )
-        samples, _ = draw(*read_table(params), params)
-        model = laboratory.model
+        samples, model = calibration_samples(size, seed), laboratory.model
         self.batches: list[Batch] = encode_batches(
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 
 from bench.ablation import KEY, STUDIED, SUBJECTS, Subject, study
+from bench.ablation_peers import PEERS
 
 DOCS = Path("docs")
 
@@ -48,10 +49,16 @@ def claims() -> list[Claim]:
     found = []
     for scheme in ("w3a16", "w2a16", "w4a8"):
         best = Variant("tlq-c", scheme, *(("ranges", "search, moments") if scheme == "w2a16" else ()))
-        found += [Claim(f"`tlq-c` against `{peer}`, {scheme.upper()}", best, Variant(peer, scheme)) for peer in _PEERS]
+        found += [
+            Claim(f"`tlq-c` against `{name}`, {scheme.upper()}", best, Variant(name, scheme)) for name in _BASELINES
+        ]
+        found += [
+            Claim(f"`tlq-c` against {peer.name}, {scheme.upper()}", best, Variant(peer.recipe, scheme, *peer.choice))
+            for peer in PEERS
+        ]
         found += [
             Claim(f"`tlq` against `{peer}`, {scheme.upper()}", Variant("tlq", scheme), Variant(peer, scheme))
-            for peer in ("rtn", *_PEERS)
+            for peer in ("rtn", *_BASELINES)
         ]
     for size in ("mix3.125", "mix3", "mix3.5", "mix2.5"):
         words = f"`tlq-c`: {size.removeprefix('mix')} bits by importance against 3.125 everywhere"
@@ -64,11 +71,17 @@ def claims() -> list[Claim]:
     return found
 
 
-_PEERS = ("awq", "gptq", "smoothquant", "mbq")
+_BASELINES = ("awq", "gptq", "smoothquant", "mbq")
 
 
 def _shipped(scheme: str) -> Variant:
     return Variant("tlq-c", scheme, "shipped", "ranges searched at 2 bits")
+
+
+def variants() -> list[tuple[str, str, str]]:
+    """Recipe, factor and level of everything that the study and its peers may have measured, in the page's order."""
+    own = [(choice.recipe.name, choice.factor, choice.level) for choice in study()]
+    return own + [(peer.recipe, *peer.choice) for peer in PEERS]
 
 
 def ratio(runs: pd.DataFrame, claim: Claim) -> tuple[float, float, float, int] | None:
@@ -137,7 +150,7 @@ def summarise(subject: Subject, frame: pd.DataFrame, claimed: list[str], docs: P
         )
         .reset_index()
     )
-    order = {(choice.recipe.name, choice.factor, choice.level): place for place, choice in enumerate(study())}
+    order = {variant: place for place, variant in enumerate(variants())}
     keys = zip(table["recipe"], table["factor"], table["level"], strict=True)
     table = table.assign(place=[order[key] for key in keys]).sort_values("place", kind="stable")
     spreads, seeds = table["spread"].to_numpy(float), table["seeds"].to_numpy(int)

@@ -31,13 +31,12 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
+from bench.ablation import calibration_samples
 from bench.ablation_page import half_width
-from bench.laboratory import WORLD, Laboratory
+from bench.laboratory import Laboratory
 from bench.sections import table, write_section
 from demo.qwen3_moe import ACTIVE, EXPERTS
 from tasks.command import quiet_libraries
-from tasks.config.sections import Columns, PrepareParams
-from tasks.stages.prepare import draw, read_table
 from tlq.calibration import streams
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate
@@ -115,11 +114,9 @@ RUNS = (
 
 def calibration_batches(laboratory: Laboratory, size: int, seed: int) -> list[Batch]:
     """Samples drawn with a seed, as micro-batches."""
-    columns = Columns(id="id", source="source")
-    path = str(WORLD / "calibration.parquet")
-    params = PrepareParams(kind="parquet", path=path, samples=size, seed=seed, columns=columns)
-    samples, _ = draw(*read_table(params), params)
-    return encode_batches(samples, laboratory.processor, image_token_id(laboratory.model.config), 32, 2048)
+    return encode_batches(
+        calibration_samples(size, seed), laboratory.processor, image_token_id(laboratory.model.config), 32, 2048
+    )
 
 
 def run_study(folder: Path, seeds: Sequence[int], samples: int, items: int, scheme: str) -> None:

@@ -15,26 +15,31 @@ from pathlib import Path
 
 import torch
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.autoround import AutoRoundModifier
 from llmcompressor.modifiers.awq import AWQModifier
 from llmcompressor.modifiers.quantization import GPTQModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-IGNORE = ["lm_head", "re:.*visual.*"]
-LAYER = "Qwen2VLDecoderLayer"
+IGNORE = ["lm_head", "re:.*visual.*", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
 
 
-def modifier(method: str, bits: int, group_size: int) -> AWQModifier | GPTQModifier:
-    """AWQ or GPTQ with the library's defaults and asymmetric groups."""
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": False,
-        "strategy": "group",
-        "group_size": group_size,
-    }
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    kind = {"awq": AWQModifier, "gptq": GPTQModifier}[method]
+def modifier(arguments: argparse.Namespace) -> Modifier:
+    """AWQ, GPTQ or AutoRound with the library's defaults; AutoRound without torch.compile, which needs a compiler."""
+    weights = {"num_bits": arguments.bits, "type": "int", "symmetric": arguments.symmetric, "strategy": "channel"}
+    if arguments.group_size is not None:
+        weights |= {"strategy": "group", "group_size": arguments.group_size}
+    if arguments.observer is not None:
+        weights["observer"] = arguments.observer
+    group = {"targets": ["Linear"], "weights": weights}
+    if arguments.activation_bits is not None:
+        activations = {"num_bits": arguments.activation_bits, "type": "int", "symmetric": True, "strategy": "token"}
+        group["input_activations"] = {**activations, "dynamic": True}
+    groups = {"group_0": group}
+    if arguments.method == "autoround":
+        return AutoRoundModifier(config_groups=groups, ignore=IGNORE, enable_torch_compile=False)
+    kind = {"awq": AWQModifier, "gptq": GPTQModifier}[arguments.method]
     return kind(config_groups=groups, ignore=IGNORE)
 
 
@@ -42,9 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--inputs", type=Path, required=True, help="torch file with a list of input dicts")
-    parser.add_argument("--method", choices=("awq", "gptq"), required=True)
+    parser.add_argument("--method", choices=("awq", "gptq", "autoround"), required=True)
+    parser.add_argument("--layer", default="Qwen2VLDecoderLayer", help="class of the decoder's layers")
     parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, help="one scale per output channel without it")
+    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--activation-bits", type=int, help="quantize activations too, per token")
+    parser.add_argument("--observer", help="of the weights; by default the method's own")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -57,8 +66,8 @@ def main() -> None:
         model=model,
         processor=AutoTokenizer.from_pretrained(arguments.model),
         dataset=DataLoader(inputs, batch_size=None),
-        recipe=modifier(arguments.method, arguments.bits, arguments.group_size),
-        sequential_targets=[LAYER],
+        recipe=modifier(arguments),
+        sequential_targets=[arguments.layer],
         pipeline="sequential",
     )
     seconds = time.perf_counter() - started

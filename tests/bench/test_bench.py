@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench import ablation, ablation_page
+from bench import ablation, ablation_page, ablation_peers
 from bench.ablation_page import Claim, Variant
+from bench.ablation_peers import PEERS
 from bench.peers import Setup, contenders, equal_length_inputs
 from bench.sections import table
+from tlq.quantization.formats import get_scheme
 from tlq.quantization.ranges import MINMAX
 from tlq.recipes import Recipe, get_recipe
 from tlq.samples import Sample
@@ -87,7 +89,7 @@ def test_a_claim_compares_the_seeds_that_both_variants_have() -> None:
 
 
 def test_every_claim_is_about_choices_of_the_study() -> None:
-    names = {(choice.recipe.name, choice.factor, choice.level) for choice in ablation.study()}
+    names = ablation_page.variants()
     for claim in ablation_page.claims():
         for variant in (claim.first, claim.second):
             assert (variant.recipe, variant.factor, variant.level) in names, claim.words
@@ -114,3 +116,43 @@ def test_contenders_share_model_scheme_and_dtype(tmp_path: Path) -> None:
 def test_table_keeps_columns_and_rows_in_order() -> None:
     rows = [{"contender": "tlq", "KL": "0.1"}, {"KL": "0.2", "contender": "awq"}]
     assert table(rows) == ["| contender | KL |", "|---|---|", "| tlq | 0.1 |", "| awq | 0.2 |"]
+
+
+def test_peers_quantize_with_the_scheme_that_is_named() -> None:
+    commands = {
+        (peer.name, name): peer.command(Path("python"), Path("model"), "Layer", get_scheme(name))
+        for peer in PEERS
+        for name in ("w3a16", "w4a8")
+    }
+    assert {command[command.index("--method") + 1] for command in commands.values()} == {"awq", "gptq", "autoround"}
+    grouped = commands["llm-compressor gptq with observer mse", "w3a16"]
+    assert grouped[grouped.index("--bits") :] == ["--bits", "3", "--group-size", "128", "--observer", "mse"]
+    channels = commands["llm-compressor gptq", "w4a8"]
+    assert channels[channels.index("--bits") :] == ["--bits", "4", "--symmetric", "--activation-bits", "8"]
+
+
+def test_a_peer_that_has_results_does_not_run_again(subject: ablation.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = replace(subject, name="qwen2_vl")
+    started: list[str] = []
+
+    def run_contender(name: str, command: list[str]) -> tuple[dict[str, float], Path]:
+        started.append(name)
+        return {"seconds": 1.0}, Path(command[-1])
+
+    measured = {"score": 90.0, "nll": 0.1, "kl": 0.2, "items": 4}
+    laboratory = SimpleNamespace(measure=lambda _model, _reader: measured, reader=None)
+    monkeypatch.setattr(ablation_peers, "Laboratory", lambda *_arguments: laboratory)
+    monkeypatch.setattr(ablation_peers, "run_contender", run_contender)
+    for name in ("calibration_samples", "write_inputs", "load_dequantized", "load_model"):
+        monkeypatch.setattr(ablation_peers, name, lambda *_arguments: None)
+    ablation_peers.run_study(subject, Path("python"), [0], ["w3a16"], 1, ["auto-round", "awq"])
+    assert started == [
+        "llm-compressor awq, w3a16, seed 0",
+        "llm-compressor awq with observer mse, w3a16, seed 0",
+        "auto-round, w3a16, seed 0",
+    ]
+    ablation_peers.run_study(subject, Path("python"), [0], ["w3a16"], 1, ["auto-round", "awq"])
+    assert len(started) == 3
+    frame = ablation_page.results_of(subject)
+    assert frame is not None
+    assert list(frame["level"]) == ["", "mse", ""]
