@@ -128,7 +128,7 @@ def measure(schemes: Sequence[str], engines: Sequence[str], folder: Path) -> Non
             except ValueError as error:
                 _keep(Result(scheme, engine, refused=f"tlq convert: {str(error).split(';')[0]}"))
                 continue
-            found = reference if engine == REFERENCE else _run(engine, loaded, prompts, folder)
+            found = reference if engine == REFERENCE else _run(engine, loaded, prompts, folder, _dtype(engine, scheme))
             _keep(_compared(scheme, engine, found, reference, prompts, _size(loaded)))
 
 
@@ -168,17 +168,16 @@ def _container(engine: str, exported: Path, out: Path) -> Path:
     return out
 
 
-def _run(engine: str, path: Path, prompts: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """The result of an engine's script, in a process of its own."""
+def _run(
+    engine: str, path: Path, prompts: list[dict[str, Any]], folder: Path, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The result of an engine's script, in a process of its own, computing in ``dtype`` if it can choose."""
     script = Path(__file__).with_name(SCRIPTS[engine])
     python = Path(sys.executable) if engine == REFERENCE else environments.python(engine)
     vocabulary = json.loads((MODEL / "config.json").read_text())["text_config"]["vocab_size"]
+    settings = {"new_tokens": _NEW_TOKENS, "vocabulary": vocabulary, "dtype": dtype}
     job, result, log = folder / "job.json", folder / "result.json", folder / "log.txt"
-    job.write_text(
-        json.dumps(
-            {"path": str(path.resolve()), "prompts": prompts, "new_tokens": _NEW_TOKENS, "vocabulary": vocabulary}
-        )
-    )
+    job.write_text(json.dumps({"path": str(path.resolve()), "prompts": prompts, **settings}))
     result.unlink(missing_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     with log.open("w") as stream:
@@ -188,6 +187,11 @@ def _run(engine: str, path: Path, prompts: list[dict[str, Any]], folder: Path) -
         last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
         return {"refused": f"ended with status {done.returncode}: {last}"}
     return dict(json.loads(result.read_text()))
+
+
+def _dtype(engine: str, scheme: str) -> str:
+    """The dtype in which an engine computes: float32 as the reference, if its kernels for the scheme have that."""
+    return "float32" if scheme == FULL else _stated(scheme, engine).dtype
 
 
 def _size(path: Path) -> float:
@@ -240,11 +244,11 @@ def _keep(result: Result) -> None:
     logger.info("%s in %s: %s", result.scheme, result.engine, result.refused or f"KL {result.kl:.2g}")
 
 
-def _stated(result: Result) -> Support:
-    scheme = get_scheme(result.scheme)
+def _stated(name: str, engine: str) -> Support:
+    scheme = get_scheme(name)
     if scheme.budget is not None:  # it was exported for no engine, so every part may be in it
         scheme = replace(scheme, budget=None, overrides=tuple((name, name) for name in MIXED))
-    return ENGINES[result.engine].of(scheme)
+    return ENGINES[engine].of(scheme)
 
 
 def contradiction(result: Result) -> str | None:
@@ -252,7 +256,7 @@ def contradiction(result: Result) -> str | None:
     where = f"{result.scheme} in {result.engine}"
     if result.scheme == FULL:
         return f"{where}: refused: {result.refused}" if result.refused else None
-    stated = _stated(result)
+    stated = _stated(result.scheme, result.engine)
     expected = stated.runs == "refused" or (stated.needs is not None and stated.needs not in cpu_flags())
     if expected != bool(result.refused):
         return f"{where}: the table says {stated.runs} ({stated.note}), but it {result.refused or 'runs'}"
@@ -294,12 +298,14 @@ def summarise(results: Sequence[Result]) -> None:
 
 _MEASURED = ("NLL (transformers)", "same replies", "tokens/s (to full)", "load, s", "peak, MiB", "file, MB")
 _EXPLANATION = (
-    "`make engines` exported the demo model with `rtn` in every scheme and loaded it on a CPU of 2 cores without "
+    "`make engines` exported the demo model with `rtn` in every scheme and loaded it on a CPU of 2 cores with "
     "AVX-512, by vLLM's build for CPUs 0.32.0, llama.cpp (xllamacpp 2026.10) and MLX 0.32.4 (mlx-vlm 0.7.10, its "
     "build for Linux). "
     f"KL is from transformers in float32 on the same checkpoint, in nats per token of the right answers to "
-    f"{_PROMPTS} questions with images. Tokens per second are the best of three times {_NEW_TOKENS} tokens after one "
-    "prompt; the model is so small that they show overhead more than kernels. `full` is full precision.",
+    f"{_PROMPTS} questions with images. vLLM computes in bfloat16 where its kernels have no float32. Tokens per second "
+    f"are the best of three times {_NEW_TOKENS} tokens after one prompt; the model is so small that they show overhead "
+    "more than kernels. `full` is full precision. On a CPU without AVX-512, vLLM's build refuses the schemes of 4 "
+    "bits: `_C` has no attribute `cpu_gemm_wna16`.",
 )
 
 

@@ -1,4 +1,4 @@
-"""vLLM, in float32 on a CPU and in bfloat16 on a GPU."""
+"""vLLM, in the dtype of the job on a CPU and in bfloat16 on a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class VLLM:
             enforce_eager=True,
             max_model_len=512,
             max_logprobs=self.vocabulary,
-            dtype="float32" if current_platform.is_cpu() else "bfloat16",
+            dtype=job["dtype"] if current_platform.is_cpu() else "bfloat16",
         )
 
     def _generate(self, prompt: dict[str, Any], text: str, **settings: Any) -> Any:

@@ -33,6 +33,7 @@ class Support:
         source: where that was read, or `run`.
         needs: instructions of the CPU (in the words of /proc/cpuinfo) without which it refuses.
         differs: why its numbers are not those of transformers, which computes as the scores were measured.
+        dtype: the dtype of activations nearest to float32 that its kernels take.
     """
 
     runs: Runs
@@ -40,6 +41,7 @@ class Support:
     source: str
     needs: str | None = None
     differs: str = ""
+    dtype: str = "float32"
 
     @property
     def how(self) -> str:
@@ -122,11 +124,16 @@ def _vllm_cpu(scheme: Scheme) -> Support:
             )
         case "w4a16":
             return Support(
-                "native", "x86 with AVX-512; without it cpu_gemm_wna16 is missing", "run (0.32.0)", "avx512f"
+                "native",
+                "x86 with AVX-512; without it cpu_gemm_wna16 is missing",
+                "run (0.32.0)",
+                "avx512f",
+                "computes in bfloat16",
+                "bfloat16",
             )
         case "w4a8":
             differs = "activations stay in 16 bits"
-            return Support("weight only", "x86 with AVX-512, as W4A16", "vLLM 0.33.0", "avx512f", differs)
+            return Support("weight only", "x86 with AVX-512, as W4A16", "run (0.32.0)", "avx512f", differs, "bfloat16")
         case "w8a8":
             return Support("native", "same answers as transformers", "run (0.32.0)")
     return Support("refused", f"no kernel for {scheme.kind}", "vLLM 0.33.0")
