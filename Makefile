@@ -62,7 +62,8 @@ check: lint
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# The long tests: kills of every process of a pool, attacks, PostgreSQL, all bad inputs, an installation from the index.
+# The long tests: kills of every process of a pool, attacks, PostgreSQL, all bad inputs, every family with every recipe and
+# scheme, an installation from the index.
 soak: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m soak
 

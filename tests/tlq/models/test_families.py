@@ -77,6 +77,11 @@ def _pairwise() -> list[tuple[str, str, str]]:
 
 
 PAIRWISE = _pairwise()
+#: All of the product; `make test` runs the pairwise choice alone.
+EVERY = [
+    pytest.param(*case, marks=[] if case in set(PAIRWISE) else [pytest.mark.soak])
+    for case in product(TINY, RECIPES, SCHEMES)
+]
 
 
 @dataclass
@@ -307,7 +312,7 @@ def without_padding(batch: Batch) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "recipe", "scheme"), PAIRWISE)
+@pytest.mark.parametrize(("name", "recipe", "scheme"), EVERY)
 def test_an_export_loads_with_the_logits_of_the_calibrated_model_and_generates(
     build: Builder, export: Callable[[str, str, str], Exported], name: str, recipe: str, scheme: str
 ) -> None:
