@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tasks.cluster import launch
 from tasks.cluster.authenticated import new_secret
+from tasks.cluster.rank import RankCommand
 from tasks.command import run
 
 
@@ -27,7 +28,7 @@ def test_ranks_that_fail_too_often_end_the_stage_with_one_line(
     for library in ("GLOO", "NCCL"):
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "lo")
     with pytest.raises(SystemExit) as ended:
-        run(lambda: launch.run_agent("127.0.0.1:1", new_secret(), "tasks.stages.calibrate", [], 2))
+        run(lambda: launch.run_agent("127.0.0.1:1", new_secret(), RankCommand("tasks.stages.calibrate"), 2))
     assert ended.value.code == 1
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert line.startswith("the ranks failed 3 times, the last with exit status -9; finished work is kept")
