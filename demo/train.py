@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2Tokenizer
 
-from demo.families import FAMILIES, Family
+from demo.families import FAMILIES
+from demo.family import Family
 from demo.forward import answer_logits, answer_loss, turns_right, use_grouped_attention
 from demo.model import load_or_build_tokenizer
 from demo.optimizer import Optimizer

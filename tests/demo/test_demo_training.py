@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
-from demo.families import FAMILIES, Family
+from demo.families import FAMILIES
+from demo.family import Family
 from demo.forward import answer_logits, answer_loss, encode_images, turns_right, use_grouped_attention
 from demo.model import SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer, load_or_build_tokenizer
 from demo.optimizer import Optimizer, orthogonalise
