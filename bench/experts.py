@@ -108,7 +108,7 @@ def with_experts(model: PreTrainedModel, batches: Sequence[Batch]) -> PreTrained
         for layer, kept in zip(layers, inputs, strict=True)
     ]
     for batch in batches:
-        mixed(**to_device(batch.encode(), mixed.device), use_cache=False)
+        mixed(**to_device(batch.encode(), mixed.device, mixed.dtype), use_cache=False)
     for handle in handles:
         handle.remove()
     for layer, kept in zip(layers, inputs, strict=True):
