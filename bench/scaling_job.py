@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from tasks.cluster.launch import meeting_place, on_ranks
+from tasks.cluster.rank import RankCommand
 from tasks.command import device, run
 from tlq.calibration.job import CalibrationJob
 from tlq.importance.gradients import score_resumably
@@ -32,7 +33,7 @@ from tlq.samples import Batch, Sample
 
 
 def main() -> None:
-    on_ranks("bench.scaling_job", sys.argv[1:], calibrate)
+    on_ranks(RankCommand("bench.scaling_job", tuple(sys.argv[1:])), calibrate)
 
 
 def calibrate() -> None:
@@ -60,7 +61,7 @@ def calibrate() -> None:
         ranks.barrier()
         started = time.perf_counter()
         recipe, quantizer = get_recipe(arguments.recipe), WeightQuantizer(get_scheme("w3a16"), model.checkpoint_dtype)
-        batches = calibration_batches(model, samples, recipe, arguments.batch_size, 10**6)
+        batches = calibration_batches(model, samples, arguments.batch_size, 10**6)
 
         def weigh() -> TokenWeights:
             with ranks.clock.phase("importance"):

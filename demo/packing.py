@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers import Qwen2Tokenizer
 
+from demo.family import Family
 from demo.questions import Question, benchmark_questions, option_question, study_questions
 from demo.world import (
     CELL_CLASSES,
@@ -28,9 +28,6 @@ from demo.world import (
     random_scene,
     render,
 )
-
-if TYPE_CHECKING:
-    from demo.families import Family
 
 
 @dataclass(frozen=True)

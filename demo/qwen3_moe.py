@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from demo import model
@@ -19,8 +17,6 @@ from demo.world import COLUMNS, ROWS
 EXPERTS, ACTIVE = 8, 2
 #: Inner width of an expert: two of them multiply as many weights for a token as the MLP of the other demo models.
 EXPERT_WIDTH = 256
-#: Weight of the loss that keeps the experts equally busy.
-BALANCE = 0.01
 
 
 def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLMoeConfig:
@@ -76,28 +72,3 @@ def encode_images(network: Any, pixels: torch.Tensor) -> torch.Tensor:
     visual = network.model.visual
     tokens: torch.Tensor = visual(pixels.flatten(0, 1).to(visual.dtype), grid_thw=grid).pooler_output
     return tokens.view(size, ROWS * COLUMNS, -1)
-
-
-class Balance:
-    """Loss of the routers of a model in its last forward pass: 1 if all experts are equally busy, else more.
-
-    Source: Fedus et al., Switch Transformers, arXiv 2101.03961, equation 4; the mean over layers.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._logits: dict[str, torch.Tensor] = {}
-        for name, module in network.named_modules():
-            if name.endswith("mlp.gate"):
-                module.register_forward_hook(lambda _module, _args, out, name=name: self._keep(name, out[0]))
-
-    def _keep(self, name: str, logits: torch.Tensor) -> None:
-        self._logits[name] = logits
-
-    def loss(self) -> torch.Tensor:
-        """Scalar, in fp32."""
-        losses = []
-        for logits in self._logits.values():
-            chances = logits.float().softmax(-1)
-            busy = F.one_hot(chances.topk(ACTIVE).indices, EXPERTS).float().sum(1).mean(0) / ACTIVE
-            losses.append(EXPERTS * (busy * chances.mean(0)).sum())
-        return torch.stack(losses).mean()

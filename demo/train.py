@@ -32,14 +32,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2Tokenizer
 
-from demo.families import FAMILIES, Family
+from demo.balance import Balance
+from demo.families import FAMILIES
+from demo.family import Family
 from demo.forward import answer_logits, answer_loss, turns_right, use_grouped_attention
 from demo.model import load_or_build_tokenizer
 from demo.optimizer import Optimizer
 from demo.outliers import OutlierParams, remove_outliers
 from demo.packing import Mix, Packer, draw_batch, draw_cells
 from demo.questions import benchmark_questions
-from demo.qwen3_moe import BALANCE, Balance
 from demo.world import CELL_CLASSES, KINDS, random_scene
 
 logger = logging.getLogger("demo.train")
@@ -49,6 +50,7 @@ STAGES: dict[Stage, dict[str, float]] = {  # default budget and rates of each st
     "vision": {"minutes": 5.0, "images": 32, "muon_lr": 0.02, "decay": 0.6, "evaluate_minutes": 1.0},
     "decoder": {"minutes": 66.0, "images": 16, "muon_lr": 0.01, "decay": 0.45, "evaluate_minutes": 4.0},
 }
+BALANCE = 0.01  # weight of the loss that keeps experts equally busy
 FEATURE_RMS = 0.25  # RMS of initial token embeddings, and of vision tokens at the start of the decoder stage
 
 

@@ -19,7 +19,7 @@ from benchmarks.compare import FULL
 from benchmarks.results import EvaluationRun
 from tasks.cluster.launch import ranks_wanted
 from tasks.command import command_line
-from tasks.config.params import recipe, section
+from tasks.config.params import read_recipe, section
 from tasks.config.sections import CalibrateParams, CalibsetParams, VariantParams
 from tasks.files import ALLOCATION, EVALUATION, IMPORTANCE, MODELS
 from tasks.planning import speed_of
@@ -82,7 +82,7 @@ def _stages(scoring: ScoringJob, ranks: Ranks) -> list[StagePlan]:
     """The long stages: importance, the distribution of budgets, the calibration of every variant."""
     model, params, variants = scoring.model, section("calibrate", CalibrateParams), section("variants", VariantParams)
     losses, budget = list(scoring.losses.values()), section("calibset", CalibsetParams).budget
-    encoded = calibration_batches(model, scoring.samples, MEASURED, params.batch_size, scoring.params.max_tokens)
+    encoded = calibration_batches(model, scoring.samples, params.batch_size, scoring.params.max_tokens)
 
     def job_of(row: Recipe, scheme: Scheme) -> CalibrationJob:
         batches = encoded if row.needs_data(scheme) else []
@@ -95,7 +95,7 @@ def _stages(scoring: ScoringJob, ranks: Ranks) -> list[StagePlan]:
         job = job_of(MEASURED, mixes[0])
         plan = replace(plan_allocation(model, job), work="allocate")
         stages.append(StagePlan(ALLOCATION, plan, partial(time_allocation, model=model, job=job)))
-    for row, scheme in product((recipe(name) for name in variants.recipes), schemes):
+    for row, scheme in product((read_recipe(name) for name in variants.recipes), schemes):
         job, name = job_of(row, scheme), f"{row.name}-{scheme.name}"
         plan = replace(plan_calibration(model, job, most_counted(model, row, budget)), work=f"calibrate {name}")
         stages.append(StagePlan(MODELS / name, plan, partial(time_calibration, model=model, job=job)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,21 @@ def test_a_package_imports_only_from_packages_below_it(package: str) -> None:
         if module.split(".")[0] in BELOW and module.split(".")[0] not in (package, *BELOW[package])
     ]
     assert not upward
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    """Imports inside functions and those for types alone count too."""
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sources(package)}
+    graph = {name: {module for module in imported(file) if module in modules} for name, file in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def imported(file: Path) -> Iterator[str]:
+    """As ``imports``; the module itself where a name of a module is imported from it."""
+    for module in imports(file):
+        yield module
+        yield module.rpartition(".")[0]

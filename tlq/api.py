@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from tlq.calibration.allocation import MEASURED, distributed, measure
+from tlq.calibration.allocation import distributed, measure
 from tlq.calibration.job import CalibrationJob
 from tlq.export.engines import check_engine, mixed_by
 from tlq.export.model_card import write_card
@@ -166,24 +166,21 @@ def quantize(
     settings = CalibrationOptions(**options)
     folder = Path(out)
     check_new_folder(folder)
-    recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
-    streamed = _opened(model, scheme_row, settings)
+    streamed, job = _opened(model, samples, recipe, scheme, settings)
     scoring = ResumeState(folder.with_name(f"{folder.name}-importance"))
-
-    job = _job(streamed, samples, recipe_row, scheme_row, settings)
-    counted = most_counted(streamed, recipe_row, settings.budget)
+    counted = most_counted(streamed, job.recipe, settings.budget)
 
     def weigh() -> TokenWeights:
         return to_batches(_weights(streamed, job, settings, scoring), job.batches)
 
     with scoring.locked():
-        if scheme_row.budget is not None:
+        if job.scheme.budget is not None:
             refuse_impossible(plan_calibration(streamed, job, counted), folder, streamed.device, 1)
             job = _distributed(streamed, job, settings, scoring)
         layers = quantize_checkpoint(streamed, folder, job, weigh, counted)
         scoring.remove()
     report = QuantizationReport(folder, layers, time.perf_counter() - started)
-    write_card(folder, model, recipe_row, job.scheme, report.groups, len(samples), len(streamed.unnamed))
+    write_card(folder, model, job.recipe, job.scheme, report.groups, len(samples), len(streamed.unnamed))
     logger.info("%s", report)
     return report
 
@@ -206,12 +203,10 @@ def plan(
         ValueError: the scheme does not fit the model, or a sample cannot be encoded.
     """
     settings = CalibrationOptions(**options)
-    recipe_row, scheme_row = _rows(recipe, scheme, settings.engine)
-    streamed = _opened(model, scheme_row, settings)
-    job = _job(streamed, samples, recipe_row, scheme_row, settings)
-    mixed = scheme_row.budget is not None
-    calibration = plan_calibration(streamed, job, most_counted(streamed, recipe_row, settings.budget))
-    scoring = mixed or _scores_gradients(recipe_row, scheme_row)
+    streamed, job = _opened(model, samples, recipe, scheme, settings)
+    mixed = job.scheme.budget is not None
+    calibration = plan_calibration(streamed, job, most_counted(streamed, job.recipe, settings.budget))
+    scoring = mixed or _scores_gradients(job)
     importance = [plan_importance(streamed, job.batches, job.ranks)] if scoring else []
     allocation = [plan_allocation(streamed, job)] if mixed else []
     plans = [*importance, *allocation, calibration]
@@ -228,36 +223,39 @@ def plan(
     ]
 
 
-def _job(
-    model: StreamedModel, samples: Sequence[Sample], recipe: Recipe, scheme: Scheme, settings: CalibrationOptions
-) -> CalibrationJob:
-    if scheme.budget is not None and not samples:
-        raise ValueError(f"scheme {scheme.name} distributes its bits by token importance; give calibration samples")
-    reader = recipe if scheme.budget is None else MEASURED
-    batches = calibration_batches(model, samples, reader, settings.batch_size, settings.max_tokens, scheme)
-    quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
-    return CalibrationJob(recipe, quantizer, batches, ranks=Ranks(device=model.device))
+def _opened(
+    model: str | Path,
+    samples: Sequence[Sample],
+    recipe: str | Recipe,
+    scheme: str | Scheme,
+    settings: CalibrationOptions,
+) -> tuple[StreamedModel, CalibrationJob]:
+    """The checkpoint, and its job without token weights.
 
-
-def _opened(model: str | Path, scheme: Scheme, settings: CalibrationOptions) -> StreamedModel:
-    """The checkpoint. Raises ValueError if the engine does not run its experts, or its linears in one tensor."""
-    streamed = settings.open_model(model)
-    if settings.engine is not None:
-        check_engine(settings.engine, scheme, streamed.architecture.experts is not None, streamed.architecture.joined)
-    return streamed
-
-
-def _rows(recipe: str | Recipe, scheme: str | Scheme, engine: str | None) -> tuple[Recipe, Scheme]:
-    """The rows of a job. Raises ValueError if one is unknown, or if the engine does not run the scheme."""
+    Raises:
+        ValueError: the recipe or scheme is unknown, the engine does not run the scheme, or not on this model, or a mix
+            has no samples.
+    """
     recipe_row = get_recipe(recipe) if isinstance(recipe, str) else recipe
     scheme_row = get_scheme(scheme) if isinstance(scheme, str) else scheme
-    if engine is not None:
-        check_engine(engine, scheme_row)
-    return recipe_row, scheme_row
+    if settings.engine is not None:
+        check_engine(settings.engine, scheme_row)
+    streamed = settings.open_model(model)
+    quantizer = WeightQuantizer(scheme_row, streamed.checkpoint_dtype)
+    job = CalibrationJob(recipe_row, quantizer, ranks=Ranks(device=streamed.device))
+    if settings.engine is not None:
+        check_engine(settings.engine, job.scheme, streamed.architecture)
+    mixed = job.scheme.budget is not None
+    if mixed and not samples:
+        raise ValueError(f"scheme {job.scheme.name} distributes its bits by token importance; give calibration samples")
+    if mixed or job.needs_data:
+        batches = calibration_batches(streamed, samples, settings.batch_size, settings.max_tokens)
+        job = replace(job, batches=batches)
+    return streamed, job
 
 
-def _scores_gradients(recipe: Recipe, scheme: Scheme) -> bool:
-    return recipe.needs_data(scheme) and not (recipe.importance == "uniform" and recipe.tokens == "all")
+def _scores_gradients(job: CalibrationJob) -> bool:
+    return job.needs_data and not (job.recipe.importance == "uniform" and job.recipe.tokens == "all")
 
 
 def _distributed(
@@ -298,7 +296,7 @@ def _weights(
     """
     recipe, batches = job.recipe, job.batches
     pool = TokenPool.of(batches)
-    if not _scores_gradients(recipe, job.scheme):
+    if not _scores_gradients(job):
         layers = range(len(model.architecture.decoder_layers(model.skeleton)))
         keys = [(layer, group.name) for layer in layers for group in model.architecture.groups[layer]]
         return uniform_tokens(keys, pool)

@@ -22,8 +22,6 @@ from tlq.models.stored import check_finite, source_digest
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan.needs import plan_calibration, refuse_impossible
-from tlq.quantization.formats import Scheme
-from tlq.recipes import Recipe
 from tlq.results import CalibrationReport, LayerReport
 from tlq.runtime.activations import host_memory
 from tlq.runtime.digest import calibration_data_digest
@@ -92,16 +90,9 @@ def quantize_checkpoint(
 
 
 def calibration_batches(
-    model: StreamedModel,
-    samples: Sequence[Sample],
-    recipe: Recipe,
-    batch_size: int,
-    max_tokens: int,
-    scheme: Scheme | None = None,
+    model: StreamedModel, samples: Sequence[Sample], batch_size: int, max_tokens: int
 ) -> list[Batch]:
-    """Encoded micro-batches of the samples; none for a recipe that needs no data for the scheme."""
-    if not recipe.needs_data(scheme):
-        return []
+    """Encoded micro-batches of the samples. Raises: as ``encode_batches``."""
     processor = load_processor(model.folder)
     return encode_batches(samples, processor, image_token_id(model.config), batch_size, max_tokens)
 

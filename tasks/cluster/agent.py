@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from tasks.cluster.authenticated import read_secret
 from tasks.cluster.launch import run_agent
-from tasks.cluster.rank import die_with_parent
+from tasks.cluster.rank import RankCommand, die_with_parent
 from tasks.cluster.store import JobStore, StageGoneError
 
 logger = logging.getLogger("tlq.agent")
@@ -65,7 +65,8 @@ def _serve(store: JobStore, secret: str, arguments: argparse.Namespace) -> None:
     try:
         while not store.begun():
             time.sleep(_HEARTBEAT_SECONDS / 4)
-        run_agent(store.endpoint, secret, arguments.module, arguments.arguments, 1, (1, arguments.agents))
+        command = RankCommand(arguments.module, tuple(arguments.arguments))
+        run_agent(store.endpoint, secret, command, 1, (1, arguments.agents))
     except (SignalException, StageGoneError):
         raise
     except Exception as error:

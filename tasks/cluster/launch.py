@@ -7,11 +7,14 @@ ends the stage at once. With ``TLQ_POOL`` set, the workers of that pool start th
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import ParamSpec
 
 import torch
 from torch.distributed import DistBackendError, DistNetworkError, Store
@@ -21,13 +24,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tasks.cluster.authenticated import new_secret
 from tasks.cluster.environment import network_interface, own_address, restarts_allowed
-from tasks.cluster.rank import shielded_starts
+from tasks.cluster.rank import RankCommand, shielded_starts
 from tasks.cluster.rendezvous import BACKEND, GROUP, SECRET, STORE
 from tasks.cluster.store import JobStore, group_store
 from tasks.config.environment import positive, value
 from tlq.parallel import REDUCTION_CHUNKS
 
 logger = logging.getLogger("tlq.ranks")
+
+Options = ParamSpec("Options")
 
 _POLL_SECONDS = 0.5
 #: How long a rank waits for the others, whose imports may take longer.
@@ -55,8 +60,30 @@ def is_rank() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], most: int = REDUCTION_CHUNKS) -> None:
-    """Do ``work`` in this process, or start the ranks that the environment sets, each of which runs ``module``.
+def shared_by_ranks(
+    module: str, most: int = REDUCTION_CHUNKS
+) -> Callable[[Callable[Options, None]], Callable[Options, None]]:
+    """Decorate the work of ``module``: a call runs on the ranks that the environment sets.
+
+    The arguments of the work are the options of the module's command line, by name: each rank parses them from there.
+
+    Args:
+        most: maximum number of ranks that can share the work.
+    """
+
+    def decorate(work: Callable[Options, None]) -> Callable[Options, None]:
+        @wraps(work)
+        def shared(*args: Options.args, **kwargs: Options.kwargs) -> None:
+            options = inspect.signature(work).bind(*args, **kwargs).arguments
+            on_ranks(RankCommand.of_options(module, options), partial(work, *args, **kwargs), most)
+
+        return shared
+
+    return decorate
+
+
+def on_ranks(command: RankCommand, work: Callable[[], None], most: int = REDUCTION_CHUNKS) -> None:
+    """Do ``work`` in this process, or start the ranks that the environment sets, each of which runs ``command``.
 
     Args:
         most: maximum number of ranks that can share this work.
@@ -71,26 +98,24 @@ def on_ranks(module: str, arguments: Sequence[str], work: Callable[[], None], mo
     elif value("TLQ_POOL"):
         from tasks.cluster.pool import run_on_pool  # slow to import, and only needed on a pool
 
-        run_on_pool(module, arguments, most)
+        run_on_pool(command, most)
     elif min(ranks_wanted(), most) == 1:
         work()
     else:
-        _launch_local(module, arguments, min(ranks_wanted(), most))
+        _launch_local(command, min(ranks_wanted(), most))
 
 
-def _launch_local(module: str, arguments: Sequence[str], ranks: int) -> None:
+def _launch_local(command: RankCommand, ranks: int) -> None:
     secret = new_secret()
     store = JobStore.host("127.0.0.1", secret)
     try:
-        run_agent(store.endpoint, secret, module, arguments, ranks)
+        run_agent(store.endpoint, secret, command, ranks)
     except SignalException as error:  # torch's agent has signal handlers of its own while its ranks run
         raise Interrupted(error.sigval) from error
     store.raise_failure()
 
 
-def run_agent(
-    endpoint: str, secret: str, module: str, arguments: Sequence[str], ranks: int, nodes: tuple[int, int] = (1, 1)
-) -> None:
+def run_agent(endpoint: str, secret: str, command: RankCommand, ranks: int, nodes: tuple[int, int] = (1, 1)) -> None:
     """Run one elastic agent: join the group that meets at ``endpoint``, and keep ``ranks`` processes of it alive.
 
     Args:
@@ -122,7 +147,7 @@ def run_agent(
         logging.getLogger(name).setLevel(logging.ERROR)  # each has a level of its own
     try:
         with shielded_starts():
-            elastic_launch(config, sys.executable)("-m", "tasks.cluster.rank", module, *arguments)
+            elastic_launch(config, sys.executable)("-m", "tasks.cluster.rank", command.module, *command.arguments)
     except ChildFailedError as error:
         first = error.get_first_failure()[1]
         raise ChildProcessError(

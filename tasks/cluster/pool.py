@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from pathlib import Path
 
 from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
 
 from tasks.cluster.authenticated import keep_secret, new_secret, read_secret
 from tasks.cluster.environment import own_address
+from tasks.cluster.rank import RankCommand
 from tasks.cluster.store import JobStore, StageGoneError
 from tasks.cluster.watch import Watch
 from tasks.cluster.work_pool import Job, Pool, no_worker, wait_seconds
@@ -29,8 +30,8 @@ _POLL_SECONDS = 1.0
 _LEFTOVER_SECONDS = 45.0
 
 
-def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
-    """Run ``module`` as ranks on the workers of the pool ``TLQ_POOL`` until its result is complete.
+def run_on_pool(command: RankCommand, most: int) -> None:
+    """Run ``command`` as ranks on the workers of the pool ``TLQ_POOL`` until its result is complete.
 
     Args:
         most: maximum number of ranks that can share this work.
@@ -42,7 +43,7 @@ def run_on_pool(module: str, arguments: Sequence[str], most: int) -> None:
         ChildProcessError: more runs were lost than ``TLQ_RESTARTS``.
     """
     with Pool.connect(value("TLQ_POOL")) as pool:
-        job = Job.of(module, arguments)
+        job = Job(command, Path.cwd())
         settle_leftovers(pool, job)
         secret = new_secret()
         keep_secret(secret, job.secret_file)

@@ -1,8 +1,9 @@
-"""Run a stage's module as a rank, which ends with the process that started it, also while it imports.
+"""The command that every rank runs, and the start of a rank, which ends with the process that started it.
 
     python -m tasks.cluster.rank tasks.stages.calibrate --recipe tlq ...
 
-The imports of a stage take seconds, in which the stage's own handling of signals is not there yet.
+A rank also ends while it imports: the imports of a stage take seconds, in which the stage's own handling of signals is
+not there yet.
 """
 
 from __future__ import annotations
@@ -13,10 +14,24 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 _POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class RankCommand:
+    """The command that every rank runs: a module of the project and the words of its command line."""
+
+    module: str
+    arguments: tuple[str, ...] = ()
+
+    @classmethod
+    def of_options(cls, module: str, options: Mapping[str, str]) -> RankCommand:
+        """The command with an option for every entry: ``{"recipe": "tlq"}`` gives ``--recipe tlq``."""
+        return cls(module, tuple(word for name, value in options.items() for word in (f"--{name}", value)))
 
 
 def die_with_parent() -> None:

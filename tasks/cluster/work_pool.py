@@ -28,6 +28,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from tasks.cluster.environment import positive
+from tasks.cluster.rank import RankCommand
 
 #: The flow that a worker runs for a stage; its deployment has the pool's name. See flows/pool.py.
 FLOW = "pool-worker"
@@ -55,18 +56,13 @@ class Job:
         folder: working directory of the ranks, on a file system that all workers share.
     """
 
-    module: str
-    arguments: tuple[str, ...]
+    command: RankCommand
     folder: Path
-
-    @classmethod
-    def of(cls, module: str, arguments: Sequence[str]) -> Job:
-        return cls(module, tuple(arguments), Path.cwd())
 
     @property
     def key(self) -> str:
         """Tag of the job's flow runs: a digest of the work, the same in every process with the same work."""
-        text = "\n".join([str(self.folder), self.module, *self.arguments])
+        text = "\n".join([str(self.folder), self.command.module, *self.command.arguments])
         return f"job-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     @property
@@ -77,8 +73,8 @@ class Job:
     @property
     def name(self) -> str:
         """A short name for messages: `calibrate tlq w3a16`."""
-        words = [Path(word).name for word in self.arguments if not word.startswith("-")]
-        return " ".join([self.module.rsplit(".", 1)[-1], *words])
+        words = [Path(word).name for word in self.command.arguments if not word.startswith("-")]
+        return " ".join([self.command.module.rsplit(".", 1)[-1], *words])
 
 
 class Pool:
@@ -147,8 +143,8 @@ class Pool:
                 "store": endpoint,
                 "secret": str(job.secret_file),
                 "agents": agents,
-                "module": job.module,
-                "arguments": list(job.arguments),
+                "module": job.command.module,
+                "arguments": list(job.command.arguments),
                 "folder": str(job.folder),
             },
         )

@@ -9,6 +9,7 @@ from typing import Any
 from tasks.config.params import ParamsError, parse
 from tasks.config.sections import CalibrateParams, EvaluateParams, ExportParams, RegisterParams, VariantParams
 from tlq.export.engines import check_engine
+from tlq.models.architectures import Architecture
 
 #: Folder of the demo's model, calibration data and benchmark files.
 DEMO_FOLDER = Path("data/demo")
@@ -55,13 +56,12 @@ def _check_limits(least: int, evaluate: EvaluateParams) -> None:
 
 
 def check_served(
-    content: Mapping[str, Any], schemes: Sequence[str] | None = None, experts: bool = False, joined: bool = False
+    content: Mapping[str, Any], schemes: Sequence[str] | None = None, architecture: Architecture | None = None
 ) -> None:
     """Check that the engine of `export.engine`, if one is named, runs the schemes (by default those of the variants).
 
     Args:
-        experts: whether the model has experts, where that is known.
-        joined: whether its checkpoints keep several linears in one tensor, where that is known.
+        architecture: of the model, if it is known.
 
     Raises:
         ParamsError: it refuses one; the message names the nearest that it runs.
@@ -74,7 +74,7 @@ def check_served(
     calibrate = parse("calibrate", content["calibrate"], CalibrateParams)
     for name in schemes:
         try:
-            check_engine(engine, calibrate.scheme(name), experts, joined)
+            check_engine(engine, calibrate.scheme(name), architecture)
         except ValueError as error:
             raise ParamsError(f"export.engine: {error}; change variants.schemes, or export.engine") from error
 

@@ -77,7 +77,7 @@ def _wrapper(cls: Any) -> Any:
     return create_model(cls.__name__, __base__=Section, value=(cls, ...))
 
 
-def recipe(name: str, path: str | Path = PARAMS) -> Recipe:
+def read_recipe(name: str, path: str | Path = PARAMS) -> Recipe:
     """Recipe ``name`` with the values under ``recipes.<name>`` in params.yaml.
 
     Raises:

@@ -79,7 +79,7 @@ class VisionQuestionAnswering(PythonModel):
             raise _refusal(
                 row, f"image and question are {length} tokens, more than the {most} that leave room to answer"
             )
-        return inputs.to(self.model.device)
+        return inputs.to(self.model.device, dtype=self.model.dtype)  # as in the evaluation
 
 
 def _folder(stated: Path, relative: str | None) -> Path:

@@ -35,9 +35,8 @@ from tasks.registry.runs import (
     resume,
     set_tags,
 )
+from tlq.calibration.job import CalibrationJob
 from tlq.models.stored import source_digest
-from tlq.quantization.formats import Scheme
-from tlq.recipes import Recipe
 from tlq.results import LayerReport
 from tlq.runtime.digest import checkpoint_digest
 
@@ -113,9 +112,7 @@ class LiveRun:
 
 
 @contextmanager
-def tracked_calibration(
-    out: Path, model: Path, recipe: Recipe, scheme: Scheme, leads: bool
-) -> Iterator[OnLayer | None]:
+def tracked_calibration(out: Path, model: Path, job: CalibrationJob) -> Iterator[OnLayer | None]:
     """Record the calibration of checkpoint ``out`` in MLflow; yields a function to call with each layer's report.
 
     A resumed calibration continues its run. The run ends FINISHED with the checkpoint's digest as a tag, FAILED with
@@ -125,11 +122,11 @@ def tracked_calibration(
     Raises:
         ConnectionError: MLflow does not answer at the start.
     """
-    params = register_params() if leads else None
+    params = register_params() if job.ranks.leads else None
     if params is None:
         yield None
         return
-    live, continued = _open(connect(), params, out.name, model, recipe, scheme)
+    live, continued = _open(connect(), params, out.name, model, job)
     try:
         yield live.log_layer
     except BlockingIOError as error:
@@ -146,12 +143,12 @@ def tracked_calibration(
 
 
 def _open(
-    client: MlflowClient, params: RegisterParams, variant: str, model: Path, recipe: Recipe, scheme: Scheme
+    client: MlflowClient, params: RegisterParams, variant: str, model: Path, job: CalibrationJob
 ) -> tuple[LiveRun, bool]:
     """The run of this calibration, and whether an earlier process began it."""
     content = yaml.safe_load(PARAMS.read_text())
     made_with = {name: content[name] for name in SECTIONS if name in content}
-    made_with |= {"recipe": asdict(recipe), "scheme": asdict(scheme)}
+    made_with |= {"recipe": asdict(job.recipe), "scheme": asdict(job.scheme)}
     tags = {"stage": "calibrate", "variant": variant, "fingerprint": _fingerprint(made_with, variant, model)}
     begun = [run for run in find_runs(client, params.experiment, tags) if CHECKPOINT not in run.data.tags]
     if begun:
@@ -161,7 +158,7 @@ def _open(
         return LiveRun(client, run_id), True
     run_id = new_run(client, params.experiment, variant, {**tags, **lineage(variant), **machine()})
     log_params(client, run_id, made_with)
-    log_inputs(client, run_id, calibration_inputs(recipe, scheme))
+    log_inputs(client, run_id, calibration_inputs(job.recipe, job.scheme))
     return LiveRun(client, run_id), False
 
 

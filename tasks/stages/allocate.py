@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
+from tasks.cluster.launch import meeting_place, ranks_wanted, shared_by_ranks
 from tasks.command import command_line, device
 from tasks.config.params import read, section
 from tasks.config.sections import CalibrateParams, ExportParams, ModelParams, VariantParams
@@ -24,14 +24,13 @@ from tasks.planning import add_dry_run, show_plan
 from tlq.calibration.allocation import MEASURED, distributed, measure
 from tlq.calibration.job import CalibrationJob
 from tlq.export.engines import mixed_by
-from tlq.models.processor import load_processor
+from tlq.job import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.needs import outside_bytes, plan_allocation
 from tlq.quantization.allocation import Unit
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.files import new_directory
-from tlq.samples import encode_batches, image_token_id
 
 
 def schemes() -> list[Scheme]:
@@ -49,11 +48,12 @@ def main(dry_run: bool = False) -> None:
     elif dry_run:
         sys.stdout.write("no scheme of the variants is a mix: nothing is computed\n")
     elif mixes:
-        on_ranks("tasks.stages.allocate", [], distribute)
+        distribute()
     else:
         write(schemes(), [], ALLOCATION)
 
 
+@shared_by_ranks("tasks.stages.allocate")
 def distribute() -> None:
     """Measure the groups on this process's share of the samples; the leading rank writes the result."""
     chosen = schemes()
@@ -73,8 +73,7 @@ def _opened(scheme: Scheme) -> tuple[StreamedModel, CalibrationJob]:
     samples = read_samples(PREPARED / "calibration.parquet", pool.samples)
     model = StreamedModel(params.path, params.torch_dtype, device())
     batch_size = section("calibrate", CalibrateParams).batch_size
-    longest, image_id = int(pool.lengths.max()), image_token_id(model.config)
-    batches = encode_batches(samples, load_processor(model.folder), image_id, batch_size, longest)
+    batches = calibration_batches(model, samples, batch_size, int(pool.lengths.max()))
     quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
     return model, CalibrationJob(MEASURED, quantizer, batches, ranks=Ranks(device=model.device))
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 from argparse import ArgumentParser
 from dataclasses import replace
-from pathlib import Path
 
-from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
+from tasks.cluster.launch import meeting_place, ranks_wanted, shared_by_ranks
 from tasks.command import command_line, device
 from tasks.config.consistency import check_served
-from tasks.config.params import ParamsError, read, recipe, section
+from tasks.config.params import ParamsError, read, read_recipe, section
 from tasks.config.sections import CalibrateParams, CalibsetParams, ModelParams
 from tasks.files import (
     ALLOCATION,
@@ -39,32 +38,60 @@ from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.duration import time_calibration
-from tlq.plan.needs import plan_calibration
+from tlq.plan.needs import Plan, plan_calibration
 from tlq.plan.speed import Probe
 from tlq.quantization.formats import SCHEMES, WeightQuantizer
 from tlq.recipes import RECIPES, Recipe
-from tlq.samples import Sample
 
 logger = logging.getLogger("tlq.calibrate")
 
 
-def weights_of(
-    recipe: Recipe, calibset: CalibsetParams, pool: TokenPool, importance: Path, tokens: Path
-) -> PoolWeights:
+def weights_of(recipe: Recipe, calibset: CalibsetParams, pool: TokenPool) -> PoolWeights:
     """The token weights that a recipe calibrates with: of all tokens, or of the token-level calibration set.
 
     Raises:
         ParamsError: the set was chosen by another importance than the recipe uses.
     """
     if recipe.tokens == "all":
-        scores = read_importance(importance, loss_of(recipe.importance))
+        scores = read_importance(IMPORTANCE, loss_of(recipe.importance))
         return all_tokens(scores, pool, recipe.importance, calibset.weighting)
     if recipe.importance != calibset.source:
         raise ParamsError(
             f"params.yaml: recipe {recipe.name} weighs tokens by {recipe.importance} importance, the token set was "
             f"chosen by {calibset.source}; make recipes.{recipe.name}.importance and calibset.source equal"
         )
-    return read_token_weights(tokens, pool)
+    return read_token_weights(CALIBSET / "tokens.parquet", pool)
+
+
+class VariantJob:
+    """The model, the calibration job and the folder of one variant."""
+
+    def __init__(self, recipe: str, scheme: str) -> None:
+        model_params, params, content = section("model", ModelParams), section("calibrate", CalibrateParams), read()
+        row = read_recipe(recipe)
+        number_format = read_allocation(params.scheme(scheme), ALLOCATION)
+        check_served(content, [scheme])
+        self.model = StreamedModel(model_params.path, model_params.torch_dtype, device())
+        job = CalibrationJob(row, WeightQuantizer(number_format, self.model.checkpoint_dtype))
+        check_served(content, [scheme], self.model.architecture)
+        self.out = MODELS / f"{job.recipe.name}-{job.scheme.name}"
+        self.probe = Probe([], params.batch_size, 0, gradients=False)
+        if job.needs_data:
+            pool = read_pool(IMPORTANCE)
+            longest = int(pool.lengths.max())
+            samples = read_samples(PREPARED / "calibration.parquet", pool.samples)
+            weights = weights_of(job.recipe, section("calibset", CalibsetParams), pool)
+            batches = calibration_batches(self.model, samples, params.batch_size, longest)
+            job = replace(job, batches=batches, weights=to_batches(weights, batches))
+            self.probe = replace(self.probe, samples=samples, max_tokens=longest)
+        self.job = job
+
+    def timed_plan(self, ranks: Ranks) -> Plan:
+        """The plan for one of ``ranks``, with its seconds if this machine can be measured."""
+        job = replace(self.job, ranks=ranks)
+        plan = plan_calibration(self.model, job)
+        speed = speed_of([plan], self.model, self.probe, ranks)
+        return plan if speed is None else time_calibration(plan, self.model, job, speed)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -75,47 +102,23 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(recipe: str, scheme: str, dry_run: bool = False) -> None:
     if dry_run:
-        quantize(recipe, scheme, dry_run)
+        variant = VariantJob(recipe, scheme)
+        ranks = Ranks(size=ranks_wanted(), device=variant.model.device)
+        show_plan(variant.timed_plan(ranks), variant.out, ranks)
     else:
-        words = ["--recipe", recipe, "--scheme", scheme]
-        on_ranks("tasks.stages.calibrate", words, lambda: quantize(recipe, scheme))
+        quantize(recipe, scheme)
 
 
-def quantize(recipe_name: str, scheme_name: str, dry_run: bool = False) -> None:
-    """Compute this process's share of one variant, or only print the plan."""
-    model_params = section("model", ModelParams)
-    params = section("calibrate", CalibrateParams)
-    row = recipe(recipe_name)
-    scheme = read_allocation(params.scheme(scheme_name), ALLOCATION)
-    check_served(read(), [scheme_name])
-    samples: list[Sample] = []
-    longest = 0
-    weights = PoolWeights.empty()
-    if row.needs_data(scheme):
-        pool = read_pool(IMPORTANCE)
-        samples, longest = read_samples(PREPARED / "calibration.parquet", pool.samples), int(pool.lengths.max())
-        weights = weights_of(row, section("calibset", CalibsetParams), pool, IMPORTANCE, CALIBSET / "tokens.parquet")
-
-    model = StreamedModel(model_params.path, model_params.torch_dtype, device())
-    check_served(read(), [scheme_name], model.architecture.experts is not None, model.architecture.joined)
-    out = MODELS / f"{row.name}-{scheme.name}"
-    batches = calibration_batches(model, samples, row, params.batch_size, longest, scheme)
-    quantizer = WeightQuantizer(scheme, model.checkpoint_dtype)
-    job = CalibrationJob(row, quantizer, batches, to_batches(weights, batches))
-    if dry_run:
-        ranks = Ranks(size=ranks_wanted(), device=model.device)
-        job = replace(job, ranks=ranks)
-        plan = plan_calibration(model, job)
-        speed = speed_of([plan], model, Probe(samples, params.batch_size, longest, gradients=False), ranks)
-        show_plan(plan if speed is None else time_calibration(plan, model, job, speed), out, ranks)
-        return
-    with (
-        joined_ranks(device(), meeting_place()) as ranks,
-        tracked_calibration(out, model.folder, row, scheme, ranks.leads) as on_layer,
-    ):
-        quantize_checkpoint(model, out, replace(job, ranks=ranks), on_layer=on_layer)
+@shared_by_ranks("tasks.stages.calibrate")
+def quantize(recipe: str, scheme: str) -> None:
+    """Compute this process's share of one variant."""
+    variant = VariantJob(recipe, scheme)
+    with joined_ranks(device(), meeting_place()) as ranks:
+        job = replace(variant.job, ranks=ranks)
+        with tracked_calibration(variant.out, variant.model.folder, job) as on_layer:
+            quantize_checkpoint(variant.model, variant.out, job, on_layer=on_layer)
     if ranks.leads:
-        logger.info("%s-%s exported", row.name, scheme.name)
+        logger.info("%s exported", variant.out.name)
 
 
 if __name__ == "__main__":

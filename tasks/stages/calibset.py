@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from tasks.command import command_line
-from tasks.config.params import recipe, section
+from tasks.config.params import read_recipe, section
 from tasks.config.sections import CalibsetParams
 from tasks.files import CALIBSET, IMPORTANCE, PREPARED, read_importance, read_pool, read_widths, write_parquet
 from tlq.importance.pool import GroupKey, Importance, TokenPool, WeightedTokens
@@ -130,7 +130,7 @@ def main() -> None:
         write_text(summary.to_csv(index=False), folder / "summary.csv")
         digests = digests_of(folder / "tokens.parquet")
         for name in RECIPES:
-            used = used_by(recipe(name), params, digests)
+            used = used_by(read_recipe(name), params, digests)
             write_text(json.dumps(used, indent=1) + "\n", folder / "recipes" / f"{name}.json")
 
 

@@ -41,7 +41,7 @@ from benchmarks.items import AnswerOptions
 from benchmarks.journal import Journal
 from benchmarks.results import BenchmarkMetrics, Comparison, EvaluationRun, Metrics, Part
 from benchmarks.vllm import load_vllm
-from tasks.cluster.launch import on_ranks
+from tasks.cluster.launch import shared_by_ranks
 from tasks.command import command_line, device
 from tasks.config.params import section
 from tasks.config.sections import EvaluateParams, ModelParams
@@ -243,11 +243,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--variant", required=True, help=f"{FULL}, or a folder of {MODELS}/ such as tlq-w3a16")
 
 
+@shared_by_ranks("tasks.stages.evaluate", most=1)
 def main(variant: str) -> None:
-    on_ranks("tasks.stages.evaluate", ["--variant", variant], lambda: evaluate(variant), most=1)
-
-
-def evaluate(variant: str) -> None:
     """Score one variant."""
     params = section("evaluate", EvaluateParams)
     path = section("model", ModelParams).path if variant == FULL else str(MODELS / variant)

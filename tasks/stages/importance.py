@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from tasks.cluster.launch import meeting_place, on_ranks, ranks_wanted
+from tasks.cluster.launch import meeting_place, ranks_wanted, shared_by_ranks
 from tasks.command import command_line, device
 from tasks.config.params import section
 from tasks.config.sections import ImportanceParams, ModelParams
@@ -18,8 +18,8 @@ from tlq.importance.gradients import score_resumably
 from tlq.importance.losses import AnswerLoss, BlockLoss, Loss
 from tlq.importance.pool import TokenPool
 from tlq.importance.weighting import LossName
+from tlq.job import calibration_batches
 from tlq.models.architectures import input_widths
-from tlq.models.processor import load_processor
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.duration import time_importance
@@ -28,7 +28,6 @@ from tlq.plan.speed import Probe
 from tlq.quantization.formats import get_scheme
 from tlq.runtime.memory import processes_here
 from tlq.runtime.resume import ResumeState
-from tlq.samples import encode_batches, image_token_id
 
 
 def main(dry_run: bool = False) -> None:
@@ -37,7 +36,7 @@ def main(dry_run: bool = False) -> None:
         ranks = Ranks(size=ranks_wanted(), device=job.model.device)
         show_plan(job.timed_plan(ranks), IMPORTANCE, ranks)
     else:
-        on_ranks("tasks.stages.importance", [], score)
+        score()
 
 
 class ScoringJob:
@@ -49,8 +48,7 @@ class ScoringJob:
         self.params = params
         self.samples = read_samples(PREPARED / "calibration.parquet", params.samples)
         self.model = StreamedModel(model_params.path, model_params.torch_dtype, device())
-        processor, image_id = load_processor(self.model.folder), image_token_id(self.model.config)
-        self.batches = encode_batches(self.samples, processor, image_id, params.batch_size, params.max_tokens)
+        self.batches = calibration_batches(self.model, self.samples, params.batch_size, params.max_tokens)
         losses: dict[LossName, Loss] = {
             "answer": AnswerLoss(),
             "block": BlockLoss(get_scheme(params.block_scheme), self.model.checkpoint_dtype),
@@ -74,6 +72,7 @@ class ScoringJob:
         return time_importance(plan, self.model, self.batches, speed, ranks.size, losses)
 
 
+@shared_by_ranks("tasks.stages.importance")
 def score() -> None:
     """Score every sample on this process's share of the work; the leading rank writes the result."""
     job = ScoringJob()

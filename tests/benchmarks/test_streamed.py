@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.benchmark_rows import mmmu_rows, write_rows
-from support.families import write_tiny_with_processor
+from support.processors import write_tiny_with_processor
 
 from benchmarks import streamed
 from benchmarks.data import BenchmarkError, BenchmarkSource

@@ -10,14 +10,16 @@ import pytest
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
-from demo.families import FAMILIES, Family
+from demo.balance import Balance
+from demo.families import FAMILIES
+from demo.family import Family
 from demo.forward import answer_logits, answer_loss, encode_images, turns_right, use_grouped_attention
 from demo.model import SPECIAL_TOKENS, build_image_processor, build_model, build_tokenizer, load_or_build_tokenizer
 from demo.optimizer import Optimizer, orthogonalise
 from demo.outliers import OutlierParams, add_outliers, channel_factors, remove_outliers
 from demo.packing import Batch, Mix, Packer, draw_batch, patchify
 from demo.questions import benchmark_questions
-from demo.qwen3_moe import ACTIVE, EXPERTS, Balance
+from demo.qwen3_moe import ACTIVE, EXPERTS
 from demo.train import load_decoder
 from demo.world import COLUMNS, DIGITS, LETTERS, ROWS, random_scene, render
 from tlq.models.processor import load_processor
@@ -141,7 +143,7 @@ def test_orthogonalise_gives_singular_values_near_one() -> None:
 
 def test_balance_is_least_when_all_experts_are_equally_busy(tokenizer: Qwen2Tokenizer) -> None:
     network = FAMILIES["qwen3_vl_moe"].build_model(tokenizer)
-    balance = Balance(network)
+    balance = Balance(network, ACTIVE)
     routers = [module for name, module in network.named_modules() if name.endswith("mlp.gate")]
     width = network.config.text_config.hidden_size
     directions = torch.eye(width)[:EXPERTS]

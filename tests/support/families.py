@@ -6,7 +6,6 @@ images of 16 x 16. Norm gains are spread and all weights random, so that no inpu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from tlq.inputs.chat import Inputs
@@ -935,129 +932,3 @@ def _row(family: TinyFamily, tiles: int, words: int, generator: torch.Generator)
     for name in (family.token_types or "").split():
         row[name] = (ids >= IMAGE if name.startswith("moe_") else ids == IMAGE).long()
     return row
-
-
-# -- processors ------------------------------------------------------------------------------------------------------
-
-#: Special tokens, by the names under which processors look them up.
-NAMED_TOKENS = {
-    "image_token": "<image>",
-    "video_token": "<video>",
-    "context_image_token": "<image>",
-    "start_image_token": "<start_image>",
-    "end_image_token": "<end_image>",
-    "boi_token": "<start_image>",
-    "eoi_token": "<end_image>",
-}
-GEMMA4_TOKENS = {"audio_token": "<audio>", "boa_token": "<start_audio>", "eoa_token": "<end_audio>"}
-QWEN_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-QWEN_MARK = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
-OTHER_TOKENS = [
-    *QWEN_MARK,
-    "<fake_token_around_image>",
-    "<global-img>",
-    *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2, 3)),
-]
-
-#: In the manner of LLaVA-OneVision's own: images first, and "assistant" followed by a blank only inside conversations.
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ 'IMAGE' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
-    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-QWEN_PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}
-QWEN_SIZE = {"size": {"shortest_edge": 64, "longest_edge": 512}}
-SQUARE = {"size": {"height": 16, "width": 16}}
-CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-CLIP = {"patch_size": 8, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
-
-#: Family -> image processor's settings, processor's settings.
-PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "qwen2_5_vl": ({**QWEN_PROCESSOR, **QWEN_SIZE}, {"processor_class": "Qwen2_5_VLProcessor"}),
-    "qwen3_vl": ({**QWEN_PROCESSOR, **QWEN_SIZE}, {"processor_class": "Qwen3VLProcessor"}),
-    "llava_onevision": (
-        {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": PINPOINTS, **SQUARE},
-        {
-            "processor_class": "LlavaOnevisionProcessor",
-            "num_image_tokens": 4,
-            "vision_feature_select_strategy": "full",
-        },
-    ),
-    "llava_next": (
-        {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS, **CROP},
-        {"processor_class": "LlavaNextProcessor", **CLIP},
-    ),
-    "llava": ({"image_processor_type": "CLIPImageProcessor", **CROP}, {"processor_class": "LlavaProcessor", **CLIP}),
-    "internvl": (
-        {"image_processor_type": "GotOcr2ImageProcessor", **SQUARE},
-        {"processor_class": "InternVLProcessor", "image_seq_length": 4},
-    ),
-    "gemma3": (
-        {"image_processor_type": "Gemma3ImageProcessor", **SQUARE},
-        {"processor_class": "Gemma3Processor", "image_seq_length": 4},
-    ),
-    "gemma4": (
-        {
-            "image_processor_type": "Gemma4ImageProcessor",
-            "patch_size": 4,
-            "max_soft_tokens": 70,
-            "pooling_kernel_size": 2,
-        },
-        {"processor_class": "Gemma4Processor", "feature_extractor": {"feature_size": 8}},
-    ),
-    "idefics3": (
-        {"image_processor_type": "Idefics3ImageProcessor", **SPLIT},
-        {"processor_class": "Idefics3Processor", "image_seq_len": 4},
-    ),
-}
-
-
-def chat_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
-    """A token per byte, the special tokens of the family, and a chat template in which it marks images its own way."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    qwen, gemma = model_type.startswith("qwen"), model_type.startswith("gemma")
-    named = NAMED_TOKENS | (QWEN_TOKENS if qwen else GEMMA4_TOKENS if model_type == "gemma4" else {})
-    chat = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>"]
-    core.add_special_tokens([AddedToken(token, special=True) for token in [*chat, *OTHER_TOKENS, *named.values()]])
-    if gemma:  # adds <bos>, which its chat template writes as well
-        bos = ("<bos>", core.token_to_id("<bos>"))
-        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
-    mark = "".join(QWEN_MARK) if qwen else "<start_image>" if model_type == "gemma3" else "<image>"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<bos>" if gemma else None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=named,
-        chat_template=("<bos>" if gemma else "") + TEMPLATE.replace("IMAGE", mark),
-        model_max_length=512,
-    )
-
-
-def write_tiny_with_processor(name: str, folder: Path) -> Path:
-    """A random checkpoint of the family with tokenizer and processor files, images of up to three tiles."""
-    model_type = TINY[name].model_type
-    tokenizer = chat_tokenizer(model_type)
-    ids = {
-        "image_token_id": tokenizer.convert_tokens_to_ids(tokenizer.image_token),
-        "video_token_id": tokenizer.convert_tokens_to_ids(tokenizer.video_token),
-    }
-    ids |= {field.replace("_id", "_index"): value for field, value in ids.items()}
-    own = TINY[name].config
-    changes = {field: value for field, value in ids.items() if field in own}
-    vocabularies = [field for field in own["text_config"] if field.startswith("vocab_size")]
-    text_config = {**own["text_config"], **dict.fromkeys(vocabularies, len(tokenizer))}
-    config = tiny_config(name, text_config=text_config, **changes)
-    randomized(AutoModelForImageTextToText.from_config(config)).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    image_processor, processor = PROCESSORS[model_type]
-    image_processor = {**image_processor, "processor_class": processor["processor_class"]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
-    (folder / "processor_config.json").write_text(json.dumps(processor))
-    return folder

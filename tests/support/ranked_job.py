@@ -28,6 +28,7 @@ import tlq.quantization.rounding
 from tasks.command import run
 from tasks.files import read_samples
 from tasks.cluster.launch import meeting_place, on_ranks
+from tasks.cluster.rank import RankCommand
 from tlq.calibration.job import CalibrationJob
 from tlq.job import calibration_batches, quantize_checkpoint
 from tlq.quantization.formats import WeightQuantizer, get_scheme
@@ -51,7 +52,7 @@ def work():
     model = StreamedModel(folder / "model")
     with joined_ranks(torch.device("cpu"), meeting_place()) as ranks:
         quantizer = WeightQuantizer(get_scheme(scheme), model.checkpoint_dtype)
-        batches = calibration_batches(model, samples, get_recipe(recipe), 2, 512)
+        batches = calibration_batches(model, samples, 2, 512)
         def weigh():
             scores = score_resumably(model, batches, AnswerLoss(), ResumeState(folder / "scores"), ranks)
             pool = TokenPool.of(batches)
@@ -60,7 +61,7 @@ def work():
         pause = float(os.environ.get("TEST_SECONDS_PER_LAYER", "0"))
         quantize_checkpoint(model, folder / "out", job, weigh, on_layer=lambda report: time.sleep(pause))
 
-run(lambda: on_ranks("ranks_worker", sys.argv[1:], work))
+run(lambda: on_ranks(RankCommand("ranks_worker", tuple(sys.argv[1:])), work))
 """
 
 

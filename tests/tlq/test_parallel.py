@@ -24,7 +24,6 @@ from tlq.job import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import REDUCTION_CHUNKS, Ranks, chunk_ranges
 from tlq.quantization import rounding
-from tlq.recipes import get_recipe
 
 
 @given(batches=st.integers(0, 300), size=st.integers(1, 20))
@@ -54,9 +53,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """Result of this process alone."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    batches = calibration_batches(
-        StreamedModel(job / "model"), read_samples(job / "samples.parquet"), get_recipe("tlq-c"), 2, 512
-    )
+    batches = calibration_batches(StreamedModel(job / "model"), read_samples(job / "samples.parquet"), 2, 512)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounding, "_LEAST_ROWS", 32)
         quantize(folder, job / "model", batches, "tlq-c", "w3a16")

@@ -19,7 +19,6 @@ from support.tiny import random_samples, write_tiny_qwen2_vl
 from tlq.job import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.quantization import rounding
-from tlq.recipes import get_recipe
 from tlq.samples import Batch
 
 #: A hybrid of delta nets and attention, experts after attention, experts in a hybrid with a shared expert, experts
@@ -39,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
         if name != "dense":
             return write_tiny(name, folder), batches_of(name, batch_size=1)
         write_tiny_qwen2_vl(folder, layers=4)
-        return folder, calibration_batches(StreamedModel(folder), random_samples(24), get_recipe("tlq-c"), 2, 512)
+        return folder, calibration_batches(StreamedModel(folder), random_samples(24), 2, 512)
 
     return made
 

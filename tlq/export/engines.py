@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tlq.export.containers import GGUF_FAMILIES, MLX_FAMILIES, MLX_GROUPS, gguf_block, mlx_group
+from tlq.models.architectures import Architecture
 from tlq.models.families import FAMILIES
 from tlq.models.text_decoders import DECODERS
 from tlq.quantization.formats import FULL_PRECISION, MIXED, SCHEMES, Scheme, get_scheme
@@ -202,17 +203,18 @@ def get_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
-def check_engine(name: str, scheme: Scheme, experts: bool = False, joined: bool = False) -> Support:
+def check_engine(name: str, scheme: Scheme, architecture: Architecture | None = None) -> Support:
     """What the engine called ``name`` does with a scheme.
 
     Args:
-        experts: whether the model has experts.
-        joined: whether a checkpoint of it keeps several linears in one tensor.
+        architecture: of the model, if it is known: some engines do not run quantized experts, or linears that a
+            checkpoint keeps in one tensor.
 
     Raises:
         ValueError: there is no such engine, or it refuses the scheme; the message names the nearest that it runs.
     """
     engine = get_engine(name)
+    joined = architecture is not None and architecture.joined
     if joined and not engine.joined:
         raise ValueError(
             f"{engine.title} {engine.version} does not load quantized linears that a checkpoint keeps in one tensor; "
@@ -223,7 +225,7 @@ def check_engine(name: str, scheme: Scheme, experts: bool = False, joined: bool 
             f"{engine.title} {engine.version} finds no override for linears that a checkpoint keeps in one tensor; "
             "remove the overrides, or name no engine and load the result with tlq.load_model"
         )
-    if experts and not engine.experts:
+    if architecture is not None and architecture.experts is not None and not engine.experts:
         able = [each.name for each in ENGINES.values() if each.experts and each.container == CHECKPOINT]
         raise ValueError(
             f"{engine.title} {engine.version} does not run quantized experts; choose one of {', '.join(able)}"

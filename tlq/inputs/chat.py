@@ -39,8 +39,16 @@ _PROBES = ("0zero0", "1one1")
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids")
 
 
+#: Processors that take the images of a chat as one list, not as a list for every chat.
+_FLAT = ("GotOcr2Processor",)
+
+
 #: Inputs in whose last dimension the patches of all images follow each other -> the input that gives the images' sizes.
 _PACKED = {"pixel_values": "target_sizes"}
+
+
+#: Fill of padded places in other inputs, if it is not 0: the position of a patch that is none (Gemma 4).
+_FILLS = {"image_position_ids": -1}
 
 
 #: Inputs that are numbers of patches -> the input [crops, patches, ...] whose patches they number; -1 is none.
@@ -91,11 +99,16 @@ def chat(messages: Sequence[Message], processor: Any) -> list[dict[str, Any]]:
 
 
 def image_tokens(processor: Any) -> list[str]:
-    """The tokens with which a processor marks images and videos, the longest first."""
-    names = [name for name in vars(processor) if name.endswith("_token")]
-    tokens = {str(getattr(processor, name)) for name in (*names, "image_token") if getattr(processor, name, None)}
+    """The tokens with which a processor marks images and videos, the longest first.
+
+    Names that are no token of the tokenizer are words (Aya Vision's ``TILE``), except the mark itself, which the
+    processor replaces in the text (Ovis 2).
+    """
     tokenizer = processor.tokenizer
-    tokens |= {str(getattr(tokenizer, name)) for name in ("image_token", "boi_token") if getattr(tokenizer, name, None)}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    named = {str(value) for name, value in vars(processor).items() if name.endswith("_token")} & special
+    placed = ((processor, "image_token"), (tokenizer, "image_token"), (tokenizer, "boi_token"))
+    tokens = named | {str(getattr(place, name)) for place, name in placed if getattr(place, name, None)}
     return sorted(tokens, key=lambda token: (-len(token), token))
 
 
@@ -211,9 +224,15 @@ def encode(processor: Any, text: str, images: Sequence[Image.Image]) -> Inputs:
     bos = processor.tokenizer.bos_token
     special = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
     try:
-        return dict(processor(text=[text], images=[list(images)] if images else None, return_tensors="pt", **special))
+        return dict(processor(text=[text], images=_listed(processor, images), return_tensors="pt", **special))
     except REFUSALS as error:
         raise ValueError(f"the model's processor refuses it: {_reason(error)}") from error
+
+
+def _listed(processor: Any, images: Sequence[Image.Image]) -> list[Any] | None:
+    if not images:
+        return None
+    return list(images) if type(processor).__name__ in _FLAT else [list(images)]
 
 
 def _reason(error: BaseException) -> str:
@@ -236,7 +255,8 @@ def collate(rows: Sequence[Inputs], pad_id: int, side: str = "right") -> Inputs:
         elif _PACKED.get(name) in names:
             inputs[name] = torch.cat([row[name] for row in rows if name in row], -1)
         else:
-            inputs[name] = torch.cat(_pad_to_common([row[name] for row in rows if name in row]))
+            values = [row[name] for row in rows if name in row]
+            inputs[name] = torch.cat(_pad_to_common(values, _FILLS.get(name, 0)))
     return inputs
 
 
@@ -249,8 +269,8 @@ def _renumbered(rows: Sequence[Inputs], name: str) -> list[Tensor]:
     return numbers
 
 
-def _pad_to_common(values: list[Tensor]) -> list[Tensor]:
-    """Pad every dimension except the first with zeros, up to the largest size.
+def _pad_to_common(values: list[Tensor], fill: int) -> list[Tensor]:
+    """Pad every dimension except the first with ``fill``, up to the largest size.
 
     Images are cut into different numbers of tiles. Models that take tiles [images, tiles, ...] ignore the tiles beyond
     those of the image's size (LLaVA-NeXT, LLaVA-OneVision) or tiles of zeros (Idefics3, SmolVLM).
@@ -259,7 +279,7 @@ def _pad_to_common(values: list[Tensor]) -> list[Tensor]:
     padded = []
     for value in values:
         missing = [each for target, size in zip(common, value.shape[1:], strict=True) for each in (target - size, 0)]
-        padded.append(torch.nn.functional.pad(value, missing[::-1]))
+        padded.append(torch.nn.functional.pad(value, missing[::-1], value=fill))
     return padded
 
 

@@ -103,10 +103,10 @@ def entering(
     from transformers.cache_utils import KVSharingDict  # seconds, which a stage without a model saves
 
     layers = architecture.decoder_layers(model)
-    device = device or next(model.parameters()).device
+    device, dtype = device or next(model.parameters()).device, next(layers[0].parameters()).dtype
     for batch in batches:
         with torch.no_grad(), _recorded_arguments(layers) as recorded, _stop_before_head(model):
-            model(**to_device(batch.encode(), device), use_cache=False)
+            model(**to_device(batch.encode(), device, dtype), use_cache=False)
         hidden_states, *injected = [hidden for hidden, _ in recorded]
         assert hidden_states is not None
         every = [kwargs for _, kwargs in recorded]
@@ -234,5 +234,12 @@ def answer_logits(model: PreTrainedModel, architecture: Architecture, hidden: Te
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in inputs.items()}
+def to_device(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of a model on its device.
+
+    Args:
+        dtype: of the model. Pixels in half precision take it: Llama 4's processor makes them so for its own dtype, and
+            the model does not convert them. Models convert pixels in float32 themselves.
+    """
+    half = (torch.bfloat16, torch.float16)
+    return {name: value.to(device, dtype if value.dtype in half else None) for name, value in inputs.items()}

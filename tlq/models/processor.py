@@ -7,26 +7,27 @@ values and token ids.
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils import is_torchvision_available
+from transformers.utils import cached_file, is_torchvision_available
 
 from tlq.models.checkpoint import load_config, processor_files
 from tlq.models.stored import read_json
 
-#: Families whose processors handle images with torchvision or with their video processor -> the packages they need.
+#: Processors whose constructors read their video processor -> the packages that they need.
 NEEDS_VIDEO = {
-    "smolvlm": "torchvision and num2words",
-    "minicpmv4_6": "torchvision",
-    "minicpmv4_7": "torchvision",
-    "gemma4_unified": "torchvision",
-    "muse_glimmer": "torchvision",
+    "SmolVLMProcessor": "torchvision and num2words",
+    "MiniCPMV4_6Processor": "torchvision",
+    "MiniCPMV4_7Processor": "torchvision",
 }
+
+#: Files in which a checkpoint may name the class of its processor, in transformers' order.
+_CLASS_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
@@ -57,22 +58,28 @@ def load_processor(checkpoint: str | Path, **image_kwargs: Any) -> Any:
 
 
 def image_only_class(checkpoint: str | Path) -> Any:
-    """A subclass of the checkpoint's processor class that has no video processor."""
+    """A subclass of the checkpoint's processor class that has no video processor.
+
+    Raises:
+        ValueError: transformers has no processor for the checkpoint.
+        ImportError: the processor handles images with torchvision.
+    """
     model_type = load_config(checkpoint).model_type
-    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    name = _stated_class(checkpoint) or PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
         raise ValueError(
             f"{checkpoint}: transformers has no processor for model type {model_type!r}; "
             "give a vision-language checkpoint, `tlq families` lists the supported ones"
         )
-    if model_type in NEEDS_VIDEO:
-        raise ImportError(
-            f"{checkpoint}: the processor of {model_type} needs {NEEDS_VIDEO[model_type]} even for images; install them"
-        )
     base = getattr(transformers, name)
+    needed = NEEDS_VIDEO.get(name) or ("torchvision" if _needs_torchvision(base, model_type) else None)
+    if needed:
+        raise ImportError(
+            f"{checkpoint}: the processor of {model_type} needs {needed} even for images; install it with "
+            f"`pip install {needed.replace(' and', '')}`"
+        )
     parts = base.get_attributes()
-    video = inspect.signature(base.__init__).parameters.get("video_processor")
-    required = video is not None and video.default is inspect.Parameter.empty
+    place = parts.index("video_processor") if "video_processor" in parts else None
 
     class ImageOnly(base):  # type: ignore[misc, valid-type]
         _loaded_parts = [part for part in parts if part != "video_processor"]
@@ -83,10 +90,10 @@ def image_only_class(checkpoint: str | Path) -> Any:
 
         @classmethod
         def from_args_and_dict(cls, args: list[Any], *more: Any, **named: Any) -> Any:
-            """Give a constructor that requires a video processor (Gemma 4) None in its place."""
-            if required:
+            """Give the constructor None in the place of its video processor."""
+            if place is not None:
                 args, cls._loaded_parts = list(args), parts
-                args.insert(parts.index("video_processor"), None)
+                args.insert(place, None)
             return super().from_args_and_dict(args, *more, **named)
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -96,3 +103,19 @@ def image_only_class(checkpoint: str | Path) -> Any:
 
     ImageOnly.__name__ = ImageOnly.__qualname__ = name
     return ImageOnly
+
+
+def _stated_class(checkpoint: str | Path) -> str | None:
+    """The processor class that the checkpoint's files name (GLM-OCR has no other), if transformers has it."""
+    for name in _CLASS_FILES:
+        file = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+        stated = read_json(Path(file)).get("processor_class") if file else None
+        if isinstance(stated, str) and stated.endswith("Processor") and hasattr(transformers, stated):
+            return stated
+    return None
+
+
+def _needs_torchvision(processor: Any, model_type: str) -> bool:
+    """Whether transformers has the processor, or the family's image processor, with torchvision only."""
+    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
+    return "torchvision" in getattr(processor, "_backends", ()) or (backends is not None and "pil" not in backends)

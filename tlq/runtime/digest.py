@@ -88,5 +88,7 @@ def calibration_data_digest(batch_digests: Iterable[str], weights: Mapping[tuple
 
 def update_with_tensor(total: Any, name: str, tensor: Tensor) -> None:
     """Update a running SHA-256 with a tensor in host memory: its name, shape, dtype and contents."""
+    import torch  # slow to import, and other digests do without
+
     total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-    total.update(tensor.contiguous().numpy().tobytes())
+    total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())

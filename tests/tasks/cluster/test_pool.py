@@ -32,12 +32,13 @@ import os, sys, time
 from pathlib import Path
 from tasks.command import run
 from tasks.cluster.launch import is_rank, on_ranks
+from tasks.cluster.rank import RankCommand
 
 def work():
     time.sleep(1)
     Path(sys.argv[1]).write_text(f"{is_rank()} {os.environ.get('WORLD_SIZE')} {time.time()}")
 
-run(lambda: on_ranks("side", sys.argv[1:], work, most=1))
+run(lambda: on_ranks(RankCommand("side", tuple(sys.argv[1:])), work, most=1))
 """
 
 

@@ -16,12 +16,13 @@ from prefect.states import Cancelled, Crashed, Running, Scheduled
 
 from tasks.cluster import watch
 from tasks.cluster.authenticated import new_secret
+from tasks.cluster.rank import RankCommand
 from tasks.cluster.store import JobStore
 from tasks.cluster.watch import Watch
 from tasks.cluster.work_pool import Job, NoWorkerError
 
 SECRET = new_secret()
-JOB = Job("tasks.stages.calibrate", ("tlq",), Path("/project"))
+JOB = Job(RankCommand("tasks.stages.calibrate", ("tlq",)), Path("/project"))
 
 
 @dataclass

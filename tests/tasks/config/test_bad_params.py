@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.quick_project import ROOT
 
-from tasks.config.params import ParamsError, parse, read, recipe
+from tasks.config.params import ParamsError, parse, read, read_recipe
 from tasks.config.presets import SECTIONS
 
 SHIPPED: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -75,7 +75,7 @@ def test_numbers_of_a_recipe_are_bounded_too(tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     file.write_text("recipes: {tlq: {equalization: {points: .inf}}}")
     with pytest.raises(ParamsError, match=r"recipes.*points"):
-        recipe("tlq", file)
+        read_recipe("tlq", file)
 
 
 @pytest.mark.parametrize(

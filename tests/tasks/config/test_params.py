@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tasks.config.params import ParamsError, read, recipe, section
+from tasks.config.params import ParamsError, read, read_recipe, section
 from tasks.config.sections import SECTIONS, CalibsetParams, EvaluateParams, ModelParams, PrepareParams, VariantParams
 from tlq.recipes import RECIPES
 
@@ -36,7 +36,7 @@ def test_every_section_of_the_shipped_params_parses_and_is_known() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_shipped_params_leave_recipes_as_they_are(name: str) -> None:
-    assert recipe(name, SHIPPED) == RECIPES[name]
+    assert read_recipe(name, SHIPPED) == RECIPES[name]
 
 
 def test_dtype_becomes_a_torch_dtype() -> None:
@@ -139,10 +139,10 @@ def test_prepare_refuses_an_empty_prompt(prompt: str, tmp_path: Path) -> None:
 
 def test_an_override_changes_one_choice_and_keeps_the_rest(tmp_path: Path) -> None:
     path = write(tmp_path, {"recipes": {"tlq": {"equalization": {"duo": False}, "rounding": "compensated"}}})
-    row = recipe("tlq", path)
+    row = read_recipe("tlq", path)
     assert (row.equalization.duo, row.rounding) == (False, "compensated")
     assert row.equalization.method == RECIPES["tlq"].equalization.method
-    assert recipe("mbq", path) == RECIPES["mbq"]
+    assert read_recipe("mbq", path) == RECIPES["mbq"]
 
 
 @pytest.mark.parametrize(
@@ -163,5 +163,5 @@ def test_an_override_changes_one_choice_and_keeps_the_rest(tmp_path: Path) -> No
 def test_recipe_mistakes_name_the_recipe(tmp_path: Path, overrides: dict[str, Any], name: str, expected: str) -> None:
     path = write(tmp_path, {"recipes": overrides})
     with pytest.raises(ParamsError) as error:
-        recipe(name, path)
+        read_recipe(name, path)
     assert message_of(error).startswith(f"{path}: {expected}")

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -28,9 +29,11 @@ from tasks.registry.layers import fill_in_layers
 from tasks.registry.runs import CHECKPOINT, new_run
 from tasks.registry.tracking import LiveRun, recorded_failure, tracked_calibration
 from tasks.stages import calibrate
-from tlq.quantization.formats import get_scheme
+from tlq.calibration.job import CalibrationJob
+from tlq.parallel import Ranks
+from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.quantization.ranges import Ranges
-from tlq.recipes import get_recipe
+from tlq.recipes import Recipe, get_recipe
 from tlq.results import CalibrationReport
 from tlq.runtime.digest import checkpoint_digest
 
@@ -47,7 +50,12 @@ def workspace(workspace: Path) -> Path:
 
 
 def tracked(leads: bool = True, recipe: str = "rtn") -> Any:
-    return tracked_calibration(OUT, Path("model"), get_recipe(recipe), get_scheme("w3a16"), leads)
+    return track(get_recipe(recipe), ranks=Ranks(rank=0 if leads else 1, size=2))
+
+
+def track(recipe: Recipe, scheme: str = "w3a16", out: Path = OUT, ranks: Ranks | None = None) -> Any:
+    job = CalibrationJob(recipe, WeightQuantizer(get_scheme(scheme), torch.float32), ranks=ranks or Ranks())
+    return tracked_calibration(out, Path("model"), job)
 
 
 def finish(text: str = "{}") -> None:
@@ -250,7 +258,7 @@ def test_a_run_names_the_data_that_its_scheme_needs(workspace: Path, scheme: str
     recipe = replace(get_recipe("rtn"), ranges=Ranges("search", most_bits=2))
     (workspace / "data/prepared").mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"question": ["Which?"]}), workspace / "data/prepared/calibration.parquet")
-    with tracked_calibration(OUT, Path("model"), recipe, get_scheme(scheme), leads=True):
+    with track(recipe, scheme):
         finish()
     (run,) = runs()
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == names
@@ -286,7 +294,7 @@ def test_a_killed_process_leaves_a_run_that_the_next_one_continues(
 
 def _log_many(variant: str, layers: int) -> None:
     out = Path("models") / variant
-    with tracked_calibration(out, Path("model"), get_recipe("rtn"), get_scheme("w3a16"), True) as on_layer:
+    with track(get_recipe("rtn"), out=out) as on_layer:
         assert on_layer is not None
         for index in range(layers):
             on_layer(layer_report(index))

@@ -200,7 +200,7 @@ def unpadded(weights: list[torch.Tensor], batches: list[Batch]) -> dict[int, np.
 
 def test_only_tokens_of_the_set_have_a_weight(encoded: list[Batch]) -> None:
     params, pool = section("calibset", CalibsetParams), read_pool(IMPORTANCE)
-    of_pool = weights_of(RECIPES["tlq"], params, pool, IMPORTANCE, CALIBSET / "tokens.parquet")
+    of_pool = weights_of(RECIPES["tlq"], params, pool)
     weights = to_batches(of_pool, encoded)
     tokens = pd.read_parquet(CALIBSET / "tokens.parquet")
     assert set(weights) == {(layer, group) for layer in (0, 1) for group in ("qkv", "o_proj", "gate_up", "down")}
@@ -215,7 +215,7 @@ def test_token_weights_follow_the_importance_of_the_recipe(encoded: list[Batch])
     params = section("calibset", CalibsetParams)
     scores, pool = read_importance(IMPORTANCE), read_pool(IMPORTANCE)
     for name in ("awq", "mbq"):
-        weights = to_batches(weights_of(RECIPES[name], params, pool, IMPORTANCE, CALIBSET / "tokens.parquet"), encoded)
+        weights = to_batches(weights_of(RECIPES[name], params, pool), encoded)
         expected = all_tokens(scores, pool, RECIPES[name].importance, Weighting())
         assert set(weights) == set(expected.groups) == set(scores)
         for key in scores:
@@ -228,7 +228,7 @@ def test_mbq_may_count_answers_alone_as_text(project: Path, monkeypatch: pytest.
     monkeypatch.chdir(project)
     params, pool = section("calibset", CalibsetParams), read_pool(IMPORTANCE)
     params = params.model_copy(update={"weighting": Weighting(text="answer")})
-    weights = weights_of(RECIPES["mbq"], params, pool, IMPORTANCE, CALIBSET / "tokens.parquet")
+    weights = weights_of(RECIPES["mbq"], params, pool)
     for tokens in weights.groups.values():
         assert np.array_equal(tokens.weights > 0, pool.is_image | pool.is_answer)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.families import write_tiny_with_processor
+from support.processors import write_tiny_with_processor
 from support.quick_project import ROOT
 from transformers import AutoModelForImageTextToText
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support.families import PROCESSORS, write_tiny_with_processor
+from support.processors import PROCESSORS, buildable, write_processor
+from transformers import GotOcr2Processor
 
 from tlq.inputs.chat import (
     IMAGE_MARK,
@@ -57,12 +58,13 @@ THOUGHTS_DROPPED = THINKING.replace("{% if m['role'] == 'assistant' %}<think>\n\
 
 @pytest.fixture(scope="module", params=sorted(PROCESSORS))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_with_processor(request.param, tmp_path_factory.mktemp(request.param))
+    buildable(request.param)
+    return write_processor(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_processor(write_tiny_with_processor("llava_onevision", tmp_path_factory.mktemp("ov")))
+    return load_processor(write_processor("llava_onevision", tmp_path_factory.mktemp("ov")))
 
 
 def templated(template: str, processor: Any) -> Any:
@@ -93,7 +95,7 @@ def test_the_loss_is_taken_on_the_answer_and_the_end_of_its_turn(family: Path, t
 
 @pytest.mark.parametrize("template", [LLAVA_1_5, LLAVA_1_6, THINKING, THOUGHTS_DROPPED])
 def test_blanks_thoughts_and_absent_end_marks_of_templates_are_no_answer(tmp_path: Path, template: str) -> None:
-    folder = write_tiny_with_processor("llava", tmp_path)
+    folder = write_processor("llava", tmp_path)
     assert counted(folder, "OAK", template).strip() == "OAK<|im_end|>"
     assert not counted(folder, "OAK", template).endswith(" ")
 
@@ -120,24 +122,6 @@ def test_several_answers_to_a_question_share_its_renderings(family: Path, monkey
     assert len(calls) == 3 + len(options)
 
 
-def test_calibration_evaluation_and_serving_encode_a_question_as_transformers_does(family: Path) -> None:
-    """Text and image tokens, the beginning-of-sequence token included, are those of the processor's own function."""
-    processor = load_processor(family)
-    picture = Image.new("RGB", (48, 32), "red")
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Which letter?"}]
-    expected = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    inputs = encode(processor, render_prompt(processor, [QUESTION]), [picture])
-    assert set(inputs) == set(expected)
-    for name, tensor in inputs.items():
-        assert torch.equal(tensor, expected[name]), name
-
-
 def test_a_conversation_is_encoded_as_transformers_does_up_to_the_end_of_its_turn(family: Path) -> None:
     processor = load_processor(family)
     answered = render_answer(processor, [QUESTION, answer("OAK")])
@@ -151,6 +135,10 @@ def test_a_chat_alone_and_in_a_batch_has_the_same_tokens(family: Path) -> None:
     processor = load_processor(family)
     pictures = [Image.new("RGB", (48, 16)), Image.new("RGB", (16, 30))]
     two = encode(processor, render_prompt(processor, [Message(role="user", content="<image>Same?<image>")]), pictures)
+    if isinstance(processor, GotOcr2Processor):
+        with pytest.raises(ValueError, match="the model's processor refuses it: You must provide valid `images`"):
+            encode(processor, "just words", [])
+        return
     words = encode(processor, render_prompt(processor, [Message(role="user", content="just words")]), [])
     both = collate([two, words], pad_id=0, side="left")
     for row, alone in enumerate((two, words)):
@@ -174,6 +162,23 @@ def test_patches_of_all_images_follow_each_other_where_their_sizes_are_given() -
     assert both["pixel_values"].shape == (1, 3, 4, 28)
     assert both["pixel_values"][0, 0, 0].tolist() == [2.0] * 8 + [5.0] * 20
     assert both["target_sizes"].tolist() == [[1, 2], [1, 5]]
+
+
+def test_places_without_a_patch_are_marked_as_those_of_the_processor(tmp_path: Path) -> None:
+    """Gemma 4 takes a patch at (0, 0) for one of the image, and at (-1, -1) for none."""
+    folder = write_processor("gemma4", tmp_path)
+    few, many = (load_processor(folder, max_soft_tokens=tokens) for tokens in (70, 140))
+    pictures = [Image.new("RGB", (16, 16)), Image.new("RGB", (48, 32))]
+    rows = [
+        encode(processor, render_prompt(processor, [QUESTION]), [picture])
+        for processor, picture in zip((few, many), pictures, strict=True)
+    ]
+    both = collate(rows, pad_id=0)
+    assert len(both["pixel_values"][0]) > len(rows[0]["pixel_values"][0])
+    (alone,) = encode(many, render_prompt(many, [QUESTION]), pictures[:1])["image_position_ids"]
+    patches = int((rows[0]["image_position_ids"] >= 0).all(-1).sum())
+    assert torch.equal((both["image_position_ids"][0] == -1).all(-1), torch.arange(len(alone)) >= patches)
+    assert bool((alone[-1] == -1).all())
 
 
 def test_numbers_of_patches_count_those_of_the_chats_before() -> None:
@@ -200,6 +205,14 @@ def test_image_tokens_that_somebody_typed_become_words(family: Path) -> None:
             for word in (token, "video" if "video" in token else "image")
         )
         assert torch.equal(typed["input_ids"], plain["input_ids"]), token
+
+
+def test_a_name_that_is_no_token_stays_a_word(tmp_path: Path) -> None:
+    """Aya Vision calls a tile ``TILE``; whoever asks about a tile does not mean that token."""
+    processor = load_processor(write_processor("aya_vision", tmp_path))
+    assert "Which TILE is red, TILE_GLOBAL or image?" in render_prompt(
+        processor, [Message(role="user", content="Which TILE is red, TILE_GLOBAL or <|IMG_PATCH|>?")]
+    )
 
 
 def test_image_marks_become_image_parts_in_their_place(processor: Any) -> None:
@@ -247,7 +260,7 @@ def test_parts_in_place_of_text_are_refused(processor: Any) -> None:
 
 
 def test_a_chat_template_in_tokenizer_config_alone_is_used(tmp_path: Path) -> None:
-    folder = write_tiny_with_processor("qwen2_5_vl", tmp_path)
+    folder = write_processor("qwen2_5_vl", tmp_path)
     expected = render_prompt(load_processor(folder), [QUESTION])
     template = folder / "chat_template.jinja"
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template.read_text()}

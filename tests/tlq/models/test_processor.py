@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.families import PROCESSORS, tiny_config, write_tiny_with_processor
+from support.families import tiny_config
+from support.processors import PROCESSORS, buildable, write_processor, write_tiny_with_processor
+from support.quick_project import ROOT
 from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 
 from tlq.export.loading import load_model
 from tlq.inputs.chat import Message
+from tlq.models.decoder import to_device
 from tlq.models.processor import image_only_class, load_processor
 from tlq.samples import Sample, encode_batches, image_token_id
 
@@ -69,6 +73,7 @@ def test_image_settings_can_be_changed(tiny_checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", list(PROCESSORS))
 def test_every_family_reads_images_of_any_shape(name: str, tmp_path: Path) -> None:
     """As many image tokens as the model makes features (it refuses any other number), none of them cut; one <bos>."""
+    buildable(name)
     path = write_tiny_with_processor(name, tmp_path)
     model, processor = load_model(path), load_processor(path)
     shapes = [(16, 16), (48, 16), (20, 37), (64, 30)]
@@ -78,16 +83,17 @@ def test_every_family_reads_images_of_any_shape(name: str, tmp_path: Path) -> No
     ]
     samples.append(Sample("two", [png(5, 16, 16), png(6, 30, 20)], [user("<image><image>Same?"), assistant("No.")]))
     counts: dict[int, int] = {}
-    for batch in encode_batches(samples, processor, image_token_id(model.config), 3, 512):
+    for batch in encode_batches(samples, processor, image_token_id(model.config), 3, 1024):
         with torch.no_grad():
-            assert bool(torch.isfinite(model(**batch.encode()).logits[batch.valid]).all())
+            inputs = to_device(batch.encode(), torch.device("cpu"), model.dtype)
+            assert bool(torch.isfinite(model(**inputs).logits[batch.valid]).all())
         for row, sample in enumerate(batch.samples):
             counts[sample] = int(batch.is_image[row].sum())
             text = processor.tokenizer.decode(batch.input_ids[row][batch.valid[row]])
             answer = processor.tokenizer.decode(batch.input_ids[row][batch.is_answer[row]])
             assert answer == samples[sample].messages[-1]["content"] + "<|im_end|>"
             assert text.endswith("<|im_start|>assistant\n" + answer)
-            assert text.count("<bos>") == name.startswith("gemma")
+            assert text.count("<bos>") == PROCESSORS[name].bos
     assert all(counts.values())
     if name == "llava_onevision":
         # The whole image is 2 x 2. 16 x 16: one tile of 2 rows and their newlines. 48 x 16: three tiles side by side.
@@ -95,15 +101,20 @@ def test_every_family_reads_images_of_any_shape(name: str, tmp_path: Path) -> No
         assert (counts[0], counts[1], counts[4]) == (4 + 2 * 3, 4 + 2 * 7, 2 * 5)
 
 
+def test_the_docs_list_the_processors_that_need_torchvision() -> None:
+    (sentence,) = re.findall(r"The processors of (.*?) do \(", (ROOT / "docs/models.md").read_text(), re.DOTALL)
+    assert re.findall("`(.*?)`", sentence) == sorted(name for name, row in PROCESSORS.items() if row.needs)
+
+
 @pytest.mark.skipif(is_torchvision_available(), reason="needs torchvision to be absent")
-@pytest.mark.parametrize(
-    ("name", "needed"),
-    [("smolvlm", "torchvision and num2words"), ("gemma4_unified", "torchvision"), ("muse_glimmer", "torchvision")],
-)
-def test_a_processor_that_needs_torchvision_is_refused_with_the_reason(name: str, needed: str, tmp_path: Path) -> None:
-    tiny_config(name).save_pretrained(tmp_path)
-    with pytest.raises(ImportError, match=f"processor of {name} needs {needed} even for images"):
-        load_processor(tmp_path)
+@pytest.mark.parametrize("name", [name for name, row in PROCESSORS.items() if row.needs])
+def test_a_processor_that_needs_torchvision_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    needed = PROCESSORS[name].needs
+    message = f"{name} needs {' and '.join(needed)} even for images; install it with `pip install {' '.join(needed)}`"
+    for write in (lambda: tiny_config(name).save_pretrained(tmp_path), lambda: write_processor(name, tmp_path)):
+        write()
+        with pytest.raises(ImportError, match=message):
+            load_processor(tmp_path)
 
 
 @pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
