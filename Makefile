@@ -15,7 +15,7 @@ export DO_NOT_TRACK ?= 1
 # Stages are processes that start often: without compiled modules each start takes a third longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup lock demo serve pool test soak check lint gpu peers-env engines-env engines clean
+.PHONY: setup lock demo serve pool test soak hardening check lint gpu peers-env engines-env engines clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,12 @@ test: lint
 # The long tests: kills of every process of a pool, attacks, PostgreSQL, all bad inputs, an installation from the index.
 soak: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m soak
+
+# Bad inputs, attacks and kills, about an hour; writes docs/hardening.md. PARTS=kills runs one part again, see
+# tests/support/hardening.py.
+PARTS ?=
+hardening: setup
+	PYTHONPATH=tests $(BIN)/python -m support.hardening $(PARTS)
 
 # What needs a GPU: its tests and measurements, at most eight minutes; writes docs/gpu.md.
 gpu: setup

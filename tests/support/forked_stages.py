@@ -8,8 +8,9 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import chdir
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import yaml
 
 from support.benchmark_rows import textvqa_rows, write_rows
+from support.tiny import random_samples, write_tiny_qwen2_vl
 from tasks.command import run
 from tasks.config.params import read, section
 from tasks.config.presets import SECTIONS
@@ -88,6 +90,17 @@ def complete(project: Path, folder: Path) -> Path:
     params["variants"] = {"recipes": ["rtn"], "schemes": ["w3a16"]}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
+
+
+@contextmanager
+def tiny_project() -> Iterator[Path]:
+    """A temporary folder with a project ``whole``, in which the first stages have run on a tiny model."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "project").mkdir()
+        first = first_stages(write_tiny_qwen2_vl(folder / "tiny"), random_samples(6), folder / "project")
+        complete(first, folder / "whole")
+        yield folder
 
 
 def attempt(stage: str, folder: Path) -> None:

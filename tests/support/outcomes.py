@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +23,7 @@ import torch
 
 from support.bad_inputs import MARK, Case, cases
 from support.forked import Forked
-from support.forked_stages import attempt, complete, first_stages
-from support.tiny import random_samples, write_tiny_qwen2_vl
+from support.forked_stages import attempt, tiny_project
 
 #: Seconds in which a stage must end; an idle machine takes less than half of it.
 SECONDS = 20.0
@@ -36,7 +34,7 @@ OUTCOMES = ("clear error", "listed", "accepted", "poor line", "silent", "traceba
 RIGHT = OUTCOMES[:3]
 
 #: Bytes of memory that a stage may ask for in addition to what its imports took.
-_MEMORY = 8 << 30
+MEMORY = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def _environment() -> Iterator[None]:
 def _bounded(stage: str, folder: Path) -> None:
     import resource
 
-    most = psutil.Process().memory_info().vms + _MEMORY
+    most = psutil.Process().memory_info().vms + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     attempt(stage, folder)
 
@@ -119,14 +117,11 @@ def _word(case: Case, status: int | None, lines: list[str], seconds: float) -> s
 
 
 def try_all(folder: Path) -> pd.DataFrame:
-    """Try every case in copies of a tiny project that is made in the empty ``folder``."""
-    (folder / "project").mkdir()
-    project = first_stages(write_tiny_qwen2_vl(folder / "tiny"), random_samples(6), folder / "project")
-    whole = complete(project, folder / "whole")
+    """Try every case in copies of the project ``whole`` of ``folder``."""
     rows = []
     for number, case in enumerate(tried := cases(), start=1):
         copy = folder / "copy"
-        shutil.copytree(whole, copy)
+        shutil.copytree(folder / "whole", copy)
         found = outcome(case, copy)
         shutil.rmtree(copy, ignore_errors=True)
         rows.append((case.door, case.name, found.word, round(found.seconds, 1), found.line[:300]))
@@ -136,8 +131,8 @@ def try_all(folder: Path) -> pd.DataFrame:
 
 def main(file: str) -> None:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        try_all(Path(folder)).to_csv(file, index=False)
+    with tiny_project() as folder:
+        try_all(folder).to_csv(file, index=False)
 
 
 if __name__ == "__main__":
