@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import huggingface_hub.constants
 import pandas as pd
 import torch
 import yaml
+from tqdm import tqdm
 
 from support.benchmark_rows import textvqa_rows, write_rows
 from support.tiny import random_samples, write_tiny_qwen2_vl
@@ -113,6 +115,7 @@ def attempt(stage: str, folder: Path) -> None:
     sys.stdin = io.StringIO("y\n" * 100)  # whoever asks whether to run a stranger's code gets a yes
     for handler in logging.root.handlers[:]:
         logging.root.removeHandler(handler)
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forked processes, and one killed in it would stop them
     os.environ.setdefault("TLQ_DEVICE", "cpu")  # a case may have set another
     os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"
     huggingface_hub.constants.HF_HUB_OFFLINE = True

@@ -49,6 +49,9 @@ def run_before() -> None:
         archive = subprocess.run(["git", "archive", BEFORE], cwd=ROOT, capture_output=True, check=True)
         subprocess.run(["tar", "--extract", "--directory", folder], input=archive.stdout, check=True)
         run_module("outcomes", "before", Path(folder))
+    found = pd.read_csv(results("before"), keep_default_na=False)
+    absent = found["input"].str.startswith("TLQ_IMAGE_PIXELS=")  # a variable that this commit does not read
+    found[~absent].to_csv(results("before"), index=False)
 
 
 def run_attacks() -> None:

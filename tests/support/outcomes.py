@@ -43,7 +43,7 @@ class Outcome:
 
     Attributes:
         word: one of ``OUTCOMES``.
-        line: the last line of the log, without the folder's path.
+        line: the last line of the log, with paths from the folder.
         seconds: time that the stage took.
     """
 
@@ -67,7 +67,7 @@ def outcome(case: Case, folder: Path) -> Outcome:
         process.join()
     log = folder / "log.txt"
     lines = [line for line in (log.read_text(errors="replace") if log.exists() else "").splitlines() if line.strip()]
-    last = lines[-1].replace(str(folder), ".") if lines else ""
+    last = lines[-1].replace(str(folder), ".").replace(str(folder.parent), "..") if lines else ""
     if (folder / MARK).exists():
         word = "ran code"
     elif hangs:
