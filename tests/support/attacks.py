@@ -20,7 +20,7 @@ class Attack:
     Attributes:
         group: what it is aimed at.
         words: what the attacker does.
-        before: what it did before the hardening, as far as that was written down; empty if it was not.
+        before: what it did before the hardening, measured or as written down then; empty if it was neither.
         tests: ids of the tests that refuse it, without parameters.
     """
 
@@ -128,13 +128,13 @@ ATTACKS = (
     Attack(
         _MODELS,
         "A checkpoint brings code, and a prompt is answered with y",
-        "",
+        "ran code",
         (f"{_CHECKPOINT}::test_custom_code_is_never_run_and_nobody_is_asked",),
     ),
     Attack(
         _MODELS,
         "A checkpoint names an attention kernel of the hub",
-        "",
+        "traceback",
         (f"{_CHECKPOINT}::test_attention_from_the_hub_is_refused_by_name",),
     ),
     Attack(
@@ -155,7 +155,7 @@ ATTACKS = (
     Attack(
         _MODELS,
         "A chat template does not end, in a stage or in a server's thread",
-        "",
+        "hang",
         (
             f"{_CHAT}::test_a_chat_template_that_does_not_end_is_stopped",
             f"{_SERVING}::test_a_chat_template_without_end_is_refused_in_a_servers_thread",
@@ -164,7 +164,7 @@ ATTACKS = (
     Attack(
         _DATA,
         "A row names a file outside the data's folder, a link out of it, a FIFO or a device",
-        "",
+        "the link was read, the FIFO hung",
         (
             f"{_IMAGES}::test_any_other_file_is_refused_and_nothing_hangs",
             f"{_IMAGES}::test_a_device_is_refused_even_in_the_folder",
@@ -174,7 +174,7 @@ ATTACKS = (
     Attack(
         _DATA,
         "A picture is PostScript or of another format that programs interpret",
-        "",
+        "PPM and ICO were read",
         (f"{_IMAGES}::test_other_formats_are_refused",),
     ),
     Attack(

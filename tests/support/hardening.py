@@ -112,10 +112,10 @@ def _inputs(before: pd.DataFrame, now: pd.DataFrame) -> Iterator[str]:
     yield from _paragraph("All inputs end right." if wrong.empty else f"{len(wrong)} inputs end wrong:")
     yield from (f"- {row.door}, {row.input}: {row.outcome}" for row in wrong.itertuples())
     yield from ("### Before the hardening", "")
-    both = now[["door", "input"]].merge(before, on=["door", "input"])
+    known = now.merge(before, on=["door", "input"])
     yield from _paragraph(
-        f"The same command with the code of commit {BEFORE}, before the first change of the hardening: {len(before)}",
-        f"inputs, of which {len(both)} are those of today. The others are about parameters that only one of them has.",
+        f"{len(known)} of these inputs with the code of commit {BEFORE}, before the first change of the hardening. The",
+        "others are about parameters and variables that it does not have.",
         "The measure is today's: a line counts as clear if it names what today's line must name.",
         f"[{results('before').name}](../bench/results/{results('before').name}) has every input with its last line.",
     )
@@ -153,7 +153,8 @@ def _attacks(found: pd.DataFrame) -> Iterator[str]:
     yield from ("## Attacks", "")
     yield from _paragraph(
         "Tests carry out each attack, and pass if it is refused. The number is that of the cases tried. The column",
-        '"before" says what was found before the hardening; it is empty where nobody wrote that down.',
+        '"before" says what was found before the hardening, with the inputs above or when the attack was first',
+        "described. It is empty where no outcome is known.",
     )
     yield from ("| aimed at | attack | before | today | tests |", "|---|---|---|---|---|")
     for attack in ATTACKS:
@@ -197,7 +198,9 @@ def _kills(found: pd.DataFrame) -> Iterator[str]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], help="default: all")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", choices=[[], *PARTS], default=[], help=f"{', '.join(PARTS)}; default: all"
+    )
     for part in parser.parse_args().parts or PARTS:
         PARTS[part]()
     PAGE.write_text(page())
