@@ -152,9 +152,9 @@ def _table(found: pd.DataFrame) -> Iterator[str]:
 def _attacks(found: pd.DataFrame) -> Iterator[str]:
     yield from ("## Attacks", "")
     yield from _paragraph(
-        "Tests carry out each attack, and pass if it is refused. The number is that of the cases tried. The column",
-        '"before" says what was found before the hardening, with the inputs above or when the attack was first',
-        "described. It is empty where no outcome is known.",
+        "Tests carry out each attack, and pass if it is refused. The number is that of their cases, which include some",
+        'that must be let through. The column "before" says what was found before the hardening, with the inputs above',
+        "or when the attack was first described. It is empty where no outcome is known.",
     )
     yield from ("| aimed at | attack | before | today | tests |", "|---|---|---|---|---|")
     for attack in ATTACKS:

@@ -283,7 +283,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 #: Kills of each placement, by ranks: two ranks take seconds to import.
-KILLS = {1: 8, 2: 6}
+KILLS = {1: 10, 2: 4}
 
 
 def plan() -> list[tuple[Work, int]]:
