@@ -66,7 +66,7 @@ test: lint
 soak: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m soak
 
-# Bad inputs, attacks and kills, about an hour; writes docs/hardening.md. PARTS=kills runs one part again, see
+# Bad inputs, attacks and kills, about 45 minutes; writes docs/hardening.md. PARTS=kills runs one part again, see
 # tests/support/hardening.py.
 PARTS ?=
 hardening: setup

@@ -1,6 +1,6 @@
 """Bad inputs, attacks and kills: run all of them, and write the page about what came of them.
 
-    make hardening                  runs everything, about an hour on two cores, and writes docs/hardening.md
+    make hardening                  runs everything, about 45 minutes on two cores, and writes docs/hardening.md
     make hardening PARTS=kills      one part again, and the page: before, inputs, attacks or kills
     make hardening PARTS=page       the page from the results of earlier runs
 
