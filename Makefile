@@ -15,7 +15,7 @@ export DO_NOT_TRACK ?= 1
 # Stages are processes that start often: without compiled modules each start takes a third longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup lock demo serve pool test soak check lint gpu peers-env engines-env engines clean
+.PHONY: setup lock demo serve pool test soak hardening check lint gpu peers-env engines-env engines clean
 
 setup: $(STAMP)
 
@@ -66,6 +66,12 @@ test: lint
 # scheme, an installation from the index.
 soak: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m soak
+
+# Bad inputs, attacks and kills, about 45 minutes; writes docs/hardening.md. PARTS=kills runs one part again, see
+# tests/support/hardening.py.
+PARTS ?=
+hardening: setup
+	PYTHONPATH=tests $(BIN)/python -m support.hardening $(PARTS)
 
 # What needs a GPU: its tests and measurements, at most eight minutes; writes docs/gpu.md.
 gpu: setup

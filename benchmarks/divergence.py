@@ -11,10 +11,12 @@ run stores log p per answer token; variant runs read it, so that no process hold
 """
 
 import hashlib
+import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -29,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 # Up to this vocabulary log-probabilities are kept in float32, above in float16.
 FLOAT32_VOCABULARY = 32768
+
+#: Name of the metadata of a file of the reference: the digests of its items by their keys, as JSON.
+_DIGESTS = "digests"
 
 
 class ItemKey(NamedTuple):
@@ -88,24 +93,31 @@ class ReferenceRecorder:
         """What an earlier process has written is kept, except what does not match its digest, with a warning."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._names: set[str] = set()
-        self._files = 0
+        self._stored: dict[Path, set[str]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            self._files = int(path.stem.removeprefix("part-")) + 1
             try:
                 with safe_open(path, "pt") as file:
                     items = _items_in(file)
                     sound = [key for key in items if _read_item(file, key) is not None]
                 if damaged := len(items) - len(sound):
                     logger.warning("%s: %d answers are damaged; they are asked again", path, damaged)
-                self._names |= {f"{key}/log_p" for key in sound}
+                self._stored[path] = set(sound)
             except SafetensorError as error:
                 logger.warning("%s is damaged (%s); its answers are asked again", path, error)
                 path.unlink()
 
     def recorded(self, finished: Mapping[ItemKey, M]) -> dict[ItemKey, M]:
-        """The finished items, except measured ones whose log p is not stored."""
-        return {key: item for key, item in finished.items() if item.divergence is None or f"{key}/log_p" in self._names}
+        """The finished items, except measured ones whose log p is not stored.
+
+        A file without any of them is removed: an earlier process ended between writing it and finishing its items. They
+        are asked again, and a second copy would give the reference other files than those of an undisturbed run.
+        """
+        measured = {str(key) for key, item in finished.items() if item.divergence is not None}
+        for path in [path for path, keys in self._stored.items() if not keys & measured]:
+            path.unlink()
+            del self._stored[path]
+        stored = {key for keys in self._stored.values() for key in keys}
+        return {key: item for key, item in finished.items() if item.divergence is None or str(key) in stored}
 
     def wants(self, key: ItemKey) -> bool:
         return True
@@ -119,22 +131,38 @@ class ReferenceRecorder:
             tensors[f"{key}/tokens"] = torch.tensor(tokens, dtype=torch.int32)
             digests[str(key)] = _digest(tensors[f"{key}/log_p"], tensors[f"{key}/tokens"])
         if tensors:
-            path = self._folder / f"part-{self._files:05d}.safetensors"
+            path = next(path for path in self._places() if path not in self._stored)
             with new_file(path) as temporary:
-                save_file(tensors, temporary, metadata=digests)
-            self._files += 1
-            self._names |= tensors.keys()
+                # One text: safetensors writes several in another order every time.
+                save_file(tensors, temporary, metadata={_DIGESTS: json.dumps(digests)})
+            self._stored[path] = set(digests)
         return {
             key: Divergence(len(tokens), nll_per_token(log_p, tokens), 0.0) for key, (tokens, log_p) in answers.items()
         }
 
+    def _places(self) -> Iterator[Path]:
+        """Names of the files, in the order in which they are given; one that is gone is given again."""
+        return (self._folder / f"part-{number:05d}.safetensors" for number in count())
+
 
 def _digest(log_p: torch.Tensor, tokens: torch.Tensor) -> str:
-    """SHA-256 of what the reference holds of one item; the file's metadata has it under the item's key."""
+    """SHA-256 of what the reference holds of one item."""
     total = hashlib.sha256()
     update_with_tensor(total, "log_p", log_p)
     update_with_tensor(total, "tokens", tokens)
     return total.hexdigest()
+
+
+def _digests_in(file: Any) -> dict[str, str]:
+    """Digests of the items in an open file of the reference; none if they are damaged."""
+    metadata: dict[str, str] = file.metadata() or {}
+    if _DIGESTS not in metadata:
+        return metadata  # a file of an earlier release, with an entry for each item
+    try:
+        found = json.loads(metadata[_DIGESTS])
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _items_in(file: Any) -> list[str]:
@@ -148,7 +176,7 @@ def _read_item(file: Any, key: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     if f"{key}/tokens" not in names:
         return None
     log_p, tokens = file.get_tensor(f"{key}/log_p"), file.get_tensor(f"{key}/tokens")
-    return (log_p, tokens) if (file.metadata() or {}).get(key) == _digest(log_p, tokens) else None
+    return (log_p, tokens) if _digests_in(file).get(key) == _digest(log_p, tokens) else None
 
 
 class ReferenceReader:
@@ -160,7 +188,7 @@ class ReferenceReader:
         for path in sorted(folder.glob("*.safetensors"), reverse=True):  # an answer asked again is in a later file
             try:
                 with safe_open(path, "pt") as file:
-                    named |= dict.fromkeys(file.metadata() or {}, path)
+                    named |= dict.fromkeys(_digests_in(file), path)
                     for key in _items_in(file):
                         self._places[key].append(path)
             except SafetensorError as error:

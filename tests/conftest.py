@@ -9,11 +9,8 @@ from typing import Any
 # On tensors as small as these threads only wait for each other; the processes that tests start inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
-import pandas as pd
 import pytest
 import torch
-import yaml
 from hypothesis import settings
 from support.slow import SLOW
 from support.tiny import random_samples, write_tiny_qwen2_vl
@@ -83,31 +80,6 @@ def scores(tiny_model: PreTrainedModel, batches: list[Batch]) -> Importance:
 @pytest.fixture(scope="session")
 def project(tiny_checkpoint: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `prepare`, `importance` and `calibset` have run on the tiny model, by their own main()."""
-    from tasks.stages import calibset, importance, prepare
+    from support.forked_stages import first_stages
 
-    folder = tmp_path_factory.mktemp("project")
-    rows = [
-        {
-            "id": sample.id,
-            "image": sample.images[0],
-            "question": sample.messages[0]["content"].removeprefix("<image>"),
-            "answer": sample.messages[1]["content"],
-        }
-        for sample in samples
-    ]
-    pd.DataFrame(rows).to_parquet(folder / "questions.parquet")
-    params = {
-        "model": {"path": str(tiny_checkpoint)},
-        "prepare": {"kind": "parquet", "path": "questions.parquet", "columns": {"id": "id"}, "samples": 6},
-        "importance": {"samples": 5, "batch_size": 3},
-        "calibset": {"budget": {"tokens_per_layer": 64}},
-        "calibrate": {"batch_size": 2},
-        "recipes": {name: {"equalization": {"points": 4}} for name in ("mbq", "tlq", "tlq-c")},
-    }
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
-        for stage in (prepare, importance, calibset):
-            stage.main()
-    return folder
+    return first_stages(tiny_checkpoint, samples, tmp_path_factory.mktemp("project"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from benchmarks.divergence import (
     FLOAT32_VOCABULARY,
@@ -93,6 +94,23 @@ def flip(part: Path, value: torch.Tensor) -> None:
     content = part.read_bytes()
     place = content.index(value.numpy().tobytes()) + 5
     part.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def test_the_reference_has_the_same_bytes_every_time(tmp_path: Path) -> None:
+    answers = {ItemKey("demo_textvqa", str(row)): ([1, 2, 3], log_probs(row)) for row in range(9)}
+    for name in ("one", "other"):
+        ReferenceRecorder(tmp_path / name).measure(answers)
+    one, other = (tmp_path / name / "part-00000.safetensors" for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("metadata", [{"digests": "{"}, {"digests": "[]"}, {}])
+def test_a_reference_without_digests_is_damaged(tmp_path: Path, metadata: dict[str, str]) -> None:
+    ReferenceRecorder(tmp_path).measure({KEY: ([1, 2, 3], log_probs(0))})
+    (part,) = tmp_path.iterdir()
+    save_file(load_file(part), part, metadata=metadata)
+    with pytest.raises(ValueError, match=r"part-00000\.safetensors: .* of demo_textvqa/7/b are damaged; evaluate"):
+        ReferenceReader(tmp_path).measure({KEY: ([1, 2, 3], log_probs(0))})
 
 
 @pytest.mark.parametrize("damaged", ["part-00000.safetensors", "part-00001.safetensors"])

@@ -1,7 +1,8 @@
 """Bad inputs at every door of the pipeline, and what a stage must make of each.
 
 A case changes a tiny project whose first stages have run, and names the stage that meets the change. The stage must
-refuse it in one line, or take it; a traceback, a silent success and a hang are faults.
+refuse it in one line, or take it; a traceback, a silent success and a hang are faults, and so is code of a stranger
+that runs: it would leave the file ``ran``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Case:
 def cases() -> list[Case]:
     """All cases, the doors in the order of the pipeline."""
     doors = (_params, _environment, _rows, _tables, _pictures, _config, _weights, _processor, _results, _benchmarks)
-    return [case for door in (*doors, _registry, _command) for case in door()]
+    return [case for door in (*doors, _registry, _command, _strangers) for case in door()]
 
 
 # --- params.yaml
@@ -605,3 +606,72 @@ def _command() -> Iterator[Case]:
             (folder / "arguments.json").write_text(json.dumps(["--out", "out", *arguments]))
 
         yield Case("command tlq", name, "tlq", change, "")
+
+
+# --- code of a stranger
+
+#: The file that a stranger's code leaves in the folder of the project, where the stages work.
+MARK = "ran"
+
+
+class _Stranger:
+    """An object whose pickle leaves the mark when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (MARK,)
+
+
+def _strangers() -> Iterator[Case]:
+    import pickle
+
+    pickled = pickle.dumps(_Stranger())
+
+    def code(**config: Any) -> Change:
+        """Custom classes for config, model, processor and tokenizer, in a module that leaves the mark."""
+
+        def change(model: Path) -> None:
+            (model / "custom.py").write_text(f"import os\nos.mkdir({MARK!r})\nclass Custom:\n    pass\n")
+            named = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForImageTextToText"), "custom.Custom")
+            edited("config.json", lambda content: content | {"auto_map": named} | config)(model)
+            edited("preprocessor_config.json", _at("auto_map", {"AutoImageProcessor": "custom.Custom"}))(model)
+            edited("tokenizer_config.json", _at("auto_map", {"AutoTokenizer": ["custom.Custom", None]}))(model)
+
+        return _model(change)
+
+    def pytorch(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        torch.save({"lm_head.weight": _Stranger()}, model / "pytorch_model.bin")
+
+    def written(place: str, content: bytes = pickled) -> Change:
+        def change(folder: Path) -> None:
+            for file in sorted(folder.glob(place)):
+                file.write_bytes(content)
+
+        return change
+
+    def escape(folder: Path) -> None:
+        _write("chat_template.jinja", f"{{{{ cycler.__init__.__globals__.os.mkdir('{MARK}') }}}}")(folder)
+        edited("tokenizer_config.json", lambda content: content.pop("chat_template", None) and None)(folder)
+
+    for stage in ("prepare", "calibrate", "evaluate"):
+        yield Case("code of a stranger", f"classes of its own, a prompt answered with y ({stage})", stage, code(), None)
+        change = code(model_type="custom")
+        yield Case("code of a stranger", f"a model_type of its own, answered with y ({stage})", stage, change, "model")
+    for stage in ("calibrate", "evaluate"):
+        yield Case("code of a stranger", f"pytorch_model.bin ({stage})", stage, _model(pytorch), "model")
+        change = _model(written("model.safetensors"))
+        yield Case("code of a stranger", f"a pickle in model.safetensors ({stage})", stage, change, "model")
+    yield Case("code of a stranger", "a chat template that leaves its sandbox", "prepare", _model(escape), "template")
+    for place, stage in {
+        "questions.parquet": "prepare",
+        "data/prepared/*.parquet": "importance",
+        "data/importance/*.parquet": "calibset",
+        "data/calibset/*.parquet": "calibrate",
+        "textvqa.parquet": "evaluate",
+    }.items():
+        named = {"textvqa.parquet": "demo_textvqa"}.get(place, place.partition("*")[0].rstrip("/"))
+        yield Case("code of a stranger", f"a pickle in {place}", stage, written(place), named)
+    tag = f"prepare: !!python/object/apply:os.mkdir [{MARK}]\n".encode()
+    yield Case(
+        "code of a stranger", "a tag of Python in params.yaml", "params", written("params.yaml", tag), "params.yaml"
+    )

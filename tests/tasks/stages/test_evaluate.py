@@ -18,6 +18,7 @@ from support.tiny import png
 
 from benchmarks.data import BenchmarkError, BenchmarkSource
 from benchmarks.harness import load_benchmarks
+from benchmarks.journal import Journal
 from benchmarks.model import VisionLM
 from benchmarks.results import EvaluationRun
 from tasks.config.params import ParamsError
@@ -395,6 +396,31 @@ def test_answers_without_their_reference_are_asked_again(
     evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
     assert sum(answered) == again
     assert metrics_of(tmp_path, "full") == metrics_of(results, "full")
+    if again == 4:  # the whole batch, which gets the file that it had
+        assert reference_of(tmp_path) == reference_of(results)
+
+
+def reference_of(results: Path) -> dict[str, bytes]:
+    return {part.name: part.read_bytes() for part in (results / "full/reference").iterdir()}
+
+
+def test_a_kill_before_answers_are_finished_leaves_no_second_reference(
+    results: Path, params: EvaluateParams, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    add, batches = Journal.add, iter(range(9))
+
+    def killed(self: Journal, items: Sequence[Any]) -> None:
+        if next(batches) == 1:
+            raise SystemExit("killed")
+        add(self, items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", killed)
+        with pytest.raises(SystemExit):
+            evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
+    assert len(list(tmp_path.glob(".working/full/reference/*"))) == 2
+    evaluate.evaluate_variant("full", str(tiny_checkpoint), params, tmp_path)
+    assert reference_of(tmp_path) == reference_of(results)
 
 
 def test_other_pixels_under_the_same_name_are_answered_again(params: EvaluateParams, tmp_path: Path) -> None:
