@@ -23,7 +23,8 @@ from tlq.importance.pool import PoolWeights, TokenPool
 from tlq.importance.token_set import TokenBudget
 from tlq.importance.token_weights import TokenWeights, to_batches, token_set
 from tlq.importance.weighting import Weighting
-from tlq.job import calibration_batches, quantize_checkpoint
+from tlq.job import quantize_checkpoint
+from tlq.models.batches import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.quantization.formats import WeightQuantizer, get_scheme

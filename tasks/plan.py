@@ -26,7 +26,7 @@ from tasks.planning import speed_of
 from tasks.stages.importance import ScoringJob
 from tlq.calibration.allocation import MEASURED
 from tlq.calibration.job import CalibrationJob
-from tlq.job import calibration_batches
+from tlq.models.batches import calibration_batches
 from tlq.parallel import Ranks
 from tlq.plan.duration import time_allocation, time_calibration, time_importance
 from tlq.plan.needs import Plan, gib, most_counted, plan_allocation, plan_calibration, refuse_impossible

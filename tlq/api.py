@@ -27,8 +27,9 @@ from tlq.importance.token_weights import (
     uniform_tokens,
 )
 from tlq.importance.weighting import LossName, Weighting, loss_of
-from tlq.job import calibration_batches, quantize_checkpoint
+from tlq.job import quantize_checkpoint
 from tlq.models.architectures import input_widths
+from tlq.models.batches import calibration_batches
 from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks

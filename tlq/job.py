@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,7 +17,6 @@ from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerResult, calibrate_layers
 from tlq.export.compressed_tensors import finish_checkpoint, read_layer, write_layer
 from tlq.importance.token_weights import TokenWeights
-from tlq.models.processor import load_processor
 from tlq.models.stored import check_finite, source_digest
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
@@ -28,7 +27,6 @@ from tlq.runtime.digest import calibration_data_digest
 from tlq.runtime.files import new_directory
 from tlq.runtime.memory import peak_resident, processes_here
 from tlq.runtime.resume import ResumeState, package_versions
-from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 logger = logging.getLogger("tlq.job")
 
@@ -87,14 +85,6 @@ def quantize_checkpoint(
                 )
     ranks.barrier()
     return reports
-
-
-def calibration_batches(
-    model: StreamedModel, samples: Sequence[Sample], batch_size: int, max_tokens: int
-) -> list[Batch]:
-    """Encoded micro-batches of the samples. Raises: as ``encode_batches``."""
-    processor = load_processor(model.folder)
-    return encode_batches(samples, processor, image_token_id(model.config), batch_size, max_tokens)
 
 
 def _calibrate_into(

@@ -24,7 +24,7 @@ from tasks.planning import add_dry_run, show_plan
 from tlq.calibration.allocation import MEASURED, distributed, measure
 from tlq.calibration.job import CalibrationJob
 from tlq.export.engines import mixed_by
-from tlq.job import calibration_batches
+from tlq.models.batches import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.needs import outside_bytes, plan_allocation

@@ -34,7 +34,8 @@ from tlq.calibration.job import CalibrationJob
 from tlq.importance.pool import PoolWeights, TokenPool
 from tlq.importance.token_weights import all_tokens, to_batches
 from tlq.importance.weighting import loss_of
-from tlq.job import calibration_batches, quantize_checkpoint
+from tlq.job import quantize_checkpoint
+from tlq.models.batches import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.duration import time_calibration

@@ -18,8 +18,8 @@ from tlq.importance.gradients import score_resumably
 from tlq.importance.losses import AnswerLoss, BlockLoss, Loss
 from tlq.importance.pool import TokenPool
 from tlq.importance.weighting import LossName
-from tlq.job import calibration_batches
 from tlq.models.architectures import input_widths
+from tlq.models.batches import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, joined_ranks
 from tlq.plan.duration import time_importance

@@ -30,7 +30,8 @@ from tasks.files import read_samples
 from tasks.cluster.launch import meeting_place, on_ranks
 from tasks.cluster.rank import RankCommand
 from tlq.calibration.job import CalibrationJob
-from tlq.job import calibration_batches, quantize_checkpoint
+from tlq.job import quantize_checkpoint
+from tlq.models.batches import calibration_batches
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.parallel import joined_ranks
 from tlq.recipes import get_recipe

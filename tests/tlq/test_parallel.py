@@ -20,7 +20,7 @@ from support.forked_ranks import RESULT, quantize
 from support.ranked_job import assert_equal, finish, processes_of, wait_until_gone, write_job
 
 from tasks.files import read_samples
-from tlq.job import calibration_batches
+from tlq.models.batches import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import REDUCTION_CHUNKS, Ranks, chunk_ranges
 from tlq.quantization import rounding

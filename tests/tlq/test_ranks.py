@@ -16,7 +16,7 @@ from support.forked_ranks import RESULT, finish_ranks, killed, quantize, start_r
 from support.ranked_job import assert_equal
 from support.tiny import random_samples, write_tiny_qwen2_vl
 
-from tlq.job import calibration_batches
+from tlq.models.batches import calibration_batches
 from tlq.models.streaming import StreamedModel
 from tlq.quantization import rounding
 from tlq.samples import Batch
