@@ -136,7 +136,8 @@ def _vllm_cpu(scheme: Scheme) -> Support:
             differs = "activations stay in 16 bits"
             return Support("weight only", "x86 with AVX-512, as W4A16", "run (0.32.0)", "avx512f", differs, "bfloat16")
         case "w8a8":
-            return Support("native", "same answers as transformers", "run (0.32.0)")
+            differs = "the largest activation of a token becomes 127, in transformers 127.5"
+            return Support("native", "", "run (0.32.0)", differs=differs)
     return Support("refused", f"no kernel for {scheme.kind}", "vLLM 0.33.0")
 
 
