@@ -21,7 +21,7 @@ def test_every_engine_has_an_answer_with_a_source_for_every_scheme() -> None:
         for scheme in SCHEMES.values():
             found = engine.of(scheme)
             assert found.source
-            assert found.note or found.runs == "dequantized"
+            assert found.how or found.runs == "dequantized"
         assert engine.of(get_scheme("w4a16s")).runs != "refused"
 
 
