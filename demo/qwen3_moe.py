@@ -31,6 +31,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLMoeConfig:
             "num_experts": EXPERTS,
             "num_experts_per_tok": ACTIVE,
             "moe_intermediate_size": EXPERT_WIDTH,
+            "norm_topk_prob": True,  # as transformers computes; published checkpoints have it, and vLLM reads it
             "rope_parameters": rope,
         },
         vision_config={
