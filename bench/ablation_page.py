@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def claims() -> list[Claim]:
     for size in ("mix3.125", "mix3", "mix3.5", "mix2.5"):
         words = f"`tlq-c`: {size.removeprefix('mix')} bits by importance against 3.125 everywhere"
         found.append(Claim(words, _shipped(size), Variant("tlq-c", "w3a16s")))
+    for scheme, other in product(STUDIED, ("uniform", "modality")):
+        words = f"`tlq-c`, {scheme.upper()}: a set of tokens by importance against one by {other} weights"
+        found.append(Claim(words, Variant("tlq-c", scheme), Variant("tlq-c", scheme, "importance", f"{other}, set")))
     for width in (0.25, 0.5, 1, 2, 4, 8):
         level = f"{width:g}"
         first = Variant("tlq-c", "w3a16", "tokens by width", level)
