@@ -1,13 +1,18 @@
-"""The sections that bench.memory and bench.scaling write."""
+"""The sections that bench.memory, bench.scaling and bench.demo_time write."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from bench import demo_time
 from bench.memory import Measured, report
 from bench.models import SHAPES
 from bench.scaling import Run, device_lines, scaling_lines
@@ -55,3 +60,36 @@ def test_section_replaces_its_older_version(tmp_path: Path) -> None:
     for title, lines in (("Ranks", ["old"]), ("Memory", ["kept"]), ("Ranks", ["new"])):
         write_section(path, title, lines, "Scale")
     assert path.read_text() == "# Scale\n\n[All pages](README.md)\n\n## Ranks\n\nnew\n\n## Memory\n\nkept\n"
+
+
+def test_processes_of_the_demo_are_told_apart_by_their_command_lines() -> None:
+    assert demo_time.kind_of("/venv/bin/python -m tasks.stages.evaluate --variant full") == (
+        "`evaluate`",
+        "tasks.stages.evaluate",
+    )
+    assert demo_time.kind_of("/venv/bin/python -m tasks.cluster.rank tasks.stages.calibrate --recipe tlq")[0] == (
+        "`calibrate`"
+    )
+    assert demo_time.kind_of("/venv/bin/python -m tasks.stages.report")[0] == "`report`"
+    assert demo_time.kind_of("/venv/bin/python /venv/bin/dvc repro --single-item prepare")[0] == "DVC"
+    assert demo_time.kind_of("/venv/bin/python -m uvicorn --app-dir x prefect.server.api.server:create_app")[0] == (
+        "Prefect's server and the flow"
+    )
+    assert demo_time.kind_of("cat")[0] == "others"
+
+
+def test_cpu_seconds_of_processes_below_one_are_counted() -> None:
+    busy = "import time; end = time.process_time() + 0.5\nwhile time.process_time() < end: pass"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", starts])
+    watched = demo_time.Watched()
+    while parent.poll() is None:
+        watched.look(psutil.Process(parent.pid))
+        time.sleep(0.02)
+    groups = watched.groups()
+    assert groups["others"].processes == 2
+    assert 0.3 < groups["others"].seconds < 5
+    groups = {"`evaluate`": demo_time.Group(30.0, 2), "DVC": demo_time.Group(10.0, 4)}
+    lines = demo_time.lines_of(10.0, groups, {"DVC": 8.0})
+    assert "40 CPU seconds, of which 25% are bookkeeping" in lines[0]
+    assert lines[-1] == "| bookkeeping: DVC, 4 | 10 | 8 |"
