@@ -31,8 +31,8 @@ from bench.sections import table, write_section
 logger = logging.getLogger("bench.memory")
 
 HOST_MEMORY = "0.05"
-#: GiB for which jobs are planned: too few to score importance with all layers in memory.
-DEVICE_MEMORY = "0.3"
+#: GiB for which jobs are planned: too few for the middle shape to score importance with all layers in memory.
+DEVICE_MEMORY = 0.3
 #: What is measured, the largest last.
 JOBS = {
     "importance": "importance alone",
@@ -62,8 +62,10 @@ class Measured:
     seconds: float
 
 
-def measure(shape: Shape | FamilyShape, jobs: Sequence[str], samples: int, recipe: str, folder: Path) -> list[Measured]:
-    """Write a checkpoint, run each job on it, remove it."""
+def measure(
+    shape: Shape | FamilyShape, jobs: Sequence[str], samples: int, recipe: str, device_memory: float, folder: Path
+) -> list[Measured]:
+    """Write a checkpoint, run each job on it as on a device of so many GiB, remove it."""
     model = folder / "model"
     logger.info("%d layers", shape.layers)
     write_random_model(model, shape)
@@ -74,7 +76,7 @@ def measure(shape: Shape | FamilyShape, jobs: Sequence[str], samples: int, recip
         command = [sys.executable, "-m", "bench.memory_job", job, "--model", str(model)]
         command += ["--samples", str(folder / "samples"), "--out", str(folder / "out")]
         command += ["--measured", str(folder / "measured"), "--recipe", recipe]
-        limits = {"TLQ_HOST_MEMORY": HOST_MEMORY, "TLQ_DEVICE_MEMORY": DEVICE_MEMORY}
+        limits = {"TLQ_HOST_MEMORY": HOST_MEMORY, "TLQ_DEVICE_MEMORY": str(device_memory)}
         done = subprocess.run(command, env={**os.environ, **limits}, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{job} of {shape.layers} layers failed: {done.stderr[-1500:]}")
@@ -145,21 +147,19 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="middle")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--recipe", default="tlq-c")
+    parser.add_argument("--device-memory", type=float, default=DEVICE_MEMORY, help="GiB to plan for")
     parser.add_argument("--folder", type=Path, help="folder for temporary checkpoints (tens of GiB)")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     shape = SHAPES[arguments.shape]
     measurements = []
+    runs = [(layers, list(JOBS)) for layers in arguments.layers]
+    runs += [(arguments.deepest, ["score", "quantize"])] if arguments.deepest else []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for layers in arguments.layers:
-            jobs = list(JOBS)
-            measurements += measure(
-                replace(shape, layers=layers), jobs, arguments.samples, arguments.recipe, Path(folder)
-            )
-        if arguments.deepest:
-            deepest = replace(shape, layers=arguments.deepest)
-            measurements += measure(deepest, ["score", "quantize"], arguments.samples, arguments.recipe, Path(folder))
+        for layers, jobs in runs:
+            settings = (arguments.samples, arguments.recipe, arguments.device_memory)
+            measurements += measure(replace(shape, layers=layers), jobs, *settings, Path(folder))
     report(measurements, shape, arguments.samples, arguments.recipe, arguments.docs)
 
 

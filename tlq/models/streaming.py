@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.conversion import Content, StackedTensor, contents_of_stored
 from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
 from tlq.models.linear_groups import LinearGroup
+from tlq.models.reading import copy_of, read_together
 from tlq.models.skeleton import empty_model
 from tlq.models.stored import (
     WEIGHT_DTYPES,
@@ -368,17 +369,16 @@ class StreamedModel:
         tensors: dict[str, Tensor] = {}
         read: dict[StoredTensor, str] = {}
         for file, part in by_file.items():
-            with open_tensors(file) as opened:
-                for name in part:
-                    twin = read.setdefault(self.weight_map[name], name)
-                    if twin != name:  # tied weights
-                        tensors[name] = tensors[twin]
-                        continue
-                    tensor = self.weight_map[name].read(opened)
-                    cast = tensor.is_floating_point() and name not in self._uncast
-                    wanted = (dtype or self.dtype) if cast else tensor.dtype
-                    # Copy even if dtype and device stay: the file must not remain mapped.
-                    tensors[name] = tensor.to(self.device, wanted, copy=True)
+            for together in read_together((name, self.weight_map[name]) for name in part):
+                with open_tensors(file) as opened:
+                    for name, place in together:
+                        twin = read.setdefault(place, name)
+                        if twin != name:  # tied weights
+                            tensors[name] = tensors[twin]
+                            continue
+                        given = None if name in self._uncast else dtype or self.dtype
+                        # A copy even if dtype and device stay: the file must not remain mapped.
+                        tensors[name] = copy_of(place, opened, self.device, partial(_floating, dtype=given))
         return tensors
 
     @contextmanager
@@ -398,3 +398,8 @@ class StreamedModel:
         finally:
             for module, leaf, parameter in empty:
                 module._parameters[leaf] = parameter
+
+
+def _floating(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """``dtype`` for a tensor of floating-point numbers; its own for others, and without a ``dtype``."""
+    return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype

@@ -20,7 +20,9 @@ from tlq.export.loading import load_model
 from tlq.importance.gradients import score_batches, score_tokens
 from tlq.importance.losses import AnswerLoss, BlockLoss
 from tlq.importance.pool import Importance, TokenPool
+from tlq.models import reading
 from tlq.models.decoder import enter_decoder
+from tlq.models.stored import open_tensors
 from tlq.models.streaming import ResidentModel, StreamedModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
@@ -187,3 +189,24 @@ def test_of_the_embeddings_only_the_tokens_rows_are_read(tiny_checkpoint: Path, 
         assert output.weight.is_meta
     assert embeddings.weight.is_meta
     assert embeddings.padding_idx == expected.padding_idx
+
+
+@pytest.mark.parametrize("limit", [1, 5000, 2**28])
+def test_tensors_read_in_parts_are_the_same(tiny_checkpoint: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+
+    def counted(file: Path) -> Any:
+        opened.append(file)
+        return open_tensors(file)
+
+    model = StreamedModel(tiny_checkpoint)
+    expected = load_file(tiny_checkpoint / "model.safetensors")
+    monkeypatch.setattr(reading, "MAPPED_BYTES", limit)
+    monkeypatch.setattr(reading, "open_tensors", counted)
+    for dtype in (torch.float32, torch.float64):
+        tensors = model.read(model.weight_map, dtype)
+        assert set(tensors) == set(model.weight_map)
+        for name, tensor in tensors.items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, expected[model.weight_map[name].key].to(dtype))
+    assert bool(opened) == (limit < 2**28)  # large tensors were read in several parts
