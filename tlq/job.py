@@ -17,7 +17,8 @@ from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import LayerResult, calibrate_layers
 from tlq.export.compressed_tensors import finish_checkpoint, read_layer, write_layer
 from tlq.importance.token_weights import TokenWeights
-from tlq.models.stored import check_finite, source_digest
+from tlq.models.reading import check_finite
+from tlq.models.stored import source_digest
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks
 from tlq.plan.needs import plan_calibration, refuse_impossible

@@ -25,8 +25,9 @@ from tlq.importance.losses import AnswerLoss, Loss, ResidentBatches
 from tlq.importance.pool import GroupKey, Importance, pool_indices
 from tlq.models.architectures import check_linears
 from tlq.models.decoder import enter_decoder
+from tlq.models.reading import check_finite
 from tlq.models.sizes import ActivationSizes, ModelSizes
-from tlq.models.stored import check_finite, source_digest
+from tlq.models.stored import source_digest
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.parallel import Ranks
 from tlq.runtime.activations import HostMemory, host_memory

@@ -1,13 +1,14 @@
-"""Copies of stored tensors, read in parts: what is mapped from a file counts as memory of the process."""
+"""Stored tensors read in parts: what is mapped from a file counts as memory of the process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tlq.models.stored import StoredTensor, TensorFile, open_tensors
+from tlq.models.stored import StoredTensor, TensorFile, open_tensors, refuse_non_finite, tensors_of
 
 #: Bytes of a file that are mapped at once, or one row of a tensor.
 MAPPED_BYTES = 2**28
@@ -27,21 +28,40 @@ def read_together(tensors: Iterable[tuple[str, StoredTensor]]) -> Iterator[list[
         yield together
 
 
+def row_parts(place: StoredTensor, opened: TensorFile) -> Iterator[tuple[int, Tensor]]:
+    """A tensor of an open file whole, or if it is large some rows at a time, each with the number of its first row."""
+    if place.part is not None or place.nbytes <= MAPPED_BYTES:
+        yield 0, place.read(opened)
+        return
+    rows = max(1, MAPPED_BYTES * place.shape[0] // place.nbytes)
+    for start in range(0, place.shape[0], rows):
+        with open_tensors(place.file) as again:  # closed, it is mapped no more
+            yield start, place.read(again)[start : start + rows]
+
+
 def copy_of(
     place: StoredTensor, opened: TensorFile, device: torch.device, dtype_of: Callable[[Tensor], torch.dtype]
 ) -> Tensor:
-    """A copy of a tensor from its open file, some rows at a time if it is large.
+    """A copy of a tensor from its open file.
 
     Args:
         dtype_of: dtype of the copy of the stored tensor.
     """
-    stored = place.read(opened)
-    dtype = dtype_of(stored)
-    if place.part is not None or place.nbytes <= MAPPED_BYTES:
-        return stored.to(device, dtype, copy=True)
-    copy = torch.empty(stored.shape, dtype=dtype, device=device)
-    rows = max(1, MAPPED_BYTES * len(copy) // place.nbytes)
-    for start in range(0, len(copy), rows):
-        with open_tensors(place.file) as again:  # closed, it is mapped no more
-            copy[start : start + rows] = place.read(again)[start : start + rows]
+    parts = row_parts(place, opened)
+    _, first = next(parts)
+    dtype = dtype_of(first)
+    if first.shape == torch.Size(place.shape):
+        return first.to(device, dtype, copy=True)
+    copy = torch.empty(place.shape, dtype=dtype, device=device)
+    copy[: len(first)] = first
+    for start, part in parts:
+        copy[start : start + len(part)] = part
     return copy
+
+
+def check_finite(file: Path) -> None:
+    """``refuse_non_finite`` for the tensors of a weight file: an export would contain them as they are."""
+    for together in read_together(tensors_of(file).items()):
+        with open_tensors(file) as opened:
+            parts = ((key, part) for key, place in together for _, part in row_parts(place, opened))
+            refuse_non_finite(parts, str(file))

@@ -210,3 +210,19 @@ def test_tensors_read_in_parts_are_the_same(tiny_checkpoint: Path, limit: int, m
             assert tensor.dtype == dtype
             assert torch.equal(tensor, expected[model.weight_map[name].key].to(dtype))
     assert bool(opened) == (limit < 2**28)  # large tensors were read in several parts
+
+
+@pytest.mark.parametrize("limit", [100, 2**28])
+def test_a_weight_that_is_not_finite_is_found_in_every_part(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAPPED_BYTES", limit)
+    weights = {"a": torch.ones(3), "large": torch.ones(40, 8), "z": torch.ones(2, dtype=torch.int64)}
+    save_file(weights, tmp_path / "good.safetensors")
+    reading.check_finite(tmp_path / "good.safetensors")
+    for row in (0, 17, 39):
+        damaged = weights["large"].clone()
+        damaged[row, 3] = torch.inf
+        save_file({**weights, "large": damaged}, tmp_path / "bad.safetensors")
+        with pytest.raises(FloatingPointError, match="bad.safetensors: large is not finite"):
+            reading.check_finite(tmp_path / "bad.safetensors")
