@@ -11,7 +11,7 @@ from torch import Tensor
 from tlq.models.stored import StoredTensor, TensorFile, open_tensors, refuse_non_finite, tensors_of
 
 #: Bytes of a file that are mapped at once, or one row of a tensor.
-MAPPED_BYTES = 2**28
+MAPPED_BYTES = 2**26
 
 
 def read_together(tensors: Iterable[tuple[str, StoredTensor]]) -> Iterator[list[tuple[str, StoredTensor]]]:
@@ -54,6 +54,7 @@ def copy_of(
         return first.to(device, dtype, copy=True)
     copy = torch.empty(place.shape, dtype=dtype, device=device)
     copy[: len(first)] = first
+    del first
     for start, part in parts:
         copy[start : start + len(part)] = part
     return copy
