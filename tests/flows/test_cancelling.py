@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import StateType
 from prefect.context import get_run_context
 from prefect.states import Completed, Running
@@ -19,8 +20,9 @@ from services.processes import OWNER, owner, with_environment
 
 
 def states(flow_run: UUID) -> dict[str, StateType | None]:
+    only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
     with get_client(sync_client=True) as client:
-        return {run.name: run.state_type for run in client.read_task_runs() if run.flow_run_id == flow_run}
+        return {run.name: run.state_type for run in client.read_task_runs(flow_run_filter=only)}
 
 
 def flow_run_id() -> UUID:
@@ -34,7 +36,12 @@ def test_a_command_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
     command: str, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, command, (sys.executable, "-c", "import time; time.sleep(120)"))
+    name = {"REPRO": "slow", "CHECK": "check MLflow"}[command]
     runs: list[UUID] = []
+
+    def at_work() -> bool:
+        own = [" ".join(process.cmdline()) for process in with_environment(OWNER, owner())]
+        return any("time.sleep(120)" in words for words in own) and states(runs[0]) == {name: StateType.RUNNING}
 
     @flow
     def interrupted() -> None:
@@ -44,7 +51,7 @@ def test_a_command_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
                 stages.stage.submit("slow")
             else:
                 stages.check_tracking.submit()
-            eventually(lambda: bool(with_environment(OWNER, owner())))
+            eventually(at_work)
             raise KeyboardInterrupt
 
     start = time.monotonic()
@@ -52,7 +59,6 @@ def test_a_command_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
         interrupted()
     assert time.monotonic() - start < 100
     assert with_environment(OWNER, owner()) == []
-    name = {"REPRO": "slow", "CHECK": "check MLflow"}[command]
     eventually(lambda: states(runs[0]) == {name: StateType.CANCELLED})
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterName
 from prefect.client.schemas.objects import StateType, TaskRun
 from support.waiting import Clock, eventually
 
@@ -107,7 +108,7 @@ def test_the_bar_of_the_run_goes_on_while_a_stage_is_at_work(shown: Shown) -> No
 
 def task_runs(name: str) -> list[TaskRun]:
     with get_client(sync_client=True) as client:
-        return [run for run in client.read_task_runs() if run.name == name]
+        return client.read_task_runs(task_run_filter=TaskRunFilter(name=TaskRunFilterName(any_=[name])))
 
 
 def test_only_stages_that_ran_count_as_earlier_durations(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
