@@ -98,9 +98,6 @@ class Qwen3VLMoe(Qwen2VL):
     def build_model(self, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
         return qwen3_moe.build_model(tokenizer)
 
-    def save_processor(self, tokenizer: Qwen2Tokenizer, out: Path) -> None:
-        qwen3_moe.save_processor(tokenizer, out)
-
     def cells(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
         return qwen3_moe.encode_images(network, pixels)
 

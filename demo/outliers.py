@@ -44,32 +44,28 @@ def add_outliers(model: PreTrainedModel, params: OutlierParams) -> None:
     decoder: Any = model.base_model
     for layer in decoder.language_model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        experts = getattr(mlp, "experts", None)
         before = [each.weight for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        after = (
-            [mlp.gate_proj.weight, mlp.up_proj.weight] if experts is None else [mlp.gate.weight, experts.gate_up_proj]
-        )
+        after, pairs = _weights_of(mlp)
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         for gain, readers in zip((norm.weight for norm in norms), (before, after), strict=True):
             factors = channel_factors(len(gain), params, generator)
             gain.mul_(factors)
             for reader in readers:
                 reader.div_(factors)
-        for up, down in _inner(mlp) if experts is None else _inner_of_experts(experts):
+        for up, down in pairs:
             factors = channel_factors(len(up), params, generator)
             up.mul_(factors[:, None])
             down.div_(factors)
 
 
-def _inner(mlp: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Weights that write an inner channel [inner, in], and those that read it [out, inner]."""
-    return [(mlp.up_proj.weight, mlp.down_proj.weight)]
-
-
-def _inner_of_experts(experts: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As ``_inner``, of every expert: views of the stacked weights."""
+def _weights_of(mlp: Any) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The weights that multiply the MLP's input, and up [inner, in] with down [out, inner] of it or of each expert."""
+    experts = getattr(mlp, "experts", None)
+    if experts is None:
+        return [mlp.gate_proj.weight, mlp.up_proj.weight], [(mlp.up_proj.weight, mlp.down_proj.weight)]
     inner = experts.down_proj.shape[2]
-    return [(both[inner:], down) for both, down in zip(experts.gate_up_proj, experts.down_proj, strict=True)]
+    pairs = zip(experts.gate_up_proj[:, inner:], experts.down_proj, strict=True)
+    return [mlp.gate.weight, experts.gate_up_proj], list(pairs)
 
 
 def remove_outliers(model: PreTrainedModel, params: OutlierParams) -> None:

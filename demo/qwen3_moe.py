@@ -4,13 +4,11 @@ The vision tower is that of Qwen3-VL, with a learned table of positions. No feat
 decoder (DeepStack), so that the forward pass for training stays the one that all demo models share.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Tokenizer, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-from demo import model
 from demo.model import PATCH, SPECIAL_TOKENS, decoder_config, set_greedy
 from demo.world import COLUMNS, ROWS
 
@@ -59,11 +57,6 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLMoeForConditionalGeneration
     network = Qwen3VLMoeForConditionalGeneration(build_config(tokenizer))
     set_greedy(network, tokenizer)
     return network
-
-
-def save_processor(tokenizer: Qwen2Tokenizer, out: Path) -> None:
-    """Write the files of an ordinary Qwen3-VL processor: those of Qwen2-VL."""
-    model.save_processor(tokenizer, out)
 
 
 def encode_images(network: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def read_together(tensors: Iterable[tuple[str, StoredTensor]]) -> Iterator[list[
 
 def row_parts(place: StoredTensor, opened: TensorFile) -> Iterator[tuple[int, Tensor]]:
     """A tensor of an open file whole, or if it is large some rows at a time, each with the number of its first row."""
-    if place.part is not None or place.nbytes <= MAPPED_BYTES:
+    if place.originals != (place,) or place.nbytes <= MAPPED_BYTES:  # a part or a stack is put together as a whole
         yield 0, place.read(opened)
         return
     rows = max(1, MAPPED_BYTES * place.shape[0] // place.nbytes)
@@ -39,17 +39,15 @@ def row_parts(place: StoredTensor, opened: TensorFile) -> Iterator[tuple[int, Te
             yield start, place.read(again)[start : start + rows]
 
 
-def copy_of(
-    place: StoredTensor, opened: TensorFile, device: torch.device, dtype_of: Callable[[Tensor], torch.dtype]
-) -> Tensor:
+def copy_of(place: StoredTensor, opened: TensorFile, device: torch.device, floating: torch.dtype | None) -> Tensor:
     """A copy of a tensor from its open file.
 
     Args:
-        dtype_of: dtype of the copy of the stored tensor.
+        floating: dtype of the copy of floating-point numbers; None keeps theirs, and others always keep their own.
     """
     parts = row_parts(place, opened)
     _, first = next(parts)
-    dtype = dtype_of(first)
+    dtype = floating if floating is not None and first.is_floating_point() else first.dtype
     if first.shape == torch.Size(place.shape):
         return first.to(device, dtype, copy=True)
     copy = torch.empty(place.shape, dtype=dtype, device=device)

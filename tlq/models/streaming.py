@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -376,9 +376,9 @@ class StreamedModel:
                         if twin != name:  # tied weights
                             tensors[name] = tensors[twin]
                             continue
-                        given = None if name in self._uncast else dtype or self.dtype
+                        wanted = None if name in self._uncast else dtype or self.dtype
                         # A copy even if dtype and device stay: the file must not remain mapped.
-                        tensors[name] = copy_of(place, opened, self.device, partial(_floating, dtype=given))
+                        tensors[name] = copy_of(place, opened, self.device, wanted)
         return tensors
 
     @contextmanager
@@ -398,8 +398,3 @@ class StreamedModel:
         finally:
             for module, leaf, parameter in empty:
                 module._parameters[leaf] = parameter
-
-
-def _floating(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """``dtype`` for a tensor of floating-point numbers; its own for others, and without a ``dtype``."""
-    return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype

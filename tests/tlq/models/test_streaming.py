@@ -21,8 +21,9 @@ from tlq.importance.gradients import score_batches, score_tokens
 from tlq.importance.losses import AnswerLoss, BlockLoss
 from tlq.importance.pool import Importance, TokenPool
 from tlq.models import reading
+from tlq.models.conversion import StackedTensor
 from tlq.models.decoder import enter_decoder
-from tlq.models.stored import open_tensors
+from tlq.models.stored import open_tensors, tensors_of
 from tlq.models.streaming import ResidentModel, StreamedModel
 from tlq.quantization.formats import WeightQuantizer, get_scheme
 from tlq.recipes import RECIPES
@@ -226,3 +227,14 @@ def test_a_weight_that_is_not_finite_is_found_in_every_part(
         save_file({**weights, "large": damaged}, tmp_path / "bad.safetensors")
         with pytest.raises(FloatingPointError, match="bad.safetensors: large is not finite"):
             reading.check_finite(tmp_path / "bad.safetensors")
+
+
+def test_a_tensor_stored_in_several_is_put_together_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAPPED_BYTES", 64)
+    rows = {"a": torch.randn(20, 8), "b": torch.randn(12, 8)}
+    save_file(rows, tmp_path / "model.safetensors")
+    stacked = StackedTensor.of(list(tensors_of(tmp_path / "model.safetensors").values()))
+    with open_tensors(stacked.file) as opened:
+        assert len(list(reading.row_parts(stacked, opened))) == 1
+        found = reading.copy_of(stacked, opened, torch.device("cpu"), torch.float64)
+    assert torch.equal(found, torch.cat([rows["a"], rows["b"]]).double())
