@@ -26,10 +26,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from bench.laboratory import MODEL, WORLD, Laboratory
+from bench.laboratory import MODEL, Laboratory, calibration_samples
 from tasks.command import quiet_libraries
-from tasks.config.sections import Columns, PrepareParams
-from tasks.stages.prepare import draw, read_table
 from tlq.calibration.allocation import distributed, measure
 from tlq.calibration.job import CalibrationJob
 from tlq.calibration.loop import calibrate
@@ -45,7 +43,7 @@ from tlq.quantization.allocation import Unit
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.quantization.ranges import MINMAX, Ranges
 from tlq.recipes import Recipe, get_recipe
-from tlq.samples import Batch, Sample, encode_batches, image_token_id
+from tlq.samples import Batch, encode_batches, image_token_id
 
 logger = logging.getLogger("bench.ablation")
 
@@ -174,18 +172,6 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
     calibrate(model, CalibrationJob(choice.recipe, quantizer, pool.batches, weights))
     seconds = time.perf_counter() - started
     return laboratory.measure(model, laboratory.reader) | {"seconds": round(seconds, 2)}
-
-
-def calibration_samples(size: int, seed: int) -> list[Sample]:
-    """Samples of the demo world, drawn with a seed as stage ``prepare`` draws them."""
-    params = PrepareParams(
-        kind="parquet",
-        path=str(WORLD / "calibration.parquet"),
-        samples=size,
-        seed=seed,
-        columns=Columns(id="id", source="source"),
-    )
-    return draw(*read_table(params), params)[0]
 
 
 class Pool:

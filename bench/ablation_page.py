@@ -263,7 +263,7 @@ _CLAIMS = (
     "alone quantized, and than `gptq` in most cases; than `awq` it is better in two of six cases and worse in none,",
     "and `smoothquant` is better at W4A8 on the first family. A set of tokens chosen by importance is better than one",
     "by uniform or modality weights (ten seeds), and better than uniform ones at every size, from a quarter of the",
-    "width to eight times the width, most near the width itself: as many tokens leave a tenth of the error. Bits by",
+    "width to eight times the width, most near the width itself: there they leave a tenth of the error. Bits by",
     "importance halve the error of one family and do nothing for the other. What they do not show: the sizes of sets",
     "on the second family, and ten seeds for every line.",
 )

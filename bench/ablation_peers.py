@@ -17,17 +17,16 @@ import logging
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bench.ablation import KEY, SUBJECTS, Subject, append_result, calibration_samples, finished_runs
-from bench.laboratory import Laboratory
-from bench.peers import equal_length_inputs, load_dequantized, run_contender
+from bench.ablation import KEY, SUBJECTS, Subject, append_result, finished_runs
+from bench.laboratory import Laboratory, calibration_samples
+from bench.peers import Peer, equal_length_inputs, load_dequantized, run_contender
 from tasks.command import quiet_libraries
 from tlq.export.loading import load_model
-from tlq.quantization.formats import Scheme, get_scheme
+from tlq.quantization.formats import get_scheme
 from tlq.samples import Sample, image_token_id
 
 logger = logging.getLogger("bench.ablation_peers")
@@ -35,38 +34,6 @@ logger = logging.getLogger("bench.ablation_peers")
 SAMPLES = 256
 #: Decoder layer of each subject, which llm-compressor calibrates one after the other.
 LAYERS = {"qwen2_vl": "Qwen2VLDecoderLayer", "llava_onevision": "Qwen2DecoderLayer"}
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A row of the study.
-
-    Attributes:
-        method: of bench/peer_llmcompressor.py.
-        observer: llm-compressor's observer of weights; None for the method's default.
-    """
-
-    recipe: str
-    method: str
-    observer: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.recipe if self.observer is None else f"{self.recipe} with observer {self.observer}"
-
-    @property
-    def choice(self) -> tuple[str, str]:
-        """Factor and level in the results of the study."""
-        return ("default", "") if self.observer is None else ("observer", self.observer)
-
-    def command(self, python: Path, model: Path, layer: str, scheme: Scheme) -> list[str]:
-        """The command without its inputs and its output."""
-        words = [str(python), "bench/peer_llmcompressor.py", "--model", str(model), "--method", self.method]
-        words += ["--layer", layer, "--bits", str(scheme.weight_bits)]
-        words += [] if scheme.group_size is None else ["--group-size", str(scheme.group_size)]
-        words += ["--symmetric"] if scheme.symmetric else []
-        words += [] if scheme.activation_bits is None else ["--activation-bits", str(scheme.activation_bits)]
-        return words + ([] if self.observer is None else ["--observer", self.observer])
 
 
 PEERS = (

@@ -31,9 +31,8 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from bench.ablation import calibration_samples
 from bench.ablation_page import half_width
-from bench.laboratory import Laboratory
+from bench.laboratory import Laboratory, calibration_samples
 from bench.sections import table, write_section
 from demo.qwen3_moe import ACTIVE, EXPERTS
 from tasks.command import quiet_libraries

@@ -1,4 +1,4 @@
-"""Evaluation on the demo model's held-out items: score, and KL and NLL against the answers of full precision."""
+"""The demo's calibration samples, and evaluation on its held-out items: score, KL and NLL against full precision."""
 
 from __future__ import annotations
 
@@ -16,12 +16,27 @@ from benchmarks.divergence import AnswerMeter, ReferenceReader, ReferenceRecorde
 from benchmarks.harness import Benchmark, load_benchmarks, run_benchmarks
 from benchmarks.items import AnswerOptions
 from tasks.command import device
+from tasks.config.sections import Columns, PrepareParams
+from tasks.stages.prepare import draw, read_table
 from tlq.export.loading import load_model
 from tlq.models.checkpoint import checkpoint_dtype_of, read_config
 from tlq.models.processor import load_processor
+from tlq.samples import Sample
 
 MODEL = Path("data/demo/model")
 WORLD = Path("data/demo/world")
+
+
+def calibration_samples(size: int, seed: int = 0) -> list[Sample]:
+    """Samples of the demo world, drawn with a seed as stage ``prepare`` draws them."""
+    params = PrepareParams(
+        kind="parquet",
+        path=str(WORLD / "calibration.parquet"),
+        samples=size,
+        seed=seed,
+        columns=Columns(id="id", source="source"),
+    )
+    return draw(*read_table(params), params)[0]
 
 
 class Laboratory:

@@ -34,27 +34,68 @@ import torch
 from torch import Tensor
 from transformers import Qwen2VLConfig
 
-from bench.laboratory import MODEL, WORLD, Laboratory
+from bench.laboratory import MODEL, Laboratory, calibration_samples
 from bench.models import SHAPES, large_samples, write_random_model
 from bench.sections import table, write_section
 from tasks.command import quiet_libraries
-from tasks.config.sections import Columns, PrepareParams
-from tasks.stages.prepare import draw, read_table
 from tlq.export.loading import load_model
 from tlq.models.processor import load_processor
+from tlq.quantization.formats import Scheme, get_scheme
 from tlq.samples import Sample, encode_batches, image_token_id
 
 logger = logging.getLogger("bench.peers")
 
 OURS = ("awq", "gptq", "tlq", "tlq-c")
-PEERS = ("awq", "gptq")
 #: The model that needs a GPU.
 LARGE = "qwen2-vl-7b"
 #: Pairs (our recipe, peer) whose speed is compared.
 RIVALS = (("tlq", "llm-compressor awq"), ("tlq-c", "llm-compressor gptq"))
 BATCH = 8
-#: Bits of the scheme -> group size.
-GROUP_SIZES = {3: 128, 2: 64}
+#: Bits of the demo's schemes.
+BITS = (3, 2)
+#: Class of the decoder layers of the Qwen2-VL shapes.
+LAYER = "Qwen2VLDecoderLayer"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another tool's method.
+
+    Attributes:
+        recipe: name of the row.
+        method: of bench/peer_llmcompressor.py.
+        observer: llm-compressor's observer of weights; None for the method's default.
+    """
+
+    recipe: str
+    method: str
+    observer: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.recipe if self.observer is None else f"{self.recipe} with observer {self.observer}"
+
+    @property
+    def choice(self) -> tuple[str, str]:
+        """Factor and level in the results of the study."""
+        return ("default", "") if self.observer is None else ("observer", self.observer)
+
+    def command(self, python: Path, model: Path, layer: str, scheme: Scheme) -> list[str]:
+        """The command without its inputs, its dtype and its output.
+
+        Args:
+            python: interpreter of the peers' environment.
+            layer: class of the model's decoder layers, which the method calibrates one after the other.
+        """
+        words = [str(python), "bench/peer_llmcompressor.py", "--model", str(model), "--method", self.method]
+        words += ["--layer", layer, "--bits", str(scheme.weight_bits)]
+        words += [] if scheme.group_size is None else ["--group-size", str(scheme.group_size)]
+        words += ["--symmetric"] if scheme.symmetric else []
+        words += [] if scheme.activation_bits is None else ["--activation-bits", str(scheme.activation_bits)]
+        return words + ([] if self.observer is None else ["--observer", self.observer])
+
+
+PEERS = (Peer("llm-compressor awq", "awq"), Peer("llm-compressor gptq", "gptq"))
 
 
 @dataclass(frozen=True)
@@ -63,15 +104,14 @@ class Setup:
 
     Attributes:
         model: checkpoint to quantize.
-        bits, group_size: of the scheme, weight-only.
+        scheme: weight-only.
         python: interpreter of llm-compressor's environment.
         recipes: our recipes.
         device: `cpu` (float32) or `cuda` (bfloat16).
     """
 
     model: Path
-    bits: int
-    group_size: int
+    scheme: Scheme
     python: Path
     recipes: Sequence[str] = OURS
     device: str = "cpu"
@@ -95,14 +135,13 @@ def equal_length_inputs(samples: Sequence[Sample], processor: Any, image_id: int
 
 def contenders(setup: Setup, work: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and command of every contender; each command writes to a folder in ``work``."""
-    for method in PEERS:
-        command = [str(setup.python), "bench/peer_llmcompressor.py", "--model", str(setup.model), "--method", method]
-        command += ["--inputs", str(work / "inputs.pt"), "--bits", str(setup.bits)]
-        command += ["--group-size", str(setup.group_size), "--dtype", setup.dtype]
-        yield f"llm-compressor {method}", [*command, "--out", str(work / f"peer-{method}")]
+    for peer in PEERS:
+        command = peer.command(setup.python, setup.model, LAYER, setup.scheme)
+        command += ["--inputs", str(work / "inputs.pt"), "--dtype", setup.dtype]
+        yield peer.name, [*command, "--out", str(work / f"peer-{peer.method}")]
     for recipe in setup.recipes:
         command = [sys.executable, "-m", "bench.peer_ours", "--model", str(setup.model), "--recipe", recipe]
-        command += ["--samples", str(work / "samples.pickle"), "--scheme", f"w{setup.bits}a16"]
+        command += ["--samples", str(work / "samples.pickle"), "--scheme", setup.scheme.name]
         command += ["--batch-size", str(BATCH), "--dtype", setup.dtype, "--device", setup.device]
         yield recipe, [*command, "--out", str(work / recipe)]
 
@@ -206,8 +245,8 @@ def main() -> None:
         "--bits",
         type=int,
         nargs="+",
-        choices=GROUP_SIZES,
-        default=list(GROUP_SIZES),
+        choices=BITS,
+        default=list(BITS),
         help="bits of the demo's schemes",
     )
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the models with random weights")
@@ -217,35 +256,30 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         if "demo" in arguments.models:
-            samples = _demo_samples(arguments.count)
+            samples = calibration_samples(arguments.count)
             conditions = _conditions(arguments, samples, "cpu")
             lab = Laboratory(arguments.items, Path(folder))
             for bits in arguments.bits:
-                group_size = GROUP_SIZES[bits]
-                setup = Setup(MODEL, bits, group_size, arguments.python)
-                rows = compare(setup, samples, arguments.repeats, lab)
-                _write(f"Demo model, W{bits}A16 in groups of {group_size}", conditions, rows)
+                scheme = get_scheme(f"w{bits}a16")
+                rows = compare(Setup(MODEL, scheme, arguments.python), samples, arguments.repeats, lab)
+                _write(f"Demo model, {_title(scheme)}", conditions, rows)
         for name in arguments.models:
             if name == "demo":
                 continue
             large = name == LARGE
-            samples = list(large_samples(arguments.count)) if large else _demo_samples(arguments.count)
+            samples = list(large_samples(arguments.count)) if large else calibration_samples(arguments.count)
             device = "cuda" if large else "cpu"
             conditions = _conditions(arguments, samples, device)  # fails before the work if GPU or peers are missing
             shape = replace(SHAPES[name], layers=arguments.layers)
             model = write_random_model(Path(folder) / name, shape)
             recipes = [recipe for recipe in OURS if recipe != "awq"]  # our `awq` takes minutes and is in no ratio
-            setup = Setup(model, 3, 128, arguments.python, recipes, device)
+            setup = Setup(model, get_scheme("w3a16"), arguments.python, recipes, device)
             rows = compare(setup, samples, arguments.repeats, None)
-            title = f"Random weights, {shape}, {shape.layers} layers, W3A16 in groups of 128"
-            _write(title, conditions, rows)
+            _write(f"Random weights, {shape}, {shape.layers} layers, {_title(setup.scheme)}", conditions, rows)
 
 
-def _demo_samples(count: int) -> list[Sample]:
-    params = PrepareParams(
-        kind="parquet", path=str(WORLD / "calibration.parquet"), samples=count, columns=Columns(id="id")
-    )
-    return draw(*read_table(params), params)[0]
+def _title(scheme: Scheme) -> str:
+    return f"{scheme.name.upper()} in groups of {scheme.group_size}"
 
 
 def _write(title: str, conditions: str, rows: list[str]) -> None:

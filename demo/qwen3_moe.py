@@ -13,7 +13,7 @@ from demo.model import PATCH, SPECIAL_TOKENS, decoder_config, set_greedy
 from demo.world import COLUMNS, ROWS
 
 EXPERTS, ACTIVE = 8, 2
-#: Inner width of an expert: two of them multiply as many weights for a token as the MLP of the other demo models.
+#: Inner width of an expert: two experts together have the inner width of the other demo models' MLP.
 EXPERT_WIDTH = 256
 
 

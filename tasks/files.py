@@ -95,25 +95,26 @@ def read_samples(path: Path, limit: int | None = None) -> list[Sample]:
 def write_importance(
     scores: Mapping[LossName, Importance], pool: TokenPool, folder: Path, widths: Mapping[GroupKey, int] | None = None
 ) -> None:
-    """Write ``scores.parquet`` (loss, layer, group, sample, values) and ``sequences.parquet``, a row per sample.
+    """Write ``scores.parquet`` (loss, layer, group, and the list of all tokens' values) and ``sequences.parquet``.
+
+    ``sequences.parquet`` has a row per sample, with lists of its tokens; their lengths divide the values among samples.
 
     Args:
         widths: input channels of every layer and group, which ``scores.parquet`` holds as metadata.
     """
-    keys = [(loss, *key, sample) for loss in scores for key in scores[loss] for sample in range(pool.samples)]
-    losses, layers, groups, samples = zip(*keys, strict=True)
+    losses, layers, groups = zip(*((loss, *key) for loss in scores for key in scores[loss]), strict=True)
+    whole = np.array([0, len(pool)])
     table = pa.table(
         {
             "loss": pa.array(losses, pa.string()),
             "layer": pa.array(layers, pa.int32()),
             "group": pa.array(groups, pa.string()),
-            "sample": pa.array(samples, pa.int32()),
             "values": pa.chunked_array(
-                [_lists(values, pool) for importance in scores.values() for values in importance.values()]
+                [_lists(values, whole) for importance in scores.values() for values in importance.values()]
             ),
         }
     )
-    tokens = {name: _lists(getattr(pool, name), pool) for name in ("token_ids", "is_image", "is_answer")}
+    tokens = {name: _lists(getattr(pool, name), pool.cu_seqlens) for name in ("token_ids", "is_image", "is_answer")}
     with new_directory(folder) as temporary:
         by_group = json.dumps([[*key, width] for key, width in sorted((widths or {}).items())])
         described = table.replace_schema_metadata({_WIDTHS: by_group})
@@ -121,9 +122,9 @@ def write_importance(
         pq.write_table(pa.table(tokens), temporary / "sequences.parquet", compression="zstd")
 
 
-def _lists(values: NDArray[Any], pool: TokenPool) -> pa.ListArray:
-    """Values [tokens] as one list per sample."""
-    return pa.ListArray.from_arrays(pa.array(pool.cu_seqlens, pa.int32()), pa.array(values))
+def _lists(values: NDArray[Any], cu_seqlens: NDArray[np.int64]) -> pa.ListArray:
+    """Values [tokens] as lists, the list ``i`` from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``."""
+    return pa.ListArray.from_arrays(pa.array(cu_seqlens, pa.int32()), pa.array(values))
 
 
 def read_pool(folder: Path) -> TokenPool:
@@ -138,16 +139,16 @@ def read_importance(folder: Path, loss: LossName = "answer") -> Importance:
     """Raw scores of one loss.
 
     Raises:
-        ValueError: the loss was not scored.
+        ValueError: the loss was not scored, or an older version wrote the file.
     """
     table = pq.read_table(existing(folder / "scores.parquet", "importance"))
+    if "sample" in table.column_names:
+        raise ValueError(f"{folder}: written by an older version, one row per sample; run `dvc repro importance`")
     table = table.filter(pc.equal(table["loss"], loss))
     if not table.num_rows:
         raise ValueError(f"{folder}: holds no scores of the loss {loss}; add it to importance.losses in params.yaml")
-    samples = 1 + pc.max(table["sample"]).as_py()  # the rows of a layer and group follow each other, sample by sample
-    rows = range(0, table.num_rows, samples)
-    keys = [(table["layer"][row].as_py(), table["group"][row].as_py()) for row in rows]
-    return {key: _flat(table["values"].slice(row, samples)) for key, row in zip(keys, rows, strict=True)}
+    keys = zip(table["layer"].to_pylist(), table["group"].to_pylist(), strict=True)
+    return {key: row.values.to_numpy() for key, row in zip(keys, table["values"], strict=True)}
 
 
 def read_widths(folder: Path) -> dict[GroupKey, int]:

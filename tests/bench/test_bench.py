@@ -103,7 +103,7 @@ def test_peer_inputs_have_no_padding(tiny_processor: Any, samples: list[Sample])
 
 
 def test_contenders_share_model_scheme_and_dtype(tmp_path: Path) -> None:
-    setup = Setup(Path("model"), 2, 64, Path("peers/python"), ("tlq",), "cuda")
+    setup = Setup(Path("model"), get_scheme("w2a16"), Path("peers/python"), ("tlq",), "cuda")
     commands = dict(contenders(setup, tmp_path))
     assert list(commands) == ["llm-compressor awq", "llm-compressor gptq", "tlq"]
     for command in commands.values():

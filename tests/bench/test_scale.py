@@ -84,12 +84,13 @@ def test_cpu_seconds_of_processes_below_one_are_counted() -> None:
     parent = subprocess.Popen([sys.executable, "-c", starts])
     watched = demo_time.Watched()
     while parent.poll() is None:
-        watched.look(psutil.Process(parent.pid))
+        watched.sample(psutil.Process(parent.pid))
         time.sleep(0.02)
     groups = watched.groups()
     assert groups["others"].processes == 2
     assert 0.3 < groups["others"].seconds < 5
     groups = {"`evaluate`": demo_time.Group(30.0, 2), "DVC": demo_time.Group(10.0, 4)}
-    lines = demo_time.lines_of(10.0, groups, {"DVC": 8.0})
+    lines = demo_time.lines_of(60.0, 10.0, groups, {"DVC": 8.0})
     assert "40 CPU seconds, of which 25% are bookkeeping" in lines[0]
+    assert "the installation took 60 seconds" in lines[0]
     assert lines[-1] == "| bookkeeping: DVC, 4 | 10 | 8 |"

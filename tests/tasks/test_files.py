@@ -185,7 +185,7 @@ def test_input_widths_are_stored_with_the_scores(tmp_path: Path) -> None:
     assert read_widths(tmp_path / "importance") == {}
 
 
-def test_scores_are_stored_one_list_per_sample(tmp_path: Path) -> None:
+def test_scores_are_stored_as_one_flat_list_per_group(tmp_path: Path) -> None:
     """The format that other readers of data/importance rely on."""
     token_ids = [np.array([5, 6], np.int32), np.array([7], np.int32)]
     pool = pool_of([np.array([True, False]), np.array([False])], token_ids=token_ids)
@@ -194,13 +194,20 @@ def test_scores_are_stored_one_list_per_sample(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "importance/scores.parquet")
     assert table.schema.field("values").type == pa.list_(pa.float32())
     assert table.to_pylist() == [
-        {"loss": "answer", "layer": layer, "group": "qkv", "sample": sample, "values": values}
-        for layer, sample, values in [(0, 0, [1, 2]), (0, 1, [3]), (1, 0, [2, 4]), (1, 1, [6])]
+        {"loss": "answer", "layer": layer, "group": "qkv", "values": values}
+        for layer, values in [(0, [1, 2, 3]), (1, [2, 4, 6])]
     ]
     assert pq.read_table(tmp_path / "importance/sequences.parquet").to_pylist() == [
         {"token_ids": [5, 6], "is_image": [True, False], "is_answer": [False, False]},
         {"token_ids": [7], "is_image": [False], "is_answer": [False]},
     ]
+
+
+def test_scores_of_an_older_version_name_the_command_that_makes_new_ones(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"loss": ["answer"], "layer": [0], "group": ["qkv"], "sample": [0], "values": [[1.0]]})
+    write_parquet(frame, tmp_path / "scores.parquet")
+    with pytest.raises(ValueError, match="older version.*dvc repro importance"):
+        read_importance(tmp_path)
 
 
 def test_a_token_set_becomes_weights_of_the_pool(tmp_path: Path) -> None:

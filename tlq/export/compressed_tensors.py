@@ -32,7 +32,7 @@ from tlq.export.quantized import PARTS, unpacked
 from tlq.export.shards import index_shards, save_parts, save_shard
 from tlq.models.architectures import Architecture, linear_paths
 from tlq.models.checkpoint import copy_processor_files, without_custom_code
-from tlq.models.stored import read_tensor
+from tlq.models.reading import read_tensor
 from tlq.models.streaming import StreamedModel
 from tlq.quantization.formats import QuantizedWeight, Scheme, get_scheme
 from tlq.runtime.files import link_or_copy

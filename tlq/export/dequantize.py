@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tlq.export.shards import index_shards, save_parts
 from tlq.models.checkpoint import copy_processor_files, local_folder, without_custom_code
-from tlq.models.stored import StoredTensor, read_json, read_tensor, stored_tensors
+from tlq.models.reading import read_tensor
+from tlq.models.stored import StoredTensor, read_json, stored_tensors
 from tlq.runtime.files import check_new_folder, new_directory
 
 #: Ends of the names of scales, after the name of the weight.

@@ -29,7 +29,8 @@ from tlq.export.containers import BLOCK, NO_GGUF, gguf_block
 from tlq.export.quantized import QuantizedCheckpoint, hub_name
 from tlq.models.checkpoint import load_config
 from tlq.models.processor import load_processor
-from tlq.models.stored import StoredTensor, read_json, read_tensor
+from tlq.models.reading import read_tensor
+from tlq.models.stored import StoredTensor, read_json
 from tlq.quantization.formats import QuantizedWeight, Scheme
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tlq.export.quantized import QuantizedCheckpoint
 from tlq.export.shards import index_shards, save_parts
 from tlq.models.checkpoint import copy_processor_files
-from tlq.models.stored import read_tensor
+from tlq.models.reading import read_tensor
 
 
 def check_convertible(checkpoint: QuantizedCheckpoint) -> None:

@@ -21,7 +21,7 @@ from tlq.export.containers import MLX_FAMILIES, mlx_group
 from tlq.export.quantized import QuantizedCheckpoint, hub_name
 from tlq.export.shards import index_shards, save_parts
 from tlq.models.checkpoint import copy_processor_files
-from tlq.models.stored import read_tensor
+from tlq.models.reading import read_tensor
 from tlq.quantization.formats import QuantizedWeight
 
 _PIECE = 2**26

@@ -12,7 +12,8 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
-from tlq.models.stored import StoredTensor, TensorFile, read_json, read_tensor, stored_tensors
+from tlq.models.reading import read_tensor
+from tlq.models.stored import StoredTensor, TensorFile, read_json, stored_tensors
 from tlq.quantization.formats import SCHEMES, QuantizedWeight, Scheme, WeightQuantizer
 
 #: Ends of the names of a quantized weight's tensors. ``weight`` belongs to one only if a scale has the same base name.

@@ -45,7 +45,7 @@ MIN_PASSES = 4
 
 @dataclass(frozen=True)
 class BatchScores:
-    """Raw importance of the micro-batch at index ``batch``: (layer, group name) -> [batch, time], padding undefined."""
+    """Raw importance of the micro-batch at index ``batch``: (layer, group name) -> [tokens], row by row, no padding."""
 
     batch: int
     values: dict[GroupKey, Tensor]
@@ -70,11 +70,10 @@ def to_pool(scores: Iterable[BatchScores], batches: Sequence[Batch]) -> Importan
     tokens = sum(map(len, indices))
     importance: Importance = {}
     for scored in scores:
-        valid = batches[scored.batch].valid
         for key, values in scored.values.items():
             if key not in importance:
                 importance[key] = np.empty(tokens, np.float32)
-            importance[key][indices[scored.batch]] = values[valid].numpy()
+            importance[key][indices[scored.batch]] = values.numpy()
     return dict(sorted(importance.items()))
 
 
@@ -104,6 +103,7 @@ def score_resumably(
                 "dtype": str(model.dtype),
                 "data": calibration_data_digest([batch.digest for batch in batches], {}),
                 "loss": repr(loss),
+                "values": "[tokens]",  # parts of a version that kept [batch, time] are refused
                 "versions": package_versions(),
             }
         )
@@ -111,7 +111,7 @@ def score_resumably(
     missing = [index for index in ranks.assigned(len(batches)) if state.report(index) is None]
     memory = memory or host_memory(state.folder)
     for scored in score_batches(model, batches, missing, loss, memory, show=ranks.leads):
-        tensors = {f"{layer} {group}": values.contiguous() for (layer, group), values in scored.values.items()}
+        tensors = {f"{layer} {group}": values for (layer, group), values in scored.values.items()}
         with new_file(state.part(scored.batch)) as temporary:
             save_file(tensors, temporary)
         state.finish(scored.batch)
@@ -220,8 +220,9 @@ def _score_pass(
     with closing(resident):
         scores = [BatchScores(index, {}) for index in indices]
         for layer, position, gradients in loss.gradients(resident):
-            for group, values in gradients.items():
-                if not torch.isfinite(values[own[position].valid]).all():
+            for group, padded in gradients.items():
+                values = padded[own[position].valid]
+                if not torch.isfinite(values).all():
                     raise FloatingPointError(
                         f"layer {layer}, group {group}: gradient is not finite; score in float32 or leave the sample "
                         "out"

@@ -25,7 +25,8 @@ from transformers.core_model_loading import (
 )
 
 from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
-from tlq.models.stored import StoredTensor, TensorFile, read_tensor
+from tlq.models.reading import read_tensor
+from tlq.models.stored import StoredTensor, TensorFile
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ def copy_of(place: StoredTensor, opened: TensorFile, device: torch.device, float
     return copy
 
 
+def read_tensor(place: StoredTensor) -> Tensor:
+    """A tensor as it is stored, in memory of its own."""
+    with open_tensors(place.file) as opened:
+        return copy_of(place, opened, torch.device("cpu"), None)
+
+
 def check_finite(file: Path) -> None:
     """``refuse_non_finite`` for the tensors of a weight file: an export would contain them as they are."""
     for together in read_together(tensors_of(file).items()):

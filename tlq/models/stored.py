@@ -365,12 +365,6 @@ def source_digest(folder: Path, check: Callable[[Path], None] | None = None) -> 
     return total.hexdigest()
 
 
-def read_tensor(place: StoredTensor) -> Tensor:
-    """A tensor as it is stored, in memory of its own."""
-    with open_tensors(place.file) as opened:
-        return place.read(opened).clone()
-
-
 def dtype_of_weights(folder: Path) -> torch.dtype:
     """The dtype of the first floating-point tensor of the first file, which transformers takes for ``auto``."""
     with open_tensors(weight_files(folder)[0]) as opened:

@@ -25,13 +25,12 @@ from tlq.models.checkpoint import checkpoint_dtype_of, local_folder, read_config
 from tlq.models.conversion import Content, StackedTensor, contents_of_stored
 from tlq.models.experts import DOWN, GATE_UP, SeparateExperts
 from tlq.models.linear_groups import LinearGroup
-from tlq.models.reading import copy_of, read_together
+from tlq.models.reading import copy_of, read_tensor, read_together
 from tlq.models.skeleton import empty_model
 from tlq.models.stored import (
     WEIGHT_DTYPES,
     StoredTensor,
     open_tensors,
-    read_tensor,
     refuse_quantized,
     refuse_stated_quantization,
     stored_tensors,

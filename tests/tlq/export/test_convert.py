@@ -26,7 +26,7 @@ from tlq.export.convert import convert
 from tlq.export.gguf import MAPPINGS, blocks
 from tlq.export.mlx import affine, packed
 from tlq.export.quantized import QuantizedCheckpoint, hub_name
-from tlq.models.stored import read_tensor
+from tlq.models.reading import read_tensor
 from tlq.quantization.formats import QuantizedWeight, get_scheme
 
 DEMO = ROOT / "data/demo/model"

@@ -26,7 +26,9 @@ def test_a_pool_holds_every_token_in_the_order_of_the_samples(batches: list[Batc
 
 def test_scores_of_micro_batches_become_flat_whatever_their_order(batches: list[Batch]) -> None:
     """Every token is scored with its own id, so that the pool's ids must come back."""
-    scores = [BatchScores(index, {(0, "qkv"): batch.input_ids.float()}) for index, batch in enumerate(batches)]
+    scores = [
+        BatchScores(index, {(0, "qkv"): batch.input_ids[batch.valid].float()}) for index, batch in enumerate(batches)
+    ]
     (values,) = to_pool(reversed(scores), batches).values()
     assert values.dtype == np.float32
     np.testing.assert_array_equal(values, TokenPool.of(batches).token_ids)
