@@ -7,7 +7,7 @@ Every run calibrates the model on samples drawn with its seed and measures, on t
 divergence from full precision, the NLL of the reference answers, and the score. Each result is appended to
 a file of bench/results when its run ends; a run with a result is not repeated, so an interrupted study continues.
 ``bench.ablation_page`` writes docs/ablation.md from the results. ``--subject llava_onevision`` studies the second
-model.
+model, ``--subject other_kind`` the first one on questions of other kinds than those of its calibration samples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from bench.laboratory import MODEL, Laboratory, calibration_samples
+from bench.laboratory import BENCHMARKS, MODEL, SOURCES, Laboratory, calibration_samples
 from tasks.command import quiet_libraries
 from tlq.calibration.allocation import distributed, measure
 from tlq.calibration.job import CalibrationJob
@@ -43,7 +43,7 @@ from tlq.quantization.allocation import Unit
 from tlq.quantization.formats import Scheme, WeightQuantizer, get_scheme
 from tlq.quantization.ranges import MINMAX, Ranges
 from tlq.recipes import Recipe, get_recipe
-from tlq.samples import Batch, encode_batches, image_token_id
+from tlq.samples import Batch, Sample, encode_batches, image_token_id
 
 logger = logging.getLogger("bench.ablation")
 
@@ -56,12 +56,16 @@ class Subject:
         model: its folder.
         results: file of the results.
         title: heading of its page.
+        sources: kinds of the calibration samples.
+        benchmarks: kinds of the held-out items.
     """
 
     name: str
     model: Path
     results: Path
     title: str
+    sources: Sequence[str] = SOURCES
+    benchmarks: Sequence[str] = BENCHMARKS
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -73,6 +77,14 @@ SUBJECTS: dict[str, Subject] = {
             Path("data/demo/llava_onevision"),
             Path("bench/results/ablation-llava_onevision.csv"),
             "Which choices matter: the second family",
+        ),
+        Subject(
+            "other_kind",
+            MODEL,
+            Path("bench/results/ablation-other_kind.csv"),
+            "Which choices matter: calibrated on signs and charts, tested on strings and shapes",
+            ("demo-signs", "demo-chart"),
+            ("ocrbench", "mmmu"),
         ),
     )
 }
@@ -177,8 +189,8 @@ def run_choice(laboratory: Laboratory, choice: Choice, scheme: str, pool: Pool, 
 class Pool:
     """Calibration samples drawn with one seed, and their importance."""
 
-    def __init__(self, laboratory: Laboratory, size: int, seed: int) -> None:
-        samples, model = calibration_samples(size, seed), laboratory.model
+    def __init__(self, laboratory: Laboratory, samples: Sequence[Sample]) -> None:
+        model = laboratory.model
         self.batches: list[Batch] = encode_batches(
             samples, laboratory.processor, image_token_id(model.config), 32, 2048
         )
@@ -218,10 +230,10 @@ def run_study(subject: Subject, seeds: Sequence[int], schemes: Sequence[str], it
     done = finished_runs(subject)
     full = {"recipe": "full", "factor": "", "level": "", "scheme": "", "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
-        laboratory = Laboratory(items, Path(folder), subject.model)
+        laboratory = Laboratory(items, Path(folder), subject.model, subject.benchmarks)
         append_result(subject, {**full, **laboratory.full}, done)
         for seed, size, runs in remaining_runs(seeds, schemes, done, only):
-            pool = Pool(laboratory, size, seed)
+            pool = Pool(laboratory, calibration_samples(size, seed, subject.sources))
             for choice, scheme in runs:
                 logger.info("%s, %s, seed %d", choice.name, scheme, seed)
                 measured = run_choice(laboratory, choice, scheme, pool, seed)

@@ -76,6 +76,8 @@ def claims() -> list[Claim]:
 
 
 _BASELINES = ("awq", "gptq", "smoothquant", "mbq")
+#: Recipes without calibration data: one result stands for every seed.
+_WITHOUT_DATA = ("rtn",)
 
 
 def _shipped(scheme: str) -> Variant:
@@ -91,6 +93,8 @@ def variants() -> list[tuple[str, str, str]]:
 def ratio(runs: pd.DataFrame, claim: Claim) -> tuple[float, float, float, int] | None:
     """Geometric mean of the ratios of KL on the same seeds, the ends of its interval, and the number of seeds."""
     first, second = (_by_seed(runs, variant) for variant in (claim.first, claim.second))
+    if claim.second.recipe in _WITHOUT_DATA and len(second):
+        second = pd.Series(second.iloc[0], first.index)
     both = first.index.intersection(second.index)
     if not len(both):
         return None
@@ -165,10 +169,10 @@ def summarise(subject: Subject, frame: pd.DataFrame, claimed: list[str], docs: P
         "",
         "[All pages](README.md)",
         "",
-        f"The study changes one choice at a time on the demo model of the class {subject.name}. KL is the divergence",
+        f"The study changes one choice at a time on the model in {subject.model}. KL is the divergence",
         "from full precision and NLL the negative log-likelihood of the reference answers, both in nats per answer",
-        f"token on {int(full['items'])} held-out items. The score is in percent, the mean of the four demo",
-        "benchmarks. All figures are means over calibration seeds;",
+        f"token on {int(full['items'])} held-out items. The score is in percent, the mean of the demo's",
+        f"benchmarks {', '.join(subject.benchmarks)}. All figures are means over calibration seeds;",
         "KL has its 95 % interval (Student's t). The last column compares with the recipe's default on the same seeds:",
         "it is the geometric mean of the ratios of KL with its 95 % interval, and is below 1 where the choice is",
         "better than the default. Choices of `tlq-c` are varied around whole ranges; at two bits its own default is",

@@ -33,7 +33,11 @@ logger = logging.getLogger("bench.ablation_peers")
 
 SAMPLES = 256
 #: Decoder layer of each subject, which llm-compressor calibrates one after the other.
-LAYERS = {"qwen2_vl": "Qwen2VLDecoderLayer", "llava_onevision": "Qwen2DecoderLayer"}
+LAYERS = {
+    "qwen2_vl": "Qwen2VLDecoderLayer",
+    "other_kind": "Qwen2VLDecoderLayer",
+    "llava_onevision": "Qwen2DecoderLayer",
+}
 
 
 PEERS = (
@@ -53,7 +57,7 @@ def run_study(
     done = finished_runs(subject)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        laboratory = Laboratory(items, work, subject.model)
+        laboratory = Laboratory(items, work, subject.model, subject.benchmarks)
         for seed in seeds:
             keys = [
                 (peer, scheme)
@@ -63,7 +67,7 @@ def run_study(
                 and (not only or any(text in peer.name for text in only))
             ]
             if keys:
-                write_inputs(calibration_samples(SAMPLES, seed), laboratory, work)
+                write_inputs(calibration_samples(SAMPLES, seed, subject.sources), laboratory, work)
             for peer, name in keys:
                 scheme = get_scheme(name)
                 words = peer.command(python, subject.model, LAYERS[subject.name], scheme)

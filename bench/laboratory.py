@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
@@ -27,16 +29,19 @@ MODEL = Path("data/demo/model")
 WORLD = Path("data/demo/world")
 
 
-def calibration_samples(size: int, seed: int = 0) -> list[Sample]:
-    """Samples of the demo world, drawn with a seed as stage ``prepare`` draws them."""
+#: The four kinds of question in the demo world: sources of calibration samples, and benchmarks.
+SOURCES = ("demo-signs", "demo-chart", "demo-text", "demo-shapes")
+BENCHMARKS = ("textvqa", "chartqa", "ocrbench", "mmmu")
+
+
+def calibration_samples(size: int, seed: int = 0, sources: Sequence[str] = SOURCES) -> list[Sample]:
+    """Samples of the demo world, drawn with a seed as stage ``prepare`` draws them, and only those of ``sources``."""
+    path = WORLD / "calibration.parquet"
+    drawn = size if set(sources) == set(SOURCES) else pq.read_metadata(path).num_rows
     params = PrepareParams(
-        kind="parquet",
-        path=str(WORLD / "calibration.parquet"),
-        samples=size,
-        seed=seed,
-        columns=Columns(id="id", source="source"),
+        kind="parquet", path=str(path), samples=drawn, seed=seed, columns=Columns(id="id", source="source")
     )
-    return draw(*read_table(params), params)[0]
+    return [sample for sample in draw(*read_table(params), params)[0] if sample.source in sources][:size]
 
 
 class Laboratory:
@@ -47,14 +52,11 @@ class Laboratory:
         full: score, NLL, KL and number of items of full precision.
     """
 
-    def __init__(self, items: int, folder: Path, model: Path = MODEL) -> None:
+    def __init__(self, items: int, folder: Path, model: Path = MODEL, benchmarks: Sequence[str] = BENCHMARKS) -> None:
         self.model = load_model(model, torch.float32, device())
         self.processor = load_processor(model)
         self.checkpoint_dtype = checkpoint_dtype_of(read_config(model), model)
-        sources = [
-            BenchmarkSource(f"demo_{name}", str(WORLD / f"{name}.parquet"))
-            for name in ("textvqa", "chartqa", "ocrbench", "mmmu")
-        ]
+        sources = [BenchmarkSource(f"demo_{name}", str(WORLD / f"{name}.parquet")) for name in benchmarks]
         self.benchmarks: dict[str, Benchmark] = load_benchmarks(sources, items, seed=0)
         self.reference = folder / "reference"
         self.full = self.measure(self.model, ReferenceRecorder(self.reference))

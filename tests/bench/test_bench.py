@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from bench import ablation, ablation_page, ablation_peers
+from bench import ablation, ablation_page, ablation_peers, laboratory
 from bench.ablation_page import Claim, Variant
 from bench.ablation_peers import PEERS
 from bench.peers import Setup, contenders, equal_length_inputs
 from bench.sections import table
+from tasks.files import write_parquet
 from tlq.quantization.formats import get_scheme
 from tlq.quantization.ranges import MINMAX
 from tlq.recipes import Recipe, get_recipe
@@ -34,7 +37,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
         return {"score": 90.0, "nll": 0.1, "kl": 0.1 * (seed + 1), "items": 400, "seconds": 1.0}
 
     full = {"score": 91.0, "nll": 0.1, "kl": 0.0, "items": 400, "seconds": 1.0}
-    monkeypatch.setattr(ablation, "Laboratory", lambda items, folder, model: SimpleNamespace(full=full))
+    monkeypatch.setattr(ablation, "Laboratory", lambda *arguments: SimpleNamespace(full=full))
+    monkeypatch.setattr(ablation, "calibration_samples", lambda *arguments: [])
     monkeypatch.setattr(ablation, "Pool", lambda *arguments: None)
     monkeypatch.setattr(ablation, "run_choice", run_choice)
     return made
@@ -54,6 +58,19 @@ def test_choices_differ_from_the_base_in_one_field(recipe: Recipe) -> None:
 @pytest.fixture
 def subject(tmp_path: Path) -> ablation.Subject:
     return ablation.Subject("tiny", tmp_path / "model", tmp_path / "results.csv", "Choices")
+
+
+def test_calibration_samples_can_be_of_some_kinds_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    kinds = ["demo-signs", "demo-text", "demo-chart", "demo-shapes"] * 5
+    rows = {"id": [f"{number}" for number in range(20)], "image": [picture.getvalue()] * 20, "question": ["what?"] * 20}
+    write_parquet(pd.DataFrame({**rows, "answer": ["that"] * 20, "source": kinds}), tmp_path / "calibration.parquet")
+    monkeypatch.setattr(laboratory, "WORLD", tmp_path)
+    samples = laboratory.calibration_samples(6, seed=1, sources=("demo-signs", "demo-chart"))
+    assert len(samples) == 6
+    assert {sample.source for sample in samples} == {"demo-signs", "demo-chart"}
+    assert {sample.source for sample in laboratory.calibration_samples(20)} == set(laboratory.SOURCES)
 
 
 def test_a_study_started_again_runs_only_the_missing_seeds(runs: Runs, subject: ablation.Subject) -> None:
