@@ -144,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--deepest", type=int, default=192, help="layers of the largest checkpoint; 0: none")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="`quantize` is always measured")
     parser.add_argument("--shape", choices=SHAPES, default="middle")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--recipe", default="tlq-c")
@@ -154,7 +155,7 @@ def main() -> None:
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
     shape = SHAPES[arguments.shape]
     measurements = []
-    runs = [(layers, list(JOBS)) for layers in arguments.layers]
+    runs = [(layers, [job for job in JOBS if job in (*arguments.jobs, "quantize")]) for layers in arguments.layers]
     runs += [(arguments.deepest, ["score", "quantize"])] if arguments.deepest else []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for layers, jobs in runs:
