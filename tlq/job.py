@@ -115,6 +115,7 @@ def _calibrate_into(
             error = result.reports[-1].error_after
             bar.set_postfix({} if error is None else {"error": f"{error:.3g}"}, refresh=False)
             bar.update()
+            del result  # its codes would stay in memory while the next layer is solved
     return reports
 
 

@@ -74,11 +74,12 @@ def calibrate(model: PreTrainedModel, job: CalibrationJob) -> Calibrated:
     return Calibrated(list(calibrate_layers(ResidentModel(model), job)))
 
 
-@torch.no_grad()
 def calibrate_layers(
     model: LayeredModel, job: CalibrationJob, finished: Mapping[int, Callable[[], LayerResult]] | None = None
 ) -> Iterator[LayerResult]:
     """Quantize one decoder layer after the other; ``job.ranks.clock`` measures the seconds of every phase.
+
+    A layer's result is not kept here (as ``torch.no_grad`` around a generator would do).
 
     Args:
         finished: results of the first layers, in order, from an earlier run; these layers are not solved again.
@@ -114,11 +115,13 @@ class LayerLoop:
         solver: sets up and solves the problem of every linear group.
     """
 
+    @torch.no_grad()
     def __init__(self, model: LayeredModel, job: CalibrationJob) -> None:
         self.architecture, self.job, self.clock = model.architecture, job, job.ranks.clock
         self.streams = Streams(model, job)
         self.solver = GroupSolver(model, job, self.streams)
 
+    @torch.no_grad()
     def solve_layer(self, index: int, layer: nn.Module) -> LayerResult:
         """Solve and install every group of ``layer``; advance both streams past it."""
         with self.clock.phase("forward"):
@@ -131,6 +134,7 @@ class LayerLoop:
             self.streams.advance_exposed(index, layer)
         return LayerResult(index, quantized.weights, quantized.others(), reports)
 
+    @torch.no_grad()
     def replay_layer(self, index: int, layer: nn.Module, result: LayerResult) -> None:
         """Advance both streams past a layer that an earlier run solved, exactly as solving it did."""
         self.streams.advance_full_precision(index, layer)

@@ -138,7 +138,8 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
     exposed = recipe.sees("exposed", scheme)
     streams = recipe.sees("full_precision", scheme) + exposed
     activations = sizes.activations(batches, graph=False)
-    forward = 2 * sizes.layer + activations
+    forward = 2 * sizes.layer + activations  # the next layer is being read
+    solved = 2 * sizes.layer + sizes.codes
     solving = 2 * sizes.layer + max(
         sizes.group(index, group, min(counted, own), recipe, scheme, streams)
         + (activations if recipe.error_measure.parent_of(group) is not None else 0)
@@ -153,7 +154,7 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
         tokens=tokens,
         counted=counted if job.needs_data else 0,
         least=max(sizes.least_group(recipe), sizes.entrance if batches else 0),
-        device=_allocated(sizes.calls(batches, own) + max(solving, forward, sizes.enter(batches, own))),
+        device=_allocated(sizes.calls(batches, own) + max(solving, solved, forward, sizes.enter(batches, own))),
         # On the exposed stream, also the output of the current layer's attention. Experts: ``inside``.
         hidden_states=own * (sizes.state * (streams + exposed + sizes.inside(streams)) + sizes.carried * streams)
         if job.needs_data
@@ -228,6 +229,14 @@ def _allocated(size: int) -> int:
 
 class _JobSizes(ModelSizes):
     """Bytes of a model's parts, and of solving its linear groups."""
+
+    @property
+    def codes(self) -> int:
+        """The codes of a solved layer, a byte each, which are in memory until they are written."""
+        return max(
+            sum(rows * width for rows, width in (self.shape(index, group) for group in self.architecture.groups[index]))
+            for index in set(self.alike)
+        )
 
     def least_group(self, recipe: Recipe) -> int:
         """A decoder layer, a group's weights stacked in float32, and the tensors of its rounding."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tlq.calibration.group import GroupProblem, GroupSolution, GroupSolver
 from tlq.calibration.job import CalibrationJob
-from tlq.calibration.loop import Calibrated, LayerLoop, calibrate
+from tlq.calibration.loop import Calibrated, LayerLoop, calibrate, calibrate_layers
 from tlq.importance.pool import Importance
 from tlq.importance.token_weights import TokenWeights
 from tlq.models.architectures import architecture_of, get_linear
@@ -292,3 +294,15 @@ def test_a_checkpoint_already_quantized_is_refused(attempt: Callable[..., Calibr
 
     with pytest.raises(ValueError, match="mlp.down_proj is a Identity, not a Linear; give a full-precision checkpoint"):
         attempt("rtn", replace_linear)
+
+
+def test_a_result_is_not_kept_while_the_next_layer_is_solved(
+    tiny_model: PreTrainedModel, batches: list[Batch], weights: TokenWeights
+) -> None:
+    """Codes are a quarter of a layer in float32: two layers of them would add to the peak."""
+    quantizer = WeightQuantizer(get_scheme("w4a8"), torch.float32)
+    job = CalibrationJob(quick("tlq"), quantizer, batches, weights)
+    results = calibrate_layers(ResidentModel(copy.deepcopy(tiny_model)), job)
+    kept = weakref.ref(next(results))
+    gc.collect()
+    assert kept() is None
