@@ -69,6 +69,8 @@ _AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "glm4v": {"attention_bias": True},
     "glm4v_moe": {"use_qk_norm": False, "partial_rotary_factor": 0.5},
     "lfm2_vl": {"conv_dim": 128},
+    # vLLM attends to one token more than transformers in a sliding window, which 50 tokens do not show at this width.
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), {"sliding_window": 4096}),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7"), _DELTA_NETS),
 }
 #: How the reason begins for which an image was not tried.

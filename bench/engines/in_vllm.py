@@ -22,7 +22,7 @@ class VLLM:
             model=job["path"],
             enforce_eager=True,
             max_model_len=512,
-            limit_mm_per_prompt=job.get("limits", {}),
+            limit_mm_per_prompt=job.get("limits", {"video": 0}),
             max_logprobs=self.vocabulary,
             dtype=job["dtype"] if current_platform.is_cpu() else "bfloat16",
         )

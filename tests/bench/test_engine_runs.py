@@ -129,3 +129,19 @@ def test_the_lists_of_families_agree_with_the_results_in_the_repository() -> Non
         }
         for family in listed:
             assert {(family, scheme) for scheme in families.FORMS[engine]} <= right
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_llama_cpp_computes_as_transformers_in_full_precision(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    try:
+        environments.python("llama.cpp")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(families, "RESULTS", tmp_path / "results.json")
+    families.measure(family, ["llama.cpp"], ["full"], tmp_path, again=True)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert max(row["text_kl"], row["image_kl"]) < 1e-4

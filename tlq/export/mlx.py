@@ -87,19 +87,11 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     text = dict(config.get("text_config", config))
     rope = dict(text.get("rope_parameters") or {})
-    if "full_attention" in rope:  # Gemma 3: one for each kind of layer, of which every so many-th attends to all
-        text["rope_global_base_freq"] = rope["full_attention"]["rope_theta"]
-        text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        if rope["full_attention"].get("rope_type", "default") != "default":
-            text["rope_scaling"] = rope["full_attention"]
-        text["sliding_window_pattern"] = text["layer_types"].index("full_attention") + 1
-    elif "rope_theta" in rope:
+    if "rope_theta" in rope:
         text["rope_theta"] = rope.pop("rope_theta")
         rope["type"] = rope.get("rope_type", "default")
         if "mrope_section" in rope or rope["type"] != "default":
             text["rope_scaling"] = rope
-    if "mm_tokens_per_image" in config:
-        text["mm_tokens_per_image"] = config["mm_tokens_per_image"]
     if "vision_config" in config and "qwen" in config["model_type"]:
         config["vision_config"] = {**config["vision_config"], "model_type": config["model_type"]}
     if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
