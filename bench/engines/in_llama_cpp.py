@@ -39,6 +39,11 @@ class LlamaCpp:
             raise RuntimeError(error.read().decode()) from error
 
     def _complete(self, prompt: dict[str, Any], text: str, **settings: Any) -> Any:
+        """Text is given as the ids that the prompt has, up to ``answer`` of its answer."""
+        if prompt["image"] is None:
+            end = len(prompt["ids"]) - len(prompt["answer_ids"]) + settings.pop("answer", 0)
+            return self._request("/completion", {"prompt": prompt["ids"][:end], "temperature": 0, **settings})
+        settings.pop("answer", None)
         image = base64.b64encode(Path(prompt["image"]).read_bytes()).decode()
         request = {"prompt_string": text.replace(prompt["image_text"], self.mark), "multimodal_data": [image]}
         return self._request("/completion", {"prompt": request, "temperature": 0, **settings})
@@ -50,7 +55,9 @@ class LlamaCpp:
         rows = []
         for number in range(len(prompt["answer_ids"])):
             text = prompt["text"] + "".join(prompt["pieces"][:number])
-            found = self._complete(prompt, text, n_predict=1, n_probs=self.vocabulary)
+            # A reply that ends at once has no probabilities: an ordinary token is forced, which does not change them.
+            forced = {"logit_bias": [[prompt["answer_ids"][0], 1000.0]]}
+            found = self._complete(prompt, text, answer=number, n_predict=1, n_probs=self.vocabulary, **forced)
             (position,) = found["completion_probabilities"]
             row = {each["id"]: each["logprob"] for each in position["top_logprobs"]}
             rows.append([max(row[token], -100.0) for token in range(self.vocabulary)])

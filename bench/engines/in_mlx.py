@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from job import main
 from mlx_vlm import load, stream_generate
-from mlx_vlm.utils import prepare_inputs
+from mlx_vlm.utils import load_model, prepare_inputs
 
 
 class MLX:
     """A folder as `tlq convert --to mlx` writes it."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.model, self.processor = load(job["path"])
+        if any(prompt["image"] for prompt in job["prompts"]):
+            self.model, self.processor = load(job["path"])
+        else:  # a processor may need packages that the environment lacks
+            self.model = load_model(Path(job["path"]))
 
     def _stream(self, prompt: dict[str, Any], tokens: int, **settings: Any) -> list[Any]:
         images = [prompt["image"]]
@@ -30,12 +34,17 @@ class MLX:
 
     def log_probabilities(self, prompt: dict[str, Any]) -> list[list[float]]:
         answer = prompt["answer_ids"]
+        if prompt["image"] is None:
+            return self._answered(self.model(mx.array([prompt["ids"]]), None, None).logits, len(answer))
         text = prompt["text"] + "".join(prompt["pieces"])
         inputs = prepare_inputs(self.processor, images=[prompt["image"]], prompts=[text])
         ids, pixels = inputs.pop("input_ids"), inputs.pop("pixel_values")
         assert np.array(ids)[0, -len(answer) :].tolist() == answer
         mask = inputs.pop("attention_mask", None)
-        logits = self.model(ids, pixels, mask, **inputs).logits[0, -len(answer) - 1 : -1].astype(mx.float32)
+        return self._answered(self.model(ids, pixels, mask, **inputs).logits, len(answer))
+
+    def _answered(self, logits: mx.array, tokens: int) -> list[list[float]]:
+        logits = logits[0, -tokens - 1 : -1].astype(mx.float32)
         return list(np.array(logits - mx.logsumexp(logits, -1, keepdims=True)).tolist())
 
     def generate(self, prompt: dict[str, Any], tokens: int) -> None:

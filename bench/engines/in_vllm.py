@@ -22,12 +22,16 @@ class VLLM:
             model=job["path"],
             enforce_eager=True,
             max_model_len=512,
+            limit_mm_per_prompt=job.get("limits", {"video": 0}),
             max_logprobs=self.vocabulary,
             dtype=job["dtype"] if current_platform.is_cpu() else "bfloat16",
         )
 
     def _generate(self, prompt: dict[str, Any], text: str, **settings: Any) -> Any:
-        request = {"prompt": text, "multi_modal_data": {"image": Image.open(prompt["image"])}}
+        if prompt["image"] is None:
+            request: dict[str, Any] = {"prompt_token_ids": prompt["ids"]}
+        else:
+            request = {"prompt": text, "multi_modal_data": {"image": Image.open(prompt["image"])}}
         return self.model.generate(request, SamplingParams(temperature=0, **settings), use_tqdm=False)[0]
 
     def reply(self, prompt: dict[str, Any]) -> str:

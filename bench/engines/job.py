@@ -31,8 +31,9 @@ class Engine(Protocol):
 def main(load: Callable[[dict[str, Any]], Engine]) -> None:
     """Run the job of the first argument and write its result to the second.
 
-    A job has ``path``, ``prompts`` (``image``, ``text``, ``answer_ids``, ``pieces``), ``new_tokens`` and
-    ``vocabulary``. A result has the fields of ``_run``, or ``refused``: what the engine said.
+    A job has ``path``, ``prompts`` (``image``, ``text``, ``answer_ids``, ``pieces``; if ``image`` is None, ``ids`` of
+    prompt and answer), ``new_tokens`` (0: no replies either) and ``vocabulary``. A result has the fields of ``_run``,
+    or ``refused``: what the engine said.
     """
     job = json.loads(Path(sys.argv[1]).read_text())
     try:
@@ -51,6 +52,8 @@ def _run(load: Callable[[dict[str, Any]], Engine], job: dict[str, Any]) -> dict[
     engine = load(job)
     load_seconds = time.perf_counter() - start
     prompts = job["prompts"]
+    if not job["new_tokens"]:
+        return {"load_seconds": load_seconds, "answers": [_answer(engine, prompt) for prompt in prompts]}
     replies = [engine.reply(prompt) for prompt in prompts]
     log_probabilities = [engine.log_probabilities(prompt) for prompt in prompts]
     seconds = []
@@ -65,6 +68,18 @@ def _run(load: Callable[[dict[str, Any]], Engine], job: dict[str, Any]) -> dict[
         "tokens_per_second": job["new_tokens"] / min(seconds[1:]),  # the first is a warm-up
         "peak_mib": _peak_mib(),
     }
+
+
+def _answer(engine: Engine, prompt: dict[str, Any]) -> dict[str, Any]:
+    """The probabilities of a prompt, or what the engine said instead."""
+    try:
+        answer = {"log_probabilities": engine.log_probabilities(prompt)}
+        if hasattr(engine, "rounded_log_probabilities"):
+            answer["bfloat16"] = engine.rounded_log_probabilities(prompt)
+        return answer
+    except Exception as error:  # noqa: BLE001  as in ``main``: other prompts may have an answer
+        traceback.print_exc()
+        return {"refused": f"{type(error).__name__}: {error}"}
 
 
 def _peak_mib() -> float:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.families import TINY
 from support.quick_project import ROOT
 
 from bench.engines import __main__ as runs
-from bench.engines import environments
+from bench.engines import environments, families
 from bench.engines.__main__ import SCRIPTS, Result, contradiction
+from bench.engines.families import FamilyResult
+from tlq.export.containers import GGUF_FAMILIES, MLX_FAMILIES
 from tlq.export.engines import ENGINES
 from tlq.quantization.formats import SCHEMES
 
@@ -85,3 +89,59 @@ def test_an_engine_answers_as_transformers(engine: str, tmp_path: Path, monkeypa
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert contradiction(Result(**row)) is None
     assert row["same_replies"] == row["prompts"]
+
+
+def test_a_family_that_runs_has_its_divergence_in_the_table() -> None:
+    result = FamilyResult("llava", "vllm-cpu", "w4a16s", text_kl=3.2e-4, text_bfloat16=2e-4, image_refused="no | a\nb")
+    assert families.cell(result) == "3e-4 (2e-4) / refused"
+    assert families.refusals(result) == ["an image: no \\| a b"]
+    uncompared = replace(result, image_refused=f"{families.UNCOMPARED}: its processor needs torchvision")
+    assert families.cell(uncompared) == "3e-4 (2e-4) / -"
+    assert not families.refusals(uncompared)
+
+
+def test_a_divergence_of_rounded_probabilities_is_not_negative() -> None:
+    there = np.log([[0.3, 0.7], [0.25, 0.75]])
+    assert families.divergence((there + 1e-4).tolist(), there.tolist()) >= 0
+    expected = 0.3 * np.log(0.3 / 0.5) + 0.7 * np.log(0.7 / 0.5)
+    assert families.divergence(np.log([[0.5, 0.5], [0.25, 0.75]]).tolist(), there.tolist()) == pytest.approx(expected)
+
+
+def test_a_family_with_a_result_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "RESULTS", tmp_path / "results.json")
+    families.keep(FamilyResult("llava", "llama.cpp", "full", text_kl=1e-5))
+    families.keep(FamilyResult("llava", "mlx", "w4a16s", refused="no kernel"))
+    families.keep(FamilyResult("llava", "mlx", "w4a16s", text_kl=2e-5))
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["scheme"], row["text_kl"]) for row in rows] == [("full", 1e-5), ("w4a16s", 2e-5)]
+    families.measure("llava", ["mlx"], ["full", "w4a16s"], tmp_path / "unused", again=False)  # builds nothing
+    assert not (tmp_path / "unused").exists()
+
+
+def test_the_lists_of_families_agree_with_the_results_in_the_repository() -> None:
+    results = [FamilyResult(**row) for row in json.loads((ROOT / families.RESULTS).read_text())]
+    assert {each.family for each in results} <= set(TINY)
+    for engine, listed in (("mlx", MLX_FAMILIES), ("llama.cpp", GGUF_FAMILIES)):
+        right = {
+            (each.family, each.scheme)
+            for each in results
+            if each.engine == engine and each.text_kl is not None and each.text_kl < families.MOST_KL
+        }
+        for family in listed:
+            assert {(family, scheme) for scheme in families.FORMS[engine]} <= right
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_llama_cpp_computes_as_transformers_in_full_precision(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    try:
+        environments.python("llama.cpp")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(families, "RESULTS", tmp_path / "results.json")
+    families.measure(family, ["llama.cpp"], ["full"], tmp_path, again=True)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert max(row["text_kl"], row["image_kl"]) < 1e-4

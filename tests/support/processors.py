@@ -91,6 +91,7 @@ def around(start: str, image: str, end: str, video: str = "<|video|>", **more: A
 
 QWEN_TOKENS = around("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 GLM_TOKENS = around("<|begin_of_image|>", "<|image|>", "<|end_of_image|>")
+GLM_TOKENS["more"] += ("<|begin_of_video|>", "<|end_of_video|>")  # vLLM looks for them
 
 
 def qwen(name: str) -> TinyProcessor:

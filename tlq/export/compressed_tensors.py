@@ -149,6 +149,10 @@ def finish_checkpoint(out: Path, layers: Iterable[Path], model: StreamedModel, s
         for section in (config, *(each for each in config.values() if isinstance(each, dict))):
             if section is config or "tie_word_embeddings" in section:
                 section["tie_word_embeddings"] = False
+    elif any(name.endswith("lm_head.weight") for name in model.skeleton.all_tied_weights_keys):
+        text = config.get("text_config", config)  # engines ask it where transformers asks the whole config
+        if "tie_word_embeddings" in text:
+            text["tie_word_embeddings"] = True
     (out / "config.json").write_text(json.dumps(config))
     copy_processor_files(model.folder, out)
     _write_quantization(out, model, scheme)

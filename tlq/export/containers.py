@@ -25,7 +25,7 @@ NO_GGUF = {
     "(https://github.com/ggml-org/llama.cpp/issues/8944)",
 }
 #: Families whose conversion mlx-vlm 0.7 loads, with the logits of transformers.
-MLX_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "smolvlm")
+MLX_FAMILIES: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "smolvlm")
 
 #: Digits of a scale of an asymmetric block: times a zero-point of 4 digits they fit the 11 of a float16.
 _OFFSET_DIGITS = 7

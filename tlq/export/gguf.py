@@ -47,18 +47,20 @@ class Mapping:
 
     Attributes:
         fused_qkv: whether its vision tower keeps q, k and v in one tensor.
+        interleaved: whether the axes of its rotary embeddings alternate from pair to pair of channels.
     """
 
     decoder: MODEL_ARCH
     projector: str
     fused_qkv: bool = False
+    interleaved: bool = False
 
 
 #: By the ``model_type`` of config.json: ``GGUF_FAMILIES``.
 MAPPINGS: dict[str, Mapping] = {
     "qwen2_vl": Mapping(MODEL_ARCH.QWEN2VL, VisionProjectorType.QWEN2VL),
     "qwen2_5_vl": Mapping(MODEL_ARCH.QWEN2VL, VisionProjectorType.QWEN25VL),
-    "qwen3_vl": Mapping(MODEL_ARCH.QWEN3VL, VisionProjectorType.QWEN3VL, fused_qkv=True),
+    "qwen3_vl": Mapping(MODEL_ARCH.QWEN3VL, VisionProjectorType.QWEN3VL, fused_qkv=True, interleaved=True),
 }
 
 #: The regular expression by which Qwen's tokenizers split a text, which llama.cpp calls `qwen2`.
@@ -167,7 +169,7 @@ def write_gguf(checkpoint: QuantizedCheckpoint, out: Path) -> list[Path]:
         check_grid(name, *checkpoint.grid(name), block_type(scheme))
     config = load_config(checkpoint.folder)
     decoder = GGUFWriter(out / DECODER, gguf.MODEL_ARCH_NAMES[mapping.decoder])
-    _describe_decoder(decoder, config, checkpoint)
+    _describe_decoder(decoder, mapping, config, checkpoint)
     _add_tokenizer(decoder, checkpoint.folder, config.get_text_config().vocab_size)
     vision = GGUFWriter(out / VISION, gguf.MODEL_ARCH_NAMES[MODEL_ARCH.MMPROJ])
     _describe_vision(vision, mapping, config, checkpoint.folder)
@@ -188,7 +190,7 @@ def _write(writer: GGUFWriter, entries: list[_Entry]) -> None:
     writer.close()
 
 
-def _describe_decoder(writer: GGUFWriter, config: Any, checkpoint: QuantizedCheckpoint) -> None:
+def _describe_decoder(writer: GGUFWriter, mapping: Mapping, config: Any, checkpoint: QuantizedCheckpoint) -> None:
     text = config.get_text_config()
     rope = text.rope_parameters
     writer.add_name(checkpoint.folder.resolve().name)
@@ -206,10 +208,33 @@ def _describe_decoder(writer: GGUFWriter, config: Any, checkpoint: QuantizedChec
     writer.add_layer_norm_rms_eps(text.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
     sections = [int(each) for each in rope["mrope_section"]]
+    if mapping.interleaved:
+        sections = interleaved_sections(sections, text.head_dim // 2)
     writer.add_rope_dimension_sections([*sections, *[0] * (4 - len(sections))])
     deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None)
     if deepstack is not None:
         writer.add_num_deepstack_layers(len(deepstack))
+
+
+def interleaved_sections(sections: list[int], pairs: int) -> list[int]:
+    """Rotary sections (time, height, width) that leave no pair of channels without a position in llama.cpp.
+
+    Pair k belongs to axis k % 3 up to the end of the axis' section. transformers gives the pairs after the end to time;
+    llama.cpp gives them to a fourth axis, whose position is always 0. Sections that reach the last pair are exact for
+    text, whose three positions are equal; in an image such a pair, of the lowest frequencies, rotates by row or column.
+
+    Args:
+        pairs: half the width of a head.
+
+    Raises:
+        ValueError: an axis has more than one such pair, which an image would show.
+    """
+    reaching = [max(section, len(range(axis, pairs, 3))) for axis, section in enumerate(sections)]
+    if any(new > old + 1 for new, old in zip(reaching[1:], sections[1:], strict=True)):
+        raise ValueError(
+            f"mrope_section is {sections} for {pairs} pairs of channels; llama.cpp has sections of about a third each"
+        )
+    return reaching
 
 
 def _file_type(checkpoint: QuantizedCheckpoint) -> int:

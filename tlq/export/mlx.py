@@ -87,7 +87,7 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     text = dict(config.get("text_config", config))
     rope = dict(text.get("rope_parameters") or {})
-    if rope:
+    if "rope_theta" in rope:
         text["rope_theta"] = rope.pop("rope_theta")
         rope["type"] = rope.get("rope_type", "default")
         if "mrope_section" in rope or rope["type"] != "default":

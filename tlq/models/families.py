@@ -27,7 +27,8 @@ LIGHTON_OCR = Family(("lm_head", "re:.*vision_encoder.*", "re:.*vision_projectio
 VISUAL_PROJECTOR = Family(("lm_head", "re:.*visual.*", "re:.*projector.*"))
 OVIS2 = Family(("lm_head", "re:.*vision_tower.*", "re:.*visual_embeddings_table.*"))
 GRANITE = Family(("lm_head", "re:.*vision_tower.*", "re:.*layerwise_projectors.*", "re:.*spatial_projectors.*"))
-MINICPM_V = Family(("lm_head", "re:.*vision_tower.*", "re:.*merger.*"))
+# The name of transformers, then that of vLLM.
+MINICPM_V = Family(("lm_head", "re:.*vision_tower.*", "re:.*vpm.*", "re:.*merger.*"))
 # The names of transformers, then those of vLLM.
 ERNIE_VL = Family(("lm_head", "re:.*vision_(tower|model).*", "re:.*resampler_model.*", "re:.*_experts_gate"))
 # The names of transformers, then those of vLLM.

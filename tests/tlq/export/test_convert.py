@@ -23,7 +23,7 @@ import tlq.export.convert
 from tlq import cli, quantize
 from tlq.export.containers import CONTAINERS, GGUF_FAMILIES
 from tlq.export.convert import convert
-from tlq.export.gguf import MAPPINGS, blocks
+from tlq.export.gguf import MAPPINGS, blocks, interleaved_sections
 from tlq.export.mlx import affine, packed
 from tlq.export.quantized import QuantizedCheckpoint, hub_name
 from tlq.models.reading import read_tensor
@@ -114,11 +114,43 @@ def test_gguf_has_a_name_for_every_tensor_of_a_family(family: str, decoder: str,
             convert(tmp_path / "quantized", "gguf", tmp_path / "out")
         config.write_text(config.read_text().replace('"window_size": 16', '"window_size": 112'))
     files = convert(tmp_path / "quantized", "gguf", tmp_path / "out")
-    assert gguf.GGUFReader(files[0]).fields["general.architecture"].contents() == decoder
+    fields = gguf.GGUFReader(files[0]).fields
+    assert fields["general.architecture"].contents() == decoder
+    sections = {"qwen2_5_vl": [4, 6, 6, 0], "qwen3_vl": [12, 11, 10, 0]}
+    assert fields[f"{decoder}.rope.dimension_sections"].contents() == sections[family]
     opened = QuantizedCheckpoint.open(tmp_path / "quantized")
     values = sum(opened.shape(name)[0] * opened.shape(name)[1] for name in opened.schemes)
     values += sum(int(np.prod(place.shape)) for place in opened.others.values())
     assert sum(tensor.numel() for file in files for tensor in gguf_tensors(file).values()) == values
+
+
+def llama_cpp_axes(sections: list[int], pairs: int) -> list[int]:
+    """The axis of every pair of channels in ggml's interleaved rotary embeddings; 3 has position 0 (`4th dim is 0`)."""
+    return [
+        axis if pair < 3 * sections[axis] else 3
+        for pair, axis in ((pair, pair % sum(sections) % 3) for pair in range(pairs))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stated", "pairs", "written"), [([24, 20, 20], 64, [24, 21, 21]), ([12, 10, 10], 32, [12, 11, 10])]
+)
+def test_every_pair_of_channels_has_a_position_in_llama_cpp(stated: list[int], pairs: int, written: list[int]) -> None:
+    assert 3 in llama_cpp_axes(stated, pairs)
+    assert interleaved_sections(stated, pairs) == written
+    assert 3 not in llama_cpp_axes(written, pairs)
+    axes = torch.zeros(pairs, dtype=torch.long)  # as transformers' `apply_interleaved_mrope`: what remains is time
+    for axis in (1, 2):
+        axes[axis : 3 * stated[axis] : 3] = axis
+    differing = [pair for pair, axis in enumerate(llama_cpp_axes(written, pairs)) if axis != axes[pair]]
+    assert all(pair >= 3 * min(stated[1:]) for pair in differing)  # the lowest frequencies alone
+    assert len(differing) <= 2
+
+
+def test_sections_that_an_image_would_show_are_refused() -> None:
+    assert interleaved_sections([11, 11, 10], 32) == [11, 11, 10]
+    with pytest.raises(ValueError, match=r"mrope_section is \[28, 18, 18\] for 64 pairs of channels"):
+        interleaved_sections([28, 18, 18], 64)
 
 
 @pytest.mark.parametrize("scheme", ["w2a16", "w3a16", "w3a16s", "w4a16", "w4a8", "w8a8", "q4_1"])

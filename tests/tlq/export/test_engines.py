@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from support.quick_project import ROOT
 from tlq import cli, quantize
 from tlq.export.engines import ENGINES, check_engine, nearest, serving, table
 from tlq.export.quantized import schemes_of
+from tlq.models.families import FAMILIES
 from tlq.quantization.formats import SCHEMES, Scheme, get_scheme
 
 
@@ -134,3 +136,19 @@ def test_the_library_writes_the_engines_into_its_card(tiny_checkpoint: Path, tmp
 def test_the_page_of_the_documentation_holds_the_table() -> None:
     page = (ROOT / "docs/engines.md").read_text()
     assert table(list(SCHEMES.values())) in page, "run `tlq engines` and put its table into docs/engines.md"
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("minicpmv4_6", "vpm.encoder.layers.0.self_attn.qkv_proj"),
+        ("minicpmv4_7", "vit_merger.self_attn.qkv_proj"),
+        ("molmo2", "vision_backbone.image_vit.transformer.resblocks.0.attention.wqkv"),
+        ("ernie4_5_vl_moe", "vision_model.blocks.0.attn.qkv"),
+        ("gemma4_unified", "vision_embedder.patch_dense"),
+    ],
+)
+def test_full_precision_is_stated_in_the_names_of_vllm(family: str, module: str) -> None:
+    patterns = [each.removeprefix("re:") for each in FAMILIES[family].ignore if each.startswith("re:")]
+    assert any(re.match(pattern, module) for pattern in patterns)  # as vLLM's `should_ignore_layer`
+    assert not any(re.match(pattern, "language_model.model.layers.0.self_attn.qkv_proj") for pattern in patterns)

@@ -183,6 +183,16 @@ def test_the_export_computes_what_transformers_computes_from_the_source(checkpoi
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_a_tied_head_is_stated_in_the_text_config_too(tmp_path: Path) -> None:
+    source = write_tiny("idefics3", tmp_path / "source")
+    stated = json.loads((source / "config.json").read_text())
+    assert stated["tie_word_embeddings"]
+    assert not stated["text_config"]["tie_word_embeddings"]  # vLLM reads it, and would compute with a head of no values
+    quantize(source, tmp_path / "out", recipe="rtn", scheme="w4a16s")
+    assert json.loads((tmp_path / "out/config.json").read_text())["text_config"]["tie_word_embeddings"]
+    assert "lm_head.weight" not in read_tensors(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("stated", "dtype"), [("auto", torch.float16), ("torch.float16", torch.float16), ("torch.bfloat16", torch.bfloat16)]
 )
