@@ -139,7 +139,7 @@ def plan_calibration(model: StreamedModel, job: CalibrationJob, counted: int | N
     streams = recipe.sees("full_precision", scheme) + exposed
     activations = sizes.activations(batches, graph=False)
     forward = 2 * sizes.layer + activations  # the next layer is being read
-    solved = 2 * sizes.layer + sizes.codes
+    solved = 2 * sizes.layer + sizes.codes(scheme, model.checkpoint_dtype)
     solving = 2 * sizes.layer + max(
         sizes.group(index, group, min(counted, own), recipe, scheme, streams)
         + (activations if recipe.error_measure.parent_of(group) is not None else 0)
@@ -230,13 +230,17 @@ def _allocated(size: int) -> int:
 class _JobSizes(ModelSizes):
     """Bytes of a model's parts, and of solving its linear groups."""
 
-    @property
-    def codes(self) -> int:
-        """The codes of a solved layer, a byte each, which are in memory until they are written."""
-        return max(
-            sum(rows * width for rows, width in (self.shape(index, group) for group in self.architecture.groups[index]))
-            for index in set(self.alike)
-        )
+    def codes(self, scheme: Scheme, dtype: torch.dtype) -> int:
+        """The codes of a solved layer, a byte each, and what is written of them.
+
+        Args:
+            dtype: of the scales.
+        """
+        needed = []
+        for index in set(self.alike):
+            shapes = [self.shape(index, group) for group in self.architecture.groups[index]]
+            needed.append(sum(rows * width + scheme.bytes_of(rows, width, dtype) for rows, width in shapes))
+        return max(needed)
 
     def least_group(self, recipe: Recipe) -> int:
         """A decoder layer, a group's weights stacked in float32, and the tensors of its rounding."""
