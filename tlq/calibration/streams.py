@@ -19,7 +19,7 @@ from tlq.calibration.routing import LEAST_TOKENS, ExpertTokens, expert_tokens
 from tlq.models.architectures import get_linear
 from tlq.models.carried import CarriedStates
 from tlq.models.decoder import LayerCalls, enter_decoder, observe, run_layer
-from tlq.models.linear_groups import EXPERTS, LinearGroup
+from tlq.models.linear_groups import EXPERTS, LinearGroup, ending_block
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.errors import Arguments
 from tlq.runtime.activations import Activations
@@ -195,7 +195,8 @@ class Streams:
         groups = [group for group in every if group.experts is None]
         experts = next((group.experts for group in every if group.experts is not None), None)
         parents = {parent for group in groups if (parent := self._parent_of(group)) is not None}
-        ending = None if parents or experts is not None else self._ending(index, groups)
+        # The module that ends the last layer runs on the tokens that count only.
+        ending = ending_block(groups) if index == self._last and experts is None and not parents else None
         modules = {group.name: _first_linear(layer, group) for group in groups if group.block != ending}
         if ending is not None:
             modules[ending] = layer.get_submodule(ending)
@@ -225,10 +226,6 @@ class Streams:
             for parent in parents:
                 reference.parents[parent].append(seen[parent])
         return reference
-
-    def _ending(self, index: int, groups: Sequence[LinearGroup]) -> str | None:
-        """The module that ends the last layer, if it computes token by token: it runs on the tokens that count only."""
-        return groups[-1].block if index == self._last and groups[-1].tokenwise else None
 
     def full_precision_inputs(
         self, index: int, layer: nn.Module, group: LinearGroup, reference: FullPrecision

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tlq.models.architectures import get_linear
 from tlq.models.carried import Carried, CarriedStates
 from tlq.models.decoder import LayerCalls, answer_logits, run_layer
-from tlq.models.linear_groups import EXPERTS
+from tlq.models.linear_groups import EXPERTS, ending_block
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.activations import Activations, HostMemory
@@ -118,11 +118,11 @@ class ResidentBatches:
 
     def _ending(self, index: int, layer: nn.Module, position: int) -> Ending | None:
         """The module that ends the last layer, with its tokens in a micro-batch; None if it runs on all tokens."""
-        last = self.model.architecture.groups[index][-1]
-        if not self.of_answers or index != self.order[-1] or not last.tokenwise or last.experts is not None:
+        block = ending_block(self.model.architecture.groups[index])
+        if block is None or index != self.order[-1] or not self.of_answers:
             return None
         tokens = predicting(self.batches[position]).flatten().nonzero().flatten()
-        return Ending(layer.get_submodule(last.block), tokens.to(self.model.device))
+        return Ending(layer.get_submodule(block), tokens.to(self.model.device))
 
     def close(self) -> None:
         """Release the memory of all hidden states."""

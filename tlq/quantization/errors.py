@@ -183,7 +183,9 @@ class TokensError:
             parts = [part for part, _ in requests[batch]]
             rows = [scaled(slice(part, None, self.parts), s) for part, s in requests[batch]]
             if bits is None:  # V in place of V diag(s), because it is smaller than the inputs
-                stacked = torch.cat([quantized.div_(s) for quantized, (_, s) in zip(rows, requests[batch], strict=True)])
+                stacked = torch.cat(
+                    [quantized.div_(s) for quantized, (_, s) in zip(rows, requests[batch], strict=True)]
+                )
                 own.append(_by_chunk([tokens.errors(parts, stacked, norm) for tokens in self.tokens], len(parts)))
                 continue
             for part, quantized, (_, s) in zip(parts, rows, requests[batch], strict=True):
