@@ -51,7 +51,7 @@ def test_errors_are_those_of_the_host(form: str) -> None:
         if form == "statistics":
             found += Statistics.of(weight, x, u, w).errors([(slice(None), quantized - weight)]).tolist()
         else:
-            found.append(float(Tokens(x @ weight.T, u, w).error(quantized)))
+            found += Tokens([x @ weight.T], u, w).errors([0], quantized).tolist()
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 

@@ -19,7 +19,7 @@ from tlq.calibration.routing import LEAST_TOKENS, ExpertTokens, expert_tokens
 from tlq.models.architectures import get_linear
 from tlq.models.carried import CarriedStates
 from tlq.models.decoder import LayerCalls, enter_decoder, observe, run_layer
-from tlq.models.linear_groups import EXPERTS, LinearGroup
+from tlq.models.linear_groups import EXPERTS, LinearGroup, ending_block
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.errors import Arguments
 from tlq.runtime.activations import Activations
@@ -193,14 +193,18 @@ class Streams:
             return None
         every = self.architecture.groups[index]
         groups = [group for group in every if group.experts is None]
-        modules = {group.name: _first_linear(layer, group) for group in groups}
         experts = next((group.experts for group in every if group.experts is not None), None)
+        parents = {parent for group in groups if (parent := self._parent_of(group)) is not None}
+        # The module that ends the last layer runs on the tokens that count only.
+        ending = ending_block(groups) if index == self._last and experts is None and not parents else None
+        modules = {group.name: _first_linear(layer, group) for group in groups if group.block != ending}
+        if ending is not None:
+            modules[ending] = layer.get_submodule(ending)
         if experts is not None:
             modules[EXPERTS] = layer.get_submodule(experts)
-        parents = {parent for group in groups if (parent := self._parent_of(group)) is not None}
         modules |= {parent: layer.get_submodule(parent) for parent in parents}
         # Shared experts come before the others in some families, after them in some.
-        stop = modules[groups[-1].name] if index == self._last and experts is None else None
+        stop = modules[ending or groups[-1].name] if index == self._last and experts is None else None
         inputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
         reference = FullPrecision(inputs, {parent: [] for parent in parents}, Routed(self._activations()))
         for number, call in enumerate(self.calls):
@@ -209,9 +213,14 @@ class Streams:
             if output is not None and index != self._last:
                 self._advance(self.full, index, number, output)
             for group in groups:
-                (hidden,), _ = seen[group.name]
                 counts = self.weights_of(index, group, number) > 0
-                reference.inputs[group.name].append(_finite(_counted(hidden, counts), index, group))
+                if group.block == ending:
+                    (hidden,), _ = seen[ending]
+                    counted = _input_in_block(layer, group, _counted(hidden, counts))
+                else:
+                    (hidden,), _ = seen[group.name]
+                    counted = _counted(hidden, counts)
+                reference.inputs[group.name].append(_finite(counted, index, group))
             if experts is not None:
                 reference.experts.append(modules[EXPERTS], seen[EXPERTS])
             for parent in parents:
@@ -357,6 +366,13 @@ def _shortcut(module: nn.Module, outputs: Activations, number: int, returns: dic
 def _counted(hidden: Tensor, counts: Tensor) -> Tensor:
     """The rows [tokens, width] of the tokens that count; some modules are called without the dimension of samples."""
     return hidden.reshape(-1, hidden.shape[-1])[counts.flatten()]
+
+
+def _input_in_block(layer: nn.Module, group: LinearGroup, rows: Tensor) -> Tensor:
+    """Input of a group [tokens, in] for the ``rows`` [tokens, width] that enter the module around it."""
+    first = _first_linear(layer, group)
+    (counted,), _ = observe(layer.get_submodule(group.block), rows, {}, {group.name: first}, first)[0][group.name]
+    return counted
 
 
 def _first_linear(layer: nn.Module, group: LinearGroup) -> nn.Module:

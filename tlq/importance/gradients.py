@@ -216,7 +216,7 @@ def _score_pass(
     own = [batches[index] for index in indices]
     with model.entrance() as entered:
         calls = enter_decoder(entered, model.architecture, own, model.device)
-    resident = ResidentBatches(model, own, calls, memory, keeps_graph)
+    resident = ResidentBatches(model, own, calls, memory, keeps_graph, loss.of_answers)
     with closing(resident):
         scores = [BatchScores(index, {}) for index in indices]
         for layer, position, gradients in loss.gradients(resident):

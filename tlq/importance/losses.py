@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tlq.models.architectures import get_linear
 from tlq.models.carried import Carried, CarriedStates
 from tlq.models.decoder import LayerCalls, answer_logits, run_layer
-from tlq.models.linear_groups import EXPERTS
+from tlq.models.linear_groups import EXPERTS, ending_block
 from tlq.models.streaming import LayeredModel
 from tlq.quantization.formats import Scheme, WeightQuantizer
 from tlq.runtime.activations import Activations, HostMemory
@@ -34,6 +34,9 @@ class ResidentBatches:
             the last layer.
         carried: what layers left for later ones.
         keeps_graph: all weights are in memory, and so is the autograd graph of a micro-batch through all layers.
+        of_answers: whether the loss reads the last layer's output only at the tokens that predict an answer. Then a
+            module that ends the last layer and computes token by token runs on them alone; elsewhere it passes no
+            gradient.
     """
 
     def __init__(
@@ -43,8 +46,10 @@ class ResidentBatches:
         calls: Sequence[LayerCalls],
         memory: HostMemory,
         keeps_graph: bool = False,
+        of_answers: bool = False,
     ) -> None:
         self.model, self.batches, self.calls, self.keeps_graph = model, batches, calls, keeps_graph
+        self.of_answers = of_answers
         self._memory = memory
         self.inputs = [self._activations(call.take_hidden_states() for call in calls)]
         self.carried = CarriedStates(self._activations)
@@ -66,7 +71,8 @@ class ResidentBatches:
     def _outputs(self, index: int, layer: nn.Module) -> Iterator[Tensor]:
         """The input of the layer after ``index``, for every micro-batch."""
         for position, call in enumerate(self.calls):
-            with call.arguments(index, self.carried, position) as arguments:
+            ending = self._ending(index, layer, position)
+            with call.arguments(index, self.carried, position) as arguments, _ending_on_rows(ending):
                 output = run_layer(layer, self.inputs[index][position], arguments)
             yield call.next_input(index, output)
 
@@ -81,31 +87,42 @@ class ResidentBatches:
             return tuple(tensor.detach().requires_grad_() for tensor in self.carried.find(position, name))
 
         arguments, carried = self.calls[position].bind(index, find)
+        ending = self._ending(index, layer, position)
         hidden = hidden_states.detach().requires_grad_()
         outputs: dict[str, GroupOutputs] = {}
         handles = []
 
-        def observe(name: str, path: str, expert: Any = None) -> None:
+        def observe(name: str, path: str, subset: Any = None) -> None:
             own = outputs.setdefault(name, GroupOutputs([]))
 
             def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
                 own.outputs.append(output)
-                own.tokens = None if expert is None else expert.tokens
+                own.tokens = None if subset is None else subset.tokens
 
             handles.append(layer.get_submodule(path).register_forward_hook(keep))
 
         for group in self.model.architecture.groups[index]:
             if group.experts is not None and EXPERTS not in outputs:
                 observe(EXPERTS, group.experts)
+            block = layer.get_submodule(group.block)
+            subset = ending if ending is not None and ending.module is block else block if group.experts else None
             for path in group.linears:
-                observe(group.name, path, layer.get_submodule(group.block) if group.experts else None)
+                observe(group.name, path, subset)
         try:
-            with torch.enable_grad(), _deterministic():
+            with torch.enable_grad(), _deterministic(), _ending_on_rows(ending):
                 output = run_layer(layer, hidden, arguments)
         finally:
             for handle in handles:
                 handle.remove()
         return Segment(hidden, output, outputs, carried.read, carried.left)
+
+    def _ending(self, index: int, layer: nn.Module, position: int) -> Ending | None:
+        """The module that ends the last layer, with its tokens in a micro-batch; None if it runs on all tokens."""
+        block = ending_block(self.model.architecture.groups[index])
+        if block is None or index != self.order[-1] or not self.of_answers:
+            return None
+        tokens = predicting(self.batches[position]).flatten().nonzero().flatten()
+        return Ending(layer.get_submodule(block), tokens.to(self.model.device))
 
     def close(self) -> None:
         """Release the memory of all hidden states."""
@@ -113,6 +130,34 @@ class ResidentBatches:
             states.clear()
         self.carried.clear()
         release_freed_memory()
+
+
+@dataclass
+class Ending:
+    """A module that ends a decoder layer, and the tokens of a micro-batch, counted over its rows, that it runs on."""
+
+    module: nn.Module
+    tokens: Tensor
+
+
+@contextmanager
+def _ending_on_rows(ending: Ending | None) -> Iterator[None]:
+    """Inside this context the module runs on its tokens alone; its output is 0 at all others."""
+    if ending is None:
+        yield
+        return
+    module, tokens, compute = ending.module, ending.tokens, ending.module.forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        flat = hidden_states.flatten(0, -2)
+        computed = compute(flat[tokens])
+        return torch.zeros_like(flat).index_copy(0, tokens, computed).view_as(hidden_states)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @dataclass
@@ -198,6 +243,7 @@ class Loss(Protocol):
     Attributes:
         keeps_graph: it gains if the graph of a micro-batch through all layers is kept.
         sweeps: how often a pass goes through all layers if no graph is kept.
+        of_answers: it reads the last layer's output only at the tokens that predict an answer.
     """
 
     @property
@@ -205,6 +251,9 @@ class Loss(Protocol):
 
     @property
     def sweeps(self) -> int: ...
+
+    @property
+    def of_answers(self) -> bool: ...
 
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         """g_t of every layer, micro-batch and group, in any order."""
@@ -217,6 +266,7 @@ class AnswerLoss:
 
     keeps_graph: ClassVar[bool] = True
     sweeps: ClassVar[int] = 2
+    of_answers: ClassVar[bool] = True
 
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         if resident.keeps_graph:
@@ -273,6 +323,7 @@ class BlockLoss:
     checkpoint_dtype: torch.dtype
     keeps_graph: ClassVar[bool] = False  # a layer is rounded once for all micro-batches of a pass
     sweeps: ClassVar[int] = 1
+    of_answers: ClassVar[bool] = False
 
     def gradients(self, resident: ResidentBatches) -> Iterator[LayerGradients]:
         architecture = resident.model.architecture
@@ -313,6 +364,11 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def predicting(batch: Batch) -> Tensor:
+    """Mask [batch, time] of the tokens whose successor belongs to an answer."""
+    return nn.functional.pad(batch.is_answer[:, 1:], (0, 1))
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:

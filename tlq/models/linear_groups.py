@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -48,6 +49,15 @@ class LinearGroup:
     def expert(self) -> int:
         """Number of the expert among those of its layer. Raises ValueError if the group is of no expert."""
         return int(self.block.rpartition(".")[2])
+
+
+def ending_block(groups: Sequence[LinearGroup]) -> str | None:
+    """Path of the module that ends a decoder layer with these groups, if it computes token by token, else None.
+
+    In the last layer it need only run on the tokens that are read.
+    """
+    last = groups[-1]
+    return last.block if last.tokenwise and last.experts is None else None
 
 
 #: Name of the experts of a layer together, where one name stands for all of their groups.

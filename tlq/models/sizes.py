@@ -11,7 +11,7 @@ from torch import nn
 
 from tlq.models.architectures import get_linear, head_dim_of
 from tlq.models.carried import carried_width
-from tlq.models.linear_groups import LinearGroup
+from tlq.models.linear_groups import LinearGroup, ending_block
 from tlq.models.streaming import LayeredModel, StreamedModel
 from tlq.samples import Batch
 
@@ -86,19 +86,36 @@ class ActivationSizes:
         """The graph of a micro-batch through all decoder layers and the head, with a layer's gradients.
 
         A layer keeps the outputs of its linears and what they were computed from: the input of each group, that of the
-        activation function, and eight hidden states of norms and residuals (measured by bench.memory).
+        activation function, and eight hidden states of norms and residuals (measured by bench.memory). The module that
+        ends the last layer runs on the tokens that predict an answer (see ``AnswerLoss``).
         """
-        kept, gradients = 0.0, 0.0
+        kept, gradients, tokens = 0.0, 0.0, self._largest(batches)
         for index in range(self.layers):
-            outputs = sum(share * linear.out_features for linear, share in self._linears(index))
-            inputs = [
-                self._share(index, group) * get_linear(self.module(index), group.linears[0]).in_features
-                for group in self.architecture.groups[index]
-            ]
-            kept += outputs + sum(inputs) + max(inputs) + 8 * int(self.text.hidden_size)
+            groups = self.architecture.groups[index]
+            ending = ending_block(groups) if index == self.layers - 1 else None
+            outputs, inputs = 0.0, []
+            for group in groups:
+                own = self._share(index, group) * (self._answers(batches) if group.block == ending else tokens)
+                rows, width = self.shape(index, group)
+                outputs += own * rows
+                inputs.append(own * width)
+            kept += outputs + sum(inputs) + max(inputs) + tokens * 8 * int(self.text.hidden_size)
             gradients = max(gradients, outputs)
-        tokens = self._largest(batches)
-        return math.ceil(tokens * (kept + gradients)) * self.item + self.head(batches) + self.calls(batches, tokens)
+        return math.ceil(kept + gradients) * self.item + self.head(batches) + self.calls(batches, tokens)
+
+    def passed(self, index: int, group: LinearGroup) -> float:
+        """Weights of a group of layer ``index`` that a token passes, on average."""
+        return self._share(index, group) * math.prod(self.shape(index, group))
+
+    def share_of(self, index: int, block: str) -> float:
+        """The share of the work of layer ``index`` that the groups of a module do."""
+        groups = self.architecture.groups[index]
+        inside = sum(self.passed(index, each) for each in groups if each.block == block)
+        return inside / sum(self.passed(index, each) for each in groups)
+
+    def _answers(self, batches: Sequence[Batch]) -> int:
+        """Answer tokens of the micro-batch with the most."""
+        return max((int(batch.is_answer.sum()) for batch in batches), default=0)
 
     def _largest(self, batches: Sequence[Batch]) -> int:
         """Tokens of the largest micro-batch."""
@@ -121,8 +138,7 @@ class ActivationSizes:
     def head(self, batches: Sequence[Batch]) -> int:
         """Output embeddings, and logits of a micro-batch's answers with their gradients."""
         vocabulary = int(self.text.vocab_size)
-        answers = max((int(batch.is_answer.sum()) for batch in batches), default=0)
-        return vocabulary * (int(self.text.hidden_size) * self.item + 4 * answers * _FLOAT)
+        return vocabulary * (int(self.text.hidden_size) * self.item + 4 * self._answers(batches) * _FLOAT)
 
     def module(self, index: int) -> nn.Module:
         return self.architecture.decoder_layers(self.skeleton)[index]

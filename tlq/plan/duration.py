@@ -6,7 +6,6 @@ of ``tlq.plan.speed``. Phases have the names that ``calibration.json`` gives the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from tlq.calibration.job import CalibrationJob
 from tlq.calibration.preflight import group_scheme
 from tlq.importance.gradients import keeps_graph, scoring_passes
 from tlq.importance.losses import AnswerLoss, Loss
-from tlq.models.linear_groups import LinearGroup
+from tlq.models.linear_groups import LinearGroup, ending_block
 from tlq.models.sizes import ModelSizes, all_tokens
 from tlq.models.streaming import StreamedModel
 from tlq.plan.needs import Plan
@@ -87,8 +86,12 @@ def time_importance(
     seconds = {"enter": 0.0, "load": 0.0, "gradients": 0.0}
     for loss in losses:
         once = kept and loss.keeps_graph
-        layers = (speed.layers[index] for index in sizes.alike)
-        gradients = tokens * sum((1 if once else 2) * layer.forward + layer.backward for layer in layers) + head
+        layers = [speed.layers[index] for index in sizes.alike]
+        work = [(1 if once else 2) * layer.forward + layer.backward for layer in layers]
+        gradients = tokens * sum(work) + head
+        ending = ending_block(model.architecture.groups[-1]) if loss.of_answers else None
+        if ending is not None:  # it runs on the tokens that predict an answer
+            gradients -= (tokens - answers) * sizes.share_of(sizes.layers - 1, ending) * work[-1]
         seconds["enter"] += tokens * speed.enter
         seconds["gradients"] += gradients
         # Layers that are read one by one are read while the layer before them computes.
@@ -136,9 +139,9 @@ class _Work(ModelSizes):
                 before = 0.0
                 for group in (group for group in groups if group.block == block):
                     passed += before * (min(counted, tokens) if group.tokenwise else tokens)
-                    before += self._passed(index, group)
+                    before += self.passed(index, group)
                 passed += before * tokens
-            passes += passed / sum(self._passed(index, group) for group in groups)
+            passes += passed / sum(self.passed(index, group) for group in groups)
         return passes * self.speed.layers[index].forward if passes else 0.0
 
     def search(self, index: int, group: LinearGroup, scheme: Scheme, tokens: float, counted: float) -> float:
@@ -151,7 +154,7 @@ class _Work(ModelSizes):
         if tried == 1:
             return self.measured(index, group, scheme, counted, 2) / ranks
         if self.recipe.error_measure.parent_of(group) is not None:
-            call = self._share_of_block(index, group) * tokens / ranks * self.speed.layers[index].forward
+            call = self.share_of(index, group.block) * tokens / ranks * self.speed.layers[index].forward
             times = _EXHAUSTIVE_SHARE * tried
             every_rank = times * FEW_PARTS * self._nearest(*self.shape(index, group))
             return self.measured(index, group, scheme, counted, 2) / ranks + (1 + times) * call + every_rank
@@ -189,16 +192,6 @@ class _Work(ModelSizes):
         products = rows * width**2 * (1 + _PAIR * self._streams_differ(scheme))
         factor = width**3 / 3 / self.speed.factor
         return seconds + factor + products / self.speed.products + rows * width / self.speed.columns
-
-    def _passed(self, index: int, group: LinearGroup) -> float:
-        """Weights of a group that a token passes, on average."""
-        return self._share(index, group) * math.prod(self.shape(index, group))
-
-    def _share_of_block(self, index: int, group: LinearGroup) -> float:
-        """The share of a layer's work that the module around a group does."""
-        groups = self.architecture.groups[index]
-        inside = sum(self._passed(index, each) for each in groups if each.block == group.block)
-        return inside / sum(self._passed(index, each) for each in groups)
 
     def _nearest(self, rows: int, width: int) -> float:
         return rows * width / self.speed.nearest

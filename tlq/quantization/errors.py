@@ -145,37 +145,54 @@ def row_parts(rows: int) -> int:
 
 
 class TokensError:
-    """E(V) on the group's own output, token by token; a part is every n-th output channel, at each rank's tokens."""
+    """E(V) on the group's own output, token by token; a part is every n-th output channel, at each rank's tokens.
+
+    Reference outputs are kept part by part, so that measuring a part reads no others.
+    """
 
     def __init__(self, weight: Tensor, inputs: GroupInputs, quantizer: WeightQuantizer, norm: Norm = "l2") -> None:
         self.weight, self.inputs, self.quantizer, self.norm = weight, inputs, quantizer, norm
         # With quantized activations, every part quantizes all tokens again.
         most = _ROW_PARTS if quantizer.scheme.activation_bits is None else FEW_PARTS
         self.parts = min(most, row_parts(len(weight)))
-        self.tokens = [Tokens(part.x.float() @ weight.T, part.u, part.w) for part in inputs.own]
+        self.tokens = [Tokens([], part.u, part.w) for part in inputs.own]
+        for batch in _computed_together(self.parts, len(weight) // self.parts):
+            rows = [weight[part :: self.parts] for part in range(self.parts)[batch]]
+            stacked, sizes = torch.cat(rows), [len(part) for part in rows]
+            for tokens, own in zip(self.tokens, inputs.own, strict=True):
+                tokens.y += [y.contiguous() for y in (own.x.float() @ stacked.T).split(sizes, 1)]
 
     def measure(self, pairs: Sequence[tuple[Candidate, int]]) -> list[float]:
-        own: list[Tensor] = []
-        for batch in _computed_together(len(pairs), len(self.weight) // self.parts):
-            rows_and_s = [(slice(part, None, self.parts), candidate.s) for candidate, part in pairs[batch]]
-            scaled = [(rows, self.quantizer.fake_quantize(self.weight[rows] * s), s) for rows, s in rows_and_s]
-            if self.quantizer.scheme.activation_bits is None:
-                parts = [(rows, quantized.div_(s)) for rows, quantized, s in scaled]
-                own.append(_by_chunk([tokens.errors(parts, self.norm) for tokens in self.tokens], len(parts)))
-            else:  # the quantized inputs differ from candidate to candidate
-                own += [self._error(rows, quantized, s, self.norm) for rows, quantized, s in scaled]
-        return self.inputs.ranks.table(own, self.inputs.chunks).sum(1).tolist()
+        def nearest(rows: slice, s: Tensor) -> Tensor:
+            return self.quantizer.fake_quantize(self.weight[rows] * s)
+
+        return self._by_token([(part, candidate.s) for candidate, part in pairs], nearest, self.norm)
 
     def total(self, quantized: Tensor, s: Tensor) -> float:
         """Squared error of V diag(s) = ``quantized`` [out, in]."""
-        own = self._error(slice(None), quantized, s, "l2")
-        return float(self.inputs.ranks.table([own], self.inputs.chunks).sum())
+        every_part = [(part, s) for part in range(self.parts)]
+        return sum(self._by_token(every_part, lambda rows, _s: quantized[rows].clone(), "l2"))
 
-    def _error(self, rows: slice, quantized: Tensor, s: Tensor, norm: Norm) -> Tensor:
-        """Error of some rows at the tokens of this rank's chunks, [1, own chunks]."""
+    def _by_token(
+        self, requests: Sequence[tuple[int, Tensor]], scaled: Callable[[slice, Tensor], Tensor], norm: Norm
+    ) -> list[float]:
+        """Parts of the error of V diag(s), whose rows ``scaled`` computes, at the tokens of all ranks."""
         bits = self.quantizer.scheme.activation_bits
-        own = [tokens.of_rows(rows).error(quantized, s, bits, norm) for tokens in self.tokens]
-        return _by_chunk([error[None] for error in own], 1)
+        own: list[Tensor] = []
+        for batch in _computed_together(len(requests), len(self.weight) // self.parts):
+            parts = [part for part, _ in requests[batch]]
+            rows = [scaled(slice(part, None, self.parts), s) for part, s in requests[batch]]
+            if bits is None:  # V in place of V diag(s), because it is smaller than the inputs
+                stacked = torch.cat(
+                    [quantized.div_(s) for quantized, (_, s) in zip(rows, requests[batch], strict=True)]
+                )
+                own.append(_by_chunk([tokens.errors(parts, stacked, norm) for tokens in self.tokens], len(parts)))
+                continue
+            for part, quantized, (_, s) in zip(parts, rows, requests[batch], strict=True):
+                # the quantized inputs differ from candidate to candidate
+                errors = [tokens.scaled(s, bits).errors([part], quantized, norm) for tokens in self.tokens]
+                own.append(_by_chunk(errors, 1))
+        return self.inputs.ranks.table(own, self.inputs.chunks).sum(1).tolist()
 
 
 def _by_chunk(errors: Sequence[Tensor], parts: int) -> Tensor:

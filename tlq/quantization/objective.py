@@ -227,43 +227,28 @@ def _row_blocks(rows: int) -> Iterator[slice]:
 
 @dataclass
 class Tokens:
-    """All tokens: reference output y [tokens, out], exposed inputs u [tokens, in], weights w [tokens]."""
+    """All tokens: reference outputs y [tokens, rows] of every part, exposed inputs u [tokens, in], weights w [tokens].
 
-    y: Tensor
+    A part of the output channels is every n-th of them.
+    """
+
+    y: list[Tensor]
     u: Tensor
     w: Tensor
 
-    def of_rows(self, rows: slice) -> Tokens:
-        """The same tokens for a part of the output channels."""
-        return Tokens(self.y[:, rows], self.u, self.w)
+    def scaled(self, s: Tensor, activation_bits: int) -> Tokens:
+        """The same tokens with the inputs u / s, quantized to ``activation_bits``."""
+        return Tokens(self.y, fake_quantize_activations(self.u.float() / s, activation_bits), self.w)
 
-    def error(
-        self,
-        quantized: Tensor,
-        s: Tensor | None = None,
-        activation_bits: int | None = None,
-        norm: Norm = "l2",
-    ) -> Tensor:
-        """sum_t w_t |y_t - V u_t| in the given norm, a float64 scalar.
+    def errors(self, parts: Sequence[int], stacked: Tensor, norm: Norm = "l2") -> Tensor:
+        """sum_t w_t |y_t - V u_t| of each part, from one product; [parts] float64.
 
         Args:
-            quantized: V [out, in], or V diag(s) if ``s`` [in] is given. Then the inputs are u / s, quantized to
-                ``activation_bits``.
+            stacked: V of the parts' rows, part after part, [rows, in].
         """
-        inputs = self.u.float()
-        if activation_bits is not None:
-            inputs = fake_quantize_activations(inputs if s is None else inputs / s, activation_bits)
-        elif s is not None:
-            quantized = quantized / s  # the same product; quantized is the smaller operand
-        return self._weighted(self.y - inputs @ quantized.T, norm)
-
-    def errors(self, parts: Sequence[tuple[slice, Tensor]], norm: Norm = "l2") -> Tensor:
-        """The error of the output rows of each pair (rows, their V [rows, in]), from one product; [pairs] float64."""
-        products = self.u.float() @ torch.cat([quantized for _, quantized in parts]).T
-        by_part = products.split([len(quantized) for _, quantized in parts], 1)
-        return torch.stack(
-            [self._weighted(self.y[:, rows] - product, norm) for (rows, _), product in zip(parts, by_part, strict=True)]
-        )
+        references = [self.y[part] for part in parts]
+        products = (self.u.float() @ stacked.T).split([y.shape[1] for y in references], 1)
+        return torch.stack([self._weighted(y - vu, norm) for y, vu in zip(references, products, strict=True)])
 
     def _weighted(self, difference: Tensor, norm: Norm) -> Tensor:
         per_token = difference.abs().sum(1) if norm == "l1" else difference.square().sum(1)

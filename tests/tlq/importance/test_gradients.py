@@ -74,6 +74,24 @@ def test_gradients_equal_plain_autograd_on_single_samples(
             np.testing.assert_allclose(pool.split(scores[key])[index], values.numpy(), rtol=1e-3, atol=1e-8)
 
 
+def test_the_last_mlp_runs_on_the_tokens_that_predict_an_answer(
+    tiny_model: PreTrainedModel, batches: list[Batch]
+) -> None:
+    model = copy.deepcopy(tiny_model)
+    rows = {0: 0, 1: 0}
+
+    def count(index: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
+            rows[index] += args[0].numel() // args[0].shape[-1]
+
+        return hook
+
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.mlp.down_proj.register_forward_hook(count(index))
+    score_tokens(ResidentModel(model), batches)
+    assert rows == {0: sum(batch.valid.numel() for batch in batches), 1: sum(int(b.is_answer.sum()) for b in batches)}
+
+
 @pytest.mark.parametrize("batch_size", [1, 6])
 def test_batch_size_and_padding_change_nothing(
     tiny_model: PreTrainedModel, tiny_processor: Any, samples: list[Sample], scores: Importance, batch_size: int

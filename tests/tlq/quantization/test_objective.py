@@ -53,7 +53,7 @@ def test_all_forms_give_the_same_number(seed: int, tokens: int) -> None:
     textbook = (full @ a @ full.T).trace() - 2 * (full @ b @ v.T).trace() + (v @ c @ v.T).trace()
     assert float(textbook) == pytest.approx(expected, rel=1e-6)
     assert error_of(Statistics.of(weight, x, u, w), weight, quantized) == pytest.approx(expected, rel=1e-4)
-    assert float(Tokens(x @ weight.T, u, w).error(quantized)) == pytest.approx(expected, rel=1e-4)
+    assert float(Tokens([x @ weight.T], u, w).errors([0], quantized).sum()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_statistics_do_not_cancel_for_a_nearly_exact_weight() -> None:
@@ -120,8 +120,11 @@ def test_token_error_with_scales_and_quantized_activations(norm: str) -> None:
         seen = fake_quantize_activations((u[token] / s)[None], 8)[0]
         difference = weight @ x[token] - (quantized * s) @ seen
         total += float(w[token]) * float(difference.abs().sum() if norm == "l1" else difference.square().sum())
-    found = Tokens(x @ weight.T, u, w).error(quantized * s, s, 8, norm)  # type: ignore[arg-type]
-    assert found == pytest.approx(total, rel=1e-4)
+    y = x @ weight.T
+    tokens = Tokens([y[:, 0::2], y[:, 1::2]], u, w).scaled(s, 8)
+    stacked = torch.cat([(quantized * s)[part::2] for part in (0, 1)])
+    found = tokens.errors([0, 1], stacked, norm)  # type: ignore[arg-type]
+    assert float(found.sum()) == pytest.approx(total, rel=1e-4)
 
 
 def solved(statistics: Statistics, weight: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
