@@ -6,7 +6,6 @@ of ``tlq.plan.speed``. Phases have the names that ``calibration.json`` gives the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
