@@ -28,7 +28,7 @@ from tlq.models.linear_groups import LinearGroup
 from tlq.models.sizes import ModelSizes, all_tokens, elements
 from tlq.models.streaming import StreamedModel
 from tlq.parallel import Ranks, chunk_ranges
-from tlq.quantization.errors import from_statistics
+from tlq.quantization.errors import ROWS_TOGETHER, from_statistics
 from tlq.quantization.formats import Scheme
 from tlq.recipes import Recipe
 from tlq.runtime.clock import in_words
@@ -276,7 +276,7 @@ class _JobSizes(ModelSizes):
             inputs += 2 * own * width * _FLOAT
         measures = from_statistics(own, width, scheme, rounding.needs_statistics)
         if not measures:  # outputs of a candidate, and their error
-            inputs += 2 * own * rows * _FLOAT
+            inputs += 2 * own * min(rows, ROWS_TOGETHER) * _FLOAT
         return weights + inputs + measures * width * width * _FLOAT + rounding.bytes_needed(rows, width)
 
 

@@ -27,7 +27,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _ROW_PARTS = 63
 _LEAST_ROWS = 32
-_ROWS_TOGETHER = 512
+#: Output rows whose errors are computed together.
+ROWS_TOGETHER = 512
 #: Parts of an error that is measured token by token.
 FEW_PARTS = 4
 
@@ -135,7 +136,7 @@ class StatisticsError:
 
 def _computed_together(count: int, rows: int) -> list[slice]:
     """Batches of ``count`` parts of ``rows`` output channels each; they do not depend on the number of ranks."""
-    together = max(1, _ROWS_TOGETHER // rows)
+    together = max(1, ROWS_TOGETHER // rows)
     return [slice(start, min(start + together, count)) for start in range(0, count, together)]
 
 
