@@ -128,6 +128,17 @@ def test_a_card_names_the_commands_of_the_engines_that_take_it() -> None:
     assert "sglang.launch_server" not in refused
 
 
+def test_a_family_that_differs_in_an_engine_has_the_reason_and_the_flag_in_its_card() -> None:
+    text = serving(get_scheme("w4a16s"), "exaone4_5", "out")
+    assert "vllm serve out --no-mm-device-do-normalize\n" in text
+    assert "computes in bfloat16; 0.32 normalizes the pixels of this family" in text
+    assert "--no-mm-device-do-normalize" not in serving(get_scheme("w4a16s"), "qwen2_5_vl", "out")
+    for family in ("aya_vision", "cohere2_vision"):
+        found = ENGINES["vllm"].of_checkpoint(get_scheme("w4a16s"), family, experts=False)
+        assert (found.runs, "logit_scale" in found.how) == ("native", True)
+    assert "logit_scale" not in ENGINES["vllm-cpu"].of_checkpoint(get_scheme("w3a16"), "aya_vision", False).how
+
+
 def test_the_library_writes_the_engines_into_its_card(tiny_checkpoint: Path, tmp_path: Path) -> None:
     quantize(tiny_checkpoint, tmp_path / "out", [], recipe="rtn", scheme="w4a16s")
     assert serving(get_scheme("w4a16s"), "qwen2_vl", "out") in (tmp_path / "out/README.md").read_text()
