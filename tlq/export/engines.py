@@ -55,7 +55,7 @@ class FamilyNote:
     """What an engine does with one family, other than with the rest.
 
     Attributes:
-        refused: what it says of the family's checkpoints; empty if it loads them.
+        refused: why it does not run the family's checkpoints; empty if it does.
         differs: why its numbers are not those of transformers.
         flag: of the command that serves a folder, where the family needs one.
     """
@@ -219,13 +219,31 @@ _UNNORMALIZED = FamilyNote(
     differs="0.32 normalizes the pixels of this family with `--no-mm-device-do-normalize` only",
     flag="--no-mm-device-do-normalize",
 )
-_VLLM_NOTES = {"aya_vision": _SCALED, "cohere2_vision": _SCALED, "exaone4_5": _UNNORMALIZED}
+_VLLM_NOTES = {
+    "aya_vision": _SCALED,
+    "cohere2_vision": _SCALED,
+    "exaone4_5": _UNNORMALIZED,
+    "ernie4_5_vl_moe": FamilyNote(
+        "reads the config of the publisher's own code: that of transformers has other fields"
+    ),
+    "llava_next_video": FamilyNote(differs="takes videos of this family, but no images"),
+    **dict.fromkeys(("ovis2", "got_ocr2"), FamilyNote(differs="takes text of this family, but no images")),
+}
+_CAUSAL = FamilyNote(differs="tokens of an image attend to earlier ones alone, in the model to all of the image")
+_VLLM_CPU_NOTES = {
+    **_VLLM_NOTES,
+    **dict.fromkeys(("gemma3", "gemma4"), _CAUSAL),
+    "lfm2_vl": FamilyNote("its kernel of rotary embeddings rotates the heads of this family wrongly"),
+    "molmo2": FamilyNote("transformers 5.19, with which 0.32 was run, has no model type molmo2"),
+}
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
         Engine("vllm", "vLLM, NVIDIA", "0.33", CHECKPOINT, _vllm, _VLLM_SERVE, notes=_VLLM_NOTES),
-        Engine("vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu, _VLLM_SERVE, experts=False, notes=_VLLM_NOTES),
+        Engine(
+            "vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu, _VLLM_SERVE, experts=False, notes=_VLLM_CPU_NOTES
+        ),
         Engine(
             "sglang", "SGLang, NVIDIA", "0.5.23", CHECKPOINT, _sglang, "python -m sglang.launch_server --model {folder}"
         ),
@@ -254,6 +272,11 @@ def check_engine(name: str, scheme: Scheme, architecture: Architecture | None = 
         ValueError: there is no such engine, or it refuses the scheme; the message names the nearest that it runs.
     """
     engine = get_engine(name)
+    special = engine.notes.get(architecture.model_type, FamilyNote()) if architecture is not None else FamilyNote()
+    if special.refused:
+        raise ValueError(
+            f"{engine.title} {engine.version} does not run this family ({special.refused}); choose another engine"
+        )
     joined = architecture is not None and architecture.joined
     if joined and not engine.joined:
         raise ValueError(
