@@ -227,7 +227,10 @@ _VLLM_NOTES = {
         "reads the config of the publisher's own code: that of transformers has other fields"
     ),
     "llava_next_video": FamilyNote(differs="takes videos of this family, but no images"),
-    **dict.fromkeys(("ovis2", "got_ocr2"), FamilyNote(differs="takes text of this family, but no images")),
+    **dict.fromkeys(
+        ("ovis2", "got_ocr2", "deepseek_vl", "deepseek_ocr2"),
+        FamilyNote(differs="takes text of this family, but no images"),
+    ),
 }
 _CAUSAL = FamilyNote(differs="tokens of an image attend to earlier ones alone, in the model to all of the image")
 _VLLM_CPU_NOTES = {
