@@ -65,14 +65,32 @@ MOST_KL = 1e-2
 _DELTA_NETS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "full_attention_interval": 2}
 #: Fields of a text config as in published checkpoints, without which an engine loads no model of the family.
 _AS_PUBLISHED: dict[str, dict[str, Any]] = {
-    "qwen3_vl_moe": {"norm_topk_prob": True},
+    # transformers transposes the stored experts by their shape, which square ones hide.
+    "qwen3_vl_moe": {"norm_topk_prob": True, "moe_intermediate_size": 256},
     "glm4v": {"attention_bias": True},
     "glm4v_moe": {"use_qk_norm": False, "partial_rotary_factor": 0.5},
-    "lfm2_vl": {"conv_dim": 128},
+    # vLLM takes the width of the tower's merger from the decoder; transformers takes three times the tower's output.
+    "glm_ocr": {"intermediate_size": 384},
+    "lfm2_vl": {"conv_dim": 128, "block_dim": 128},
     # vLLM attends to one token more than transformers in a sliding window: a window wider than the text hides that.
     **dict.fromkeys(("aya_vision", "cohere2_vision"), {"sliding_window": 4096}),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7"), _DELTA_NETS),
 }
+#: The same of a vision config.
+_TOWER_AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "ernie4_5_vl_moe": {"embed_dim": 32, "mlp_ratio": 2},
+    "gemma4": {"default_output_length": 70},
+    "muse_glimmer": {"output_dim": 128, "adapter_dim": 64},
+}
+#: Published names of fields that transformers 5.23 writes under newer names: part of the config -> newer -> published.
+_FIELDS_AS_PUBLISHED: dict[str, dict[str, dict[str, str]]] = {
+    "qwen3_vl_moe": {"text_config": {"num_local_experts": "num_experts"}},
+    "vipllava": {"": {"vision_feature_layer": "vision_feature_layers"}},
+}
+#: What preprocessor_config.json of published checkpoints states, and vLLM reads to normalize pixels itself.
+_NORMALIZATION = ("do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor")
+#: Layers that vLLM's build for CPUs has in bfloat16 alone.
+_ROUNDED_ALONE = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7")
 #: How the reason begins for which an image was not tried.
 UNCOMPARED = "not compared"
 
@@ -166,7 +184,8 @@ def measure(name: str, engines: Sequence[str], schemes: Sequence[str], folder: P
             except Exception as error:  # noqa: BLE001  a fault of a conversion is a result too
                 keep(FamilyResult(name, engine, scheme, refused=f"tlq convert: {str(error).split(';')[0]}"))
                 continue
-            dtype = "float32" if scheme == FULL else "bfloat16" if engine == "vllm-cpu" else "float32"
+            rounded = engine == "vllm-cpu" and (scheme != FULL or TINY[name].model_type in _ROUNDED_ALONE)
+            dtype = "bfloat16" if rounded else "float32"
             keep(_compared(name, engine, scheme, {**job, "path": str(loaded), "dtype": dtype}, reference))
 
 
@@ -189,11 +208,18 @@ def _checkpoint(name: str, folder: Path) -> Path:
     text = config.get_text_config()
     for key, value in {"max_position_embeddings": 1024, **_AS_PUBLISHED.get(TINY[name].model_type, {})}.items():
         setattr(text, key, value)
+    for key, value in _TOWER_AS_PUBLISHED.get(TINY[name].model_type, {}).items():
+        setattr(config.vision_config, key, value)
     randomized(AutoModelForImageTextToText.from_config(config)).to(torch.bfloat16).save_pretrained(folder)
     if str(getattr(config.vision_config, "model_type", "")).startswith(("clip", "siglip")):
         _rename_as_published(folder / "model.safetensors")
+    if TINY[name].model_type == "qwen3_vl_moe":
+        _transpose_as_published(folder / "model.safetensors")
+    _state_as_published(folder / "config.json", _FIELDS_AS_PUBLISHED.get(TINY[name].model_type, {}))
     if name not in GGUF_FAMILIES:
-        return Path(add_processor(name, folder))
+        add_processor(name, folder)
+        _state_normalization(folder)
+        return folder
     for file in ("chat_template.jinja", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MODEL / file, folder / file)
     return folder
@@ -205,6 +231,37 @@ def _rename_as_published(file: Path) -> None:
         key.replace("vision_tower.", "vision_tower.vision_model."): value for key, value in load_file(file).items()
     }
     save_file(tensors, file, {"format": "pt"})
+
+
+def _transpose_as_published(file: Path) -> None:
+    """Give experts the published layout [experts, in, out]; transformers 5.23 saves them as [experts, out, in]."""
+    tensors = {
+        key: value.transpose(1, 2).contiguous() if ".experts." in key else value
+        for key, value in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _state_as_published(file: Path, renamed: dict[str, dict[str, str]]) -> None:
+    """Give fields of a config their published names."""
+    config = json.loads(file.read_text())
+    for part, names in renamed.items():
+        fields = config[part] if part else config
+        for newer, published in names.items():
+            fields[published] = fields.pop(newer)
+    file.write_text(json.dumps(config, indent=2))
+
+
+def _state_normalization(folder: Path) -> None:
+    """State how pixels are normalized, as published checkpoints do, if the family's processor can be built here."""
+    try:
+        processor = load_processor(folder)
+    except ImportError:
+        return
+    file = folder / "preprocessor_config.json"
+    stated = processor.image_processor.to_dict()
+    fields = {key: stated[key] for key in _NORMALIZATION if key in stated}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 def _prompts(name: str, checkpoint: Path, folder: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,10 @@ class Transformers:
         self.model = AutoModelForImageTextToText.from_pretrained(job["path"], dtype=torch.float32).eval()
 
     def _inputs(self, prompt: dict[str, Any], answer: list[int]) -> dict[str, torch.Tensor]:
-        inputs = self.processor(images=Image.open(prompt["image"]), text=prompt["text"], return_tensors="pt")
+        text, bos = prompt["text"], self.processor.tokenizer.bos_token
+        # As in tlq.inputs.chat and in vLLM: where the chat template writes the bos token, no other is added.
+        special = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        inputs = self.processor(images=Image.open(prompt["image"]), text=text, return_tensors="pt", **special)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         kinds = inputs.get("mm_token_type_ids")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.families import TINY
+from support.processors import write_processor
 from support.quick_project import ROOT
 
 from bench.engines import __main__ as runs
@@ -129,6 +130,32 @@ def test_the_lists_of_families_agree_with_the_results_in_the_repository() -> Non
         }
         for family in listed:
             assert {(family, scheme) for scheme in families.FORMS[engine]} <= right
+
+
+def test_a_family_that_differs_in_vllm_has_a_note() -> None:
+    results = [FamilyResult(**row) for row in json.loads((ROOT / families.RESULTS).read_text())]
+    differing = {
+        TINY[each.family].model_type
+        for each in results
+        if (each.engine, each.scheme) == ("vllm-cpu", families.FULL)
+        and max(each.text_kl or 0.0, each.image_kl or 0.0) > families.MOST_KL
+    }
+    assert {"aya_vision", "exaone4_5"} <= differing <= set(ENGINES["vllm-cpu"].notes)
+
+
+def test_a_tiny_checkpoint_states_how_pixels_are_normalized(tmp_path: Path) -> None:
+    """vLLM and mlx-vlm read it from the file; transformers alone has defaults."""
+    families._state_normalization(write_processor("glm4v", tmp_path))
+    stated = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert set(families._NORMALIZATION) <= set(stated)
+    assert stated["patch_size"] == 4
+
+
+def test_a_tiny_config_has_the_published_names_of_fields(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"text_config": {"num_local_experts": 4, "hidden_size": 8}}))
+    families._state_as_published(file, families._FIELDS_AS_PUBLISHED["qwen3_vl_moe"])
+    assert json.loads(file.read_text()) == {"text_config": {"hidden_size": 8, "num_experts": 4}}
 
 
 @pytest.mark.engine

@@ -405,6 +405,8 @@ def config_of(name: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig
         "image_token_id": tokenizer.convert_tokens_to_ids(row.stands or row.tokens["image_token"]),
         "video_token_id": tokenizer.convert_tokens_to_ids(row.tokens.get("video_token", "<|endoftext|>")),
     }
+    around = [f"{each}_token" for each in ("boi", "eoi", "audio") if f"{each}_token" in row.tokens]
+    ids |= {f"{each}_id": tokenizer.convert_tokens_to_ids(row.tokens[each]) for each in around}
     ids["image_patch_id"] = ids["image_token_id"]
     ids |= {field.replace("_id", "_index"): value for field, value in ids.items()}
     changes: dict[str, Any] = {field: value for field, value in ids.items() if field in own}

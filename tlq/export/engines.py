@@ -6,8 +6,8 @@ from ``ENGINES``. Every row says where it was read, or that it was run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tlq.export.containers import GGUF_FAMILIES, MLX_FAMILIES, MLX_GROUPS, gguf_block, mlx_group
@@ -51,6 +51,21 @@ class Support:
 
 
 @dataclass(frozen=True)
+class FamilyNote:
+    """What an engine does with one family, other than with the rest.
+
+    Attributes:
+        refused: why it does not run the family's checkpoints; empty if it does.
+        differs: why its numbers are not those of transformers.
+        flag: of the command that serves a folder, where the family needs one.
+    """
+
+    refused: str = ""
+    differs: str = ""
+    flag: str = ""
+
+
+@dataclass(frozen=True)
 class Engine:
     """An engine on a class of devices.
 
@@ -61,6 +76,7 @@ class Engine:
         families: those that its container has, by the ``model_type`` of config.json; None for every one.
         experts: whether it loads quantized experts.
         joined: whether it loads several quantized linears from one tensor.
+        notes: what it does otherwise with a family, by the ``model_type`` of config.json.
     """
 
     name: str
@@ -72,6 +88,7 @@ class Engine:
     families: tuple[str, ...] | None = None
     experts: bool = True
     joined: bool = True
+    notes: Mapping[str, FamilyNote] = field(default_factory=dict)
 
     def of(self, scheme: Scheme) -> Support:
         """What it does with a checkpoint: what it does with its worst part."""
@@ -90,7 +107,17 @@ class Engine:
         if not self.joined and family in FAMILIES and FAMILIES[family].joined:
             note = "does not load quantized linears that a checkpoint keeps in one tensor; `tlq.load_model` loads them"
             return Support("refused", note, found.source)
-        return found
+        special = self.notes.get(family)
+        if special is None or found.runs == "refused":
+            return found
+        if special.refused:
+            return Support("refused", special.refused, found.source)
+        return replace(found, differs="; ".join(part for part in (found.differs, special.differs) if part))
+
+    def served(self, folder: str, family: str) -> str:
+        """The command that serves a folder with a checkpoint of a family."""
+        special = self.notes.get(family, FamilyNote())
+        return f"{self.command.format(folder=folder)} {special.flag}".rstrip()
 
 
 def _vllm(scheme: Scheme) -> Support:
@@ -179,14 +206,47 @@ def _mlx(scheme: Scheme) -> Support:
     return Support("weight only", "activations in float32", source, differs="activations stay in 32 bits")
 
 
+_VLLM_SERVE = "vllm serve {folder}"
 _LLAMA_SERVER = "llama-server --model {folder}-gguf/model.gguf --mmproj {folder}-gguf/mmproj.gguf"
 _MLX_GENERATE = 'python -m mlx_vlm.generate --model {folder}-mlx --image picture.png --prompt "What is written here?"'
+
+_SCALED = FamilyNote(
+    differs="multiplies logits by logit_scale, which transformers omits in this family: other probabilities, in the "
+    "same order"
+)
+#: vLLM moves the normalization of pixels into its towers, and that of EXAONE 4.5 has none (exaone4_5.py of 0.32.0).
+_UNNORMALIZED = FamilyNote(
+    differs="0.32 normalizes the pixels of this family with `--no-mm-device-do-normalize` only",
+    flag="--no-mm-device-do-normalize",
+)
+_VLLM_NOTES = {
+    "aya_vision": _SCALED,
+    "cohere2_vision": _SCALED,
+    "exaone4_5": _UNNORMALIZED,
+    "ernie4_5_vl_moe": FamilyNote(
+        "reads the config of the publisher's own code: that of transformers has other fields"
+    ),
+    "llava_next_video": FamilyNote(differs="takes videos of this family, but no images"),
+    **dict.fromkeys(
+        ("ovis2", "got_ocr2", "deepseek_vl", "deepseek_ocr2"),
+        FamilyNote(differs="takes text of this family, but no images"),
+    ),
+}
+_CAUSAL = FamilyNote(differs="tokens of an image attend to earlier ones alone, in the model to all of the image")
+_VLLM_CPU_NOTES = {
+    **_VLLM_NOTES,
+    **dict.fromkeys(("gemma3", "gemma4"), _CAUSAL),
+    "lfm2_vl": FamilyNote("its kernel of rotary embeddings rotates the heads of this family wrongly"),
+    "molmo2": FamilyNote("transformers 5.19, with which 0.32 was run, has no model type molmo2"),
+}
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("vllm", "vLLM, NVIDIA", "0.33", CHECKPOINT, _vllm, "vllm serve {folder}"),
-        Engine("vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu, "vllm serve {folder}", experts=False),
+        Engine("vllm", "vLLM, NVIDIA", "0.33", CHECKPOINT, _vllm, _VLLM_SERVE, notes=_VLLM_NOTES),
+        Engine(
+            "vllm-cpu", "vLLM, CPU", "0.32", CHECKPOINT, _vllm_cpu, _VLLM_SERVE, experts=False, notes=_VLLM_CPU_NOTES
+        ),
         Engine(
             "sglang", "SGLang, NVIDIA", "0.5.23", CHECKPOINT, _sglang, "python -m sglang.launch_server --model {folder}"
         ),
@@ -215,6 +275,11 @@ def check_engine(name: str, scheme: Scheme, architecture: Architecture | None = 
         ValueError: there is no such engine, or it refuses the scheme; the message names the nearest that it runs.
     """
     engine = get_engine(name)
+    special = engine.notes.get(architecture.model_type, FamilyNote()) if architecture is not None else FamilyNote()
+    if special.refused:
+        raise ValueError(
+            f"{engine.title} {engine.version} does not run this family ({special.refused}); choose another engine"
+        )
     joined = architecture is not None and architecture.joined
     if joined and not engine.joined:
         raise ValueError(
@@ -308,5 +373,5 @@ def serving(scheme: Scheme, family: str, folder: str, experts: bool = False) -> 
             continue
         if engine.container != CHECKPOINT:
             commands.append(f"tlq convert {folder} --to {engine.container} --out {folder}-{engine.container}")
-        commands.append(engine.command.format(folder=folder))
+        commands.append(engine.served(folder, family))
     return "\n".join([*lines, "", "```bash", *dict.fromkeys(commands), "```"])

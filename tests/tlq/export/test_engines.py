@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.families import write_tiny
 from support.quick_project import ROOT
 
 from tlq import cli, quantize
 from tlq.export.engines import ENGINES, check_engine, nearest, serving, table
 from tlq.export.quantized import schemes_of
+from tlq.models.architectures import architecture_of
+from tlq.models.checkpoint import load_config
 from tlq.models.families import FAMILIES
 from tlq.quantization.formats import SCHEMES, Scheme, get_scheme
 
@@ -126,6 +129,25 @@ def test_a_card_names_the_commands_of_the_engines_that_take_it() -> None:
     assert "mlx_vlm.generate" in other
     refused = serving(get_scheme("w3a16"), "qwen2_vl", "out")
     assert "sglang.launch_server" not in refused
+
+
+def test_a_family_that_differs_in_an_engine_has_the_reason_and_the_flag_in_its_card() -> None:
+    text = serving(get_scheme("w4a16s"), "exaone4_5", "out")
+    assert "vllm serve out --no-mm-device-do-normalize\n" in text
+    assert "computes in bfloat16; 0.32 normalizes the pixels of this family" in text
+    assert "--no-mm-device-do-normalize" not in serving(get_scheme("w4a16s"), "qwen2_5_vl", "out")
+    for family in ("aya_vision", "cohere2_vision"):
+        found = ENGINES["vllm"].of_checkpoint(get_scheme("w4a16s"), family, experts=False)
+        assert (found.runs, "logit_scale" in found.how) == ("native", True)
+    assert "logit_scale" not in ENGINES["vllm-cpu"].of_checkpoint(get_scheme("w3a16"), "aya_vision", False).how
+
+
+def test_a_family_that_an_engine_computes_wrongly_is_refused_before_any_work(tmp_path: Path) -> None:
+    architecture = architecture_of(load_config(write_tiny("lfm2_vl", tmp_path)))
+    with pytest.raises(ValueError, match="does not run this family .*rotates the heads.*; choose another engine"):
+        check_engine("vllm-cpu", get_scheme("w4a16s"), architecture)
+    assert check_engine("vllm", get_scheme("w4a16s"), architecture).runs == "native"
+    assert ENGINES["vllm-cpu"].of_checkpoint(get_scheme("w4a16s"), "lfm2_vl", experts=False).runs == "refused"
 
 
 def test_the_library_writes_the_engines_into_its_card(tiny_checkpoint: Path, tmp_path: Path) -> None:
