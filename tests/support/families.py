@@ -860,6 +860,23 @@ TINY: dict[str, TinyFamily] = {
             idefics_image,
         ),
         TinyFamily(
+            "idefics2",
+            {
+                "text_config": text("mistral", head_dim=32),
+                "vision_config": tower("idefics2_vision", 4),
+                "perceiver_config": {
+                    "hidden_size": 128,
+                    "resampler_n_latents": 4,
+                    "resampler_depth": 1,
+                    "resampler_n_heads": 2,
+                    "resampler_head_dim": 16,
+                    "num_key_value_heads": 1,
+                },
+                "image_token_id": IMAGE,
+            },
+            idefics_image,
+        ),
+        TinyFamily(
             "idefics3",
             {
                 "text_config": text("llama"),

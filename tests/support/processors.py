@@ -334,6 +334,18 @@ PROCESSORS: dict[str, TinyProcessor] = {
         more=SPLIT_TOKENS,
         needs=("torchvision", "num2words"),
     ),
+    "idefics2": TinyProcessor(
+        "Idefics2Processor",
+        {
+            "image_processor_type": "Idefics2ImageProcessor",
+            "do_image_splitting": True,
+            "size": {"shortest_edge": 8, "longest_edge": 16},
+        },
+        {"image_seq_len": 4},
+        tokens={},
+        stands="<image>",
+        more=("<fake_token_around_image>", "<image>", "<end_of_utterance>"),
+    ),
     "idefics3": TinyProcessor(
         "Idefics3Processor",
         {"image_processor_type": "Idefics3ImageProcessor", **SPLIT},

@@ -53,7 +53,7 @@ GEMMA4 = Family(
 GEMMA4_UNIFIED = Family(("lm_head", "re:.*vision_embedder.*", "re:.*embed_vision.*", "re:.*embed_audio.*"))
 MUSE_GLIMMER = Family(("lm_head", "re:.*vision_tower.*", "re:.*vision_adapter.*", "re:.*vision_projection.*"))
 VISION_MODEL = Family(("lm_head", "re:.*vision_(model|encoder).*", "re:.*projector.*", "re:.*aligner.*"))
-IDEFICS3 = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
+IDEFICS = Family(("lm_head", "re:.*vision_model.*", "re:.*connector.*"), "model.text_model.layers")
 
 #: By the ``model_type`` of config.json.
 FAMILIES: dict[str, Family] = {
@@ -95,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4": GEMMA4,
     "gemma4_unified": GEMMA4_UNIFIED,
     "muse_glimmer": MUSE_GLIMMER,
-    "smolvlm": IDEFICS3,
-    "idefics3": IDEFICS3,
+    "smolvlm": IDEFICS,
+    "idefics2": IDEFICS,
+    "idefics3": IDEFICS,
 }
