@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.utils import is_match
 from safetensors.torch import load_file, save_file
 from support.exporting import read_tensors, write_export
 from support.families import TINY, batches_of, tiny_config, write_tiny
@@ -178,6 +179,20 @@ def test_layer_by_layer_execution_equals_the_model(build: Builder, name: str) ->
         expected = last_layer_inputs(built, batch)[batch.valid]
         torch.testing.assert_close(full[batch.valid], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(exposed[batch.valid], expected, rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_every_linear_outside_the_decoder_is_named_as_full_precision(build: Builder, name: str) -> None:
+    """A checkpoint's readers would look for codes of the others."""
+    built = build(name)
+    linears = {
+        path: module
+        for path, module in built.model.named_modules()
+        if isinstance(module, nn.Linear) and not path.startswith(f"{built.architecture.layers}.")
+    }
+    assert linears
+    ignore = built.architecture.ignore
+    assert not [path for path, module in linears.items() if not is_match(path, module, ignore)]
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "granite4_vision"])
