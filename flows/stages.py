@@ -79,12 +79,7 @@ def stage(stage: str, force: bool = False) -> State[Any]:
     again = ["--force"] if force else []
     lines: list[str] = []
     logger.info(overview.begin(stage))
-    try:
-        run_command([*REPRO, *again, stage], stage, forward=lines.append)
-    except StageFailed:
-        if not overview.stopping.is_set():
-            raise
-    if overview.stopping.is_set():  # the exit status may be lost then, because psutil has already read it
+    if not _finished([*REPRO, *again, stage], stage, overview, lines.append):
         return Cancelled(message=_STOPPED)
     state = _completed(lines)
     logger.info(overview.end(stage, state.message or "", ran=state.name == "Completed"))
@@ -135,14 +130,26 @@ def check_tracking() -> State[Any]:
         ParamsError: section `register` of params.yaml.
     """
     section("register", RegisterParams, ROOT / PARAMS)
-    overview = current()
+    finished = _finished([*CHECK], "check MLflow", current())
+    return Completed() if finished else Cancelled(message=_STOPPED)
+
+
+def _finished(
+    command: list[str], name: str, overview: Overview | None, forward: Callable[[str], None] | None = None
+) -> bool:
+    """Run the command of a task; false if the flow run was stopped meanwhile, whatever the command's exit status is.
+
+    The status may be lost then: psutil reads it as ``following`` stops the command, and ``subprocess`` assumes 0.
+
+    Raises:
+        StageFailed: the command failed, and nothing stopped the flow run.
+    """
     try:
-        run_command([*CHECK], "check MLflow")
+        run_command(command, name, forward=forward)
     except StageFailed:
         if overview is None or not overview.stopping.is_set():
             raise
-        return Cancelled(message=_STOPPED)
-    return Completed()
+    return overview is None or not overview.stopping.is_set()
 
 
 def run_command(

@@ -16,6 +16,7 @@ from prefect.states import Completed, Running
 from support.waiting import eventually
 
 from flows import hooks, stages
+from flows.overview import Overview
 from services.processes import OWNER, owner, with_environment
 
 
@@ -60,6 +61,14 @@ def test_a_command_at_work_ends_as_cancelled_when_its_flow_is_interrupted(
     assert time.monotonic() - start < 100
     assert with_environment(OWNER, owner()) == []
     eventually(lambda: states(runs[0]) == {name: StateType.CANCELLED})
+
+
+def test_a_stopped_check_whose_exit_status_is_lost_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil may read the status of the command that it stops; ``subprocess`` then assumes 0."""
+    overview = Overview(["slow"])
+    monkeypatch.setattr(stages, "current", lambda: overview)
+    monkeypatch.setattr(stages, "run_command", lambda *_arguments, **_named: overview.stopping.set())
+    assert stages.check_tracking.fn().type == StateType.CANCELLED
 
 
 def test_a_flow_that_ctrl_c_ends_is_cancelled_not_crashed(prefect_server: None) -> None:
