@@ -14,7 +14,7 @@ from support.processors import write_processor
 from support.quick_project import ROOT
 
 from bench.engines import __main__ as runs
-from bench.engines import environments, families
+from bench.engines import environments, families, tiny_checkpoints
 from bench.engines.__main__ import SCRIPTS, Result, contradiction
 from bench.engines.families import FamilyResult
 from tlq.export.containers import GGUF_FAMILIES, MLX_FAMILIES
@@ -145,16 +145,16 @@ def test_a_family_that_differs_in_vllm_has_a_note() -> None:
 
 def test_a_tiny_checkpoint_states_how_pixels_are_normalized(tmp_path: Path) -> None:
     """vLLM and mlx-vlm read it from the file; transformers alone has defaults."""
-    families._state_normalization(write_processor("glm4v", tmp_path))
+    tiny_checkpoints.state_normalization(write_processor("glm4v", tmp_path))
     stated = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert set(families._NORMALIZATION) <= set(stated)
+    assert set(tiny_checkpoints.NORMALIZATION) <= set(stated)
     assert stated["patch_size"] == 4
 
 
 def test_a_tiny_config_has_the_published_names_of_fields(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"text_config": {"num_local_experts": 4, "hidden_size": 8}}))
-    families._state_as_published(file, families._FIELDS_AS_PUBLISHED["qwen3_vl_moe"])
+    tiny_checkpoints.state_as_published(file, tiny_checkpoints.FIELDS_AS_PUBLISHED["qwen3_vl_moe"])
     assert json.loads(file.read_text()) == {"text_config": {"hidden_size": 8, "num_experts": 4}}
 
 

@@ -216,7 +216,8 @@ class Streams:
                 counts = self.weights_of(index, group, number) > 0
                 if group.block == ending:
                     (hidden,), _ = seen[ending]
-                    counted = _input_in_block(layer, group, _counted(hidden, counts))
+                    rows = _counted(hidden, counts)
+                    counted = _input_in_block(modules[ending], _first_linear(layer, group), rows)
                 else:
                     (hidden,), _ = seen[group.name]
                     counted = _counted(hidden, counts)
@@ -247,9 +248,7 @@ class Streams:
         inputs = []
         for number, hidden in enumerate(routed.hidden):
             rows = routed.scaled(number, hidden, self.weights_of(index, group, number) > 0, group.expert)
-            seen, _ = observe(block, rows, {}, {group.name: first}, first)
-            (counted,), _ = seen[group.name]
-            inputs.append(_finite(counted, index, group))
+            inputs.append(_finite(_input_in_block(block, first, rows), index, group))
         return inputs
 
     def advance_full_precision(self, index: int, layer: nn.Module) -> None:
@@ -368,11 +367,10 @@ def _counted(hidden: Tensor, counts: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])[counts.flatten()]
 
 
-def _input_in_block(layer: nn.Module, group: LinearGroup, rows: Tensor) -> Tensor:
-    """Input of a group [tokens, in] for the ``rows`` [tokens, width] that enter the module around it."""
-    first = _first_linear(layer, group)
-    (counted,), _ = observe(layer.get_submodule(group.block), rows, {}, {group.name: first}, first)[0][group.name]
-    return counted
+def _input_in_block(block: nn.Module, linear: nn.Module, rows: Tensor) -> Tensor:
+    """Input [tokens, in] of a linear of ``block`` for the ``rows`` [tokens, width] that enter the block."""
+    (inputs,), _ = observe(block, rows, {}, {"linear": linear}, linear)[0]["linear"]
+    return inputs
 
 
 def _first_linear(layer: nn.Module, group: LinearGroup) -> nn.Module:

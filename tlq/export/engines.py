@@ -214,7 +214,7 @@ _SCALED = FamilyNote(
     differs="multiplies logits by logit_scale, which transformers omits in this family: other probabilities, in the "
     "same order"
 )
-#: vLLM moves the normalization of pixels into its towers, and that of EXAONE 4.5 has none (exaone4_5.py of 0.32.0).
+#: vLLM normalizes pixels in its towers, but the tower of EXAONE 4.5 lacks that module (exaone4_5.py of 0.32.0).
 _UNNORMALIZED = FamilyNote(
     differs="0.32 normalizes the pixels of this family with `--no-mm-device-do-normalize` only",
     flag="--no-mm-device-do-normalize",
