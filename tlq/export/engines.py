@@ -228,7 +228,7 @@ _VLLM_NOTES = {
     ),
     "llava_next_video": FamilyNote(differs="takes videos of this family, but no images"),
     **dict.fromkeys(
-        ("ovis2", "got_ocr2", "deepseek_vl", "deepseek_ocr2"),
+        ("ovis2", "got_ocr2", "deepseek_vl", "deepseek_ocr2", "idefics2"),
         FamilyNote(differs="takes text of this family, but no images"),
     ),
 }
